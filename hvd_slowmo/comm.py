@@ -1,0 +1,178 @@
+"""Comm, the protocol of collectives, and two forms of it that need no network.
+
+Tensors are matched between workers by name. Names are constant from step to step (Horovod caches what it has seen),
+and how many collectives there are, in which order, depends on the step count and on the results of earlier ones only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+class Comm(Protocol):
+    """What the state machine needs of a network. Tensors are the adapter's own, 1-D, of any floating type."""
+
+    @property
+    def rank(self) -> int:
+        """This worker's place among those that train together, 0 .. size - 1."""
+
+    @property
+    def size(self) -> int:
+        """How many workers train together."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """What users call these workers: their global ranks, which differ from 0 .. size - 1 in a process set."""
+
+    def start_sum(self, name: str, x: Any) -> Any:
+        """Begin the sum of x over the workers; x belongs to the collective until `wait` has returned."""
+
+    def wait(self, handle: Any) -> Any:
+        """The result of what was started; it may lie in the memory of x."""
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        """Every worker's item (picklable), by rank. For the start of a training, never within a step."""
+
+
+class SoloComm:
+    """One worker on its own: every sum is what it was, nothing is sent."""
+
+    rank = 0
+    size = 1
+    ranks = (0,)
+
+    def start_sum(self, name: str, x: Any) -> Any:
+        return x
+
+    def wait(self, handle: Any) -> Any:
+        return handle
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        return [item]
+
+
+class WorldError(RuntimeError):
+    """The workers of a ThreadWorld did not do the same, or one of them failed; raised on every worker."""
+
+
+class ThreadWorld:
+    """m workers as threads of one process.
+
+    Stricter than Horovod: every worker must start the same collectives in the same order, with the same names, shapes
+    and types. The first difference, a worker that fails and a worker that ends while others wait all raise WorldError
+    on every worker that takes part in a collective from then on: nothing ever hangs.
+
+    Args:
+        size: number of workers, m >= 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"`size` must be a positive integer. Received: size={size!r}")
+        self.size = size
+        self._changed = threading.Condition()
+        self._rounds: dict[int, dict[int, tuple[tuple[Any, ...], Any]]] = {}  # number of the collective -> by rank
+        self._taken: dict[int, int] = {}  # how many workers have read a round's result
+        self._counts = [0] * size  # collectives that each worker has started
+        self._ended: dict[int, str] = {}
+        self._failure: str | None = None
+
+    def run(self, work: Callable[[Comm], T], *, return_exceptions: bool = False) -> list[T | BaseException]:
+        """work(comm) on every worker at once; the results by rank.
+
+        Raises:
+            The error that came first, unless return_exceptions=True: then errors stand in their worker's place.
+        """
+        results: list[Any] = [None] * self.size
+        errors: list[tuple[int, BaseException]] = []
+
+        def worker(rank: int) -> None:
+            ending = "ended"
+            try:
+                results[rank] = work(_ThreadComm(self, rank))
+            except BaseException as error:  # whatever a worker's code raises must reach the caller, not a thread's log
+                results[rank] = error
+                errors.append((rank, error))
+                ending = f"failed with {type(error).__name__}: {error}"
+            with self._changed:
+                self._ended[rank] = ending
+                self._changed.notify_all()
+
+        threads = [threading.Thread(target=worker, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors and not return_exceptions:
+            raise errors[0][1]
+        return results
+
+    def submit(self, rank: int, signature: tuple[Any, ...], item: Any) -> int:
+        """Enter a worker's next collective; returns its number."""
+        with self._changed:
+            number = self._counts[rank]
+            self._counts[rank] += 1
+            entries = self._rounds.setdefault(number, {})
+            entries[rank] = (signature, item)
+            first, (expected, _) = min(entries.items())
+            if signature != expected and self._failure is None:
+                self._failure = (
+                    f"collective {number}: rank {first} started {_spell(expected)}, rank {rank} {_spell(signature)}"
+                )
+            self._changed.notify_all()
+            return number
+
+    def collect(self, number: int) -> list[Any]:
+        """All workers' items of a collective, by rank, once all have come."""
+        with self._changed:
+            entries = self._rounds[number]
+
+            def over() -> bool:
+                return bool(self._failure) or len(entries) == self.size or any(r not in entries for r in self._ended)
+
+            self._changed.wait_for(over)
+            if self._failure is None and len(entries) < self.size:
+                rank = next(r for r in sorted(self._ended) if r not in entries)
+                name = next(iter(entries.values()))[0]
+                self._failure = f"rank {rank} {self._ended[rank]} while others wait in {_spell(name)}"
+                self._changed.notify_all()
+            if self._failure is not None:
+                raise WorldError(self._failure)
+            self._taken[number] = self._taken.get(number, 0) + 1
+            if self._taken[number] == self.size:
+                del self._rounds[number], self._taken[number]
+            return [entries[rank][1] for rank in range(self.size)]
+
+
+def _spell(signature: tuple[Any, ...]) -> str:
+    return " ".join(str(part) for part in signature)
+
+
+class _ThreadComm:
+    """One worker's end of a ThreadWorld."""
+
+    def __init__(self, world: ThreadWorld, rank: int) -> None:
+        self._world = world
+        self.rank = rank
+        self.size = world.size
+        self.ranks = range(world.size)
+
+    def start_sum(self, name: str, x: Any) -> int:
+        # A copy, as on a network: a worker that writes to x too early must not change what the others see.
+        return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0)
+
+    def wait(self, handle: int) -> Any:
+        parts = self._world.collect(handle)
+        total = parts[0] + 0
+        for part in parts[1:]:
+            total = total + part
+        return np.asarray(total) if isinstance(total, np.generic) else total
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        return self._world.collect(self._world.submit(self.rank, ("gather", repr(name)), item))

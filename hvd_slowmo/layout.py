@@ -1,0 +1,125 @@
+"""What travels, laid out once: parameters and averaged buffers as flat vectors, cut into chunks.
+
+A segment is one flat vector of one type on one device, with a rule. A chunk is a stretch of a segment, one message on
+the wire. Within a chunk, a piece is a stretch of one parameter group: its rate is one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+CHUNK_BYTES = 16 * 2**20
+"""Length of a message. Long enough that the network's speed counts and not the number of messages (3 to 9 ms each on
+loopback), short enough that the update of one chunk runs while the next travels; see benchmarks/."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a segment."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # the tensor's own; the wire's is the segment's
+    group: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tensors that travel as one flat vector of `dtype` on `device`.
+
+    rule: "slow" for parameters (outer update), "mean" for statistics and buffers (the workers' mean).
+    """
+
+    rule: str
+    dtype: str
+    itemsize: int  # bytes per element on the wire
+    device: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements start .. stop - 1 of a segment; `group` is the one parameter group of a piece, None for a whole chunk."""
+
+    index: int
+    segment: int
+    rule: str
+    start: int
+    stop: int
+    pieces: tuple[Chunk, ...] = field(default=(), repr=False)
+    group: int | None = None
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All segments of a model, and their chunks in the order in which they travel."""
+
+    segments: tuple[Segment, ...]
+    chunks: tuple[Chunk, ...]
+    groups: int
+
+    def spans(self, chunk: Chunk) -> Iterable[tuple[int, int, int, int]]:
+        """The tensors under a chunk: (entry's number, from, to within the tensor, place within the chunk)."""
+        offset = 0
+        for number, entry in enumerate(self.segments[chunk.segment].entries):
+            start, stop = max(chunk.start, offset), min(chunk.stop, offset + entry.size)
+            if start < stop:
+                yield number, start - offset, stop - offset, start - chunk.start
+            offset += entry.size
+
+    def describe(self) -> list[tuple[Any, ...]]:
+        """What workers must agree on, entry by entry, in wire order."""
+        return [
+            (segment.rule, entry.name, list(entry.shape), entry.dtype, entry.group)
+            for segment in self.segments
+            for entry in segment.entries
+        ]
+
+
+def layout(segments: Sequence[Segment], groups: int, chunk_bytes: int = CHUNK_BYTES) -> Layout:
+    """Cut segments into chunks of at most chunk_bytes. Segments without an element take no part."""
+    chunks: list[Chunk] = []
+    kept = tuple(segment for segment in segments if segment.size)
+    for number, segment in enumerate(kept):
+        length = max(1, chunk_bytes // segment.itemsize)
+        runs = _runs(segment)
+        for start in range(0, segment.size, length):
+            stop = min(start + length, segment.size)
+            index = len(chunks)
+            pieces = tuple(
+                Chunk(index, number, segment.rule, max(start, a), min(stop, b), group=group)
+                for group, a, b in runs
+                if max(start, a) < min(stop, b)
+            )
+            chunks.append(Chunk(index, number, segment.rule, start, stop, pieces))
+    return Layout(kept, tuple(chunks), groups)
+
+
+def _runs(segment: Segment) -> list[tuple[int, int, int]]:
+    """Stretches of one parameter group: (group, start, stop)."""
+    runs: list[tuple[int, int, int]] = []
+    offset = 0
+    for entry in segment.entries:
+        if not entry.size:
+            continue
+        if runs and runs[-1][0] == entry.group:
+            runs[-1] = (entry.group, runs[-1][1], offset + entry.size)
+        else:
+            runs.append((entry.group, offset, offset + entry.size))
+        offset += entry.size
+    return runs

@@ -1,0 +1,95 @@
+"""The few operations on scalars that differ between plain Python and a traced graph.
+
+Every decision that depends on data goes through these, so that the state machine is written once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+logger = logging.getLogger("hvd_slowmo")
+
+
+class Ops(Protocol):
+    """Scalars are Python numbers, or NumPy vectors with an entry per parameter group; traced: tensors of both."""
+
+    def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
+        """The result of one of the two functions, which return scalars of the same structure and types."""
+
+    def where(self, predicate: Any, yes: Any, no: Any) -> Any:
+        """Element by element, one or the other; both are computed."""
+
+    def total(self, table: Any) -> Any:
+        """The sum over the first axis."""
+
+    def vector(self, values: Sequence[float]) -> Any:
+        """A float64 vector of scalars."""
+
+    def like(self, scalar: Any, tensor: Any) -> Any:
+        """A float64 scalar as a factor for a tensor of another type."""
+
+    def scaled(self, tensor: Any, factor: Any) -> Any:
+        """tensor x factor; to the bit the tensor where the factor is 1."""
+
+    def rows(self, rank: int, size: int, row: Sequence[Any], rates: Any) -> Any:
+        """A flat float64 tensor for `Comm`: `size` rows of zeros, but this worker's own, which is row and rates."""
+
+    def table(self, flat: Any, size: int) -> Any:
+        """What came back of `rows`, as a table of scalars, shape (size, columns)."""
+
+    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
+        """Raise ValueError(describe(table)) where `bad` holds; describe takes a NumPy array."""
+
+    def warn(self, odd: Any, table: Any, describe: Callable[[Any], str]) -> None:
+        """Log describe(table) as a warning where `odd` holds, the first time."""
+
+
+class EagerOps:
+    """`Ops` on Python numbers and NumPy vectors. `to_tensor` and `to_array` translate for the adapter's `Comm`."""
+
+    def __init__(self, to_tensor: Callable[[Any], Any] = np.asarray, to_array: Callable[[Any], Any] = np.asarray):
+        self._to_tensor = to_tensor
+        self._to_array = to_array
+        self._warned = False
+
+    def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
+        return yes() if predicate else no()
+
+    def where(self, predicate: Any, yes: Any, no: Any) -> Any:
+        return np.where(predicate, yes, no)
+
+    def total(self, table: Any) -> Any:
+        return table.sum(axis=0)
+
+    def vector(self, values: Sequence[float]) -> Any:
+        return np.array(values, dtype=np.float64)
+
+    def like(self, scalar: Any, tensor: Any) -> Any:
+        return float(scalar)
+
+    def scaled(self, tensor: Any, factor: Any) -> Any:
+        return tensor if factor == 1 else tensor * factor
+
+    def rows(self, rank: int, size: int, row: Sequence[Any], rates: Any) -> Any:
+        table = np.zeros((size, len(row) + len(rates)))
+        table[rank, : len(row)] = row
+        table[rank, len(row) :] = rates
+        return self._to_tensor(table.reshape(-1))
+
+    def table(self, flat: Any, size: int) -> Any:
+        return self._to_array(flat).reshape(size, -1)
+
+    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
+        if bad:
+            raise ValueError(describe(table))
+
+    def warn(self, odd: Any, table: Any, describe: Callable[[Any], str]) -> None:
+        if odd and not self._warned:
+            self._warned = True
+            logger.warning("%s", describe(table))

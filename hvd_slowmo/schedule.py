@@ -1,0 +1,49 @@
+"""What happens at a step: functions of the step count alone, the same on every worker.
+
+Only arithmetic and comparisons that Python numbers and traced tensors share, so that one definition serves an eager
+and a traced adapter. There are no machine states but this clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from hvd_slowmo.config import SlowMoConfig
+
+
+class Plan(NamedTuple):
+    """What the step with a given number does. Each flag is a bool, or a traced scalar bool."""
+
+    average_gradients: Any  # before the base step: the mean of all workers' gradients
+    outer: Any  # after the base step: a block of tau steps is full, take the outer step
+    begin: Any  # after the base step: the warm-up is over, the first block begins
+
+
+def plan(config: SlowMoConfig, step: Any) -> Plan:
+    """The plan of step number `step` (0-based: the number of steps completed before it)."""
+    after = step + 1 - config.warmup_steps  # completed steps of the blocks, once this one is done
+    if config.gradients == "all":
+        average: Any = True
+    elif config.warmup_steps:
+        average = step < config.warmup_steps
+    else:
+        average = False
+    if config.tau is None:
+        return Plan(average, False, False)
+    outer = after % config.tau == 0
+    if not config.warmup_steps:
+        return Plan(average, outer, False)
+    # At the end of the warm-up `after` is 0: the remainder is 0 there too, but no block is full yet.
+    return Plan(average, outer & (after > 0), after == 0)
+
+
+def workers_equal(config: SlowMoConfig, step: int, since: int) -> bool:
+    """Whether all workers hold the same parameters after `step` completed steps, `since` of them after an average."""
+    return since == 0 or config.gradients == "all" or step <= config.warmup_steps
+
+
+def block_position(config: SlowMoConfig, step: int) -> int:
+    """How many of the current block's steps are done after `step` completed steps; in the warm-up all of them count."""
+    if config.tau is None or step < config.warmup_steps:
+        return step
+    return (step - config.warmup_steps) % config.tau

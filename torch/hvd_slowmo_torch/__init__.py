@@ -1,0 +1,1 @@
+"""The PyTorch adapter of hvd-slowmo; users open it as `import hvd_slowmo.torch as slowmo`."""

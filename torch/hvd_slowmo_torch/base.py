@@ -1,0 +1,79 @@
+"""The base optimizer's own state: what a reset brings back and what an average runs over."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+def fresh(base: Optimizer) -> Optimizer:
+    """A new optimizer of the same class and settings over the same parameters.
+
+    Some classes (Adagrad) fill their state when they are made, so an empty state is not "before the first step".
+
+    Raises:
+        ValueError: the class can't be made again from its defaults.
+    """
+    accepted = inspect.signature(type(base).__init__).parameters
+    settings = {key: value for key, value in base.defaults.items() if key in accepted}
+    try:
+        return type(base)([dict(group) for group in base.param_groups], **settings)
+    except TypeError as error:
+        raise ValueError(
+            f"buffers='reset' needs to make a new {type(base).__name__} to know its buffers before the first step, "
+            f"and that failed: {error}. Use buffers='maintain'."
+        ) from error
+
+
+def reset(base: Optimizer) -> None:
+    """Bring the state back to what it was before the first step; rates and other settings stay."""
+    state = fresh(base).state
+    base.state.clear()
+    base.state.update(state)
+
+
+def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Which state the base optimizer keeps: for each key, (parameter, tensor like its state), in parameter order.
+
+    Found by one step of a copy over zeros, because a worker may not have a gradient for every parameter yet and all
+    must agree on what they exchange.
+
+    Raises:
+        ValueError: state that is no floating-point tensor, or no step without a closure.
+    """
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    twins = {id(p): torch.zeros_like(p, requires_grad=True) for p in parameters}
+    scratch = copy.deepcopy(base, dict(twins))  # the memo puts the twin wherever a parameter stands
+    for twin in twins.values():
+        twin.grad = torch.zeros_like(twin)
+    try:
+        scratch.step()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"buffers='average' can't work with {type(base).__name__}, which takes no plain step: {error}. "
+            "Use buffers='maintain' or 'reset'."
+        ) from error
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for parameter in parameters:
+        for key, value in scratch.state[twins[id(parameter)]].items():
+            if value is None:
+                continue
+            if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+                raise ValueError(
+                    f"buffers='average' can't work with {type(base).__name__}: its state {key!r} is no floating-point "
+                    f"tensor but {type(value).__name__}. Use buffers='maintain' or 'reset'."
+                )
+            found.setdefault(key, []).append((parameter, value))
+    return found
+
+
+def state_tensor(base: Optimizer, parameter: torch.Tensor, key: str, like: torch.Tensor) -> torch.Tensor:
+    """One tensor of the state; where this worker has none yet, zeros take its place."""
+    state: dict[str, Any] = base.state[parameter]
+    if state.get(key) is None:
+        state[key] = torch.zeros_like(like)
+    return state[key]  # type: ignore[no-any-return]

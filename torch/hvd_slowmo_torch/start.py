@@ -1,0 +1,38 @@
+"""Before the first step: what the layout's chunks do not carry comes from rank 0 too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hvd_slowmo.comm import Comm
+from hvd_slowmo.layout import Layout
+
+
+def broadcast_rest(comm: Comm, name: str, model: nn.Module, base: Optimizer, layout: Layout) -> None:
+    """Parameters that the base optimizer does not have, other buffers, and the base optimizer's state. A collective."""
+    carried = {entry.name for segment in layout.segments for entry in segment.entries}
+    rest = {
+        key: tensor.detach()
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if key not in carried
+    }
+    mine = ({key: tensor.cpu() for key, tensor in rest.items()}, base.state_dict()) if comm.rank == 0 else None
+    tensors, state = comm.gather(f"{name}.start", mine)[0]
+    if comm.rank == 0:
+        return
+    for key, tensor in rest.items():
+        tensor.copy_(tensors[key])
+    if state["state"] or _settings(state) != _settings(base.state_dict()):
+        base.load_state_dict(state)
+
+
+def _settings(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The param_groups, with rates that are tensors as numbers so that they can be compared."""
+    return [
+        {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]

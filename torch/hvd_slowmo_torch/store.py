@@ -1,0 +1,229 @@
+"""The core's vectors on PyTorch: the model's own tensors, gathered into flat chunks and scattered back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.layout import Chunk, Entry, Layout, Segment, layout
+from hvd_slowmo_torch import base as base_state
+
+Slot = Callable[[], torch.Tensor]
+"""Finds a tensor when it is needed: optimizers and users replace tensors, so none is kept."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of a model and, per segment, where its tensors are."""
+
+    layout: Layout
+    slots: tuple[tuple[Slot, ...], ...]
+
+
+def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
+    """Parameters of the base optimizer, the model's statistics and, where they are averaged, the base's buffers.
+
+    Floating-point buffers and BatchNorm's step counts are averaged. They travel as float64: the mean of equal values
+    is then that value, for constants such as masks and position tables too. Other integers stay each worker's own.
+
+    Raises:
+        ValueError: a parameter of the base optimizer that the model does not have.
+        TypeError: complex or integer parameters.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    gathered: dict[tuple[str, torch.dtype, torch.device], list[tuple[Entry, Slot]]] = {}
+
+    def add(rule: str, wire: torch.dtype, tensor: torch.Tensor, name: str, group: int, slot: Slot) -> None:
+        entry = Entry(name, tuple(tensor.shape), _spell(tensor.dtype), group)
+        gathered.setdefault((rule, wire, tensor.device), []).append((entry, slot))
+
+    for number, group in enumerate(base.param_groups):
+        for position, p in enumerate(group["params"]):
+            if id(p) not in names:
+                raise ValueError(
+                    f"parameter {position} of the base optimizer's group {number} (shape {tuple(p.shape)}) is not a "
+                    "parameter of the model. Give SlowMo the model whose parameters the base optimizer has."
+                )
+            add("slow", wire_dtype(p.dtype, names[id(p)]), p, names[id(p)], number, lambda p=p: p)
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() or (isinstance(module, _NormBase) and key == "num_batches_tracked"):
+                full = f"{name}.{key}" if name else key
+                add("mean", torch.float64, buffer, full, 0, lambda m=module, k=key: getattr(m, k))
+    if config.buffers == "average" and config.tau is not None:
+        for key, found in base_state.averaged(base).items():
+            for p, like in found:
+                name = f"{names[id(p)]} ({key})"
+                wire = wire_dtype(like.dtype, name)
+                empty = torch.empty_like(like, device="meta")
+                add("mean", wire, like, name, 0, lambda p=p, k=key, e=empty, d=like.device: _base(base, p, k, e, d))
+    segments = [
+        Segment(rule, _spell(wire), wire.itemsize, str(device), tuple(entry for entry, _ in found))
+        for (rule, wire, device), found in gathered.items()
+    ]
+    slots = tuple(tuple(slot for _, slot in found) for found in gathered.values())
+    laid = layout(segments, len(base.param_groups))
+    return Plan(laid, tuple(s for s, segment in zip(slots, segments, strict=True) if segment.size))
+
+
+def wire_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
+    """The type in which a tensor travels and in which its anchor and v are kept: float32, or float64 for float64."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} has type {dtype}; SlowMo averages real floating-point tensors only.")
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _base(
+    base: Optimizer, parameter: torch.Tensor, key: str, like: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    return base_state.state_tensor(base, parameter, key, torch.zeros_like(like, device=device))
+
+
+def _spell(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class TorchStore:
+    """`hvd_slowmo.machine.Store` on PyTorch tensors. Call it under torch.no_grad()."""
+
+    def __init__(self, plan: Plan, base: Optimizer, vectors: tuple[str, ...]) -> None:
+        self.layout = plan.layout
+        self._slots = plan.slots
+        self._base = base
+        self.vectors: dict[str, list[torch.Tensor | None]] = {
+            vector: [_zeros(s, s.size) if s.rule == "slow" else None for s in plan.layout.segments]
+            for vector in vectors
+        }
+        self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
+
+    def read(self, vector: str, chunk: Chunk) -> torch.Tensor:
+        if vector in self.vectors:
+            return self._flat(vector, chunk)
+        flat = self._stage(chunk)
+        gradients = vector == "gradient"
+        sources, targets = [], []
+        for tensor, start, stop, at in self._tensors(chunk):
+            source = _gradient(tensor) if gradients else tensor.detach()
+            target = flat[at : at + stop - start]
+            if source is None:
+                target.zero_()
+            else:
+                sources.append(source.reshape(-1)[start:stop])
+                targets.append(target)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return flat
+
+    def write(self, vector: str, chunk: Chunk, value: torch.Tensor) -> None:
+        if vector in self.vectors:
+            self._flat(vector, chunk).copy_(value)
+            return
+        gradients = vector == "gradient"
+        sources, targets = [], []
+        for tensor, start, stop, at in self._tensors(chunk):
+            # A frozen parameter is equal everywhere, and its mean would be so up to rounding only.
+            target = tensor.grad if gradients else None if _frozen(chunk, tensor) else tensor.detach()
+            if target is None:
+                continue
+            source = value[at : at + stop - start]
+            if not target.is_floating_point():
+                source = source.round()
+            if target.is_contiguous():
+                targets.append(target.view(-1)[start:stop])
+                sources.append(source)
+            else:
+                whole = target.reshape(-1).clone()
+                whole[start:stop] = source
+                target.copy_(whole.view(target.shape))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def zeros(self, chunk: Chunk) -> torch.Tensor:
+        return _zeros(self.layout.segments[chunk.segment], chunk.size)
+
+    def present(self) -> torch.Tensor:
+        return torch.tensor([0.0 if p.grad is None else 1.0 for p in self._parameters()])
+
+    def admit(self, counts: torch.Tensor) -> None:
+        for p, count in zip(self._parameters(), counts.tolist(), strict=True):
+            if count and p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def finite(self) -> bool:
+        for segment, slots in zip(self.layout.segments, self._slots, strict=True):
+            if segment.rule == "slow":
+                parameters = [t.detach() for t in (slot() for slot in slots) if t.numel()]
+                largest = torch.stack(torch._foreach_norm(parameters, float("inf")))
+                if not bool(largest.isfinite().all()):
+                    return False
+        return True
+
+    def reset_base(self) -> None:
+        base_state.reset(self._base)
+
+    def adopt(self, before: TorchStore) -> None:
+        """Take over the vectors of a store over the same parameters and fewer: the new ones start where they are."""
+        for number, segment in enumerate(self.layout.segments):
+            if segment.rule != "slow":
+                continue
+            # A new group stands behind those of its segment, so what was there is the beginning of what is.
+            old = next((n for n, s in enumerate(before.layout.segments) if _same_place(s, segment)), None)
+            length = 0 if old is None else before.layout.segments[old].size
+            for vector, flats in self.vectors.items():
+                flat = flats[number]
+                assert flat is not None, "slow segments have every vector"
+                if old is not None:
+                    flat[:length] = before.vectors[vector][old]  # type: ignore[assignment]
+                if vector == "anchor":
+                    new = [slot().detach().reshape(-1).to(flat.dtype) for slot in self._slots[number]]
+                    flat[length:] = torch.cat(new)[length:]
+
+    def _parameters(self) -> Iterator[torch.Tensor]:
+        for segment, slots in zip(self.layout.segments, self._slots, strict=True):
+            if segment.rule == "slow":
+                yield from (slot() for slot in slots)
+
+    def _flat(self, vector: str, chunk: Chunk) -> torch.Tensor:
+        whole = self.vectors[vector][chunk.segment]
+        assert whole is not None, "only slow segments have an anchor and v"
+        return whole[chunk.start : chunk.stop]
+
+    def _stage(self, chunk: Chunk) -> torch.Tensor:
+        """A place to put a chunk together: two per type and device, since one travels while another is used."""
+        segment = self.layout.segments[chunk.segment]
+        key = (segment.dtype, segment.device, chunk.index % 2)
+        if key not in self._staging or len(self._staging[key]) < chunk.size:
+            self._staging[key] = _zeros(segment, chunk.size)
+        return self._staging[key][: chunk.size]
+
+    def _tensors(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+        slots = self._slots[chunk.segment]
+        for number, start, stop, at in self.layout.spans(chunk):
+            yield slots[number](), start, stop, at
+
+
+def _same_place(a: Segment, b: Segment) -> bool:
+    return (a.rule, a.dtype, a.device) == (b.rule, b.dtype, b.device)
+
+
+def _frozen(chunk: Chunk, tensor: torch.Tensor) -> bool:
+    return chunk.rule == "slow" and not tensor.requires_grad
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise TypeError(
+            f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, and gradients can only be averaged "
+            "dense. Use Embedding(sparse=False), or gradients='local' without warm-up."
+        )
+    return parameter.grad
+
+
+def _zeros(segment: Segment, size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=getattr(torch, segment.dtype), device=segment.device)
