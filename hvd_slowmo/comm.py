@@ -6,6 +6,7 @@ and how many collectives there are, in which order, depends on the step count an
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -175,4 +176,6 @@ class _ThreadComm:
         return np.asarray(total) if isinstance(total, np.generic) else total
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        return self._world.collect(self._world.submit(self.rank, ("gather", repr(name)), item))
+        # As bytes, as on a network: what a worker does to its item later must not reach the others.
+        number = self._world.submit(self.rank, ("gather", repr(name)), pickle.dumps(item))
+        return [pickle.loads(sent) for sent in self._world.collect(number)]

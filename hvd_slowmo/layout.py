@@ -27,6 +27,7 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -45,12 +46,13 @@ class Segment:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return sum(entry.size for entry in self.entries)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements start .. stop - 1 of a segment; `group` is the one parameter group of a piece, None for a whole chunk."""
+    """Elements start .. stop - 1 of a segment; `group` is a piece's one parameter group, None for a whole chunk."""
 
     index: int
     segment: int
@@ -62,6 +64,7 @@ class Chunk:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return self.stop - self.start
 
 
@@ -91,12 +94,12 @@ class Layout:
         ]
 
 
-def layout(segments: Sequence[Segment], groups: int, chunk_bytes: int = CHUNK_BYTES) -> Layout:
-    """Cut segments into chunks of at most chunk_bytes. Segments without an element take no part."""
+def layout(segments: Sequence[Segment], groups: int) -> Layout:
+    """Cut segments into chunks of at most CHUNK_BYTES. Segments without an element take no part."""
     chunks: list[Chunk] = []
     kept = tuple(segment for segment in segments if segment.size)
     for number, segment in enumerate(kept):
-        length = max(1, chunk_bytes // segment.itemsize)
+        length = max(1, CHUNK_BYTES // segment.itemsize)
         runs = _runs(segment)
         for start in range(0, segment.size, length):
             stop = min(start + length, segment.size)

@@ -7,6 +7,7 @@ row. Everyone decides with the table, never with its own numbers, so that everyo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class Verdict(NamedTuple):
 def verdict(ops: Ops, table: Any) -> Verdict:
     """Judge a table of shape (workers, 6 + groups)."""
     rates = table[:, RATES:]
-    valid = (rates - rates == 0) & (rates >= 0)  # neither NaN nor infinite nor negative
+    valid = (rates >= 0) & (rates < math.inf)  # false for NaN too
     wrong = (
         ops.total(ops.where(table[:, STEP] == table[0, STEP], 0.0, 1.0))
         + ops.total(ops.where(table[:, PURPOSE] == table[0, PURPOSE], 0.0, 1.0))
@@ -75,7 +76,7 @@ def complaint(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
         rates = table[:, RATES:]
         for r, row in zip(ranks, rates, strict=True):
             for group, rate in enumerate(row):
-                if not (rate - rate == 0 and rate >= 0):
+                if not 0 <= rate < math.inf:
                     return (
                         f"{name}: a learning rate on rank {r} is not a finite number >= 0: the sum over the block in "
                         f"parameter group {group} is {rate}. Nothing was written; look at the scheduler there."

@@ -71,9 +71,12 @@ def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor
     return found
 
 
-def state_tensor(base: Optimizer, parameter: torch.Tensor, key: str, like: torch.Tensor) -> torch.Tensor:
+def state_tensor(
+    base: Optimizer, parameter: torch.Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """One tensor of the state; where this worker has none yet, zeros take its place."""
     state: dict[str, Any] = base.state[parameter]
     if state.get(key) is None:
-        state[key] = torch.zeros_like(like)
-    return state[key]  # type: ignore[no-any-return]
+        state[key] = torch.zeros(shape, dtype=dtype, device=device)
+    found: torch.Tensor = state[key]
+    return found

@@ -97,9 +97,7 @@ def restore(saved: dict[str, Any], progress: Progress, vectors: Vectors) -> Prog
 
 
 def _parameters(layout: Layout) -> list[list[Any]]:
-    return [
-        [e.name, list(e.shape), e.dtype, e.group] for s in layout.segments if s.rule == "slow" for e in s.entries
-    ]
+    return [[e.name, list(e.shape), e.dtype, e.group] for s in layout.segments if s.rule == "slow" for e in s.entries]
 
 
 def _spell(parameter: list[Any]) -> str:

@@ -83,7 +83,7 @@ class HorovodComm:
         length = torch.tensor([len(sent)], dtype=torch.int64)
         lengths = self._finish(self._hvd.allgather_async(length, name=f"{name}.length", process_set=self._set))
         everything = self._finish(self._hvd.allgather_async(sent, name=name, process_set=self._set))
-        return [pickle.loads(part.numpy().tobytes()) for part in everything.split(lengths.tolist())]
+        return [pickle.loads(part.numpy().tobytes()) for part in torch.split(everything, lengths.tolist())]
 
     def _finish(self, pending: int) -> torch.Tensor:
         from horovod.common.exceptions import HorovodInternalError

@@ -66,9 +66,7 @@ class SlowMo(Optimizer):
         optimizer._setup(base_optimizer, model, config, comm, name)
         return optimizer
 
-    def _setup(
-        self, base_optimizer: Optimizer, model: nn.Module, config: SlowMoConfig, comm: Comm, name: str
-    ) -> None:
+    def _setup(self, base_optimizer: Optimizer, model: nn.Module, config: SlowMoConfig, comm: Comm, name: str) -> None:
         self.base = base_optimizer
         self.config = config
         self._model = model
@@ -129,7 +127,7 @@ class SlowMo(Optimizer):
     def __repr__(self) -> str:
         return f"SlowMo({self.base!r}, {self.config!r})"
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One inner step of the base optimizer; the outer step where it is due.
 
         Args:
@@ -205,9 +203,7 @@ class SlowMo(Optimizer):
         added = self.base.param_groups[-1]
         with torch.no_grad():
             mine = [p.detach().cpu() for p in added["params"]] if self._comm.rank == 0 else None
-            for p, value in zip(
-                added["params"], self._comm.gather(f"{self._name}.group", mine)[0], strict=True
-            ):
+            for p, value in zip(added["params"], self._comm.gather(f"{self._name}.group", mine)[0], strict=True):
                 p.copy_(value)
             self._build(plan)
             self._store.adopt(before)

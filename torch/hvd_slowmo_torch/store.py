@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -50,19 +51,18 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
                     f"parameter {position} of the base optimizer's group {number} (shape {tuple(p.shape)}) is not a "
                     "parameter of the model. Give SlowMo the model whose parameters the base optimizer has."
                 )
-            add("slow", wire_dtype(p.dtype, names[id(p)]), p, names[id(p)], number, lambda p=p: p)
+            add("slow", wire_dtype(p.dtype, names[id(p)]), p, names[id(p)], number, partial(_parameter, p))
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() or (isinstance(module, _NormBase) and key == "num_batches_tracked"):
                 full = f"{name}.{key}" if name else key
-                add("mean", torch.float64, buffer, full, 0, lambda m=module, k=key: getattr(m, k))
+                add("mean", torch.float64, buffer, full, 0, partial(_buffer, module, key))
     if config.buffers == "average" and config.tau is not None:
         for key, found in base_state.averaged(base).items():
             for p, like in found:
                 name = f"{names[id(p)]} ({key})"
-                wire = wire_dtype(like.dtype, name)
-                empty = torch.empty_like(like, device="meta")
-                add("mean", wire, like, name, 0, lambda p=p, k=key, e=empty, d=like.device: _base(base, p, k, e, d))
+                slot = partial(base_state.state_tensor, base, p, key, tuple(like.shape), like.dtype, like.device)
+                add("mean", wire_dtype(like.dtype, name), like, name, 0, slot)
     segments = [
         Segment(rule, _spell(wire), wire.itemsize, str(device), tuple(entry for entry, _ in found))
         for (rule, wire, device), found in gathered.items()
@@ -79,10 +79,13 @@ def wire_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _base(
-    base: Optimizer, parameter: torch.Tensor, key: str, like: torch.Tensor, device: torch.device
-) -> torch.Tensor:
-    return base_state.state_tensor(base, parameter, key, torch.zeros_like(like, device=device))
+def _parameter(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
+def _buffer(module: nn.Module, key: str) -> torch.Tensor:
+    found: torch.Tensor = getattr(module, key)
+    return found
 
 
 def _spell(dtype: torch.dtype) -> str:

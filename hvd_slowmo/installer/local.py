@@ -1,0 +1,36 @@
+"""The environment of workers on this machine: what horovodrun gives them, without its start of 7 to 11 seconds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def environments(size: int) -> Iterator[list[dict[str, str]]]:
+    """One environment per worker, by rank; their meeting point lives as long as the context.
+
+    Raises:
+        ImportError: Horovod is not installed.
+    """
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+    from horovod.runner.http.http_server import RendezvousServer
+
+    slots = get_host_assignments(parse_hosts(f"localhost:{size}"), size)
+    server = RendezvousServer()
+    port = server.start()
+    try:
+        server.init(slots)
+        run = {key: str(value) for key, value in create_run_env_vars("127.0.0.1", [_loopback()], port).items()}
+        yield [{**os.environ, **run, **create_slot_env_vars(slot)} for slot in slots]
+    finally:
+        server.stop()
+        server._httpd.server_close()  # stop() ends the thread and leaves the port open
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name in ("lo", "lo0")), "lo")

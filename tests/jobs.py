@@ -1,0 +1,147 @@
+"""Jobs for Horovod workers (see pool.py) that are not trainings of a problem: misuse, failures, process sets."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+
+
+def train(model: nn.Module, optimizer: SlowMo, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+
+
+def misuse(kind: str) -> str:
+    """Do one thing wrong on rank 1; returns what was raised."""
+    odd = hvd.rank() == 1
+    model: nn.Module = nn.Linear(3, 5 if odd and kind == "shape" else 4)
+    if odd and kind == "names":
+        model.other, model.weight = model.weight, None
+    if kind == "order":
+        parts = [nn.Linear(2, 2), nn.Linear(2, 2)]
+        model = nn.ModuleDict({"a": parts[0], "b": parts[1]})
+        groups = list(model["b"].parameters()) + list(model["a"].parameters()) if odd else list(model.parameters())
+    else:
+        groups = list(model.parameters())
+    if odd and kind == "type":
+        model.double()
+    base = torch.optim.SGD(groups, lr=0.1)
+    config = SlowMoConfig(tau=4 if odd and kind == "tau" else 3, beta=0.6 if odd and kind == "beta" else 0.5)
+    try:
+        optimizer = SlowMo("no optimizer" if odd and kind == "argument" else base, model, config)
+        for k in range(3):
+            if odd and k == 2:
+                if kind == "rate":
+                    base.param_groups[0]["lr"] = float("nan")
+                    before = [p.detach().clone() for p in model.parameters()]
+                if kind == "parameter":
+                    with torch.no_grad():
+                        model.weight[1, 1] = float("inf")
+                if kind == "steps":
+                    optimizer._progress = optimizer._progress._replace(step=5)
+            if odd and kind == "place" and k == 2:
+                with optimizer.averaged_parameters():
+                    pass
+            elif kind == "rate" and odd and k == 2:
+                optimizer.zero_grad()
+                optimizer.step()  # no gradients: the base optimizer leaves the parameters alone
+            else:
+                train(model, optimizer, 1)
+    except (TypeError, ValueError) as error:
+        if kind == "parameter":  # nothing was written: the infinity is still this rank's alone
+            assert bool(model.weight.isfinite().all()) != odd
+        if kind == "rate" and odd:
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def goes_on() -> float:
+    """A training after an error in the one before: the workers are still in step."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
+    train(model, optimizer, 4)
+    return model.weight.double().sum().item()
+
+
+def lost_worker(how: str) -> str:
+    """Rank 1 ends in the middle of a block; what the others see, and what they see if they go on."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
+    train(model, optimizer, 4)
+    if hvd.rank() == 1:
+        os._exit(0 if how == "ends" else 9)
+    started = time.monotonic()
+    try:
+        train(model, optimizer, 6)
+    except hvd.mpi_ops.HorovodInternalError as error:
+        first = str(error)
+    try:
+        train(model, optimizer, 6)
+    except RuntimeError as error:
+        return f"{first} | {error} | {time.monotonic() - started:.1f}"
+    return "nothing was raised"
+
+
+def stalls() -> str:
+    """Rank 1 never comes to the outer step."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
+    if hvd.rank() == 1:
+        time.sleep(120)
+    train(model, optimizer, 3)
+    return "nothing was raised"
+
+
+def halves(sets: list[list[int]]) -> list[float]:
+    """Two process sets train apart from each other, in step within."""
+    members = [hvd.add_process_set(ranks) for ranks in sets]
+    mine = next(each for each in members if each.included())
+    torch.manual_seed(hvd.rank())
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), process_set=mine)
+    train(model, optimizer, 2)
+    other = next(each for each in members if not each.included())
+    try:
+        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(), process_set=other)
+    except ValueError as error:
+        assert "is not in the process set" in str(error)
+    else:
+        raise AssertionError("a worker outside the process set was taken")
+    result = model.weight.detach().reshape(-1).tolist()
+    for each in members:
+        hvd.remove_process_set(each)
+    return result
+
+
+def averaged() -> tuple[list[float], list[float], list[float]]:
+    """Own values, the mean within averaged_parameters(), and what is there afterwards."""
+    model = nn.Linear(2, 1)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
+    with torch.no_grad():
+        model.weight += hvd.rank()
+    own = model.weight.tolist()[0]
+    with optimizer.averaged_parameters():
+        inside = model.weight.tolist()[0]
+    return own, inside, model.weight.tolist()[0]
+
+
+def large(elements: int) -> bool:
+    """Several chunks of the real length; the mean of rank-dependent values is right everywhere."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(elements)), nn.Parameter(torch.zeros(3))])
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.local_sgd(1))
+    assert len(optimizer._machine.layout.chunks) > 2
+    ramp = torch.arange(elements, dtype=torch.float32) % 1000
+    with torch.no_grad():
+        model[0].copy_(ramp * (hvd.rank() + 1))
+    optimizer.step()
+    mean = sum(ramp * (r + 1) for r in range(hvd.size())) / hvd.size()
+    return torch.equal(model[0].detach(), mean)

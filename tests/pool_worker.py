@@ -1,0 +1,35 @@
+"""One worker of `pool.Pool`: jobs come on standard input, results go to standard output, everything else to stderr."""
+
+import importlib
+import os
+import pickle
+
+from pool import Failed
+
+
+def main() -> None:
+    jobs = os.fdopen(os.dup(0), "rb")
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the results
+    import horovod.torch as hvd
+
+    hvd.init()
+    while True:
+        try:
+            job, arguments, fatal = pickle.load(jobs)
+        except EOFError:
+            break
+        module, name = job.split(":")
+        try:
+            result = getattr(importlib.import_module(module), name)(**arguments)
+        except Exception as error:
+            result = Failed(type(error).__name__, str(error))
+        pickle.dump(result, results)
+        results.flush()
+        if fatal:
+            os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
