@@ -1,6 +1,7 @@
 """The PyTorch adapter on real Horovod workers: misuse, lost workers, process sets."""
 
 import pytest
+from pool import Pool
 
 pytestmark = pytest.mark.workers
 
@@ -27,15 +28,10 @@ def test_misuse_on_one_rank_raises_on_every_rank(workers, kind):
     assert all(other == first for other in others)
 
 
-def test_two_process_sets_train_apart(workers):
-    pool = workers(4)
+def test_two_process_sets_train_apart():
+    pool = Pool(4, HOROVOD_DYNAMIC_PROCESS_SETS="1")
+    a, b, c, d = pool.run("jobs:halves", sets=[[0, 2], [1, 3]])
     pool.close()
-    pool._variables["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
-    try:
-        a, b, c, d = pool.run("jobs:halves", sets=[[0, 2], [1, 3]])
-    finally:
-        pool.close()
-        del pool._variables["HOROVOD_DYNAMIC_PROCESS_SETS"]
     assert a == c
     assert b == d
     assert a != b
@@ -62,9 +58,8 @@ def test_a_lost_worker_is_one_clear_error_and_nothing_more_is_sent(workers, how)
         assert float(said.rsplit("|", 1)[1]) < 20
 
 
-def test_a_worker_that_never_comes_is_named_with_the_tensor(workers):
-    pool = workers(2)
-    pool.close()
+def test_a_worker_that_never_comes_is_named_with_the_tensor():
+    pool = Pool(2, HOROVOD_STALL_CHECK_TIME_SECONDS="2", HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="6")
     with pytest.raises(AssertionError) as caught:
         pool.run("jobs:stalls")
     pool.close()

@@ -13,13 +13,11 @@ from hvd_slowmo.layout import Layout
 
 
 def broadcast_rest(comm: Comm, name: str, model: nn.Module, base: Optimizer, layout: Layout) -> None:
-    """Parameters that the base optimizer does not have, other buffers, and the base optimizer's state. A collective."""
+    """Frozen parameters and those that the base optimizer lacks, other buffers, the base's state. A collective."""
     carried = {entry.name for segment in layout.segments for entry in segment.entries}
-    rest = {
-        key: tensor.detach()
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if key not in carried
-    }
+    frozen = {key: p for key, p in model.named_parameters() if not p.requires_grad}  # chunks leave these alone
+    others = {key: x for key, x in [*model.named_parameters(), *model.named_buffers()] if key not in carried}
+    rest = {key: tensor.detach() for key, tensor in {**frozen, **others}.items()}
     mine = ({key: tensor.cpu() for key, tensor in rest.items()}, base.state_dict()) if comm.rank == 0 else None
     tensors, state = comm.gather(f"{name}.start", mine)[0]
     if comm.rank == 0:

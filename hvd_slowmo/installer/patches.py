@@ -1,0 +1,110 @@
+"""What is changed in Horovod's sources before they are compiled, and why."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvd_slowmo.installer.errors import InstallError
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replacement in one file.
+
+    Attributes:
+        path: the file, relative to the root of the sources.
+        before: the text to replace; it must occur exactly once.
+        after: what takes its place.
+        reason: why.
+    """
+
+    path: str
+    before: str
+    after: str
+    reason: str
+
+
+_CURE = "these are not the sources that this version of hvd-slowmo knows; update hvd-slowmo."
+
+_CXX17 = "PyTorch's headers need C++17 since 2.1; gloo and both frameworks' halves must agree on it, or linking fails"
+
+STALL_CHECK = Patch(
+    path="horovod/common/gloo/gloo_controller.cc",
+    before="global_ranks_.reserve(size_);",
+    after="global_ranks_ = std::vector<int>(size_);",
+    reason="reserve() leaves the vector empty: the stall check looks at no rank, and never reports a job that waits",
+)
+
+PATCHES: tuple[Patch, ...] = (
+    Patch("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)", _CXX17),
+    Patch("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)", _CXX17),
+    Patch(
+        path="horovod/tensorflow/CMakeLists.txt",
+        before='list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
+        after="",
+        reason="the XLA ops include a highwayhash header that TensorFlow's wheel does not ship; nothing else uses them",
+    ),
+    STALL_CHECK,
+    Patch(
+        path="horovod/torch/CMakeLists.txt",
+        before="from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+        after="import sysconfig; print(sysconfig.get_path('include'))",
+        reason="Python 3.12 has no distutils any more",
+    ),
+    Patch(
+        path="horovod/runner/js_run.py",
+        before="from distutils.spawn import find_executable",
+        after="from shutil import which as find_executable",
+        reason="Python 3.12 has no distutils any more, and horovodrun imports this file always",
+    ),
+    Patch(
+        path="setup.py",
+        before="setup_requires=require_list if is_build_action() else [],",
+        after="setup_requires=[],",
+        reason="the build would fetch run-time requirements a second time, past the user's pip settings",
+    ),
+)
+
+
+def digest(patches: tuple[Patch, ...] = PATCHES) -> str:
+    """Return a hash of what the patches do; their reasons do not count."""
+    sha = hashlib.sha256()
+    for patch in patches:
+        for part in (patch.path, patch.before, patch.after):
+            sha.update(part.encode() + b"\0")
+    return sha.hexdigest()
+
+
+def apply(root: Path, patches: tuple[Patch, ...] = PATCHES) -> None:
+    """Apply `patches` to the sources under `root`.
+
+    Raises:
+        InstallError: a file is missing, or does not hold the text to replace exactly once. Nothing is written then: all
+            patches are tried first.
+    """
+    texts: dict[Path, str] = {}
+    for patch in patches:
+        path = root / patch.path
+        if path not in texts:
+            texts[path] = _read(path, patch)
+        count = texts[path].count(patch.before)
+        if count != 1:
+            raise InstallError(
+                f"Horovod's {patch.path} holds {patch.before!r}, which is to be replaced, {count} times, not once.",
+                _CURE,
+            )
+        texts[path] = texts[path].replace(patch.before, patch.after)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def _read(path: Path, patch: Patch) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InstallError(
+            f"Horovod's sources have no readable {patch.path}, which must be patched ({patch.reason}): {error}.",
+            _CURE,
+        ) from error

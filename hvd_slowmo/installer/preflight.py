@@ -1,0 +1,147 @@
+"""What must be there before a build starts: a compiler, make, Python's headers, room on the disk."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from hvd_slowmo.installer.errors import InstallError
+from hvd_slowmo.installer.frameworks import Framework
+from hvd_slowmo.installer.options import Options
+
+NEEDED_BYTES = 2 * 10**9
+"""A build for both frameworks takes 0.6 GB; its parts on a GPU machine and pip's downloads need room too."""
+
+_COMPILERS = ("c++", "g++", "clang++")
+_PROGRAM = "#include <optional>\nint main() { std::optional<int> x = 0; if constexpr (true) { return *x; } }\n"
+_COMPILER_CURE = (
+    "install a C++17 compiler and make (Debian, Ubuntu: `apt install g++ make`; Fedora: `dnf install gcc-c++ make`; "
+    "conda: `conda install cxx-compiler make`), or name a compiler in the environment variable CXX."
+)
+
+
+def require_platform() -> None:
+    """Check that Horovod runs on this system at all.
+
+    Raises:
+        InstallError: it is Windows.
+    """
+    if sys.platform == "win32":
+        raise InstallError(
+            "Horovod does not run on Windows.", "use Linux, for instance in the Windows Subsystem for Linux (WSL)."
+        )
+
+
+def require_compiler(env: Mapping[str, str]) -> str:
+    """Return the C++ compiler that CMake will take, tried on a small C++17 program.
+
+    Raises:
+        InstallError: there is none, or it does not work.
+    """
+    path = env.get("PATH", os.defpath)
+    named = shlex.split(env.get("CXX", ""))
+    candidates = [named[0]] if named else list(_COMPILERS)
+    compiler = next((found for name in candidates if (found := shutil.which(name, path=path))), None)
+    if compiler is None:
+        tried = ", ".join(candidates)
+        raise InstallError(
+            f"No C++ compiler was found (tried {tried}); Horovod is compiled on this machine.", _COMPILER_CURE
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "try.cc")
+        source.write_text(_PROGRAM, encoding="utf-8")
+        command = [compiler, *named[1:], "-std=c++17", str(source), "-o", str(Path(folder, "try"))]
+        result = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise InstallError(f"{compiler} cannot compile a C++17 program:\n{result.stderr.strip()}", _COMPILER_CURE)
+    return compiler
+
+
+def require_make(env: Mapping[str, str]) -> None:
+    """Check that there is a make, which CMake drives.
+
+    Raises:
+        InstallError: there is none.
+    """
+    path = env.get("PATH", os.defpath)
+    if not any(shutil.which(name, path=path) for name in ("make", "gmake")):
+        raise InstallError("The program make was not found; Horovod's build needs it.", _COMPILER_CURE)
+
+
+def require_headers(frameworks: tuple[Framework, ...], include: Path | None = None) -> None:
+    """Check that Python's C headers are installed, if PyTorch's half is to be built.
+
+    Raises:
+        InstallError: they are not.
+    """
+    folder = Path(sysconfig.get_path("include")) if include is None else include
+    if any(framework.name == "torch" for framework in frameworks) and not (folder / "Python.h").exists():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise InstallError(
+            f"Python's C headers are missing ({folder / 'Python.h'}).",
+            f"install them (Debian, Ubuntu: `apt install python{version}-dev`; Fedora: `dnf install python3-devel`).",
+        )
+
+
+def require_space(folder: Path, needed: int = NEEDED_BYTES) -> None:
+    """Check that the disk of `folder` has room for a build.
+
+    Raises:
+        InstallError: it has not.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InstallError(
+            f"The build needs {needed / 1e9:.1f} GB on the disk of {folder}, and {free / 1e9:.1f} GB are free.",
+            "free some space, or name a folder on another disk in the environment variable XDG_CACHE_HOME.",
+        )
+
+
+def require_mpi(options: Options, env: Mapping[str, str]) -> None:
+    """Check for MPI, where `--mpi` asks for it.
+
+    Raises:
+        InstallError: its compiler wrapper is missing.
+    """
+    if options.mpi and shutil.which("mpicxx", path=env.get("PATH", os.defpath)) is None:
+        raise InstallError(
+            "--mpi needs an MPI with its compiler wrapper mpicxx, and none was found.",
+            "install one (Debian, Ubuntu: `apt install libopenmpi-dev openmpi-bin`), or leave --mpi out.",
+        )
+
+
+def require_cuda(options: Options, frameworks: tuple[Framework, ...], env: Mapping[str, str]) -> None:
+    """Check for CUDA, where `--nccl` asks for it.
+
+    Raises:
+        InstallError: a framework was built without CUDA, or there is no CUDA toolkit.
+    """
+    if not options.nccl:
+        return
+    without = [f"{framework.title} {framework.version}" for framework in frameworks if not framework.cuda]
+    if without:
+        raise InstallError(
+            f"--nccl needs frameworks built with CUDA, and {' and '.join(without)} is not.",
+            "install the framework's CUDA build (`pip install torch`, `pip install tensorflow[and-cuda]`), "
+            "or leave --nccl out.",
+        )
+    homes = [env[name] for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH") if env.get(name)]
+    places = os.pathsep.join(
+        [*(str(Path(home, "bin")) for home in homes), env.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    )
+    if shutil.which("nvcc", path=places) is None:
+        raise InstallError(
+            "--nccl needs the CUDA toolkit with its compiler nvcc, and none was found.",
+            "install the CUDA toolkit of your framework's CUDA version and NCCL's headers (Debian, Ubuntu: "
+            "`apt install libnccl-dev`), and name its folder in the variable CUDA_HOME; or leave --nccl out.",
+        )

@@ -1,0 +1,104 @@
+"""Running a command: all output into a log, progress told while it runs, nothing left behind when it is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from hvd_slowmo.installer.reporter import Reporter
+
+_TICK_SECONDS = 0.5
+_CMAKE_PERCENT = re.compile(r"^\[\s*(\d{1,3})%\]")
+
+
+def run(
+    command: Sequence[str],
+    log: Path,
+    reporter: Reporter,
+    *,
+    what: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> int:
+    """Run `command`, append its output (both streams) to `log`, and return its exit status.
+
+    While it runs, the reporter is told every now and then how long it has run and, where the output is CMake's, how far
+    it is.
+
+    Raises:
+        OSError: the command cannot be started, or the log cannot be written.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    percent: int | None = None
+    with log.open("a", encoding="utf-8", errors="replace") as sink:
+        sink.write(f"$ {' '.join(command)}\n")
+        sink.flush()
+        process = subprocess.Popen(
+            command,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # a compiler's children end with it: see stop()
+        )
+        try:
+            assert process.stdout is not None
+            lines: queue.Queue[str | None] = queue.Queue()
+            threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
+            while True:
+                try:
+                    line = lines.get(timeout=_TICK_SECONDS)
+                except queue.Empty:
+                    reporter.progress(what, percent, time.monotonic() - started)
+                    continue
+                if line is None:
+                    break
+                sink.write(line)
+                reporter.detail(line.rstrip("\n"))
+                if match := _CMAKE_PERCENT.match(line):
+                    percent = int(match.group(1))
+                    reporter.progress(what, percent, time.monotonic() - started)
+            return process.wait()
+        finally:
+            stop(process)
+            reporter.finish_progress()
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process started in a session of its own, with all its children; nothing happens if it has ended."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """Return the end of a log, "" if it cannot be read."""
+    try:
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""
+
+
+def _read_lines(stream: IO[str], lines: queue.Queue[str | None]) -> None:
+    with contextlib.suppress(ValueError):  # the stream was closed because the command was stopped
+        for line in stream:
+            lines.put(line)
+    lines.put(None)

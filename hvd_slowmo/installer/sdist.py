@@ -1,0 +1,130 @@
+"""Horovod's sources: fetched by pip, checked against a pinned hash, unpacked safely."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from hvd_slowmo.installer.errors import InstallError
+from hvd_slowmo.installer.pip import Pip
+from hvd_slowmo.installer.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Sdist:
+    """A source distribution.
+
+    Attributes:
+        name: the distribution's name.
+        version: its version.
+        sha256: hash of the archive.
+    """
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        """Name of the archive."""
+        return f"{self.name}-{self.version}.tar.gz"
+
+
+HOROVOD = Sdist("horovod", "0.28.1", "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0")
+
+
+def fetch(sdist: Sdist, folder: Path, work: Path, tools_env: Mapping[str, str], pip: Pip, reporter: Reporter) -> Path:
+    """Return the archive of `sdist` in `folder`; it is downloaded if it is not there.
+
+    Args:
+        sdist: what to fetch.
+        folder: where archives are kept.
+        work: an existing folder for the download.
+        tools_env: environment in which setuptools can be imported; pip asks the sources for their metadata.
+        pip: downloads.
+        reporter: is told.
+
+    Raises:
+        InstallError: pip cannot download it, or the archive is not the expected one.
+    """
+    kept = folder / sdist.filename
+    if kept.exists():
+        verify(sdist, kept)
+        return kept
+    reporter.say(f"Downloading {sdist.filename}")
+    requirement = work / "sdist.txt"
+    requirement.write_text(f"{sdist.name}=={sdist.version} --hash=sha256:{sdist.sha256}\n", encoding="utf-8")
+    # pip checks the hash too, before it runs the sources' setup.py for their metadata.
+    arguments = ["download", "--require-hashes", "--no-deps", "--no-binary", sdist.name, "--no-build-isolation"]
+    pip.run(
+        [*arguments, "--dest", str(work), "--requirement", str(requirement)],
+        reporter,
+        what=f"downloading {sdist.filename}",
+        cure=f"check the network and pip's settings (`pip config list`); or fetch {sdist.filename} elsewhere, say from "
+        f"https://pypi.org/project/{sdist.name}/{sdist.version}/#files, and put it into {folder}.",
+        env=tools_env,
+        # Elsewhere than in a checkout of this project, whose folders would be importable.
+        cwd=work,
+    )
+    verify(sdist, work / sdist.filename)
+    folder.mkdir(parents=True, exist_ok=True)
+    incoming = folder / f".{sdist.filename}.{os.getpid()}"
+    shutil.copyfile(work / sdist.filename, incoming)
+    incoming.replace(kept)
+    return kept
+
+
+def verify(sdist: Sdist, archive: Path) -> None:
+    """Check an archive against the pinned hash.
+
+    Raises:
+        InstallError: it is missing, or another one.
+    """
+    try:
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InstallError(f"{archive} cannot be read: {error}.", "run again; pip should have put it there.") from error
+    if found != sdist.sha256:
+        raise InstallError(
+            f"The checksum of {archive} is {found}, and that of {sdist.name} {sdist.version} is {sdist.sha256}: "
+            "the file is damaged or another one.",
+            f"delete {archive} and run again; if it happens again, pip's package index does not serve the original.",
+        )
+
+
+def unpack(sdist: Sdist, archive: Path, folder: Path) -> Path:
+    """Unpack `archive` into `folder` and return the root of the sources.
+
+    Raises:
+        InstallError: the archive would write outside `folder`, or has no such root.
+    """
+    root = f"{sdist.name}-{sdist.version}"
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+        for member in members:
+            parts = PurePosixPath(member.name).parts
+            if (
+                not parts
+                or parts[0] != root
+                or ".." in parts
+                or not (member.isreg() or member.isdir() or _harmless_link(member))
+            ):
+                raise InstallError(
+                    f"{archive} holds an entry that may not be unpacked: {member.name!r}.",
+                    f"delete {archive} and run again.",
+                )
+        if hasattr(tarfile, "data_filter"):  # Python 3.12, and late releases of 3.10 and 3.11
+            tar.extractall(folder, members=members, filter="data")
+        else:
+            tar.extractall(folder, members=members)
+    return folder / root
+
+
+def _harmless_link(member: tarfile.TarInfo) -> bool:
+    target = PurePosixPath(member.linkname)
+    return member.issym() and not target.is_absolute() and ".." not in target.parts

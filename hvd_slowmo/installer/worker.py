@@ -1,0 +1,63 @@
+"""One of two workers of `hvd_slowmo.installer.check`; a script on its own, which imports nothing of hvd_slowmo.
+
+Arguments: the framework ("torch" or "tensorflow") and the task. "allreduce" sums a tensor of rank + 1; "stall" lets
+rank 0 wait for a tensor that rank 1 never sends. Prints one line of JSON, marked so that it is found among the
+frameworks' messages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from types import ModuleType
+
+
+def torch_sum(hvd: ModuleType, value: float, name: str) -> list[float]:
+    """Return the sum over workers of a tensor full of `value`, as a list."""
+    import torch
+
+    total: list[float] = hvd.allreduce(torch.full((1000,), value), op=hvd.Sum, name=name).tolist()
+    return total
+
+
+def tensorflow_sum(hvd: ModuleType, value: float, name: str) -> list[float]:
+    """Return the sum over workers of a tensor full of `value`, as a list."""
+    import tensorflow as tf
+
+    with tf.device("/cpu:0"):
+        total: list[float] = hvd.allreduce(tf.fill((1000,), value), op=hvd.Sum, name=name).numpy().tolist()
+    return total
+
+
+def main() -> None:
+    """Do the task and print what came of it."""
+    framework, task = sys.argv[1:]
+    if framework == "torch":
+        import horovod.torch as hvd
+
+        total = torch_sum
+    else:
+        import horovod.tensorflow as hvd
+
+        total = tensorflow_sum
+    hvd.init()
+    facts = {"gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()), "nccl": bool(hvd.nccl_built())}
+    if task == "allreduce":
+        facts["ok"] = total(hvd, hvd.rank() + 1.0, "hvd_slowmo.check") == [3.0] * 1000
+    elif hvd.rank() == 0:
+        try:
+            total(hvd, 1.0, "hvd_slowmo.stall")
+            facts["ok"] = False
+        except Exception:  # each framework raises its own class
+            facts["ok"] = True
+    else:
+        time.sleep(60)
+    print("hvd-slowmo-check " + json.dumps(facts), flush=True)
+    if task == "stall":
+        # Horovod has shut itself down after the error; its own exit handler would wait for the others.
+        os._exit(0)
+
+
+main()

@@ -1,0 +1,50 @@
+"""A few starts with horovodrun itself, as users start their jobs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+HOROVODRUN = Path(sys.executable).with_name("horovodrun")
+
+SCRIPT = """
+import horovod.torch as hvd, torch
+import hvd_slowmo.torch as slowmo
+{init}
+model = torch.nn.Linear(3, 2)
+optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, slowmo.SlowMoConfig(tau=2))
+for k in range(4):
+    optimizer.zero_grad()
+    model(torch.full((1, 3), float(hvd.rank() + k))).sum().backward()
+    optimizer.step()
+print("weight", model.weight.double().sum().item())
+"""
+
+
+def horovodrun(tmp_path, text, *options):
+    script = tmp_path / "train.py"
+    script.write_text(text)
+    return subprocess.run(
+        [HOROVODRUN, *options, sys.executable, script], capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+@pytest.mark.parametrize("options", [("-np", "2"), ("-np", "4", "-H", "localhost:2,127.0.0.1:2")])
+def test_a_script_under_horovodrun(tmp_path, options):
+    result = horovodrun(tmp_path, SCRIPT.format(init="hvd.init()"), *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = [line.split()[-1] for line in result.stdout.splitlines() if "weight" in line]
+    assert len(weights) == int(options[1])
+    assert len(set(weights)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_a_script_that_forgets_init_is_told_so(tmp_path):
+    result = horovodrun(tmp_path, SCRIPT.format(init=""), "-np", "2")
+    assert result.returncode != 0
+    assert "Horovod has not been initialized, and this is one of 2 workers. Call hvd.init() first." in result.stderr
