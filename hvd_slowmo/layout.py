@@ -35,7 +35,7 @@ class Entry:
 class Segment:
     """Tensors that travel as one flat vector of `dtype` on `device`.
 
-    rule: "slow" for parameters (outer update), "mean" for statistics and buffers (the workers' mean).
+    rule: "slow" for parameters of one type (outer update), "mean" for statistics and buffers (the workers' mean).
     """
 
     rule: str

@@ -36,6 +36,9 @@ class Store(Protocol):
     def write(self, vector: str, chunk: Chunk, value: Any) -> None:
         """Set that stretch; value is not kept."""
 
+    def written(self, chunk: Chunk, anchor: Any) -> Any:
+        """The anchor as the parameters' own type holds it, in the wire's type; `anchor` itself where that is exact."""
+
     def zeros(self, chunk: Chunk) -> Any:
         """A tensor of zeros like the chunk's."""
 
@@ -162,6 +165,11 @@ class Machine:
     def _update(self, piece: Chunk, mean: Any, coefficients: Momentum) -> None:
         anchor = self._store.read("anchor", piece)
         v = self._store.read("v", piece) if "v" in self.config.vectors else None
+        written = self._store.written(piece, anchor)
+        if written is not anchor:
+            # The block began at what half precision kept of the anchor. What that dropped is no progress of the block:
+            # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum.
+            mean = mean + (anchor - written)
         mine = Momentum(*(self._ops.like(c[piece.group], mean) for c in coefficients))
         anchor, v = outer_update(self.config, mean, anchor, v, mine)
         self._store.write("model", piece, anchor)

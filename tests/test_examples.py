@@ -69,8 +69,10 @@ def test_more_workers_than_batches_is_an_error() -> None:
 
 def test_megabytes() -> None:
     args = common.parse(None, arguments=["--tau", "10"])
-    sent = {name: common.megabytes(config(args), 95, 4_000_000) for name, config in common.METHODS.items()}
+    configs = {name: method(args) for name, method in common.METHODS.items()}
+    sent = {name: common.megabytes(config, 95, 4_000_000, workers=4) for name, config in configs.items()}
     assert sent == {"ar-sgd": 380, "local-sgd": 36, "slowmo": 36}
+    assert common.megabytes(configs["ar-sgd"], 95, 4_000_000, workers=1) == 0
 
 
 def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

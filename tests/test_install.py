@@ -276,6 +276,9 @@ def test_frameworks_are_found_without_importing_them(tmp_path):
     (tmp_path / "torch" / "version.py").write_text(
         "__version__ = '2.9.1+cu130'\ncuda: Optional[str] = '13.0'\nhip = None\n"
     )
+    headers = tmp_path / "torch" / "include" / "ATen"
+    headers.mkdir(parents=True)
+    (headers / "ATen.h").write_text("#error C++20 or later compatible compiler is required to use ATen.\n")
     info = "build_info = collections.OrderedDict([('is_cuda_build', True), ('cuda_version', '12.5')])\n"
     (tmp_path / "tensorflow" / "python" / "platform" / "build_info.py").write_text(info)
     metadata = tmp_path / "tensorflow_cpu-2.20.0.dist-info"
@@ -284,10 +287,12 @@ def test_frameworks_are_found_without_importing_them(tmp_path):
     code = """
         from hvd_slowmo.installer.frameworks import detect, package_folder
         assert package_folder("namespace") is None and package_folder("absent") is None
-        print([(f.name, f.version, f.cuda) for f in detect()])
+        print([(f.name, f.version, f.cuda, f.cxx) for f in detect()])
     """
     found = _python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
-    assert found.stdout.strip() == "[('torch', '2.9.1+cu130', True), ('tensorflow', '2.20.0', True)]", found.stderr
+    assert found.stdout.strip() == "[('torch', '2.9.1+cu130', True, 20), ('tensorflow', '2.20.0', True, 17)]", (
+        found.stderr
+    )
     assert package_folder("hvd_slowmo") == ROOT / "hvd_slowmo"
 
 
@@ -353,6 +358,9 @@ def test_the_build_gets_its_own_settings_and_not_those_of_an_outer_make(tmp_path
     assert got["HOROVOD_GPU_OPERATIONS"] == "NCCL"
     assert got["HOROVOD_BUILD_CUDA_CC_LIST"] == "90"
     assert got["PATH"].startswith(f"{tmp_path / 'bin'}:")
+    assert got[patches.CXX_STANDARD] == "17"
+    newer = (replace(TORCH, cxx=20), TENSORFLOW)
+    assert build_environment(tmp_path, env, newer, Options())[patches.CXX_STANDARD] == "20"
     assert passed_on(env) == {"CXX": "g++", "HOROVOD_BUILD_CUDA_CC_LIST": "90"}
 
 
@@ -427,7 +435,7 @@ def test_a_build_ends_in_a_patched_wheel_with_its_record_and_the_next_one_takes_
 @pytest.mark.parametrize(
     ("setup", "library", "says"),
     [
-        ("print('error: gloo is broken'); raise SystemExit(3)", "mpi_lib_v2.x.so", "exit status 3"),
+        ("print('a.cc:1: error: no'); raise SystemExit(3)", "mpi_lib_v2.x.so", r"exit status 3.:\na\.cc:1: error: no"),
         (GOOD_SETUP, "other.so", "without a usable wheel"),
         (GOOD_SETUP.replace('version="9.9"', "version=nonsense"), "mpi_lib_v2.x.so", "nonsense"),
     ],

@@ -66,6 +66,7 @@ def build_environment(
     clean = {name: value for name, value in env.items() if name not in _DROPPED and not name.startswith(own)}
     result = tools_environment(tools, clean)
     result.update(
+        **{patches.CXX_STANDARD: str(cxx_standard(frameworks))},
         HOROVOD_CMAKE=str(tools / "bin" / "cmake"),
         HOROVOD_WITH_GLOO="1",
         HOROVOD_WITHOUT_MXNET="1",
@@ -79,6 +80,11 @@ def build_environment(
     if options.nccl:
         result["HOROVOD_GPU_OPERATIONS"] = "NCCL"
     return result
+
+
+def cxx_standard(frameworks: tuple[Framework, ...]) -> int:
+    """Return the C++ standard to compile with."""
+    return max(framework.cxx for framework in frameworks)
 
 
 def build_wheel(
@@ -117,8 +123,8 @@ def build_wheel(
     status = process.run(command, log, reporter, what="building Horovod", env=env, cwd=source)
     if status != 0:
         raise InstallError(
-            f"Horovod's build failed (exit status {status}). The log ends:\n{process.last_lines(log)}",
-            "look for the first `error:` in the log; `hvd-slowmo doctor` shows the compiler and the versions in use.",
+            f"Horovod's build failed (exit status {status}):\n{process.first_error(log)}",
+            "the log says more; `hvd-slowmo doctor` shows the compiler and the versions in use.",
             log,
         )
     built = sorted(wheels.glob("*.whl"))

@@ -51,7 +51,7 @@ def examine(env: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding(Level.OK, f"hvd-slowmo {__version__}, Python {platform.python_version()} ({sys.executable})")
     frameworks = detect()
     yield from _frameworks(frameworks)
-    yield _compiler(env)
+    yield _compiler(env, max((framework.cxx for framework in frameworks), default=17))
     try:
         version = importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:
@@ -98,9 +98,9 @@ def _frameworks(found: tuple[Framework, ...]) -> Iterator[Finding]:
             yield Finding(Level.NOTE, "Keras, of an unknown version")
 
 
-def _compiler(env: Mapping[str, str]) -> Finding:
+def _compiler(env: Mapping[str, str], standard: int) -> Finding:
     try:
-        compiler = preflight.require_compiler(env)
+        compiler = preflight.require_compiler(env, standard)
     except InstallError as error:
         return Finding(Level.NOTE, f"{error.cause} It is needed only to build Horovod anew.", error.cure)
     result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
@@ -168,7 +168,7 @@ def _operations(facts: Mapping[str, bool], frameworks: tuple[Framework, ...]) ->
     text = "Horovod's operations: " + (", ".join(have) or "none")
     if not facts.get("nccl") and any(framework.cuda for framework in frameworks):
         cure = "for GPU training over NCCL run `hvd-slowmo install-horovod --nccl`; it needs the CUDA toolkit."
-        return Finding(Level.NOTE, text + "; GPU tensors would go through the processors", cure)
+        return Finding(Level.NOTE, text + "; of GPU tensors PyTorch's are refused, TensorFlow's copied", cure)
     return Finding(Level.OK, text)
 
 

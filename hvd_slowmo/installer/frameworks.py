@@ -28,11 +28,13 @@ class Framework:
         name: its import name, "torch" or "tensorflow".
         version: its full version, with the local part (2.13.0+cpu).
         cuda: whether it was built with CUDA.
+        cxx: the oldest C++ standard that its headers compile with.
     """
 
     name: str
     version: str
     cuda: bool
+    cxx: int = 17
 
     @property
     def title(self) -> str:
@@ -99,7 +101,14 @@ def _torch() -> Framework | None:
     text = _read(folder / "version.py")
     version = re.search(r"""^__version__\s*=\s*['"]([^'"]+)['"]""", text, re.MULTILINE)
     cuda = re.search(r"""^cuda\b[^=\n]*=\s*['"]""", text, re.MULTILINE)
-    return Framework("torch", version.group(1) if version else _distribution_version("torch"), cuda is not None)
+    # "C++20 or later compatible compiler is required to use ATen."
+    standard = re.search(r"C\+\+(\d\d) or later", _read(folder / "include" / "ATen" / "ATen.h"))
+    return Framework(
+        name="torch",
+        version=version.group(1) if version else _distribution_version("torch"),
+        cuda=cuda is not None,
+        cxx=max(17, int(standard.group(1))) if standard else 17,
+    )
 
 
 def _tensorflow() -> Framework | None:

@@ -61,7 +61,7 @@ def obtain_wheel(
     if not options.rebuild and (wheel := cache.find(wanted)) is not None:
         reporter.say(f"Horovod {wanted.horovod} for {describe(frameworks)} was built before: {wheel}")
         return wheel
-    preflight.require_compiler(env)
+    preflight.require_compiler(env, build.cxx_standard(frameworks))
     preflight.require_make(env)
     preflight.require_headers(frameworks)
     preflight.require_mpi(options, env)

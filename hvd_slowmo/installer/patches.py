@@ -28,7 +28,13 @@ class Patch:
 
 _CURE = "these are not the sources that this version of hvd-slowmo knows; update hvd-slowmo."
 
-_CXX17 = "PyTorch's headers need C++17 since 2.1; gloo and both frameworks' halves must agree on it, or linking fails"
+CXX_STANDARD = "HVD_SLOWMO_CXX_STANDARD"
+"""Variable of the build's environment that holds the C++ standard to compile with."""
+
+_CXX = (
+    "PyTorch's headers need C++17 since 2.1, C++20 in its newest releases; gloo must be compiled as PyTorch's half is, "
+    "or linking fails"
+)
 
 STALL_CHECK = Patch(
     path="horovod/common/gloo/gloo_controller.cc",
@@ -38,8 +44,25 @@ STALL_CHECK = Patch(
 )
 
 PATCHES: tuple[Patch, ...] = (
-    Patch("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)", _CXX17),
-    Patch("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)", _CXX17),
+    Patch(
+        path="CMakeLists.txt",
+        before="set(CMAKE_CXX_STANDARD 14)",
+        after=f"set(CMAKE_CXX_STANDARD $ENV{{{CXX_STANDARD}}})",
+        reason=_CXX,
+    ),
+    Patch(
+        path="horovod/torch/CMakeLists.txt",
+        before="set(CMAKE_CXX_STANDARD 14)",
+        after=f"set(CMAKE_CXX_STANDARD $ENV{{{CXX_STANDARD}}})",
+        reason=_CXX,
+    ),
+    Patch(
+        path="cmake/Modules/FindPytorch.cmake",
+        before='-c "import torch; from torch.utils.cpp_extension import CUDA_HOME; print(True if (',
+        after='-c "import os, torch; from torch.utils.cpp_extension import CUDA_HOME; '
+        "print(True if (os.environ.get('HOROVOD_GPU_OPERATIONS') and ",
+        reason="a CUDA build of PyTorch beside any nvcc, complete or not, would pull CUDA in where nobody asked for it",
+    ),
     Patch(
         path="horovod/tensorflow/CMakeLists.txt",
         before='list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',

@@ -22,8 +22,8 @@ NEEDED_BYTES = 2 * 10**9
 _COMPILERS = ("c++", "g++", "clang++")
 _PROGRAM = "#include <optional>\nint main() { std::optional<int> x = 0; if constexpr (true) { return *x; } }\n"
 _COMPILER_CURE = (
-    "install a C++17 compiler and make (Debian, Ubuntu: `apt install g++ make`; Fedora: `dnf install gcc-c++ make`; "
-    "conda: `conda install cxx-compiler make`), or name a compiler in the environment variable CXX."
+    "install a recent C++ compiler and make (Debian, Ubuntu: `apt install g++ make`; Fedora: `dnf install gcc-c++ "
+    "make`; conda: `conda install cxx-compiler make`), or name a compiler in the environment variable CXX."
 )
 
 
@@ -39,8 +39,8 @@ def require_platform() -> None:
         )
 
 
-def require_compiler(env: Mapping[str, str]) -> str:
-    """Return the C++ compiler that CMake will take, tried on a small C++17 program.
+def require_compiler(env: Mapping[str, str], standard: int = 17) -> str:
+    """Return the C++ compiler that CMake will take, tried on a small program in C++ of that `standard`.
 
     Raises:
         InstallError: there is none, or it does not work.
@@ -57,10 +57,12 @@ def require_compiler(env: Mapping[str, str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "try.cc")
         source.write_text(_PROGRAM, encoding="utf-8")
-        command = [compiler, *named[1:], "-std=c++17", str(source), "-o", str(Path(folder, "try"))]
+        command = [compiler, *named[1:], f"-std=c++{standard}", str(source), "-o", str(Path(folder, "try"))]
         result = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise InstallError(f"{compiler} cannot compile a C++17 program:\n{result.stderr.strip()}", _COMPILER_CURE)
+        raise InstallError(
+            f"{compiler} cannot compile a C++{standard} program:\n{result.stderr.strip()}", _COMPILER_CURE
+        )
     return compiler
 
 

@@ -17,6 +17,7 @@ from typing import IO
 from hvd_slowmo.installer.reporter import Reporter
 
 _TICK_SECONDS = 0.5
+_ERROR = re.compile(r"(?<!\w)error:|^CMake Error|undefined reference|multiple definition", re.IGNORECASE)
 _CMAKE_PERCENT = re.compile(r"^\[\s*(\d{1,3})%\]")
 
 
@@ -89,12 +90,13 @@ def stop(process: subprocess.Popen[str]) -> None:
             stream.close()
 
 
-def last_lines(log: Path, count: int = 15) -> str:
-    """Return the end of a log, "" if it cannot be read."""
-    try:
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
-    except OSError:
-        return ""
+def first_error(log: Path, count: int = 8) -> str:
+    """Return the first error of a compiler or CMake in a log and what follows it, or else the log's end."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines):
+        if _ERROR.search(line):
+            return "\n".join(lines[number : number + count])
+    return "\n".join(lines[-count:])
 
 
 def _read_lines(stream: IO[str], lines: queue.Queue[str | None]) -> None:

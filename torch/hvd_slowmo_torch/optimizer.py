@@ -20,6 +20,7 @@ from hvd_slowmo.ops import EagerOps
 from hvd_slowmo.schedule import block_position
 from hvd_slowmo_torch import base as base_state
 from hvd_slowmo_torch import checkpoint
+from hvd_slowmo_torch.amp import scaled_step
 from hvd_slowmo_torch.comm import connect
 from hvd_slowmo_torch.start import broadcast_rest
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
@@ -45,6 +46,10 @@ class SlowMo(Optimizer):
     Raises:
         TypeError, ValueError: on every rank, if an argument is wrong on one, or settings or models differ.
     """
+
+    _step_supports_amp_scaling = True  # see amp.py
+    grad_scale: torch.Tensor | None  # set by GradScaler, during its call of step() only
+    found_inf: Any
 
     def __init__(
         self,
@@ -146,7 +151,10 @@ class SlowMo(Optimizer):
         rates = np.array([float(group["lr"]) for group in self.param_groups])
         if self._machine.plan(self._progress).average_gradients:
             closure = self._averaged(closure)
-        loss = self.base.step() if closure is None else self.base.step(closure)
+        if hasattr(self, "found_inf"):
+            loss = scaled_step(self.base, self.grad_scale, self.found_inf)
+        else:
+            loss = self.base.step() if closure is None else self.base.step(closure)
         with torch.no_grad():
             self._progress = self._machine.tick(self._progress, rates)
         return loss

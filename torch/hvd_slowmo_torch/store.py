@@ -38,11 +38,12 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
         TypeError: complex or integer parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    gathered: dict[tuple[str, torch.dtype, torch.device], list[tuple[Entry, Slot]]] = {}
+    gathered: dict[tuple[str, torch.dtype, torch.dtype, torch.device], list[tuple[Entry, Slot]]] = {}
 
     def add(rule: str, wire: torch.dtype, tensor: torch.Tensor, name: str, group: int, slot: Slot) -> None:
         entry = Entry(name, tuple(tensor.shape), _spell(tensor.dtype), group)
-        gathered.setdefault((rule, wire, tensor.device), []).append((entry, slot))
+        own = tensor.dtype if rule == "slow" else wire  # statistics of all types travel together
+        gathered.setdefault((rule, wire, own, tensor.device), []).append((entry, slot))
 
     for number, group in enumerate(base.param_groups):
         for position, p in enumerate(group["params"]):
@@ -65,7 +66,7 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
                 add("mean", wire_dtype(like.dtype, name), like, name, 0, slot)
     segments = [
         Segment(rule, _spell(wire), wire.itemsize, str(device), tuple(entry for entry, _ in found))
-        for (rule, wire, device), found in gathered.items()
+        for (rule, wire, _, device), found in gathered.items()
     ]
     slots = tuple(tuple(slot for _, slot in found) for found in gathered.values())
     laid = layout(segments, len(base.param_groups))
@@ -147,6 +148,10 @@ class TorchStore:
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    def written(self, chunk: Chunk, anchor: torch.Tensor) -> torch.Tensor:
+        own = getattr(torch, self.layout.segments[chunk.segment].entries[0].dtype)
+        return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
+
     def zeros(self, chunk: Chunk) -> torch.Tensor:
         return _zeros(self.layout.segments[chunk.segment], chunk.size)
 
@@ -212,7 +217,7 @@ class TorchStore:
 
 
 def _same_place(a: Segment, b: Segment) -> bool:
-    return (a.rule, a.dtype, a.device) == (b.rule, b.dtype, b.device)
+    return (a.rule, a.dtype, a.device, a.entries[0].dtype) == (b.rule, b.dtype, b.device, b.entries[0].dtype)
 
 
 def _frozen(chunk: Chunk, tensor: torch.Tensor) -> bool:
