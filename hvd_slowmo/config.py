@@ -10,6 +10,7 @@ from typing import Any
 
 BUFFERS = ("maintain", "reset", "average")
 GRADIENTS = ("local", "all")
+NONFINITE = ("raise", "exclude")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class SlowMoConfig:
     buffers: str = "maintain"
     gradients: str = "local"
     warmup_steps: int = 0
+    nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
         if self.tau is not None:
@@ -55,6 +57,7 @@ class SlowMoConfig:
                 raise TypeError(f"`{name}` must be True or False. Received: {name}={getattr(self, name)!r}")
         _one_of("buffers", self.buffers, BUFFERS)
         _one_of("gradients", self.gradients, GRADIENTS)
+        _one_of("nonfinite", self.nonfinite, NONFINITE)
         self._set("warmup_steps", _integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         for complaint in self._without_effect():
             warnings.warn(complaint, UserWarning, stacklevel=3)
@@ -68,7 +71,7 @@ class SlowMoConfig:
             idle = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers")
+                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers", "nonfinite")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:

@@ -6,16 +6,30 @@ State is two things. `Progress`, scalars passed by value through `start` and `ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.layout import Chunk, Layout
-from hvd_slowmo.ledger import AVERAGE, OUTER, Row, complaint, oddity, verdict
+from hvd_slowmo.ledger import (
+    AVERAGE,
+    COVERED,
+    LEAVING,
+    RATES,
+    TAKEN,
+    TRAINING,
+    Row,
+    Verdict,
+    complaint,
+    exclusion,
+    oddity,
+    send,
+    verdict,
+)
 from hvd_slowmo.ops import Ops
 from hvd_slowmo.outer import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.schedule import Plan, plan
+from hvd_slowmo.schedule import Plan, block_position, plan
 
 
 class Progress(NamedTuple):
@@ -23,8 +37,10 @@ class Progress(NamedTuple):
 
     step: Any  # int64: inner steps completed
     since: Any  # int64: own inner steps since the last average
-    rates: Any  # float64 (G,): sum of the base rates over the steps of this block
+    covered: Any  # int64: steps of this block that `rates` covers
+    rates: Any  # float64 (G,): sum of the base rates over those steps
     gamma: Any  # float64 (G,): mean base rate of the block before; 0 while there is none
+    excluded: Any  # int64: averages that left this worker out because its parameters were not finite
 
 
 class Store(Protocol):
@@ -43,7 +59,7 @@ class Store(Protocol):
         """A tensor of zeros like the chunk's."""
 
     def present(self) -> Any:
-        """A tensor for `Comm` with a 1 for every parameter that has a gradient here, else 0."""
+        """A vector of scalars with a 1 for every parameter that has a gradient here, else 0."""
 
     def admit(self, counts: Any) -> None:
         """How many workers have a gradient for each parameter: where somebody has, those without one have zeros."""
@@ -53,6 +69,16 @@ class Store(Protocol):
 
     def reset_base(self) -> None:
         """Give the base optimizer's buffers their values from before the first step."""
+
+
+class Meeting(NamedTuple):
+    """What a worker knows once the ledger is back and nothing is written yet."""
+
+    table: Any  # a row per worker, see `Row`
+    found: Verdict
+    finite: Any  # 1: this worker's parameters are
+    weights: Mapping[str, Any]  # this worker's, per rule of a segment
+    first: Any  # the sum of the first chunk
 
 
 class Machine:
@@ -73,92 +99,150 @@ class Machine:
             handle = self._comm.start_sum(f"{self.name}.model.{chunk.index}", mine)
             self._store.write("model", chunk, self._comm.wait(handle))
         self._take_anchor()
-        zeros = [0.0] * self.layout.groups
-        return Progress(step=0, since=0, rates=self._ops.vector(zeros), gamma=self._ops.vector(zeros))
+        zeros = self._ops.vector([0.0] * self.layout.groups)
+        return Progress(step=0, since=0, covered=0, rates=zeros, gamma=zeros, excluded=0)
 
     def plan(self, progress: Progress) -> Plan:
         """What the coming step does."""
         return plan(self.config, progress.step)
 
-    def tick(self, progress: Progress, rates: Any) -> Progress:
-        """After a base step with these learning rates, a float64 vector with one per parameter group."""
-        now = self.plan(progress)
-        done = progress._replace(step=progress.step + 1, since=progress.since + 1, rates=progress.rates + rates)
-        begun = self._ops.cond(now.begin, lambda: self._begin(done), lambda: done)
-        return self._ops.cond(now.outer, lambda: self._outer(begun), lambda: begun)
+    def tick(self, progress: Progress, rates: Any, live: int = 1) -> Progress:
+        """After a base step with these learning rates, a float64 vector with one per parameter group.
 
-    def average_gradients(self) -> None:
-        """The gradients become the workers' mean; a worker without a gradient for a parameter counts as zeros."""
-        chunks = [chunk for chunk in self.layout.chunks if chunk.rule == "slow"]
-        present = self._comm.start_sum(f"{self.name}.present", self._store.present())
-        handle = self._start("gradient", chunks[0], 1)
-        self._store.admit(self._comm.wait(present))
-        for chunk, total in self._sums(self._comm.wait(handle), "gradient", chunks, 1):
-            self._store.write("gradient", chunk, total / self._comm.size)
+        live: 0 if the step was one of the other workers' gradients alone, in a join.
+        """
+        now = self.plan(progress)
+        done = progress._replace(
+            step=progress.step + 1,
+            since=progress.since + 1,
+            covered=progress.covered + 1,
+            rates=progress.rates + rates,
+        )
+        begun = self._ops.cond(now.begin, lambda: self._begin(done), lambda: done)
+        return self._ops.cond(now.outer, lambda: self._outer(self._meet(begun, live=live), begun), lambda: begun)
+
+    def idle(self, progress: Progress, leaving: int = 0) -> tuple[Progress, Any, Any]:
+        """The next meeting, without data: a worker in a join answers the others until all are in theirs.
+
+        Returns:
+            The state; whether the join is over, a bool; who leaves, float64 (workers,). While it is not over, an outer
+            step of the others has been taken along. Once it is, all workers have their mean, weighted by the steps
+            since the last average, and go on in the block of the one with the most steps.
+        """
+        ops = self._ops
+        met = self._meet(progress, live=0, leaving=leaving)
+        over = met.found.live == 0
+        after = ops.cond(
+            over,
+            lambda: ops.cond(met.found.weight > 0, lambda: self._mean(met, progress), lambda: progress),
+            lambda: self._outer(met, progress._replace(step=progress.step + self._to_end(progress))),
+        )
+        furthest = ops.row_of_most(met.table, TAKEN)
+        joined = after._replace(
+            step=ops.integer(furthest[TAKEN]),
+            since=after.since * 0,
+            covered=ops.integer(furthest[COVERED]),
+            rates=furthest[RATES:],
+        )
+        return ops.cond(over, lambda: joined, lambda: after), over, met.table[:, LEAVING]
 
     def average(self, progress: Progress) -> None:
         """The model becomes the workers' plain mean; the state stays as it is."""
-
-        def finish(chunk: Chunk, mean: Any, _: Any) -> None:
-            self._store.write("model", chunk, mean)
-
-        self._meet(progress, AVERAGE, 1.0, finish)
+        met = self._meet(progress, purpose=AVERAGE)
+        self._mean(met, progress)
 
     def _begin(self, progress: Progress) -> Progress:
         """The warm-up is over, all workers are equal: the first block begins here."""
         self._take_anchor()
         self._begin_block()
-        return progress._replace(since=progress.since * 0, rates=progress.rates * 0)
+        return progress._replace(since=progress.since * 0, covered=progress.covered * 0, rates=progress.rates * 0)
 
-    def _outer(self, progress: Progress) -> Progress:
-        """Lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
+    def _to_end(self, progress: Progress) -> Any:
+        """Steps to the end of the block; a whole block where one has just ended."""
+        return 0 if self.config.tau is None else self.config.tau - block_position(self.config, progress.step)
 
-        def finish(chunk: Chunk, mean: Any, coefficients: Momentum) -> None:
-            if chunk.rule == "mean" or not self.config.vectors:
-                self._store.write("model", chunk, mean)
-                return
-            for piece in chunk.pieces:
-                self._update(piece, mean[piece.start - chunk.start : piece.stop - chunk.start], coefficients)
-
-        gamma = self._meet(progress, OUTER, progress.since / (self.config.tau or 1), finish)
-        self._begin_block()
-        return progress._replace(
-            since=progress.since * 0,
-            rates=progress.rates * 0,
-            gamma=next_gamma(self._ops, gamma, progress.gamma),
-        )
-
-    def _meet(
-        self, progress: Progress, purpose: int, share: Any, finish: Callable[[Chunk, Any, Momentum], None]
-    ) -> Any:
-        """The workers' mean of every chunk, handed to `finish`; returns the block's mean rates.
+    def _meet(self, progress: Progress, *, live: int = 1, leaving: int = 0, purpose: int = TRAINING) -> Meeting:
+        """Come together with the other workers, and judge.
 
         The ledger and the first chunk travel together; nothing else starts and nothing is written before the ledger's
         verdict, so that a bad one raises on every worker with nothing left in flight.
         """
-        ops, comm, chunks = self._ops, self._comm, self.layout.chunks
-        row = Row(progress.step, purpose, 1, ops.where(self._store.finite(), 1.0, 0.0), share, progress.since)
-        ledger = comm.start_sum(f"{self.name}.ledger", ops.rows(comm.rank, comm.size, row, progress.rates))
-        handle = self._start("model", chunks[0], share)
-        table = ops.table(comm.wait(ledger), comm.size)
-        first = comm.wait(handle)
-        found = verdict(ops, table)
+        ops, comm = self._ops, self._comm
+        exclude = self.config.nonfinite == "exclude"
+        finite = ops.where(self._store.finite(), 1.0, 0.0)
+        attends = finite if exclude else 1.0
+        own = progress.since / (self.config.tau or 1)
+        share = attends * (1.0 if purpose == AVERAGE else own)
+        if live:
+            clock: Any = progress.step
+        else:  # without blocks there is no clock: all are in their join, wherever they stopped
+            clock = progress.step + self._to_end(progress) if self.config.tau is not None else 0
+        row = Row(clock, purpose, live, leaving, finite, share, attends, progress.step, progress.covered)
+        handle = comm.start_sum(f"{self.name}.ledger", send(ops, comm.rank, comm.size, row, progress.rates))
+        weights = {"slow": share, "mean": share, "base": attends}
+        begun = self._start(self.layout.chunks[0], weights)
+        table = ops.unpack(comm.wait(handle), (comm.size, -1))
+        first = comm.wait(begun)
+        found = verdict(ops, table, self.config.nonfinite)
         ops.refuse(found.bad, table, complaint(comm.ranks, self.name))
-        ops.warn(found.odd, table, oddity(comm.ranks, self.name))
-        coefficients = momentum(self.config, ops, found.gamma, progress.gamma)
-        for chunk, total in self._sums(first, "model", chunks, share):
-            finish(chunk, total / ops.like(found.weight, total), coefficients)
-        return found.gamma
+        ops.warn("rates", found.odd, table, oddity(comm.ranks, self.name))
+        if exclude:
+            ops.warn("excluded", found.attendance < comm.size, table, exclusion(comm.ranks, self.name), always=True)
+        return Meeting(table, found, finite, weights, first)
 
-    def _start(self, vector: str, chunk: Chunk, share: Any) -> Any:
-        x = self._ops.scaled(self._store.read(vector, chunk), share)
-        return self._comm.start_sum(f"{self.name}.{vector}.{chunk.index}", x)
+    def _outer(self, met: Meeting, progress: Progress) -> Progress:
+        """Lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
+        coefficients = momentum(self.config, self._ops, met.found.gamma, progress.gamma)
+        for chunk, mean in self._means(met, ("slow", "mean", "base")):
+            if chunk.rule == "slow" and self.config.vectors:
+                for piece in chunk.pieces:
+                    self._update(piece, mean[piece.start - chunk.start : piece.stop - chunk.start], coefficients)
+            else:
+                self._store.write("model", chunk, mean)
+        self._begin_block()
+        return self._without_excluded(met, progress)._replace(
+            since=progress.since * 0,
+            covered=progress.covered * 0,
+            rates=progress.rates * 0,
+            gamma=next_gamma(self._ops, met.found.gamma, progress.gamma),
+        )
 
-    def _sums(self, total: Any, vector: str, chunks: Sequence[Chunk], share: Any) -> Iterator[tuple[Chunk, Any]]:
-        """Each chunk and its sum, the first of which is in; the next one travels while the caller works on one."""
+    def _mean(self, met: Meeting, progress: Progress) -> Progress:
+        """The parameters and statistics become the workers' mean, nothing else changes."""
+        for chunk, mean in self._means(met, ("slow", "mean")):
+            self._store.write("model", chunk, mean)
+        return self._without_excluded(met, progress)
+
+    def _without_excluded(self, met: Meeting, progress: Progress) -> Progress:
+        """A worker that was left out has the others' parameters now; its base buffers are of no use with them."""
+        if self.config.nonfinite != "exclude":
+            return progress
+
+        def start_again() -> Progress:
+            if self.config.buffers != "average":
+                self._store.reset_base()
+            return progress._replace(excluded=progress.excluded + 1)
+
+        return self._ops.cond(met.finite == 0, start_again, lambda: progress)
+
+    def _start(self, chunk: Chunk, weights: Mapping[str, Any]) -> Any:
+        weight = weights[chunk.rule]
+        # Zeros where the weight is 0: what is left out may hold NaN, and 0 x NaN is NaN.
+        x = self._ops.cond(
+            weight > 0,
+            lambda: self._ops.scaled(self._store.read("model", chunk), weight),
+            lambda: self._store.zeros(chunk),
+        )
+        return self._comm.start_sum(f"{self.name}.model.{chunk.index}", x)
+
+    def _means(self, met: Meeting, rules: Sequence[str]) -> Iterator[tuple[Chunk, Any]]:
+        """Each chunk and the workers' mean of it; the next one travels while the caller works on one."""
+        divisors = {"slow": met.found.weight, "mean": met.found.weight, "base": met.found.attendance}
+        chunks = [chunk for chunk in self.layout.chunks if chunk.rule in rules]
+        total = met.first
         for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            handle = None if following is None else self._start(vector, following, share)
-            yield chunk, total
+            handle = None if following is None else self._start(following, met.weights)
+            yield chunk, total / self._ops.like(divisors[chunk.rule], total)
             if following is not None:
                 total = self._comm.wait(handle)
 

@@ -37,17 +37,23 @@ class Ops(Protocol):
     def scaled(self, tensor: Any, factor: Any) -> Any:
         """tensor x factor; to the bit the tensor where the factor is 1."""
 
-    def rows(self, rank: int, size: int, row: Sequence[Any], rates: Any) -> Any:
-        """A flat float64 tensor for `Comm`: `size` rows of zeros, but this worker's own, which is row and rates."""
+    def integer(self, scalar: Any) -> Any:
+        """A float64 scalar with an integral value, as an integer."""
 
-    def table(self, flat: Any, size: int) -> Any:
-        """What came back of `rows`, as a table of scalars, shape (size, columns)."""
+    def row_of_most(self, table: Any, column: int) -> Any:
+        """The first row of a table with the largest entry in a column."""
+
+    def pack(self, parts: Sequence[Any]) -> Any:
+        """Scalars and vectors of them, one behind the other, as a float64 tensor for `Comm`."""
+
+    def unpack(self, tensor: Any, shape: tuple[int, ...]) -> Any:
+        """What came back of `pack`, as scalars of this shape."""
 
     def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
         """Raise ValueError(describe(table)) where `bad` holds; describe takes a NumPy array."""
 
-    def warn(self, odd: Any, table: Any, describe: Callable[[Any], str]) -> None:
-        """Log describe(table) as a warning where `odd` holds, the first time."""
+    def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
+        """Log describe(table) as a warning where `odd` holds; only the first time for a topic, unless always."""
 
 
 class EagerOps:
@@ -56,7 +62,7 @@ class EagerOps:
     def __init__(self, to_tensor: Callable[[Any], Any] = np.asarray, to_array: Callable[[Any], Any] = np.asarray):
         self._to_tensor = to_tensor
         self._to_array = to_array
-        self._warned = False
+        self._warned: set[str] = set()
 
     def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
         return yes() if predicate else no()
@@ -76,20 +82,23 @@ class EagerOps:
     def scaled(self, tensor: Any, factor: Any) -> Any:
         return tensor if factor == 1 else tensor * factor
 
-    def rows(self, rank: int, size: int, row: Sequence[Any], rates: Any) -> Any:
-        table = np.zeros((size, len(row) + len(rates)))
-        table[rank, : len(row)] = row
-        table[rank, len(row) :] = rates
-        return self._to_tensor(table.reshape(-1))
+    def integer(self, scalar: Any) -> Any:
+        return int(scalar)
 
-    def table(self, flat: Any, size: int) -> Any:
-        return self._to_array(flat).reshape(size, -1)
+    def row_of_most(self, table: Any, column: int) -> Any:
+        return table[table[:, column].argmax()]
+
+    def pack(self, parts: Sequence[Any]) -> Any:
+        return self._to_tensor(np.concatenate([np.atleast_1d(part) for part in parts], dtype=np.float64))
+
+    def unpack(self, tensor: Any, shape: tuple[int, ...]) -> Any:
+        return self._to_array(tensor).reshape(shape)
 
     def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
         if bad:
             raise ValueError(describe(table))
 
-    def warn(self, odd: Any, table: Any, describe: Callable[[Any], str]) -> None:
-        if odd and not self._warned:
-            self._warned = True
+    def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
+        if odd and (always or topic not in self._warned):
+            self._warned.add(topic)
             logger.warning("%s", describe(table))

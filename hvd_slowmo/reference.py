@@ -95,6 +95,30 @@ def _begin_block(strategy: str, buffers: list[Buffers]) -> None:
                 worker[name] = np.array(mean, dtype=np.float64)
 
 
+def _outer_step(start: Array, x_mean: Array, u: Array, v: Array, gamma: Array, group: NDArray[np.int64], *,
+                alpha: float, beta: float, nesterov: bool, scale_by_lr: bool) -> Array:  # fmt: skip
+    """Lines 7 and 8, group by group: every group has its own gamma_t. Returns the new anchor (d,); writes u and v (d,).
+
+    start (d,): x_{t,0}; x_mean (d,): line 6; gamma (G,): gamma_t; group (d,): the group of each coordinate.
+    """
+    new: Array = start.copy()
+    for j in range(len(gamma)):
+        c = group == j
+        delta = start[c] - x_mean[c]
+        gamma_t = gamma[j] if scale_by_lr else 1.0
+        if gamma_t != 0:
+            u[c] = beta * u[c] + delta / gamma_t  # line 7
+            v[c] = gamma_t * u[c]
+            v_next = v[c]
+        else:
+            v_next = delta  # nothing carried, and u and v are kept for the next block
+        if nesterov:
+            new[c] = start[c] - alpha * (beta * v_next + delta)
+        else:
+            new[c] = start[c] - alpha * v_next  # line 8
+    return new
+
+
 def run(
     x0: Array,
     gradient: Gradient,
@@ -170,28 +194,6 @@ def run(
             x[i] = _BASES[base](x[i].copy(), g[i], rates[group], state[i], **(base_options or {}))
             rate_sums[i] += rates
 
-    def outer_step() -> None:
-        """Lines 6 to 8, group by group: every group has its own gamma_t."""
-        nonlocal anchor
-        x_mean = x.mean(axis=0)  # line 6
-        start, new = anchor, anchor.copy()
-        for j in range(n_groups):
-            c = group == j
-            delta = start[c] - x_mean[c]
-            gamma_t = gamma[j] if scale_by_lr else 1.0
-            if gamma_t != 0:
-                u[c] = beta * u[c] + delta / gamma_t  # line 7
-                v[c] = gamma_t * u[c]
-                v_next = v[c]
-            else:
-                v_next = delta  # nothing carried, and u and v are kept for the next block
-            if nesterov:
-                new[c] = start[c] - alpha * (beta * v_next + delta)
-            else:
-                new[c] = start[c] - alpha * v_next  # line 8
-        anchor = new
-        x[:] = new
-
     history = [snapshot(0, False)]
     for step in range(min(warmup_steps, steps)):
         inner_step(step, average=True)
@@ -211,6 +213,9 @@ def run(
             outer = step == first + block - 1
             if outer:
                 gamma = rate_sums.sum(axis=0) / (m * block)  # sum of sums / sum of steps
-                outer_step()
+                x_mean = x.mean(axis=0)  # line 6
+                anchor = _outer_step(anchor, x_mean, u, v, gamma, group, alpha=alpha, beta=beta, nesterov=nesterov,
+                                     scale_by_lr=scale_by_lr)  # fmt: skip
+                x[:] = anchor
             history.append(snapshot(step + 1, outer))
     return history

@@ -42,8 +42,6 @@ def workers_equal(config: SlowMoConfig, step: int, since: int) -> bool:
     return since == 0 or config.gradients == "all" or step <= config.warmup_steps
 
 
-def block_position(config: SlowMoConfig, step: int) -> int:
-    """How many of the current block's steps are done after `step` completed steps; in the warm-up all of them count."""
-    if config.tau is None or step < config.warmup_steps:
-        return step
-    return (step - config.warmup_steps) % config.tau
+def block_position(config: SlowMoConfig, step: Any) -> Any:
+    """How many of the current block's steps are done after `step` completed steps, 0 .. tau - 1, the warm-up over."""
+    return (step - config.warmup_steps) % (config.tau or 1)

@@ -40,7 +40,7 @@ class Problem:
     seed: int = 0
 
     def rate(self, step: int, group: int) -> float:
-        return (0.1, 0.04)[group] * SCHEDULES[self.schedule](step)
+        return float((0.1, 0.04)[group] * SCHEDULES[self.schedule](step))
 
     def start(self) -> np.ndarray:
         return np.random.default_rng(self.seed).normal(size=DIMENSIONS)

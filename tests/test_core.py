@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import hvd_slowmo.layout
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.layout import Entry, Segment, layout
-from hvd_slowmo.ledger import AVERAGE, OUTER, Row, complaint, oddity, verdict
+from hvd_slowmo.ledger import AVERAGE, TRAINING, Row, complaint, oddity, verdict
 from hvd_slowmo.ops import EagerOps
 from hvd_slowmo.outer import momentum, next_gamma, outer_update
 from hvd_slowmo.schedule import block_position, plan, workers_equal
@@ -29,7 +29,8 @@ def test_the_schedule_is_warm_up_then_blocks_of_tau(tau, warmup):
             position += 1
         assert bool(now.outer) == (position == tau)
         position %= tau
-        assert block_position(config, step + 1) == (step + 1 if step + 1 < warmup else position)
+        if step + 1 >= warmup:
+            assert block_position(config, step + 1) == position
 
 
 def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():
@@ -107,11 +108,15 @@ def rows(*workers):
     return np.array(workers, dtype=np.float64)
 
 
-GOOD = [*Row(12, OUTER, 1, 1, 1.0, 12), 1.2]
+def row(step=12, purpose=TRAINING, live=1, finite=1, share=1.0, rate=1.2):
+    return [*Row(step, purpose, live, 0, finite, share, 1, step, 12), rate]
+
+
+GOOD = row()
 
 
 def test_the_ledger_judges_every_worker_by_the_table():
-    found = verdict(OPS, rows(GOOD, GOOD))
+    found = verdict(OPS, rows(GOOD, GOOD), "raise")
     assert not found.bad
     assert not found.odd
     assert found.weight == 2
@@ -119,30 +124,30 @@ def test_the_ledger_judges_every_worker_by_the_table():
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("wrong", "words"),
     [
-        ([*Row(24, OUTER, 1, 1, 1.0, 12), 1.2], "not at the same step: rank 5 step 12, rank 7 step 24"),
-        ([*Row(12, AVERAGE, 1, 1, 1.0, 12), 1.2], "rank 7 is in averaged_parameters"),
-        ([*Row(12, OUTER, 1, 0, 1.0, 12), 1.2], "not finite .* on rank 7 after step 12"),
-        ([*Row(12, OUTER, 1, 1, 1.0, 12), float("nan")], "learning rate on rank 7 .* group 0 is nan"),
-        ([*Row(12, OUTER, 1, 1, 1.0, 12), -1.0], "learning rate on rank 7 .* is -1.0"),
-        ([*Row(12, OUTER, 1, 1, 1.0, 12), float("inf")], "learning rate on rank 7 .* is inf"),
+        (row(step=24), "not at the same step: rank 5 step 12, rank 7 step 24"),
+        (row(purpose=AVERAGE), "rank 7 is in averaged_parameters"),
+        (row(finite=0), "not finite .* on rank 7 after step 12"),
+        (row(rate=float("nan")), "learning rate on rank 7 .* group 0 is nan"),
+        (row(rate=-1.0), "learning rate on rank 7 .* is -1.0"),
+        (row(rate=float("inf")), "learning rate on rank 7 .* is inf"),
     ],
 )
-def test_the_ledger_names_the_rank_that_is_wrong(row, words):
-    table = rows(GOOD, row)
-    assert verdict(OPS, table).bad
+def test_the_ledger_names_the_rank_that_is_wrong(wrong, words):
+    table = rows(GOOD, wrong)
+    assert verdict(OPS, table, "raise").bad
     with pytest.raises(ValueError, match=words):
         OPS.refuse(True, table, complaint([5, 7], "slowmo"))
 
 
 def test_rates_that_differ_are_averaged_and_warn_once(caplog):
-    table = rows(GOOD, [*GOOD[:-1], 2.4])
-    found = verdict(OPS, table)
+    table = rows(GOOD, row(rate=2.4))
+    found = verdict(OPS, table, "raise")
     assert not found.bad
     assert found.gamma == pytest.approx([0.15])
     ops = EagerOps()
     for _ in range(2):
-        ops.warn(found.odd, table, oddity([0, 1], "slowmo"))
+        ops.warn("rates", found.odd, table, oddity([0, 1], "slowmo"))
     assert [record.getMessage() for record in caplog.records if "rank 0: 0.1; rank 1: 0.2" in record.getMessage()]
     assert len(caplog.records) == 1

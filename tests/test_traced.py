@@ -42,12 +42,17 @@ class TracedOps:
     def scaled(self, tensor, factor):
         return tensor * tf.cast(factor, tensor.dtype)
 
-    def rows(self, rank, size, row, rates):
-        mine = tf.concat([tf.stack([tf.cast(x, tf.float64) for x in row]), rates], 0)
-        return tf.reshape(tf.one_hot(rank, size, dtype=tf.float64)[:, None] * mine, [-1])
+    def integer(self, scalar):
+        return tf.cast(scalar, tf.int64)
 
-    def table(self, flat, size):
-        return tf.reshape(flat, [size, -1])
+    def row_of_most(self, table, column):
+        return table[tf.argmax(table[:, column])]
+
+    def pack(self, parts):
+        return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
+
+    def unpack(self, tensor, shape):
+        return tf.reshape(tensor, shape)
 
     def refuse(self, bad, table, describe):
         def fail(found):
@@ -55,7 +60,7 @@ class TracedOps:
 
         tf.cond(bad, lambda: tf.py_function(fail, [table], []), tf.no_op)
 
-    def warn(self, odd, table, describe):
+    def warn(self, topic, odd, table, describe, always=False):
         """Rates do not differ here."""
 
 
@@ -108,10 +113,7 @@ def train(problem, comm, monkeypatch):
     laid = layout([Segment("slow", "float64", 8, "cpu", entries)], 1)
     store = TracedStore(problem.start() + comm.rank)
     machine = Machine(SlowMoConfig(**problem.config), laid, TracedOps(), store, TracedComm(comm), "slowmo")
-    state = [tf.Variable(x) for x in machine.start()]
-    for variable in state[:2]:
-        assert variable.dtype == tf.int32
-    state[:2] = [tf.Variable(variable.numpy(), dtype=tf.int64) for variable in state[:2]]
+    state = [tf.Variable(x, dtype=tf.int64 if isinstance(x, int) else tf.float64) for x in machine.start()]
     traces = []
 
     @tf.function(autograph=False)

@@ -24,8 +24,8 @@ def fresh(base: Optimizer) -> Optimizer:
         return type(base)([dict(group) for group in base.param_groups], **settings)
     except TypeError as error:
         raise ValueError(
-            f"buffers='reset' needs to make a new {type(base).__name__} to know its buffers before the first step, "
-            f"and that failed: {error}. Use buffers='maintain'."
+            f"buffers='reset' and nonfinite='exclude' need to make a new {type(base).__name__} to know its buffers "
+            f"before the first step, and that failed: {error}. Use buffers='maintain' and nonfinite='raise'."
         ) from error
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
 from hvd_slowmo.comm import Comm
@@ -36,8 +37,10 @@ def pack(config: SlowMoConfig, layout: Layout, comm: Comm, progress: Progress, v
         "progress": {
             "step": int(progress.step),
             "since": int(progress.since),
+            "covered": int(progress.covered),
             "rates": progress.rates.tolist(),
             "gamma": progress.gamma.tolist(),
+            "excluded": int(progress.excluded),
         },
         "parameters": _parameters(layout),
         "vectors": {name: [t for t in tensors if t is not None] for name, tensors in vectors.items()},
@@ -78,22 +81,20 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
         if not saved["common"]:
             raise ValueError(
                 f"the state is rank {saved['rank']}'s own, saved at step {saved['progress']['step']} in the middle of "
-                f"a block, and this is rank {comm.rank}. Load each rank's own file, or save right after an outer step: "
-                "then rank 0's file serves all."
+                f"a block, and this is rank {comm.rank}. Load each rank's own file, or save after join(): then rank 0's "
+                "file serves all."
             )
         logger.info("rank %d continues from rank %d's common state", comm.rank, saved["rank"])
     return saved
 
 
-def restore(saved: dict[str, Any], progress: Progress, vectors: Vectors) -> Progress:
-    """Take over checked vectors, in place, and return the scalars in the form of `progress`."""
+def restore(saved: dict[str, Any], vectors: Vectors) -> Progress:
+    """Take over checked vectors, in place, and return the scalars."""
     for name, tensors in vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
     scalars = saved["progress"]
-    rates, gamma = progress.rates.copy(), progress.gamma.copy()
-    rates[:], gamma[:] = scalars["rates"], scalars["gamma"]
-    return Progress(scalars["step"], scalars["since"], rates, gamma)
+    return Progress(**{**scalars, "rates": np.array(scalars["rates"]), "gamma": np.array(scalars["gamma"])})
 
 
 def _parameters(layout: Layout) -> list[list[Any]]:

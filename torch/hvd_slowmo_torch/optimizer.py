@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +14,24 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agree
 from hvd_slowmo.machine import Machine, Progress
 from hvd_slowmo.ops import EagerOps
-from hvd_slowmo.schedule import block_position
 from hvd_slowmo_torch import base as base_state
 from hvd_slowmo_torch import checkpoint
 from hvd_slowmo_torch.amp import scaled_step
+from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import connect
 from hvd_slowmo_torch.start import broadcast_rest
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
+
+
+class Joined(NamedTuple):
+    """What `SlowMo.join` returns."""
+
+    behind: int  # by how many steps this worker was behind the one with the most
+    left: Sequence[int]  # ranks that have left for good: stop training
 
 
 class SlowMo(Optimizer):
@@ -48,6 +56,7 @@ class SlowMo(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # see amp.py
+    _attendance: Attendance
     grad_scale: torch.Tensor | None  # set by GradScaler, during its call of step() only
     found_inf: Any
 
@@ -77,7 +86,9 @@ class SlowMo(Optimizer):
         self._model = model
         self._comm = comm
         self._name = name
-        self._averaging = False
+        self._averaging = False  # within averaged_parameters()
+        self._joining = self._leaving = 0  # within join(), within join(leaving=True)
+        self._left: tuple[int, ...] = ()  # ranks that have left for good
         plan = self._agreed_plan()
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
@@ -85,6 +96,7 @@ class SlowMo(Optimizer):
             self._build(plan)
             broadcast_rest(comm, name, model, self.base, plan.layout)
             self._progress: Progress = self._machine.start()
+        self._prepare()
 
     def _agreed_plan(self) -> Plan:
         """The layout, once all workers have compared theirs; an error on one worker is raised on all."""
@@ -92,8 +104,15 @@ class SlowMo(Optimizer):
         try:
             _check_arguments(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
-            if self.config.buffers == "reset" and self.config.tau is not None:
+            if self.config.tau is not None and (self.config.buffers == "reset" or self.config.nonfinite == "exclude"):
                 base_state.fresh(self.base)  # raises now rather than at the end of the first block
+            if (self.config.gradients == "all" or self.config.warmup_steps) and isinstance(
+                self.base, torch.optim.LBFGS
+            ):
+                raise ValueError(
+                    "LBFGS evaluates its closure as often as its own losses tell it, on every worker differently: "
+                    "gradients can't be averaged with it. Use gradients='local' without warm-up."
+                )
         except (TypeError, ValueError) as caught:
             error = caught
         facts = {} if plan is None else {"config": _facts(self.config), "parameters": plan.layout.describe()}
@@ -109,6 +128,8 @@ class SlowMo(Optimizer):
         self._store = TorchStore(plan, self.base, self.config.vectors)
         ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
         self._machine = Machine(self.config, plan.layout, ops, self._store, self._comm, self._name)
+        self._exchange = GradientMean(plan.layout, ops, self._store, self._comm, self._name)
+        self._gradients = BackwardMean(self._exchange, self._store, self._finish_gradients)
 
     # The base optimizer's own, looked up at every use: load_state_dict replaces them.
 
@@ -148,31 +169,119 @@ class SlowMo(Optimizer):
         """
         if self._averaging:
             raise RuntimeError("step() within averaged_parameters(): the parameters there are not this worker's own.")
-        rates = np.array([float(group["lr"]) for group in self.param_groups])
-        if self._machine.plan(self._progress).average_gradients:
+        now = self._machine.plan(self._progress)
+        if self._left and (now.average_gradients or now.outer):
+            raise RuntimeError(f"ranks {list(self._left)} have left in join(leaving=True): nothing can be averaged.")
+        rates = self._rates()
+        if closure is None and now.average_gradients and not self._gradients.done:
+            self._finish_gradients()  # they did not come from a backward, or from none that averaged
+        elif closure is not None and now.average_gradients:
             closure = self._averaged(closure)
         if hasattr(self, "found_inf"):
             loss = scaled_step(self.base, self.grad_scale, self.found_inf)
         else:
             loss = self.base.step() if closure is None else self.base.step(closure)
         with torch.no_grad():
-            self._progress = self._machine.tick(self._progress, rates)
+            self._progress = self._machine.tick(self._progress, rates, 1 - self._joining)
+        self._prepare()
         return loss
 
-    def _averaged(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
-        """Average the gradients: the present ones, or those of every call of the closure."""
-        if closure is None:
-            with torch.no_grad():
-                self._machine.average_gradients()
-            return None
+    def _rates(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array([float(group["lr"]) for group in self.param_groups])
+
+    def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with gradients averaged also where it makes them without backward."""
 
         def evaluate() -> Any:
             loss = closure()
-            with torch.no_grad():
-                self._machine.average_gradients()
+            if not self._gradients.done:
+                self._finish_gradients()
             return loss
 
         return evaluate
+
+    @torch.no_grad()
+    def _finish_gradients(self) -> None:
+        self._attendance = self._exchange.finish(1 - self._joining, self._leaving, self._rates())
+        self._gradients.done = True
+
+    def _prepare(self) -> None:
+        """Look at the coming step."""
+        self._gradients.due = bool(self._machine.plan(self._progress).average_gradients)
+        self._gradients.done = False
+        if not self._gradients.due:
+            self._gradients.remove()  # averaged gradients come first and never again
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradient accumulation: within it backward does not average gradients over the workers.
+
+        Where gradients are averaged (gradients="all", warm-up), there is one exchange per step: at the first backward
+        outside of no_sync(), of all that has been accumulated.
+        """
+        return self._gradients.accumulate()
+
+    def join(self, *, leaving: bool = False, scaler: torch.amp.GradScaler | None = None) -> Joined:
+        """Wait for workers with more data, and leave all with the workers' mean. A collective.
+
+        At the end of an epoch, before evaluating and before saving on rank 0. Until all workers are in their join,
+        this one takes part in the others' exchanges. The mean weighs a worker by the steps that it took since the last
+        average; where a block has just ended on all, nothing changes, to the bit. Afterwards all workers hold the same
+        parameters, statistics, anchor and momentum, at the step of the one with the most steps.
+
+        Args:
+            leaving: this worker stops for good; the others find its rank in `Joined.left`.
+            scaler: the GradScaler, needed where gradients are averaged under one.
+
+        Returns:
+            By how many steps this worker was behind (for a scheduler that counts steps), and who has left.
+
+        Raises:
+            ValueError: as in step(), on every rank.
+        """
+        if self._left:
+            raise RuntimeError(f"ranks {list(self._left)} have left in join(leaving=True): nothing can be averaged.")
+        if self._comm.size == 1:
+            return Joined(0, self._comm.ranks if leaving else ())
+        before = self.steps
+        self._joining, self._leaving = 1, int(leaving)
+        try:
+            over, left = False, None
+            while not over:
+                over, left = self._join_gradients(scaler) if self._gradients.due else self._join_block()
+        finally:
+            self._joining = self._leaving = 0
+        assert left is not None, "the loop ends with a meeting"
+        self._left = tuple(rank for rank, gone in zip(self._comm.ranks, left, strict=True) if gone)
+        return Joined(self.steps - before, self._left)
+
+    @torch.no_grad()
+    def _join_block(self) -> tuple[bool, Any]:
+        self._progress, over, left = self._machine.idle(self._progress, self._leaving)
+        return bool(over), left
+
+    def _join_gradients(self, scaler: torch.amp.GradScaler | None) -> tuple[bool, Any]:
+        """Give zeros, and take the step that the others take, with their gradients and their rates."""
+        self.zero_grad()
+        self._finish_gradients()
+        live = int(self._attendance.live)
+        if not live:
+            self._gradients.done = False
+            return True, self._attendance.leaving
+        own = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, self._attendance.rates / live, strict=True):
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else float(rate)
+        try:
+            if scaler is None:
+                self.step()
+            else:
+                scaler.scale(torch.zeros((), device=self.param_groups[0]["params"][0].device))  # makes its first scale
+                scaler.step(self)
+                scaler.update()
+        finally:
+            for group, rate in zip(self.param_groups, own, strict=True):
+                group["lr"] = rate
+        self.zero_grad()
+        return False, None
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -213,17 +322,19 @@ class SlowMo(Optimizer):
             mine = [p.detach().cpu() for p in added["params"]] if self._comm.rank == 0 else None
             for p, value in zip(added["params"], self._comm.gather(f"{self._name}.group", mine)[0], strict=True):
                 p.copy_(value)
+            self._gradients.remove()
             self._build(plan)
             self._store.adopt(before)
-        elapsed = block_position(self.config, progress.step)
         self._progress = progress._replace(
-            rates=np.append(progress.rates, elapsed * float(added["lr"])), gamma=np.append(progress.gamma, 0.0)
+            rates=np.append(progress.rates, progress.covered * float(added["lr"])),
+            gamma=np.append(progress.gamma, 0.0),
         )
+        self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state_dict with one more entry, "slowmo". No communication; tensors are references.
 
-        A state from right after an outer step is common: rank 0's serves every rank. Any other is this rank's own,
+        A state from right after an outer step or a join is common: rank 0's serves every rank. Any other is this rank's own,
         and a resume that is bitwise the run without a stop means each rank its own.
         """
         own = checkpoint.pack(self.config, self._machine.layout, self._comm, self._progress, self._store.vectors)
@@ -241,7 +352,8 @@ class SlowMo(Optimizer):
         saved = checkpoint.check(state_dict, self.config, self._machine.layout, self._comm)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != checkpoint.KEY})
         with torch.no_grad():
-            self._progress = checkpoint.restore(saved, self._progress, self._store.vectors)
+            self._progress = checkpoint.restore(saved, self._store.vectors)
+        self._prepare()
 
 
 def _check_arguments(base: Any, model: Any, config: Any, name: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
 
     def add(rule: str, wire: torch.dtype, tensor: torch.Tensor, name: str, group: int, slot: Slot) -> None:
         entry = Entry(name, tuple(tensor.shape), _spell(tensor.dtype), group)
-        own = tensor.dtype if rule == "slow" else wire  # statistics of all types travel together
+        own = wire if rule == "mean" else tensor.dtype  # statistics of all types travel together
         gathered.setdefault((rule, wire, own, tensor.device), []).append((entry, slot))
 
     for number, group in enumerate(base.param_groups):
@@ -63,7 +64,7 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
             for p, like in found:
                 name = f"{names[id(p)]} ({key})"
                 slot = partial(base_state.state_tensor, base, p, key, tuple(like.shape), like.dtype, like.device)
-                add("mean", wire_dtype(like.dtype, name), like, name, 0, slot)
+                add("base", wire_dtype(like.dtype, name), like, name, 0, slot)
     segments = [
         Segment(rule, _spell(wire), wire.itemsize, str(device), tuple(entry for entry, _ in found))
         for (rule, wire, _, device), found in gathered.items()
@@ -104,15 +105,15 @@ class TorchStore:
             vector: [_zeros(s, s.size) if s.rule == "slow" else None for s in plan.layout.segments]
             for vector in vectors
         }
-        self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
+        self._staging: dict[tuple[str, str, str, int], torch.Tensor] = {}
 
     def read(self, vector: str, chunk: Chunk) -> torch.Tensor:
         if vector in self.vectors:
             return self._flat(vector, chunk)
-        flat = self._stage(chunk)
         gradients = vector == "gradient"
+        flat = self._stage(chunk, vector)
         sources, targets = [], []
-        for tensor, start, stop, at in self._tensors(chunk):
+        for tensor, start, stop, at in self.tensors(chunk):
             source = _gradient(tensor) if gradients else tensor.detach()
             target = flat[at : at + stop - start]
             if source is None:
@@ -130,7 +131,7 @@ class TorchStore:
             return
         gradients = vector == "gradient"
         sources, targets = [], []
-        for tensor, start, stop, at in self._tensors(chunk):
+        for tensor, start, stop, at in self.tensors(chunk):
             # A frozen parameter is equal everywhere, and its mean would be so up to rounding only.
             target = tensor.grad if gradients else None if _frozen(chunk, tensor) else tensor.detach()
             if target is None:
@@ -155,11 +156,11 @@ class TorchStore:
     def zeros(self, chunk: Chunk) -> torch.Tensor:
         return _zeros(self.layout.segments[chunk.segment], chunk.size)
 
-    def present(self) -> torch.Tensor:
-        return torch.tensor([0.0 if p.grad is None else 1.0 for p in self._parameters()])
+    def present(self) -> list[float]:
+        return [0.0 if p.grad is None else 1.0 for p in self._parameters()]
 
-    def admit(self, counts: torch.Tensor) -> None:
-        for p, count in zip(self._parameters(), counts.tolist(), strict=True):
+    def admit(self, counts: Any) -> None:
+        for p, count in zip(self._parameters(), counts, strict=True):
             if count and p.grad is None:
                 p.grad = torch.zeros_like(p)
 
@@ -202,15 +203,21 @@ class TorchStore:
         assert whole is not None, "only slow segments have an anchor and v"
         return whole[chunk.start : chunk.stop]
 
-    def _stage(self, chunk: Chunk) -> torch.Tensor:
-        """A place to put a chunk together: two per type and device, since one travels while another is used."""
+    def _stage(self, chunk: Chunk, vector: str) -> torch.Tensor:
+        """A place to put a chunk together.
+
+        Two per type and device, since one travels while another is used; gradients have one each, since all of them
+        travel at once.
+        """
         segment = self.layout.segments[chunk.segment]
-        key = (segment.dtype, segment.device, chunk.index % 2)
+        place = chunk.index if vector == "gradient" else chunk.index % 2
+        key = (vector, segment.dtype, segment.device, place)
         if key not in self._staging or len(self._staging[key]) < chunk.size:
             self._staging[key] = _zeros(segment, chunk.size)
         return self._staging[key][: chunk.size]
 
-    def _tensors(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+    def tensors(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+        """The tensors under a chunk: (tensor, from, to within it, place within the chunk)."""
         slots = self._slots[chunk.segment]
         for number, start, stop, at in self.layout.spans(chunk):
             yield slots[number](), start, stop, at

@@ -1,0 +1,89 @@
+"""Averaged gradients are complete when backward returns, so that clipping, `unscale_` and the scaler see the average.
+
+As in DistributedDataParallel: hooks notice when a chunk's gradients are accumulated and send it while backward goes on;
+a callback at the end of backward sends the rest and waits. Exactly one exchange per step: a worker in a join, which has
+no backward of its own, answers one exchange per step of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+
+from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo_torch.store import TorchStore
+
+
+class BackwardMean:
+    """Hooks on the parameters that average the gradients of one optimizer.
+
+    Args:
+        exchange: the core's exchange.
+        store: where chunks lie.
+        finish: end the exchange of this step.
+    """
+
+    def __init__(self, exchange: GradientMean, store: TorchStore, finish: Callable[[], None]) -> None:
+        self.due = False  # whether the coming step averages gradients
+        self.done = False  # whether that has happened
+        self._exchange = exchange
+        self._finish = finish
+        self._waiting = False  # a callback is queued for the end of this backward
+        self._accumulating = False
+        self._missing: list[int] = []  # per chunk, parameters whose gradient is not complete yet
+        self._whole: list[int] = []
+        chunks_of: dict[int, tuple[torch.Tensor, list[int]]] = {}
+        for number, chunk in enumerate(exchange.chunks):
+            parameters = [p for p, *_ in store.tensors(chunk)]
+            self._whole.append(len(parameters))
+            for p in parameters:
+                chunks_of.setdefault(id(p), (p, []))[1].append(number)
+        self._hooks: list[RemovableHandle] = [
+            p.register_post_accumulate_grad_hook(self._hook(numbers))  # type: ignore[no-untyped-call]
+            for p, numbers in chunks_of.values()
+            if p.requires_grad
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off: no later step averages gradients."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within it backward only adds to the gradients of this worker."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    def _hook(self, numbers: list[int]) -> Callable[[torch.Tensor], None]:
+        def accumulated(parameter: torch.Tensor) -> None:
+            if not self.due or self._accumulating:
+                return
+            if self.done:
+                raise RuntimeError(
+                    "a second backward in one step, after its gradients were averaged. Put every backward but the "
+                    "last one of a step, and those meant for another optimizer, under optimizer.no_sync()."
+                )
+            if not self._waiting:
+                self._waiting = True
+                self._missing = list(self._whole)
+                Variable._execution_engine.queue_callback(self._end)
+            for number in numbers:
+                self._missing[number] -= 1
+            # In a fixed order, the same on every worker, whatever order gradients come in.
+            while self._exchange.sent < len(self._missing) and self._missing[self._exchange.sent] <= 0:
+                self._exchange.send_next()
+
+        return accumulated
+
+    def _end(self) -> None:
+        self._waiting = False
+        with torch.no_grad():
+            self._finish()
