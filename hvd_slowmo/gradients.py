@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.layout import Layout
+from hvd_slowmo.ledger import own_row
 from hvd_slowmo.machine import Store
 from hvd_slowmo.ops import Ops
 
@@ -20,7 +21,7 @@ class Attendance(NamedTuple):
 
     live: Any  # how many workers train
     leaving: Any  # (workers,): 1 for those that join for the last time
-    rates: Any  # (G,): sum of the training workers' learning rates
+    rates: Any  # (G,): learning rates of the first worker that trains
 
 
 class GradientMean:
@@ -56,13 +57,13 @@ class GradientMean:
         """
         while len(self._sent) < len(self.chunks):
             self.send_next()
-        ops, rank, size = self._ops, self._comm.rank, self._comm.size
-        leavers = ops.vector([float(leaving and other == rank) for other in range(size)])
-        flags = ops.pack([float(live), leavers, rates * live, self._store.present()])
-        everyone = ops.unpack(self._comm.wait(self._comm.start_sum(f"{self._name}.present", flags)), (-1,))
-        split = [1, 1 + size, 1 + size + self._groups]
-        found = Attendance(everyone[0], everyone[split[0] : split[1]], everyone[split[1] : split[2]])
-        self._store.admit(everyone[split[2] :])
+        ops, size, width = self._ops, self._comm.size, 2 + self._groups
+        row = own_row(ops, self._comm.rank, size, (live, leaving), rates)
+        sent = self._comm.start_sum(f"{self._name}.present", ops.pack([*row, self._store.present()]))
+        everyone = ops.unpack(self._comm.wait(sent))
+        table = ops.reshape(everyone[: size * width], (size, width))
+        found = Attendance(ops.total(table[:, 0]), table[:, 1], ops.row_of_most(table, 0)[2:])
+        self._store.admit(everyone[size * width :])
         count = ops.where(found.live > 0, found.live, 1.0)
         for chunk, handle in zip(self.chunks, self._sent, strict=True):
             total = self._comm.wait(handle)

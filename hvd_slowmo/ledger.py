@@ -46,11 +46,11 @@ class Verdict(NamedTuple):
     gamma: Any  # mean rate of the block per parameter group: sum of sums / sum of steps
 
 
-def send(ops: Ops, rank: int, size: int, row: Row, rates: Any) -> Any:
-    """A worker's contribution to the table, as a flat float64 tensor for `Comm`."""
-    width = RATES + rates.shape[0]
+def own_row(ops: Ops, rank: int, size: int, row: Sequence[Any], rates: Any) -> list[Any]:
+    """A worker's contribution to a table of rows and rates: its own row between zeros; parts for `Ops.pack`."""
+    width = len(row) + rates.shape[0]
     before, behind = ops.vector([0.0] * rank * width), ops.vector([0.0] * (size - 1 - rank) * width)
-    return ops.pack([before, *row, rates, behind])
+    return [before, *row, rates, behind]
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:

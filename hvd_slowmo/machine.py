@@ -24,7 +24,7 @@ from hvd_slowmo.ledger import (
     complaint,
     exclusion,
     oddity,
-    send,
+    own_row,
     verdict,
 )
 from hvd_slowmo.ops import Ops
@@ -119,7 +119,9 @@ class Machine:
             rates=progress.rates + rates,
         )
         begun = self._ops.cond(now.begin, lambda: self._begin(done), lambda: done)
-        return self._ops.cond(now.outer, lambda: self._outer(self._meet(begun, live=live), begun), lambda: begun)
+        return self._ops.cond(
+            now.outer, lambda: self._outer(self._meet(begun, begun.step, live=live), begun), lambda: begun
+        )
 
     def idle(self, progress: Progress, leaving: int = 0) -> tuple[Progress, Any, Any]:
         """The next meeting, without data: a worker in a join answers the others until all are in theirs.
@@ -130,12 +132,14 @@ class Machine:
             since the last average, and go on in the block of the one with the most steps.
         """
         ops = self._ops
-        met = self._meet(progress, live=0, leaving=leaving)
+        end = progress.step + self._to_end(progress)
+        # Without blocks there is no clock: the workers are all in their join, wherever they stopped.
+        met = self._meet(progress, 0 if self.config.tau is None else end, live=0, leaving=leaving)
         over = met.found.live == 0
         after = ops.cond(
             over,
             lambda: ops.cond(met.found.weight > 0, lambda: self._mean(met, progress), lambda: progress),
-            lambda: self._outer(met, progress._replace(step=progress.step + self._to_end(progress))),
+            lambda: self._outer(met, progress._replace(step=end)),
         )
         furthest = ops.row_of_most(met.table, TAKEN)
         joined = after._replace(
@@ -148,7 +152,7 @@ class Machine:
 
     def average(self, progress: Progress) -> None:
         """The model becomes the workers' plain mean; the state stays as it is."""
-        met = self._meet(progress, purpose=AVERAGE)
+        met = self._meet(progress, progress.step, purpose=AVERAGE)
         self._mean(met, progress)
 
     def _begin(self, progress: Progress) -> Progress:
@@ -161,7 +165,9 @@ class Machine:
         """Steps to the end of the block; a whole block where one has just ended."""
         return 0 if self.config.tau is None else self.config.tau - block_position(self.config, progress.step)
 
-    def _meet(self, progress: Progress, *, live: int = 1, leaving: int = 0, purpose: int = TRAINING) -> Meeting:
+    def _meet(
+        self, progress: Progress, clock: Any, *, live: int = 1, leaving: int = 0, purpose: int = TRAINING
+    ) -> Meeting:
         """Come together with the other workers, and judge.
 
         The ledger and the first chunk travel together; nothing else starts and nothing is written before the ledger's
@@ -173,15 +179,13 @@ class Machine:
         attends = finite if exclude else 1.0
         own = progress.since / (self.config.tau or 1)
         share = attends * (1.0 if purpose == AVERAGE else own)
-        if live:
-            clock: Any = progress.step
-        else:  # without blocks there is no clock: all are in their join, wherever they stopped
-            clock = progress.step + self._to_end(progress) if self.config.tau is not None else 0
         row = Row(clock, purpose, live, leaving, finite, share, attends, progress.step, progress.covered)
-        handle = comm.start_sum(f"{self.name}.ledger", send(ops, comm.rank, comm.size, row, progress.rates))
+        handle = comm.start_sum(
+            f"{self.name}.ledger", ops.pack(own_row(ops, comm.rank, comm.size, row, progress.rates))
+        )
         weights = {"slow": share, "mean": share, "base": attends}
         begun = self._start(self.layout.chunks[0], weights)
-        table = ops.unpack(comm.wait(handle), (comm.size, -1))
+        table = ops.reshape(ops.unpack(comm.wait(handle)), (comm.size, -1))
         first = comm.wait(begun)
         found = verdict(ops, table, self.config.nonfinite)
         ops.refuse(found.bad, table, complaint(comm.ranks, self.name))
@@ -268,5 +272,5 @@ class Machine:
                     self._store.write("anchor", chunk, self._store.read("model", chunk))
 
     def _begin_block(self) -> None:
-        if self.config.buffers == "reset":
+        if self.config.buffers == "reset" and self.config.tau is not None:
             self._store.reset_base()

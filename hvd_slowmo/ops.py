@@ -46,8 +46,11 @@ class Ops(Protocol):
     def pack(self, parts: Sequence[Any]) -> Any:
         """Scalars and vectors of them, one behind the other, as a float64 tensor for `Comm`."""
 
-    def unpack(self, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """What came back of `pack`, as scalars of this shape."""
+    def unpack(self, tensor: Any) -> Any:
+        """What came back of `pack`, as a vector of scalars."""
+
+    def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
+        """The same scalars in another shape."""
 
     def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
         """Raise ValueError(describe(table)) where `bad` holds; describe takes a NumPy array."""
@@ -91,8 +94,11 @@ class EagerOps:
     def pack(self, parts: Sequence[Any]) -> Any:
         return self._to_tensor(np.concatenate([np.atleast_1d(part) for part in parts], dtype=np.float64))
 
-    def unpack(self, tensor: Any, shape: tuple[int, ...]) -> Any:
-        return self._to_array(tensor).reshape(shape)
+    def unpack(self, tensor: Any) -> Any:
+        return self._to_array(tensor)
+
+    def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
+        return scalars.reshape(shape)
 
     def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
         if bad:

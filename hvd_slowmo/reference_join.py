@@ -84,7 +84,7 @@ def run_epochs(
     everybody: x is left alone. Anchor, v and gamma stay, and the block goes on.
 
     While gradients are averaged, the mean is over live workers; one that is done takes the base step with this mean
-    and the mean of the live workers' rates, and this counts as a step of its own (but not as a batch). So all are
+    and the live workers' rates (the first one's, should they differ), and this counts as a step of its own (but not as a batch). So all are
     equal at a join then, and there is nothing to average. If the live workers' rates differ they are not: the join
     averages them all the same, and during warm-up raises ValueError, as the end of warm-up does.
     """
@@ -129,9 +129,8 @@ def run_epochs(
             batches_had[i] += 1
         if average:
             g_mean: Array = np.mean(list(g.values()), axis=0)
-            rate_mean: Array = np.mean(list(rates.values()), axis=0)
             g = dict.fromkeys(range(m), g_mean)
-            rates = {i: rates.get(i, rate_mean) for i in range(m)}
+            rates = {i: rates.get(i, rates[live[0]]) for i in range(m)}
         for i in g:
             x[i] = _BASES[base](x[i].copy(), g[i], rates[i][group], state[i], **(base_options or {}))
             rate_sums[i] += rates[i]

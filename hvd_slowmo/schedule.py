@@ -16,7 +16,7 @@ class Plan(NamedTuple):
 
     average_gradients: Any  # before the base step: the mean of all workers' gradients
     outer: Any  # after the base step: a block of tau steps is full, take the outer step
-    begin: Any  # after the base step: the warm-up is over, the first block begins
+    begin: Any  # after the base step: the warm-up is over, the first block (if there are any) begins
 
 
 def plan(config: SlowMoConfig, step: Any) -> Plan:
@@ -29,7 +29,7 @@ def plan(config: SlowMoConfig, step: Any) -> Plan:
     else:
         average = False
     if config.tau is None:
-        return Plan(average, False, False)
+        return Plan(average, False, after == 0 if config.warmup_steps else False)
     outer = after % config.tau == 0
     if not config.warmup_steps:
         return Plan(average, outer, False)

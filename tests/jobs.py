@@ -145,3 +145,12 @@ def large(elements: int) -> bool:
     optimizer.step()
     mean = sum(ramp * (r + 1) for r in range(hvd.size())) / hvd.size()
     return torch.equal(model[0].detach(), mean)
+
+
+def own_collectives_after_join() -> float:
+    """Uneven data, a join, and a collective of the script's own."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
+    train(model, optimizer, 2 + 3 * hvd.rank())
+    optimizer.join()
+    return hvd.allreduce(torch.ones(1), op=hvd.Sum, name="own").item()

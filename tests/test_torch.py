@@ -112,7 +112,11 @@ def test_batchnorm_statistics_are_averaged_at_the_outer_step(config):
             if comm.rank == 1 and k == 0:
                 model[1].num_batches_tracked += 5
             if k == 2:
-                mine = [model[1].running_mean.clone(), model[1].running_var.clone(), model[1].num_batches_tracked.item()]
+                mine = [
+                    model[1].running_mean.clone(),
+                    model[1].running_var.clone(),
+                    model[1].num_batches_tracked.item(),
+                ]
             optimizer.step()
         return mine, [model[1].running_mean, model[1].running_var, model[1].num_batches_tracked.item()]
 
@@ -239,8 +243,6 @@ def test_two_optimizers_of_one_model_take_names_of_their_own():
 
     first, second = on_threads(2, work)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")

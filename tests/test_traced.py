@@ -51,8 +51,11 @@ class TracedOps:
     def pack(self, parts):
         return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
 
-    def unpack(self, tensor, shape):
-        return tf.reshape(tensor, shape)
+    def unpack(self, tensor):
+        return tensor
+
+    def reshape(self, scalars, shape):
+        return tf.reshape(scalars, shape)
 
     def refuse(self, bad, table, describe):
         def fail(found):

@@ -90,6 +90,24 @@ def resumed(problem: Problem, stop: int, comm: Comm | None = None) -> list[dict[
     return [*before, *advance(problem, model, optimizer, rank, range(stop, problem.steps))]
 
 
+def epochs(problem: Problem, plan: list[tuple[int, ...]], comm: Comm | None = None) -> list[dict[str, Any]]:
+    """Epochs of plan[epoch][rank] steps with a join behind each; what the worker held after each join."""
+    rank = horovod_rank() if comm is None else comm.rank
+    model, optimizer = build(problem, comm, rank)
+    history, taken = [], 0
+    for lengths in plan:
+        for _ in range(lengths[rank]):
+            for number, group in enumerate(optimizer.param_groups):
+                group["lr"] = problem.rate(optimizer.steps, number)
+            optimizer.zero_grad()
+            model.set_gradient(problem.gradient(rank, taken, model.flat()))
+            optimizer.step()
+            taken += 1
+        joined = optimizer.join()
+        history.append({**held(model, optimizer), "step": optimizer.steps, "behind": joined.behind})
+    return history
+
+
 def same(a: Any, b: Any) -> bool:
     """Equal to the bit, through dicts and lists."""
     if isinstance(a, dict):

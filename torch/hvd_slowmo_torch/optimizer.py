@@ -100,7 +100,8 @@ class SlowMo(Optimizer):
 
     def _agreed_plan(self) -> Plan:
         """The layout, once all workers have compared theirs; an error on one worker is raised on all."""
-        plan, error = None, None
+        plan: Plan | None = None
+        error: Exception | None = None
         try:
             _check_arguments(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
@@ -113,7 +114,7 @@ class SlowMo(Optimizer):
                     "LBFGS evaluates its closure as often as its own losses tell it, on every worker differently: "
                     "gradients can't be averaged with it. Use gradients='local' without warm-up."
                 )
-        except (TypeError, ValueError) as caught:
+        except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
             error = caught
         facts = {} if plan is None else {"config": _facts(self.config), "parameters": plan.layout.describe()}
         remarks = {"PyTorch": torch.__version__, "the base optimizer": type(self.base).__name__}
@@ -263,12 +264,11 @@ class SlowMo(Optimizer):
         """Give zeros, and take the step that the others take, with their gradients and their rates."""
         self.zero_grad()
         self._finish_gradients()
-        live = int(self._attendance.live)
-        if not live:
+        if not self._attendance.live:
             self._gradients.done = False
             return True, self._attendance.leaving
         own = [group["lr"] for group in self.param_groups]
-        for group, rate in zip(self.param_groups, self._attendance.rates / live, strict=True):
+        for group, rate in zip(self.param_groups, self._attendance.rates, strict=True):
             group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else float(rate)
         try:
             if scaler is None:
@@ -294,10 +294,10 @@ class SlowMo(Optimizer):
             ValueError: on every rank, if one is elsewhere or its parameters are not finite.
         """
         own = {key: tensor.detach().clone() for key, tensor in self._tensors()}
-        with torch.no_grad():
-            self._machine.average(self._progress)
         self._averaging = True
         try:
+            with torch.no_grad():
+                self._machine.average(self._progress)
             yield
         finally:
             self._averaging = False
@@ -314,9 +314,13 @@ class SlowMo(Optimizer):
 
         Within a block the group counts as if it had been there, at its present rate, since the block began.
         """
-        self.base.add_param_group(param_group)
         before, progress = self._store, self._progress
-        plan = self._agreed_plan()
+        self.base.add_param_group(param_group)
+        try:
+            plan = self._agreed_plan()
+        except Exception:
+            self.base.param_groups.pop()
+            raise
         added = self.base.param_groups[-1]
         with torch.no_grad():
             mine = [p.detach().cpu() for p in added["params"]] if self._comm.rank == 0 else None

@@ -18,7 +18,7 @@ def broadcast_rest(comm: Comm, name: str, model: nn.Module, base: Optimizer, lay
     frozen = {key: p for key, p in model.named_parameters() if not p.requires_grad}  # chunks leave these alone
     others = {key: x for key, x in [*model.named_parameters(), *model.named_buffers()] if key not in carried}
     rest = {key: tensor.detach() for key, tensor in {**frozen, **others}.items()}
-    mine = ({key: tensor.cpu() for key, tensor in rest.items()}, base.state_dict()) if comm.rank == 0 else None
+    mine = _on_cpu(({**rest}, base.state_dict())) if comm.rank == 0 else None
     tensors, state = comm.gather(f"{name}.start", mine)[0]
     if comm.rank == 0:
         return
@@ -26,6 +26,17 @@ def broadcast_rest(comm: Comm, name: str, model: nn.Module, base: Optimizer, lay
         tensor.copy_(tensors[key])
     if state["state"] or _settings(state) != _settings(base.state_dict()):
         base.load_state_dict(state)
+
+
+def _on_cpu(item: Any) -> Any:
+    """The same structure with tensors in host memory: another worker's devices are not this one's."""
+    if isinstance(item, torch.Tensor):
+        return item.cpu()
+    if isinstance(item, dict):
+        return {key: _on_cpu(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return type(item)(_on_cpu(value) for value in item)
+    return item
 
 
 def _settings(state: dict[str, Any]) -> list[dict[str, Any]]:
