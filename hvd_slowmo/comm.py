@@ -96,7 +96,7 @@ class ThreadWorld:
         def worker(rank: int) -> None:
             ending = "ended"
             try:
-                results[rank] = work(_ThreadComm(self, rank))
+                results[rank] = work(self.member(rank))
             except BaseException as error:  # whatever a worker's code raises must reach the caller, not a thread's log
                 results[rank] = error
                 errors.append((rank, error))
@@ -113,6 +113,10 @@ class ThreadWorld:
         if errors and not return_exceptions:
             raise errors[0][1]
         return results
+
+    def member(self, rank: int) -> Comm:
+        """The Comm of one worker, for worlds beside the one that runs: the workers of a node, say."""
+        return _ThreadComm(self, rank)
 
     def submit(self, rank: int, signature: tuple[Any, ...], item: Any) -> int:
         """Enter a worker's next collective; returns its number."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 BUFFERS = ("maintain", "reset", "average")
-GRADIENTS = ("local", "all")
+GRADIENTS = ("local", "node", "all")
 NONFINITE = ("raise", "exclude")
 
 
@@ -26,7 +26,8 @@ class SlowMoConfig:
             gamma). False: heavy-ball momentum on the outer gradient, whatever the rate does (BMUF, DiLoCo).
         buffers: what happens to the base optimizer's buffers when a block begins (Algorithm 1, line 2): "maintain",
             "reset" (as before the first step) or "average" (over the workers).
-        gradients: over whom gradients are averaged at every step: "local" (nobody) or "all" (every worker: AR-SGD).
+        gradients: over whom gradients are averaged at every step: "local" (nobody), "node" (the workers of one machine;
+            the paper's workers are such nodes) or "all" (every worker: AR-SGD).
         warmup_steps: so many first steps average the gradients of all workers and take no outer step. The first block
             begins after them.
 
@@ -77,8 +78,9 @@ class SlowMoConfig:
             if self.gradients == "all" and self.warmup_steps:
                 idle.append(f"warmup_steps={self.warmup_steps}")
             found = [f"tau=None takes no outer step, so {', '.join(idle)} has no effect."] if idle else []
-            if self.gradients == "local":
-                found.append("tau=None with gradients='local': after the warm-up the workers never exchange anything.")
+            if self.gradients != "all":
+                among = "workers" if self.gradients == "local" else "nodes"
+                found.append(f"tau=None with gradients={self.gradients!r}: after the warm-up the {among} never meet.")
             return found
         idle = []
         if self.beta == 0:

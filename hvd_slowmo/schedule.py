@@ -14,7 +14,8 @@ from hvd_slowmo.config import SlowMoConfig
 class Plan(NamedTuple):
     """What the step with a given number does. Each flag is a bool, or a traced scalar bool."""
 
-    average_gradients: Any  # before the base step: the mean of all workers' gradients
+    average_gradients: Any  # before the base step: the mean of gradients, of the node or of all workers
+    all_gradients: Any  # it is the mean of all workers'
     outer: Any  # after the base step: a block of tau steps is full, take the outer step
     begin: Any  # after the base step: the warm-up is over, the first block (if there are any) begins
 
@@ -22,19 +23,17 @@ class Plan(NamedTuple):
 def plan(config: SlowMoConfig, step: Any) -> Plan:
     """The plan of step number `step` (0-based: the number of steps completed before it)."""
     after = step + 1 - config.warmup_steps  # completed steps of the blocks, once this one is done
-    if config.gradients == "all":
-        average: Any = True
-    elif config.warmup_steps:
-        average = step < config.warmup_steps
-    else:
-        average = False
+    everyone: Any = config.gradients == "all"
+    if config.warmup_steps and not everyone:
+        everyone = step < config.warmup_steps
+    average = True if config.gradients == "node" else everyone
     if config.tau is None:
-        return Plan(average, False, after == 0 if config.warmup_steps else False)
+        return Plan(average, everyone, False, after == 0 if config.warmup_steps else False)
     outer = after % config.tau == 0
     if not config.warmup_steps:
-        return Plan(average, outer, False)
+        return Plan(average, everyone, outer, False)
     # At the end of the warm-up `after` is 0: the remainder is 0 there too, but no block is full yet.
-    return Plan(average, outer & (after > 0), after == 0)
+    return Plan(average, everyone, outer & (after > 0), after == 0)
 
 
 def workers_equal(config: SlowMoConfig, step: int, since: int) -> bool:

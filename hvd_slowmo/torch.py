@@ -1,6 +1,7 @@
 """The PyTorch door: `import hvd_slowmo.torch as slowmo`."""
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo_torch.optimizer import SlowMo
+from hvd_slowmo_torch.nodes import init
+from hvd_slowmo_torch.optimizer import Joined, SlowMo
 
-__all__ = ["SlowMo", "SlowMoConfig"]
+__all__ = ["Joined", "SlowMo", "SlowMoConfig", "init"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -154,3 +155,52 @@ def own_collectives_after_join() -> float:
     train(model, optimizer, 2 + 3 * hvd.rank())
     optimizer.join()
     return hvd.allreduce(torch.ones(1), op=hvd.Sum, name="own").item()
+
+
+def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
+    """The same training under SlowMo with averaged gradients and under DistributedDataParallel."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}{scaled}", rank=hvd.rank(), world_size=hvd.size())
+
+    def training(wrap) -> tuple[list, int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        forward, optimizer, no_sync = wrap(model, base)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaled)
+        for k in range(6):
+            optimizer.zero_grad()
+            for part in range(2):
+                x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * hvd.rank() + 2 * k + part))
+                bad = float("inf") if scaled and (hvd.rank(), k) in ((1, 2), (0, 4)) else 1.0
+                with no_sync() if part == 0 else contextlib.nullcontext():
+                    scaler.scale(forward(x).square().mean() * bad).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach().numpy().copy() for p in model.parameters()], getattr(optimizer, "steps", 0)
+
+    def with_slowmo(model, base):
+        optimizer = SlowMo(base, model, SlowMoConfig.ar_sgd())
+        return model, optimizer, optimizer.no_sync
+
+    def with_ddp(model, base):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        return wrapped, base, wrapped.no_sync
+
+    ours, steps = training(with_slowmo)
+    theirs, _ = training(with_ddp)
+    dist.destroy_process_group()
+    return ours, theirs, steps
+
+
+def node_without_init() -> str:
+    """gradients="node" after a plain hvd.init()."""
+    model = nn.Linear(3, 4)
+    try:
+        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(gradients="node"))
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"

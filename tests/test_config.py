@@ -42,7 +42,8 @@ def test_invalid_settings_say_what_was_received(settings, error, words):
         ({"tau": None, "gradients": "all", "alpha": 0.7}, "alpha=0.7"),
         ({"tau": None, "gradients": "all", "buffers": "reset"}, "buffers='reset'"),
         ({"tau": None, "gradients": "all", "warmup_steps": 5}, "warmup_steps=5"),
-        ({"tau": None}, "never exchange anything"),
+        ({"tau": None}, "the workers never meet"),
+        ({"tau": None, "gradients": "node"}, "the nodes never meet"),
     ],
 )
 def test_settings_without_effect_warn(settings, words):

@@ -24,6 +24,7 @@ def tool(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "bin" / "python")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp.json")
     monkeypatch.setattr(module, "LOG", tmp_path / ".venv" / "log")
+    monkeypatch.setattr(module, "UNFINISHED", tmp_path / ".venv" / "unfinished")
     for name in ("packages.txt", "project.txt"):
         (tmp_path / name).write_text("1")
     module.ran = []
@@ -98,6 +99,38 @@ def test_a_removed_environment_runs_all(tool):
     tool.call()
     tool.PYTHON.unlink()
     assert tool.call() == ["venv", "packages", "project"]
+
+
+def test_packages_left_half_installed_mean_a_new_environment(tool, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(command):
+        raise Killed
+
+    tool.call()
+    monkeypatch.setattr(tool, "cpu_index_answers", lambda: False)
+    monkeypatch.setattr(tool, "run_logged", die)
+    with pytest.raises(Killed):
+        tool.install_packages()
+    assert tool.call() == ["venv", "packages", "project"]
+    tool.UNFINISHED.touch()
+    (tool.VENV / "half").touch()
+    tool.create_venv()
+    assert not (tool.VENV / "half").exists()
+    assert tool.PYTHON.exists()
+
+
+def test_a_failed_installation_keeps_the_environment(tool, monkeypatch):
+    def fail(command):
+        raise tool.SetupError("no network")
+
+    tool.call()
+    monkeypatch.setattr(tool, "cpu_index_answers", lambda: False)
+    monkeypatch.setattr(tool, "run_logged", fail)
+    with pytest.raises(tool.SetupError):
+        tool.install_packages()
+    assert tool.call() == []
 
 
 def test_a_failed_command_shows_its_errors_and_names_the_log(tool):

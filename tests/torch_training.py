@@ -32,7 +32,7 @@ class Model(torch.nn.Module):
             p.grad = torch.tensor(part)
 
 
-def build(problem: Problem, comm: Comm | None, rank: int) -> tuple[Model, SlowMo]:
+def build(problem: Problem, comm: Comm | None, rank: int, node: Comm | None = None) -> tuple[Model, SlowMo]:
     """A worker's model and optimizer. Ranks other than 0 begin elsewhere, and must be brought to rank 0's start."""
     model = Model(problem.start() + rank)
     groups = [
@@ -41,7 +41,9 @@ def build(problem: Problem, comm: Comm | None, rank: int) -> tuple[Model, SlowMo
     ]
     base = BASES[problem.base](groups, **{"lr": 1.0, **problem.options})
     config = SlowMoConfig(**problem.config)
-    return model, SlowMo(base, model, config) if comm is None else SlowMo.over(comm, base, model, config)
+    if comm is None:
+        return model, SlowMo(base, model, config)
+    return model, SlowMo.over(comm, base, model, config, node=node)
 
 
 def advance(problem: Problem, model: Model, optimizer: SlowMo, rank: int, steps: range) -> list[dict[str, Any]]:

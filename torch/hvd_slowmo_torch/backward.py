@@ -22,15 +22,15 @@ class BackwardMean:
     """Hooks on the parameters that average the gradients of one optimizer.
 
     Args:
-        exchange: the core's exchange.
+        exchange: the core's exchange, of the workers over which this step averages.
         store: where chunks lie.
         finish: end the exchange of this step.
     """
 
     def __init__(self, exchange: GradientMean, store: TorchStore, finish: Callable[[], None]) -> None:
+        self.exchange = exchange
         self.due = False  # whether the coming step averages gradients
         self.done = False  # whether that has happened
-        self._exchange = exchange
         self._finish = finish
         self._waiting = False  # a callback is queued for the end of this backward
         self._accumulating = False
@@ -78,8 +78,8 @@ class BackwardMean:
             for number in numbers:
                 self._missing[number] -= 1
             # In a fixed order, the same on every worker, whatever order gradients come in.
-            while self._exchange.sent < len(self._missing) and self._missing[self._exchange.sent] <= 0:
-                self._exchange.send_next()
+            while self.exchange.sent < len(self._missing) and self._missing[self.exchange.sent] <= 0:
+                self.exchange.send_next()
 
         return accumulated
 

@@ -23,6 +23,7 @@ from hvd_slowmo_torch import checkpoint
 from hvd_slowmo_torch.amp import scaled_step
 from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import connect
+from hvd_slowmo_torch.nodes import connect_node
 from hvd_slowmo_torch.start import broadcast_rest
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
 
@@ -69,22 +70,46 @@ class SlowMo(Optimizer):
         process_set: Any = None,
         name: str = "slowmo",
     ) -> None:
-        self._setup(base_optimizer, model, config, connect(process_set), name)
+        node: Comm | None = None
+        if isinstance(config, SlowMoConfig) and config.gradients == "node":
+            if process_set is not None:
+                raise ValueError("gradients='node' works on all ranks only: give no process_set.")
+            node = connect_node()
+        self._setup(base_optimizer, model, config, connect(process_set), node, name)
 
     @classmethod
     def over(
-        cls, comm: Comm, base_optimizer: Optimizer, model: nn.Module, config: SlowMoConfig, *, name: str = "slowmo"
+        cls,
+        comm: Comm,
+        base_optimizer: Optimizer,
+        model: nn.Module,
+        config: SlowMoConfig,
+        *,
+        node: Comm | None = None,
+        name: str = "slowmo",
     ) -> SlowMo:
-        """As the constructor, over any `hvd_slowmo.comm.Comm`: workers as threads, or a transport of one's own."""
+        """As the constructor, over any `hvd_slowmo.comm.Comm`: workers as threads, or a transport of one's own.
+
+        node: the workers of this one's node, for gradients="node".
+        """
         optimizer = cls.__new__(cls)
-        optimizer._setup(base_optimizer, model, config, comm, name)
+        optimizer._setup(base_optimizer, model, config, comm, node, name)
         return optimizer
 
-    def _setup(self, base_optimizer: Optimizer, model: nn.Module, config: SlowMoConfig, comm: Comm, name: str) -> None:
+    def _setup(
+        self,
+        base_optimizer: Optimizer,
+        model: nn.Module,
+        config: SlowMoConfig,
+        comm: Comm,
+        node: Comm | None,
+        name: str,
+    ) -> None:
         self.base = base_optimizer
         self.config = config
         self._model = model
         self._comm = comm
+        self._node = node
         self._name = name
         self._averaging = False  # within averaged_parameters()
         self._joining = self._leaving = 0  # within join(), within join(leaving=True)
@@ -107,7 +132,7 @@ class SlowMo(Optimizer):
             plan = lay_out(self._model, self.base, self.config)
             if self.config.tau is not None and (self.config.buffers == "reset" or self.config.nonfinite == "exclude"):
                 base_state.fresh(self.base)  # raises now rather than at the end of the first block
-            if (self.config.gradients == "all" or self.config.warmup_steps) and isinstance(
+            if (self.config.gradients != "local" or self.config.warmup_steps) and isinstance(
                 self.base, torch.optim.LBFGS
             ):
                 raise ValueError(
@@ -129,8 +154,11 @@ class SlowMo(Optimizer):
         self._store = TorchStore(plan, self.base, self.config.vectors)
         ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
         self._machine = Machine(self.config, plan.layout, ops, self._store, self._comm, self._name)
-        self._exchange = GradientMean(plan.layout, ops, self._store, self._comm, self._name)
-        self._gradients = BackwardMean(self._exchange, self._store, self._finish_gradients)
+        self._of_all = GradientMean(plan.layout, ops, self._store, self._comm, self._name)
+        self._of_node = self._of_all
+        if self._node is not None:
+            self._of_node = GradientMean(plan.layout, ops, self._store, self._node, self._name)
+        self._gradients = BackwardMean(self._of_all, self._store, self._finish_gradients)
 
     # The base optimizer's own, looked up at every use: load_state_dict replaces them.
 
@@ -150,6 +178,12 @@ class SlowMo(Optimizer):
     def steps(self) -> int:
         """Inner steps completed since construction, or since the run that was resumed began."""
         return int(self._progress.step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "SlowMo can't be pickled or deep-copied: it holds connections to the other workers and hooks on its model. "
+            "Copy state_dict() instead."
+        )
 
     def __repr__(self) -> str:
         return f"SlowMo({self.base!r}, {self.config!r})"
@@ -203,12 +237,14 @@ class SlowMo(Optimizer):
 
     @torch.no_grad()
     def _finish_gradients(self) -> None:
-        self._attendance = self._exchange.finish(1 - self._joining, self._leaving, self._rates())
+        self._attendance = self._gradients.exchange.finish(1 - self._joining, self._leaving, self._rates())
         self._gradients.done = True
 
     def _prepare(self) -> None:
         """Look at the coming step."""
-        self._gradients.due = bool(self._machine.plan(self._progress).average_gradients)
+        now = self._machine.plan(self._progress)
+        self._gradients.due = bool(now.average_gradients)
+        self._gradients.exchange = self._of_all if now.all_gradients else self._of_node
         self._gradients.done = False
         if not self._gradients.due:
             self._gradients.remove()  # averaged gradients come first and never again
@@ -246,11 +282,17 @@ class SlowMo(Optimizer):
         before = self.steps
         self._joining, self._leaving = 1, int(leaving)
         try:
-            over, left = False, None
+            over, node_done, left = False, False, None
             while not over:
-                over, left = self._join_gradients(scaler) if self._gradients.due else self._join_block()
+                if self._gradients.due and not node_done:
+                    ended, left = self._join_gradients(scaler)
+                    over = ended and self._gradients.exchange is self._of_all
+                    node_done = ended and not over
+                else:
+                    over, left = self._join_block()
         finally:
             self._joining = self._leaving = 0
+            self._prepare()
         assert left is not None, "the loop ends with a meeting"
         self._left = tuple(rank for rank, gone in zip(self._comm.ranks, left, strict=True) if gone)
         return Joined(self.steps - before, self._left)
@@ -265,7 +307,6 @@ class SlowMo(Optimizer):
         self.zero_grad()
         self._finish_gradients()
         if not self._attendance.live:
-            self._gradients.done = False
             return True, self._attendance.leaving
         own = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, self._attendance.rates, strict=True):
