@@ -35,8 +35,8 @@ class Entry:
 class Segment:
     """Tensors that travel as one flat vector of `dtype` on `device`.
 
-    rule: "slow" for parameters of one type (outer update), "mean" for statistics (the workers' mean), "base" for the base
-        optimizer's buffers (the mean too, at the beginning of a block only).
+    rule: "slow" for parameters of one type (outer update), "mean" for statistics (the workers' mean), "base" for the
+        base optimizer's buffers (the mean too, at the beginning of a block only).
     """
 
     rule: str

@@ -65,7 +65,7 @@ class Store(Protocol):
         """How many workers have a gradient for each parameter: where somebody has, those without one have zeros."""
 
     def finite(self) -> Any:
-        """Whether every parameter is finite: a bool scalar. (Statistics and masks may hold infinities.)"""
+        """Whether every parameter is finite: a bool scalar. Statistics and masks may hold infinities."""
 
     def reset_base(self) -> None:
         """Give the base optimizer's buffers their values from before the first step."""

@@ -35,7 +35,7 @@ class Ops(Protocol):
         """A float64 scalar as a factor for a tensor of another type."""
 
     def scaled(self, tensor: Any, factor: Any) -> Any:
-        """tensor x factor; to the bit the tensor where the factor is 1."""
+        """The tensor times a factor; to the bit the tensor where the factor is 1."""
 
     def integer(self, scalar: Any) -> Any:
         """A float64 scalar with an integral value, as an integer."""

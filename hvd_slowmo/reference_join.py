@@ -84,9 +84,9 @@ def run_epochs(
     everybody: x is left alone. Anchor, v and gamma stay, and the block goes on.
 
     While gradients are averaged, the mean is over live workers; one that is done takes the base step with this mean
-    and the live workers' rates (the first one's, should they differ), and this counts as a step of its own (but not as a batch). So all are
-    equal at a join then, and there is nothing to average. If the live workers' rates differ they are not: the join
-    averages them all the same, and during warm-up raises ValueError, as the end of warm-up does.
+    and the live workers' rates (the first one's, should they differ), and this counts as a step of its own (but not as
+    a batch). So all are equal at a join then, and there is nothing to average. If the live workers' rates differ they
+    are not: the join averages them all the same, and during warm-up raises ValueError, as the end of warm-up does.
     """
     m = workers
     if m < 1 or warmup_steps < 0 or (tau is not None and tau < 1):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,8 @@ class Pool:
                 late = [key.data for key in waiting.get_map().values()]
                 raise AssertionError(f"{job}: no answer from ranks {late} within {limit:.0f} s\n{self._tails()}")
             for key, _ in ready:
-                try:
+                with suppress(EOFError):  # the worker has ended: its result stays None
                     results[key.data] = pickle.load(key.fileobj)  # type: ignore[arg-type]
-                except EOFError:
-                    pass  # the worker has ended: its result stays None
                 waiting.unregister(key.fileobj)
 
     def _tails(self) -> str:
@@ -130,10 +128,8 @@ class Pool:
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):
                 if pipe is not None:
-                    try:
+                    with suppress(BrokenPipeError):  # a job was still in the buffer of a worker that is gone
                         pipe.close()
-                    except BrokenPipeError:
-                        pass  # a job was still in the buffer of a worker that is gone
         self._workers = []
         self._stack.close()
 

@@ -48,3 +48,37 @@ def test_a_script_that_forgets_init_is_told_so(tmp_path):
     result = horovodrun(tmp_path, SCRIPT.format(init=""), "-np", "2")
     assert result.returncode != 0
     assert "Horovod has not been initialized, and this is one of 2 workers. Call hvd.init() first." in result.stderr
+
+
+NODES = """
+import horovod.torch as hvd, torch
+import hvd_slowmo.torch as slowmo
+slowmo.init()
+model = torch.nn.Linear(3, 2)
+config = slowmo.SlowMoConfig(tau=4, gradients="node")
+optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config)
+for k in range(6):
+    optimizer.zero_grad()
+    model(torch.full((1, 3), float(hvd.rank() + k))).square().sum().backward()
+    optimizer.step()
+    print("weight", k, hvd.rank(), model.weight.double().sum().item())
+optimizer.join()
+print("weight", "joined", hvd.rank(), model.weight.double().sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+@pytest.mark.parametrize("hosts", ["localhost:2,127.0.0.1:2", "localhost:2,127.0.0.1:1"])
+def test_two_nodes_average_gradients_within_and_parameters_between(tmp_path, hosts):
+    size = sum(int(host.split(":")[1]) for host in hosts.split(","))
+    result = horovodrun(tmp_path, NODES, "-np", str(size), "-H", hosts)
+    assert result.returncode == 0, result.stderr[-3000:]
+    seen: dict[str, dict[int, str]] = {}
+    for line in result.stdout.splitlines():
+        if "weight" in line:
+            _, step, rank, value = line.split(":", 1)[1].split()
+            seen.setdefault(step, {})[int(rank)] = value
+    for step, values in seen.items():
+        assert values[0] == values[1], f"step {step}: a node's workers differ"
+        assert (values[2] == values[0]) == (step in ("3", "joined")), f"step {step}: {values}"

@@ -81,8 +81,8 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
         if not saved["common"]:
             raise ValueError(
                 f"the state is rank {saved['rank']}'s own, saved at step {saved['progress']['step']} in the middle of "
-                f"a block, and this is rank {comm.rank}. Load each rank's own file, or save after join(): then rank 0's "
-                "file serves all."
+                f"a block, and this is rank {comm.rank}. Load each rank's own file, or save after join(): then "
+                "rank 0's file serves all."
             )
         logger.info("rank %d continues from rank %d's common state", comm.rank, saved["rank"])
     return saved

@@ -379,8 +379,8 @@ class SlowMo(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state_dict with one more entry, "slowmo". No communication; tensors are references.
 
-        A state from right after an outer step or a join is common: rank 0's serves every rank. Any other is this rank's own,
-        and a resume that is bitwise the run without a stop means each rank its own.
+        A state from right after an outer step or a join is common: rank 0's serves every rank. Any other is this
+        rank's own, and a resume that is bitwise the run without a stop means each rank its own.
         """
         own = checkpoint.pack(self.config, self._machine.layout, self._comm, self._progress, self._store.vectors)
         return {**self.base.state_dict(), checkpoint.KEY: own}

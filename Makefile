@@ -1,0 +1,35 @@
+# Needs Python >= 3.10 with venv, a C++ compiler, make, and the package index; everything else goes into .venv and the user's cache.
+#   make demo ARGS="--help"      hands options to the example
+#   make test-fast ARGS="-k ..." hands options to pytest
+#   make setup PYTHON=python3.12 sets .venv up with another Python
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
+
+setup:  ## set .venv up: packages, this checkout, Horovod (minutes the first time, then nothing)
+	@$(PYTHON) tools/setup_venv.py
+
+demo: setup  ## train a classifier with SlowMo on four workers of this machine
+	@$(BIN)/horovodrun -np 4 $(BIN)/python examples/digits_torch.py $(ARGS)
+
+test: setup  ## run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup  ## run the tests that take no more than a few seconds
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: setup  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove .venv and what the tools left (the user's cache keeps Horovod's wheel)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,105 @@
+"""SlowMo against Local SGD and AR-SGD on scikit-learn's handwritten digits, with PyTorch.
+
+Run it with: horovodrun -np 4 python examples/digits_torch.py
+"""
+
+import time
+
+import digits_common as common
+import horovod.torch as hvd
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import hvd_slowmo.torch as slowmo
+
+
+def network() -> nn.Module:
+    """A small convolutional network for images (n, 8, 8)."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> common.Run:
+    """One run of one method."""
+    images, classes, test_images, test_classes = data
+    run = common.Run(method, seed)
+    config = common.METHODS[method](args)
+    torch.manual_seed(seed)
+    model = network().to(images.device)
+    base = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
+    optimizer = slowmo.SlowMo(base, model, config)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs - args.epochs // 5])
+
+    mine = common.shard(classes.cpu().numpy(), args.shards, hvd.rank(), hvd.size(), seed)
+    rng = np.random.default_rng([seed, hvd.rank()])
+    seconds = 0.0
+    for _ in range(args.epochs):
+        model.train()
+        begin, losses = time.perf_counter(), []
+        for batch in common.batches(mine, args.batch_size, rng):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images[batch]), classes[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            bar.update()
+        loss = torch.stack(losses).mean().cpu()  # waits for a GPU, so that the clock is right
+        seconds += time.perf_counter() - begin
+        scheduler.step()
+
+        run.steps.append(optimizer.steps)
+        run.loss.append(hvd.allreduce(loss, name="loss").item())
+        with optimizer.averaged_parameters():  # a collective: every worker is here, though only one needs the result
+            if hvd.rank() == 0:
+                run.accuracy.append(accuracy(model, test_images, test_classes))
+    milliseconds = torch.tensor(1000 * seconds / optimizer.steps)
+    run.ms_per_step = hvd.allreduce(milliseconds, name="milliseconds").item()
+    parameters = sum(4 * p.numel() for p in model.parameters())
+    run.mb_sent = common.megabytes(config, optimizer.steps, parameters, hvd.size())
+    return run
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> float:
+    """How many images the model classifies rightly, %."""
+    model.eval()
+    return 100 * (model(images).argmax(dim=1) == classes).double().mean().item()
+
+
+def main() -> None:
+    hvd.init()
+    args = common.parse(__doc__, hvd.rank())
+    torch.set_num_threads(1)  # several workers share this machine's cores
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", hvd.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    arrays = common.load()
+    data = [torch.from_numpy(array).to(device) for array in arrays]
+
+    runs = []
+    steps = args.epochs * common.steps_per_epoch(arrays, args.batch_size, hvd.size())
+    total = steps * args.seeds * len(args.methods)
+    with tqdm(total=total, unit="step", mininterval=0.5, disable=hvd.rank() != 0) as bar:
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for method in args.methods:
+                bar.set_description(f"{method}, seed {seed}")
+                runs.append(train(args, method, seed, data, bar))
+    if hvd.rank() == 0:
+        common.report("digits_torch", args, runs, hvd.size())
+
+
+if __name__ == "__main__":
+    main()
