@@ -61,6 +61,8 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
 
         run.steps.append(optimizer.steps)
         run.loss.append(hvd.allreduce(loss, name="loss").item())
+        if len(run.steps) == args.epochs:
+            optimizer.join()  # the end: all workers keep the mean
         with optimizer.averaged_parameters():  # a collective: every worker is here, though only one needs the result
             if hvd.rank() == 0:
                 run.accuracy.append(accuracy(model, test_images, test_classes))

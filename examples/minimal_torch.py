@@ -30,7 +30,8 @@ for _ in range(1200):
     loss.backward()
     optimizer.step()
 
-with optimizer.averaged_parameters(), torch.no_grad():  # SlowMo
-    accuracy = ((model(test_points) > 0) == (test_inside > 0)).float().mean().item()
+optimizer.join()  # SlowMo
 if hvd.rank() == 0:  # SlowMo
+    with torch.no_grad():
+        accuracy = ((model(test_points) > 0) == (test_inside > 0)).float().mean().item()
     print(f"test accuracy {100 * accuracy:.1f} %")
