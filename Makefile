@@ -6,9 +6,11 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+# The launcher imports TensorFlow where it is installed, which has much to say about itself.
+QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo bench test test-fast lint clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -17,7 +19,10 @@ setup:  ## set .venv up: packages, this checkout, Horovod (minutes the first tim
 	@$(PYTHON) tools/setup_venv.py
 
 demo: setup  ## train a classifier with SlowMo on four workers of this machine
-	@$(BIN)/horovodrun -np 4 $(BIN)/python examples/digits_torch.py $(ARGS)
+	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python examples/digits_torch.py $(ARGS)
+
+bench: setup  ## what a step costs, beside what else one could use; loopback and 1 Gbit/s (about ten minutes)
+	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)

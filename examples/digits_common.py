@@ -72,6 +72,7 @@ def parse(description: str | None, rank: int = 0, arguments: Sequence[str] | Non
     add("--alpha", type=float, default=1.0, help="SlowMo's slow learning rate")
     add("--beta", type=float, default=0.5, help="SlowMo's slow momentum")
     add("--out", type=Path, default=Path("results"), help="directory for the results and the picture")
+    add("--logdir", type=Path, help="write what every outer step measured to TensorBoard files in this directory")
     add("--quick", action="store_true", help="one run of SlowMo alone")
     with redirect_stdout(StringIO() if rank else sys.stdout):
         args = parser.parse_args(arguments)
@@ -132,21 +133,7 @@ class Run:
     loss: list[float] = field(default_factory=list)  # training loss since the point before, mean over the workers
     accuracy: list[float] = field(default_factory=list)  # of the workers' mean model on the test data, %
     ms_per_step: float = 0.0  # training only, mean over the workers
-    mb_sent: float = 0.0  # by each worker, see `megabytes`
-
-
-def megabytes(config: SlowMoConfig, steps: int, parameters: int, workers: int) -> float:
-    """What a worker hands to Horovod in so many steps, in MB (10^6 bytes); `parameters` is their size in bytes.
-
-    Counted are gradients and models, neither what is exchanged at the start and for the evaluation nor the few bytes
-    of bookkeeping that go with each exchange. How often a byte then travels is up to Horovod's allreduce.
-    """
-    if workers == 1:
-        return 0.0
-    if config.gradients == "all":
-        return steps * parameters / 1e6
-    momentum = parameters if config.buffers == "average" else 0
-    return steps // config.tau * (parameters + momentum) / 1e6
+    mb_sent: float = 0.0  # 10^6 bytes handed to Horovod by each worker, start and evaluation not counted
 
 
 def table(runs: Sequence[Run]) -> str:

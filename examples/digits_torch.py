@@ -4,6 +4,8 @@ Run it with: horovodrun -np 4 python examples/digits_torch.py
 """
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import digits_common as common
 import horovod.torch as hvd
@@ -39,24 +41,27 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
     torch.manual_seed(seed)
     model = network().to(images.device)
     base = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
-    optimizer = slowmo.SlowMo(base, model, config)
+    optimizer = slowmo.SlowMo(base, model, config, metrics=args.logdir is not None)
+    log = logger(args.logdir, f"{method}-{seed}")
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs - args.epochs // 5])
 
     mine = common.shard(classes.cpu().numpy(), args.shards, hvd.rank(), hvd.size(), seed)
     rng = np.random.default_rng([seed, hvd.rank()])
-    seconds = 0.0
+    seconds, sent = 0.0, 0
     for _ in range(args.epochs):
         model.train()
-        begin, losses = time.perf_counter(), []
+        begin, before, losses = time.perf_counter(), optimizer.bytes_sent, []
         for batch in common.batches(mine, args.batch_size, rng):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images[batch]), classes[batch])
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
+            log(optimizer)
             bar.update()
         loss = torch.stack(losses).mean().cpu()  # waits for a GPU, so that the clock is right
         seconds += time.perf_counter() - begin
+        sent += optimizer.bytes_sent - before
         scheduler.step()
 
         run.steps.append(optimizer.steps)
@@ -68,9 +73,25 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
                 run.accuracy.append(accuracy(model, test_images, test_classes))
     milliseconds = torch.tensor(1000 * seconds / optimizer.steps)
     run.ms_per_step = hvd.allreduce(milliseconds, name="milliseconds").item()
-    parameters = sum(4 * p.numel() for p in model.parameters())
-    run.mb_sent = common.megabytes(config, optimizer.steps, parameters, hvd.size())
+    run.mb_sent = sent / 1e6
     return run
+
+
+def logger(logdir: Path | None, name: str) -> Callable[[slowmo.SlowMo], None]:
+    """Writes the optimizer's metrics to TensorBoard, on rank 0, once after each outer step."""
+    if logdir is None or hvd.rank() != 0:
+        return lambda optimizer: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(logdir / name))
+
+    def log(optimizer: slowmo.SlowMo) -> None:
+        metrics = optimizer.metrics()
+        if metrics is not None and metrics.step == optimizer.steps:
+            for key, value in metrics._asdict().items():
+                writer.add_scalar(f"slowmo/{key}", value, metrics.step)
+
+    return log
 
 
 @torch.no_grad()

@@ -7,8 +7,11 @@ the wire. Within a chunk, a piece is a stretch of one parameter group: its rate 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 CHUNK_BYTES = 16 * 2**20
@@ -48,7 +51,12 @@ class Segment:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return sum(entry.size for entry in self.entries)
+        return self.offsets[-1]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each entry begins, and last where the segment ends."""
+        return (0, *accumulate(entry.size for entry in self.entries))
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,13 @@ class Chunk:
         """Number of elements."""
         return self.stop - self.start
 
+    def blocks(self, length: int | None) -> Iterator[Chunk]:
+        """The pieces, cut into blocks of at most `length` elements."""
+        for piece in self.pieces:
+            for start in range(piece.start, piece.stop, length or piece.size):
+                stop = min(start + (length or piece.size), piece.stop)
+                yield Chunk(self.index, self.segment, self.rule, start, stop, group=piece.group)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -79,12 +94,13 @@ class Layout:
 
     def spans(self, chunk: Chunk) -> Iterable[tuple[int, int, int, int]]:
         """The tensors under a chunk: (entry's number, from, to within the tensor, place within the chunk)."""
-        offset = 0
-        for number, entry in enumerate(self.segments[chunk.segment].entries):
-            start, stop = max(chunk.start, offset), min(chunk.stop, offset + entry.size)
+        offsets = self.segments[chunk.segment].offsets
+        number = bisect_right(offsets, chunk.start) - 1
+        while offsets[number] < chunk.stop:
+            start, stop = max(chunk.start, offsets[number]), min(chunk.stop, offsets[number + 1])
             if start < stop:
-                yield number, start - offset, stop - offset, start - chunk.start
-            offset += entry.size
+                yield number, start - offsets[number], stop - offsets[number], start - chunk.start
+            number += 1
 
     def describe(self) -> list[tuple[Any, ...]]:
         """What workers must agree on, entry by entry, in wire order."""

@@ -28,9 +28,10 @@ class Row(NamedTuple):
     attends: Any  # its weight in plain means: 1, or 0 if it is left out
     taken: Any  # inner steps that it has completed
     covered: Any  # inner steps that its sums of rates cover
+    drift: Any  # its squared distance from the mean at the outer step before, where that is measured
 
 
-STEP, PURPOSE, LIVE, LEAVING, FINITE, SHARE, ATTENDS, TAKEN, COVERED = range(len(Row._fields))
+STEP, PURPOSE, LIVE, LEAVING, FINITE, SHARE, ATTENDS, TAKEN, COVERED, DRIFT = range(len(Row._fields))
 RATES = len(Row._fields)
 _SAME_RATE = 1e-6  # relative; sums of equal rates may differ by rounding between frameworks
 
@@ -54,7 +55,7 @@ def own_row(ops: Ops, rank: int, size: int, row: Sequence[Any], rates: Any) -> l
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
-    """Judge a table of shape (workers, 9 + groups); nonfinite is the config's."""
+    """Judge a table of shape (workers, 10 + groups); nonfinite is the config's."""
     rates, live = table[:, RATES:], table[:, LIVE]
     workers, living, weight = ops.total(live * 0 + 1), ops.total(live), ops.total(table[:, SHARE])
     valid = (rates >= 0) & (rates < math.inf)  # false for NaN too

@@ -6,7 +6,7 @@ State is two things. `Progress`, scalars passed by value through `start` and `ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.comm import Comm
@@ -15,6 +15,7 @@ from hvd_slowmo.layout import Chunk, Layout
 from hvd_slowmo.ledger import (
     AVERAGE,
     COVERED,
+    DRIFT,
     LEAVING,
     RATES,
     TAKEN,
@@ -41,6 +42,18 @@ class Progress(NamedTuple):
     rates: Any  # float64 (G,): sum of the base rates over those steps
     gamma: Any  # float64 (G,): mean base rate of the block before; 0 while there is none
     excluded: Any  # int64: averages that left this worker out because its parameters were not finite
+    observed: Any  # float64 (6,): what the last outer step has measured, see `Observed`; zeros where nothing is
+
+
+class Observed(NamedTuple):
+    """What an outer step measures, over all parameters. The divergence is known when the workers meet again."""
+
+    drift: Any  # this worker's squared distance from the mean
+    mean: Any  # squared norm of the mean
+    divergence: Any  # of the outer step before: mean over workers of the squared distance / squared norm of the mean
+    delta: Any  # squared norm of Delta
+    v: Any  # squared norm of v, as it was before
+    product: Any  # inner product of Delta and that v
 
 
 class Store(Protocol):
@@ -84,8 +97,23 @@ class Meeting(NamedTuple):
 class Machine:
     """One worker's state machine. All workers call the same methods in the same order."""
 
-    def __init__(self, config: SlowMoConfig, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str) -> None:
+    def __init__(
+        self,
+        config: SlowMoConfig,
+        layout: Layout,
+        ops: Ops,
+        store: Store,
+        comm: Comm,
+        name: str,
+        *,
+        observe: bool = False,
+        block: int | None = None,
+        update: Callable[..., tuple[Any, Any]] = outer_update,
+    ) -> None:
         self.config = config
+        self._outer_update = update  # or an adapter's faster form of it
+        self._block = block  # elements to update at once, so that a processor's cache holds what passes between them
+        self._observing = observe
         self.layout = layout
         self.name = name
         self._ops = ops
@@ -100,7 +128,8 @@ class Machine:
             self._store.write("model", chunk, self._comm.wait(handle))
         self._take_anchor()
         zeros = self._ops.vector([0.0] * self.layout.groups)
-        return Progress(step=0, since=0, covered=0, rates=zeros, gamma=zeros, excluded=0)
+        nothing = self._ops.vector([0.0] * len(Observed._fields))
+        return Progress(step=0, since=0, covered=0, rates=zeros, gamma=zeros, excluded=0, observed=nothing)
 
     def plan(self, progress: Progress) -> Plan:
         """What the coming step does."""
@@ -179,7 +208,10 @@ class Machine:
         attends = finite if exclude else 1.0
         own = progress.since / (self.config.tau or 1)
         share = attends * (1.0 if purpose == AVERAGE else own)
-        row = Row(clock, purpose, live, leaving, finite, share, attends, progress.step, progress.covered)
+        drift = progress.observed[0]
+        row = Row(
+            clock, purpose, live, leaving, finite, share, attends, progress.step, progress.covered, drift
+        )  # fmt: skip
         handle = comm.start_sum(
             f"{self.name}.ledger", ops.pack(own_row(ops, comm.rank, comm.size, row, progress.rates))
         )
@@ -197,24 +229,52 @@ class Machine:
     def _outer(self, met: Meeting, progress: Progress) -> Progress:
         """Lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
         coefficients = momentum(self.config, self._ops, met.found.gamma, progress.gamma)
-        for chunk, mean in self._means(met, ("slow", "mean", "base")):
+        seen = progress.observed * 0
+        for chunk, total, divisor in self._sums(met, ("slow", "mean", "base")):
+            if self._observing and chunk.rule == "slow":
+                seen = seen + self._observe(chunk, total / divisor)
             if chunk.rule == "slow" and self.config.vectors:
-                for piece in chunk.pieces:
-                    self._update(piece, mean[piece.start - chunk.start : piece.stop - chunk.start], coefficients)
+                for block in chunk.blocks(self._block):
+                    mean = total[block.start - chunk.start : block.stop - chunk.start] / divisor
+                    self._update(block, mean, coefficients)
             else:
-                self._store.write("model", chunk, mean)
+                self._store.write("model", chunk, total / divisor)
         self._begin_block()
+        if self._observing:
+            seen = seen + self._divergence(met, Observed(*[progress.observed[i] for i in range(len(Observed._fields))]))
         return self._without_excluded(met, progress)._replace(
             since=progress.since * 0,
             covered=progress.covered * 0,
             rates=progress.rates * 0,
             gamma=next_gamma(self._ops, met.found.gamma, progress.gamma),
+            observed=seen,
         )
+
+    def _observe(self, chunk: Chunk, mean: Any) -> Any:
+        """A chunk's part of what an outer step measures, before anything of it is written."""
+        dot = self._ops.dot
+        away = self._store.read("model", chunk) - mean
+        parts = [dot(away, away), dot(mean, mean), 0.0, 0.0, 0.0, 0.0]
+        if self.config.vectors:
+            delta = self._store.read("anchor", chunk) - mean
+            parts[3] = dot(delta, delta)
+            if "v" in self.config.vectors:
+                v = self._store.read("v", chunk)
+                parts[4:] = [dot(v, v), dot(delta, v)]
+        return self._ops.vector(parts)
+
+    def _divergence(self, met: Meeting, before: Observed) -> Any:
+        """What the ledger completes of the outer step before."""
+        ops = self._ops
+        known = before.mean > 0
+        size = ops.where(known, before.mean, 1.0) * self._comm.size
+        divergence = ops.where(known, ops.total(met.table[:, DRIFT]) / size, 0.0)
+        return ops.vector([0.0, 0.0, divergence, 0.0, 0.0, 0.0])
 
     def _mean(self, met: Meeting, progress: Progress) -> Progress:
         """The parameters and statistics become the workers' mean, nothing else changes."""
-        for chunk, mean in self._means(met, ("slow", "mean")):
-            self._store.write("model", chunk, mean)
+        for chunk, total, divisor in self._sums(met, ("slow", "mean")):
+            self._store.write("model", chunk, total / divisor)
         return self._without_excluded(met, progress)
 
     def _without_excluded(self, met: Meeting, progress: Progress) -> Progress:
@@ -239,31 +299,31 @@ class Machine:
         )
         return self._comm.start_sum(f"{self.name}.model.{chunk.index}", x)
 
-    def _means(self, met: Meeting, rules: Sequence[str]) -> Iterator[tuple[Chunk, Any]]:
-        """Each chunk and the workers' mean of it; the next one travels while the caller works on one."""
+    def _sums(self, met: Meeting, rules: Sequence[str]) -> Iterator[tuple[Chunk, Any, Any]]:
+        """Each chunk, the workers' sum of it, and what makes it a mean; the next travels while the caller works."""
         divisors = {"slow": met.found.weight, "mean": met.found.weight, "base": met.found.attendance}
         chunks = [chunk for chunk in self.layout.chunks if chunk.rule in rules]
         total = met.first
         for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
             handle = None if following is None else self._start(following, met.weights)
-            yield chunk, total / self._ops.like(divisors[chunk.rule], total)
+            yield chunk, total, self._ops.like(divisors[chunk.rule], total)
             if following is not None:
                 total = self._comm.wait(handle)
 
-    def _update(self, piece: Chunk, mean: Any, coefficients: Momentum) -> None:
-        anchor = self._store.read("anchor", piece)
-        v = self._store.read("v", piece) if "v" in self.config.vectors else None
-        written = self._store.written(piece, anchor)
+    def _update(self, block: Chunk, mean: Any, coefficients: Momentum) -> None:
+        anchor = self._store.read("anchor", block)
+        v = self._store.read("v", block) if "v" in self.config.vectors else None
+        written = self._store.written(block, anchor)
         if written is not anchor:
             # The block began at what half precision kept of the anchor. What that dropped is no progress of the block:
             # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum.
             mean = mean + (anchor - written)
-        mine = Momentum(*(self._ops.like(c[piece.group], mean) for c in coefficients))
-        anchor, v = outer_update(self.config, mean, anchor, v, mine)
-        self._store.write("model", piece, anchor)
-        self._store.write("anchor", piece, anchor)
+        mine = Momentum(*(self._ops.like(c[block.group], mean) for c in coefficients))
+        anchor, v = self._outer_update(self.config, mean, anchor, v, mine)
+        self._store.write("model", block, anchor)
+        self._store.write("anchor", block, anchor)
         if v is not None:
-            self._store.write("v", piece, v)
+            self._store.write("v", block, v)
 
     def _take_anchor(self) -> None:
         if self.config.vectors:

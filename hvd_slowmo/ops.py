@@ -37,6 +37,9 @@ class Ops(Protocol):
     def scaled(self, tensor: Any, factor: Any) -> Any:
         """The tensor times a factor; to the bit the tensor where the factor is 1."""
 
+    def dot(self, a: Any, b: Any) -> Any:
+        """The sum of the products of two tensors' elements, as a float64 scalar."""
+
     def integer(self, scalar: Any) -> Any:
         """A float64 scalar with an integral value, as an integer."""
 
@@ -84,6 +87,9 @@ class EagerOps:
 
     def scaled(self, tensor: Any, factor: Any) -> Any:
         return tensor if factor == 1 else tensor * factor
+
+    def dot(self, a: Any, b: Any) -> Any:
+        return float(a @ b)
 
     def integer(self, scalar: Any) -> Any:
         return int(scalar)

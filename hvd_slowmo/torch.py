@@ -2,6 +2,6 @@
 
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo_torch.nodes import init
-from hvd_slowmo_torch.optimizer import Joined, SlowMo
+from hvd_slowmo_torch.optimizer import Joined, Metrics, SlowMo
 
-__all__ = ["Joined", "SlowMo", "SlowMoConfig", "init"]
+__all__ = ["Joined", "Metrics", "SlowMo", "SlowMoConfig", "init"]

@@ -11,8 +11,9 @@ from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.layout import Entry, Segment, layout
 from hvd_slowmo.ledger import AVERAGE, TRAINING, Row, complaint, oddity, verdict
 from hvd_slowmo.ops import EagerOps
-from hvd_slowmo.outer import momentum, next_gamma, outer_update
+from hvd_slowmo.outer import Momentum, momentum, next_gamma, outer_update
 from hvd_slowmo.schedule import block_position, plan, workers_equal
+from hvd_slowmo_torch.fast import outer_update_
 
 OPS = EagerOps()
 
@@ -95,6 +96,27 @@ def test_alpha_1_beta_0_gives_the_mean_to_the_bit(kind):
     assert bool((moved == mean).all())
 
 
+@settings(max_examples=50)
+@given(
+    alpha=st.sampled_from([0.5, 1.0, 1.2]),
+    beta=st.sampled_from([0.0, 0.4, 0.9]),
+    nesterov=st.booleans(),
+    gammas=st.sampled_from([(0.1, 0.0), (0.1, 0.2), (0.0, 0.2)]),
+)
+def test_the_update_in_place_is_the_pure_one(alpha, beta, nesterov, gammas):
+    config = SlowMoConfig(alpha=alpha, beta=beta, nesterov=nesterov and beta > 0)
+    generator = torch.Generator().manual_seed(0)
+    mean, anchor, v = (torch.randn(100, dtype=torch.float64, generator=generator) for _ in range(3))
+    m = Momentum(*map(float, momentum(config, OPS, *map(np.float64, gammas))))
+    kept = anchor.clone()
+    expected = outer_update(config, mean.clone(), anchor, v if beta else None, m)
+    found = outer_update_(config, mean.clone(), anchor, v.clone() if beta else None, m)
+    assert torch.equal(anchor, kept)
+    for a, b in zip(expected, found, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+
+
 def test_a_block_without_a_rate_keeps_v_and_the_rate_before():
     config = SlowMoConfig()
     m = momentum(config, OPS, np.array([0.0, 0.2]), np.array([0.4, 0.4]))
@@ -109,7 +131,7 @@ def rows(*workers):
 
 
 def row(step=12, purpose=TRAINING, live=1, finite=1, share=1.0, rate=1.2):
-    return [*Row(step, purpose, live, 0, finite, share, 1, step, 12), rate]
+    return [*Row(step, purpose, live, 0, finite, share, 1, step, 12, 0.0), rate]
 
 
 GOOD = row()

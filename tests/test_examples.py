@@ -67,14 +67,6 @@ def test_more_workers_than_batches_is_an_error() -> None:
         common.steps_per_epoch(common.load(), 500, 4)
 
 
-def test_megabytes() -> None:
-    args = common.parse(None, arguments=["--tau", "10"])
-    configs = {name: method(args) for name, method in common.METHODS.items()}
-    sent = {name: common.megabytes(config, 95, 4_000_000, workers=4) for name, config in configs.items()}
-    assert sent == {"ar-sgd": 380, "local-sgd": 36, "slowmo": 36}
-    assert common.megabytes(configs["ar-sgd"], 95, 4_000_000, workers=1) == 0
-
-
 def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = common.parse(None, arguments=["--seeds", "3", "--out", str(tmp_path / "new" / "results")])
     runs = [
@@ -106,6 +98,8 @@ def test_quick_run_under_horovodrun(tmp_path: Path) -> None:
         "--quick",
         "--out",
         tmp_path,
+        "--logdir",
+        tmp_path / "logs",
     ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -122,4 +116,5 @@ def test_quick_run_under_horovodrun(tmp_path: Path) -> None:
     assert line, output
     assert float(line[1]) > 80
     assert (tmp_path / "digits_torch.png").read_bytes().startswith(PNG)
+    assert list((tmp_path / "logs" / "slowmo-0").iterdir()), "nothing for TensorBoard"
     assert len(json.loads((tmp_path / "digits_torch.json").read_text(encoding="utf-8"))["runs"]) == 1

@@ -34,13 +34,16 @@ class TracedOps:
         return tf.reduce_sum(table, axis=0)
 
     def vector(self, values):
-        return tf.constant(values, tf.float64)
+        return tf.stack([tf.cast(value, tf.float64) for value in values]) if values else tf.zeros([0], tf.float64)
 
     def like(self, scalar, tensor):
         return tf.cast(scalar, tensor.dtype)
 
     def scaled(self, tensor, factor):
         return tensor * tf.cast(factor, tensor.dtype)
+
+    def dot(self, a, b):
+        return tf.cast(tf.tensordot(a, b, 1), tf.float64)
 
     def integer(self, scalar):
         return tf.cast(scalar, tf.int64)
@@ -115,7 +118,8 @@ def train(problem, comm, monkeypatch):
     entries = (Entry("x", (DIMENSIONS,), "float64"),)
     laid = layout([Segment("slow", "float64", 8, "cpu", entries)], 1)
     store = TracedStore(problem.start() + comm.rank)
-    machine = Machine(SlowMoConfig(**problem.config), laid, TracedOps(), store, TracedComm(comm), "slowmo")
+    config = SlowMoConfig(**problem.config)
+    machine = Machine(config, laid, TracedOps(), store, TracedComm(comm), "slowmo", observe=True)
     state = [tf.Variable(x, dtype=tf.int64 if isinstance(x, int) else tf.float64) for x in machine.start()]
     traces = []
 

@@ -42,16 +42,13 @@ class BackwardMean:
             self._whole.append(len(parameters))
             for p in parameters:
                 chunks_of.setdefault(id(p), (p, []))[1].append(number)
-        self._hooks: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(self._hook(numbers))  # type: ignore[no-untyped-call]
-            for p, numbers in chunks_of.values()
-            if p.requires_grad
-        ]
+        self._hooks = [_register(p, self._hook(numbers)) for p, numbers in chunks_of.values()]
 
     def remove(self) -> None:
         """Take the hooks off: no later step averages gradients."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -87,3 +84,14 @@ class BackwardMean:
         self._waiting = False
         with torch.no_grad():
             self._finish()
+
+
+def _register(parameter: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Also on a frozen parameter, which may be unfrozen later: torch takes a hook from trainable ones only."""
+    trainable = parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        parameter.requires_grad_(trainable)
+    return handle

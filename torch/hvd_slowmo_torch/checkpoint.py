@@ -41,6 +41,7 @@ def pack(config: SlowMoConfig, layout: Layout, comm: Comm, progress: Progress, v
             "rates": progress.rates.tolist(),
             "gamma": progress.gamma.tolist(),
             "excluded": int(progress.excluded),
+            "observed": progress.observed.tolist(),
         },
         "parameters": _parameters(layout),
         "vectors": {name: [t for t in tensors if t is not None] for name, tensors in vectors.items()},
@@ -94,7 +95,8 @@ def restore(saved: dict[str, Any], vectors: Vectors) -> Progress:
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
     scalars = saved["progress"]
-    return Progress(**{**scalars, "rates": np.array(scalars["rates"]), "gamma": np.array(scalars["gamma"])})
+    vectors_of = {key: np.array(value) if isinstance(value, list) else value for key, value in scalars.items()}
+    return Progress(**vectors_of)
 
 
 def _parameters(layout: Layout) -> list[list[Any]]:

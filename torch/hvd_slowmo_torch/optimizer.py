@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -12,20 +13,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hvd_slowmo.comm import Comm
+from hvd_slowmo.comm import Comm, MeteredComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agree
-from hvd_slowmo.machine import Machine, Progress
+from hvd_slowmo.machine import Machine, Observed, Progress
 from hvd_slowmo.ops import EagerOps
 from hvd_slowmo_torch import base as base_state
 from hvd_slowmo_torch import checkpoint
 from hvd_slowmo_torch.amp import scaled_step
 from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import connect
+from hvd_slowmo_torch.fast import outer_update_
 from hvd_slowmo_torch.nodes import connect_node
 from hvd_slowmo_torch.start import broadcast_rest
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
+
+# Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
+_CACHED = 2**17
 
 
 class Joined(NamedTuple):
@@ -33,6 +38,18 @@ class Joined(NamedTuple):
 
     behind: int  # by how many steps this worker was behind the one with the most
     left: Sequence[int]  # ranks that have left for good: stop training
+
+
+class Metrics(NamedTuple):
+    """What `SlowMo.metrics` tells of an outer step; norms and products are over all parameters."""
+
+    step: int  # inner steps completed, this outer step included
+    divergence: float  # of the outer step before this one: mean over workers of |x_i - mean|^2 / |mean|^2
+    delta_norm: float  # of Delta, the outer gradient; 0 for Local SGD, which has no anchor
+    v_norm: float  # of the slow momentum, as it was before this step
+    cosine: float  # of the angle between Delta and that momentum; 0 while there is none
+    seconds_waited: float  # for collectives on this worker, since the outer step before
+    bytes_sent: int  # handed to Horovod by this worker, since the outer step before
 
 
 class SlowMo(Optimizer):
@@ -51,6 +68,7 @@ class SlowMo(Optimizer):
         config: what to do; see `SlowMoConfig`.
         process_set: the Horovod process set that trains together. None: all ranks.
         name: prefix of the collectives' names; a second optimizer in one process takes another.
+        metrics: measure at every outer step what `metrics()` tells; costs about as much as the outer update itself.
 
     Raises:
         TypeError, ValueError: on every rank, if an argument is wrong on one, or settings or models differ.
@@ -69,13 +87,14 @@ class SlowMo(Optimizer):
         *,
         process_set: Any = None,
         name: str = "slowmo",
+        metrics: bool = False,
     ) -> None:
         node: Comm | None = None
         if isinstance(config, SlowMoConfig) and config.gradients == "node":
             if process_set is not None:
                 raise ValueError("gradients='node' works on all ranks only: give no process_set.")
             node = connect_node()
-        self._setup(base_optimizer, model, config, connect(process_set), node, name)
+        self._setup(base_optimizer, model, config, connect(process_set), node, name, metrics)
 
     @classmethod
     def over(
@@ -87,13 +106,14 @@ class SlowMo(Optimizer):
         *,
         node: Comm | None = None,
         name: str = "slowmo",
+        metrics: bool = False,
     ) -> SlowMo:
         """As the constructor, over any `hvd_slowmo.comm.Comm`: workers as threads, or a transport of one's own.
 
         node: the workers of this one's node, for gradients="node".
         """
         optimizer = cls.__new__(cls)
-        optimizer._setup(base_optimizer, model, config, comm, node, name)
+        optimizer._setup(base_optimizer, model, config, comm, node, name, metrics)
         return optimizer
 
     def _setup(
@@ -104,12 +124,16 @@ class SlowMo(Optimizer):
         comm: Comm,
         node: Comm | None,
         name: str,
+        metrics: bool,
     ) -> None:
         self.base = base_optimizer
         self.config = config
         self._model = model
-        self._comm = comm
-        self._node = node
+        self._comm = MeteredComm(comm)
+        self._node = None if node is None else MeteredComm(node)
+        self._observing = metrics
+        self._metrics: Metrics | None = None
+        self._sent_before, self._waited_before = 0, 0.0
         self._name = name
         self._averaging = False  # within averaged_parameters()
         self._joining = self._leaving = 0  # within join(), within join(leaving=True)
@@ -123,11 +147,16 @@ class SlowMo(Optimizer):
             self._progress: Progress = self._machine.start()
         self._prepare()
 
-    def _agreed_plan(self) -> Plan:
-        """The layout, once all workers have compared theirs; an error on one worker is raised on all."""
+    def _agreed_plan(self, group: dict[str, Any] | None = None) -> Plan:
+        """The layout, once all workers have compared theirs; an error on one worker is raised on all.
+
+        group: to add to the base optimizer first.
+        """
         plan: Plan | None = None
         error: Exception | None = None
         try:
+            if group is not None:
+                self.base.add_param_group(group)
             _check_arguments(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
             if self.config.tau is not None and (self.config.buffers == "reset" or self.config.nonfinite == "exclude"):
@@ -153,7 +182,18 @@ class SlowMo(Optimizer):
     def _build(self, plan: Plan) -> None:
         self._store = TorchStore(plan, self.base, self.config.vectors)
         ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
-        self._machine = Machine(self.config, plan.layout, ops, self._store, self._comm, self._name)
+        on_cpu = all(segment.device == "cpu" for segment in plan.layout.segments)
+        self._machine = Machine(
+            self.config,
+            plan.layout,
+            ops,
+            self._store,
+            self._comm,
+            self._name,
+            observe=self._observing,
+            block=_CACHED if on_cpu else None,
+            update=outer_update_,
+        )
         self._of_all = GradientMean(plan.layout, ops, self._store, self._comm, self._name)
         self._of_node = self._of_all
         if self._node is not None:
@@ -218,8 +258,40 @@ class SlowMo(Optimizer):
             loss = self.base.step() if closure is None else self.base.step(closure)
         with torch.no_grad():
             self._progress = self._machine.tick(self._progress, rates, 1 - self._joining)
+        if self._observing and now.outer:
+            self._measure()
         self._prepare()
         return loss
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this worker has handed to Horovod for sums since construction (not what a ring makes of them)."""
+        return self._comm.bytes_sent + (0 if self._node is None else self._node.bytes_sent)
+
+    def metrics(self) -> Metrics | None:
+        """What the last outer step measured; None before the first one. Alike on all workers but for the last two.
+
+        Raises:
+            RuntimeError: constructed without metrics=True.
+        """
+        if not self._observing:
+            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
+        return self._metrics
+
+    def _measure(self) -> None:
+        seen = Observed(*self._progress.observed.tolist())
+        waited = self._comm.seconds_waited + (0.0 if self._node is None else self._node.seconds_waited)
+        norms = math.sqrt(seen.delta * seen.v)
+        self._metrics = Metrics(
+            step=self.steps,
+            divergence=seen.divergence,
+            delta_norm=math.sqrt(seen.delta),
+            v_norm=math.sqrt(seen.v),
+            cosine=seen.product / norms if norms else 0.0,
+            seconds_waited=waited - self._waited_before,
+            bytes_sent=self.bytes_sent - self._sent_before,
+        )
+        self._waited_before, self._sent_before = waited, self.bytes_sent
 
     def _rates(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.array([float(group["lr"]) for group in self.param_groups])
@@ -355,12 +427,11 @@ class SlowMo(Optimizer):
 
         Within a block the group counts as if it had been there, at its present rate, since the block began.
         """
-        before, progress = self._store, self._progress
-        self.base.add_param_group(param_group)
+        before, progress, groups = self._store, self._progress, len(self.param_groups)
         try:
-            plan = self._agreed_plan()
+            plan = self._agreed_plan(param_group)
         except Exception:
-            self.base.param_groups.pop()
+            del self.param_groups[groups:]
             raise
         added = self.base.param_groups[-1]
         with torch.no_grad():
@@ -382,8 +453,13 @@ class SlowMo(Optimizer):
         A state from right after an outer step or a join is common: rank 0's serves every rank. Any other is this
         rank's own, and a resume that is bitwise the run without a stop means each rank its own.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         own = checkpoint.pack(self.config, self._machine.layout, self._comm, self._progress, self._store.vectors)
-        return {**self.base.state_dict(), checkpoint.KEY: own}
+        state = {**self.base.state_dict(), checkpoint.KEY: own}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = _given(after(self, state), state)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state; the given dict is not changed. No communication.
@@ -394,11 +470,16 @@ class SlowMo(Optimizer):
         Raises:
             ValueError: it does not fit; nothing was changed. See `hvd_slowmo_torch.checkpoint.check`.
         """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _given(before(self, state_dict), state_dict)
         saved = checkpoint.check(state_dict, self.config, self._machine.layout, self._comm)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != checkpoint.KEY})
         with torch.no_grad():
             self._progress = checkpoint.restore(saved, self._store.vectors)
         self._prepare()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _check_arguments(base: Any, model: Any, config: Any, name: Any) -> None:
@@ -412,6 +493,11 @@ def _check_arguments(base: Any, model: Any, config: Any, name: Any) -> None:
         raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
     if not isinstance(name, str) or not name:
         raise TypeError(f"`name` must be a string that is not empty. Received: {name!r}")
+
+
+def _given(result: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:
+    """What a hook on a state_dict leaves: what it returns, or the state that it may have changed in place."""
+    return state if result is None else result
 
 
 def _facts(config: SlowMoConfig) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
                     f"parameter {position} of the base optimizer's group {number} (shape {tuple(p.shape)}) is not a "
                     "parameter of the model. Give SlowMo the model whose parameters the base optimizer has."
                 )
+            if p.is_meta:
+                raise ValueError(f"{names[id(p)]} is on the meta device: it has no values. Give it some first.")
             add("slow", wire_dtype(p.dtype, names[id(p)]), p, names[id(p)], number, partial(_parameter, p))
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -71,6 +73,8 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
     ]
     slots = tuple(tuple(slot for _, slot in found) for found in gathered.values())
     laid = layout(segments, len(base.param_groups))
+    if all(chunk.rule != "slow" for chunk in laid.chunks):
+        raise ValueError("the base optimizer has no parameter with an element.")
     return Plan(laid, tuple(s for s, segment in zip(slots, segments, strict=True) if segment.size))
 
 
@@ -127,7 +131,9 @@ class TorchStore:
 
     def write(self, vector: str, chunk: Chunk, value: torch.Tensor) -> None:
         if vector in self.vectors:
-            self._flat(vector, chunk).copy_(value)
+            flat = self._flat(vector, chunk)
+            if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
+                flat.copy_(value)
             return
         gradients = vector == "gradient"
         sources, targets = [], []
@@ -165,12 +171,14 @@ class TorchStore:
                 p.grad = torch.zeros_like(p)
 
     def finite(self) -> bool:
-        for segment, slots in zip(self.layout.segments, self._slots, strict=True):
-            if segment.rule == "slow":
-                parameters = [t.detach() for t in (slot() for slot in slots) if t.numel()]
-                largest = torch.stack(torch._foreach_norm(parameters, float("inf")))
-                if not bool(largest.isfinite().all()):
-                    return False
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for p in self._parameters():
+            by_device.setdefault(p.device, []).append(p.detach())
+        for parameters in by_device.values():
+            # A finite norm has finite parts only, and costs a tenth of looking at each. Another may have overflowed.
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm(parameters)])
+            if not bool(norms.isfinite().all()) and not all(bool(p.isfinite().all()) for p in parameters):
+                return False
         return True
 
     def reset_base(self) -> None:

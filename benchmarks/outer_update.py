@@ -1,0 +1,76 @@
+"""The outer step without the network: gather, update and scatter, against a plain copy of as many bytes.
+
+    python benchmarks/outer_update.py [--device cuda]
+
+One worker, 25 million float32 parameters in 200 tensors, so that nothing is sent. Gathering reads and writes each
+parameter; the update reads the mean, the anchor and v, and writes the model, the anchor and v: 8 x 4 bytes a parameter.
+Printed: bytes per second of an outer step, of a copy that reads and writes as many bytes, and their ratio; medians of
+runs in turn. And the cost of a step() that is no outer step, beyond the base optimizer's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hvd_slowmo.comm import SoloComm
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+
+
+def clock(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+class Idle(torch.optim.SGD):
+    """A base optimizer that does nothing: what is left is the wrapper."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        pass
+
+
+def wrapped(tensors: int, size: int, tau: int, device: str) -> SlowMo:
+    model = nn.ParameterList([nn.Parameter(torch.rand(size, device=device)) for _ in range(tensors)])
+    return SlowMo.over(SoloComm(), Idle(model.parameters(), lr=0.1), model, SlowMoConfig(tau=tau))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=15, help="outer steps and copies (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tensors, size = 200, 125_000
+    optimizer = wrapped(tensors, size, 1, args.device)
+    source = torch.rand(4 * tensors * size, device=args.device)
+    target = torch.empty_like(source)
+    outer, copy = [], []
+    for number in range(args.repeats + 2):  # the first two warm up
+        times = clock(optimizer.step, args.device), clock(lambda: target.copy_(source), args.device)
+        if number > 1:
+            outer.append(times[0])
+            copy.append(times[1])
+    moved = 8 * 4 * tensors * size / 1e9
+    ratio = statistics.median(b / a for a, b in zip(outer, copy, strict=True))
+    print(
+        f"{args.device}: outer step {moved / statistics.median(outer):.1f} GB/s, copy "
+        f"{moved / statistics.median(copy):.1f} GB/s: {100 * ratio:.0f} % of the copy's"
+    )
+    for count in (1, 200):
+        optimizer = wrapped(count, 1000, 10**9, args.device)
+        calls = [clock(lambda o=optimizer: [o.step() for _ in range(1000)], args.device) for _ in range(7)]
+        print(f"{args.device}: an inner step costs {1e3 * statistics.median(calls):.1f} µs with {count} parameters")
+
+
+if __name__ == "__main__":
+    main()
