@@ -60,7 +60,10 @@ class SoloComm:
 
 
 class MeteredComm:
-    """Another Comm, counted: bytes that this worker has handed over for sums, seconds that it has waited for them."""
+    """Another Comm, counted: bytes that this worker has handed over for sums, seconds that it has waited for them.
+
+    For tensors that exist, not for a trace.
+    """
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -148,12 +151,11 @@ class ThreadWorld:
             number = self._counts[rank]
             self._counts[rank] += 1
             entries = self._rounds.setdefault(number, {})
+            for other, (expected, _) in sorted(entries.items()):
+                if signature != expected and self._failure is None:
+                    (a, its), (b, theirs) = sorted([(other, expected), (rank, signature)])
+                    self._failure = f"collective {number}: rank {a} started {_spell(its)}, rank {b} {_spell(theirs)}"
             entries[rank] = (signature, item)
-            first, (expected, _) = min(entries.items())
-            if signature != expected and self._failure is None:
-                self._failure = (
-                    f"collective {number}: rank {first} started {_spell(expected)}, rank {rank} {_spell(signature)}"
-                )
             self._changed.notify_all()
             return number
 

@@ -72,7 +72,7 @@ class SlowMoConfig:
             idle = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers", "nonfinite")
+                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:

@@ -21,11 +21,12 @@ class Attendance(NamedTuple):
 
     live: Any  # how many workers train
     leaving: Any  # (workers,): 1 for those that join for the last time
-    rates: Any  # (G,): learning rates of the first worker that trains
+    source: Any  # the first worker that trains
+    rates: Any  # (G,): its learning rates
 
 
 class GradientMean:
-    """Exchanges of gradients, one per step: `send_next` for chunk after chunk, any number of times, then `finish`."""
+    """Exchanges of gradients, one per step: `send_next` any number of times, `send_rest`, `finish`."""
 
     def __init__(self, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str) -> None:
         self.chunks = [chunk for chunk in reversed(layout.chunks) if chunk.rule == "slow"]
@@ -35,6 +36,12 @@ class GradientMean:
         self._comm = comm
         self._name = name
         self._sent: list[Any] = []
+        self._flags: Any = None
+
+    @property
+    def size(self) -> int:
+        """How many workers average."""
+        return self._comm.size
 
     @property
     def sent(self) -> int:
@@ -47,8 +54,8 @@ class GradientMean:
         gradient = self._store.read("gradient", chunk)
         self._sent.append(self._comm.start_sum(f"{self._name}.gradient.{chunk.index}", gradient))
 
-    def finish(self, live: int, leaving: int, rates: Any) -> Attendance:
-        """Send what is left, and set every gradient to the mean over the workers that train.
+    def send_rest(self, live: int, leaving: int, rates: Any) -> None:
+        """Start what has not been sent. Nothing waits here: other exchanges of this worker may begin before `finish`.
 
         Args:
             live: 1, or 0 in a join: then there are no gradients here.
@@ -57,16 +64,21 @@ class GradientMean:
         """
         while len(self._sent) < len(self.chunks):
             self.send_next()
-        ops, size, width = self._ops, self._comm.size, 2 + self._groups
-        row = own_row(ops, self._comm.rank, size, (live, leaving), rates)
-        sent = self._comm.start_sum(f"{self._name}.present", ops.pack([*row, self._store.present()]))
-        everyone = ops.unpack(self._comm.wait(sent))
+        row = own_row(self._ops, self._comm.rank, self._comm.size, (live, leaving, self._comm.rank), rates)
+        flags = self._ops.pack([*row, self._store.present()])
+        self._flags = self._comm.start_sum(f"{self._name}.present", flags)
+
+    def finish(self) -> Attendance:
+        """Set every gradient to the mean over the workers that train."""
+        sent, self._sent = self._sent, []
+        ops, size, width = self._ops, self._comm.size, 3 + self._groups
+        everyone = ops.unpack(self._comm.wait(self._flags))
         table = ops.reshape(everyone[: size * width], (size, width))
-        found = Attendance(ops.total(table[:, 0]), table[:, 1], ops.row_of_most(table, 0)[2:])
+        first = ops.row_of_most(table, 0)
+        found = Attendance(ops.total(table[:, 0]), table[:, 1], ops.integer(first[2]), first[3:])
         self._store.admit(everyone[size * width :])
         count = ops.where(found.live > 0, found.live, 1.0)
-        for chunk, handle in zip(self.chunks, self._sent, strict=True):
+        for chunk, handle in zip(self.chunks, sent, strict=True):
             total = self._comm.wait(handle)
             self._store.write("gradient", chunk, total / ops.like(count, total))
-        self._sent = []
         return found

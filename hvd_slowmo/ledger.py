@@ -102,8 +102,8 @@ def complaint(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
                     )
         broken = [f"rank {r}" for r, finite in zip(ranks, table[:, FINITE], strict=True) if finite != 1]
         return (
-            f"{name}: parameters are not finite (NaN or infinity) on {', '.join(broken)} after step "
-            f"{int(table[0, STEP])}. Nothing was written, every worker still has its own parameters. "
+            f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
+            f"after step {int(table[0, STEP])}. Nothing was written, every worker still has its own parameters. "
             "A lower learning rate, gradient clipping or a loss scaler may help."
         )
 
@@ -136,8 +136,8 @@ def exclusion(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
     def describe(table: Any) -> str:
         broken = [f"rank {r}" for r, finite in zip(ranks, table[:, FINITE], strict=True) if finite != 1]
         return (
-            f"{name}: parameters are not finite (NaN or infinity) on {', '.join(broken)} after step "
-            f"{int(table[0, STEP])}; left out of the average (nonfinite='exclude'), takes the others' result."
+            f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
+            f"after step {int(table[0, STEP])}; left out of the average (nonfinite='exclude'), gets the others' result."
         )
 
     return describe

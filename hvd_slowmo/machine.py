@@ -7,6 +7,7 @@ State is two things. `Progress`, scalars passed by value through `start` and `ti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.comm import Comm
@@ -122,23 +123,41 @@ class Machine:
 
     def start(self) -> Progress:
         """Everybody gets rank 0's vectors; the first anchor is taken, before the first inner step."""
-        for chunk in self.layout.chunks:
-            mine = self._store.read("model", chunk) if self._comm.rank == 0 else self._store.zeros(chunk)
-            handle = self._comm.start_sum(f"{self.name}.model.{chunk.index}", mine)
-            self._store.write("model", chunk, self._comm.wait(handle))
+        self.take_from(0, ("slow", "mean", "base"))
         self._take_anchor()
         zeros = self._ops.vector([0.0] * self.layout.groups)
         nothing = self._ops.vector([0.0] * len(Observed._fields))
         return Progress(step=0, since=0, covered=0, rates=zeros, gamma=zeros, excluded=0, observed=nothing)
 
+    def take_from(self, source: Any, rules: Sequence[str] = ("slow",), comm: Comm | None = None) -> None:
+        """Everybody gets one worker's values of the segments with these rules, to the bit. comm: other than all."""
+        comm = comm or self._comm
+        for chunk in self.layout.chunks:
+            if chunk.rule in rules:
+                mine = self._ops.cond(
+                    source == comm.rank,
+                    partial(self._store.read, "model", chunk),
+                    partial(self._store.zeros, chunk),
+                )
+                handle = comm.start_sum(f"{self.name}.model.{chunk.index}", mine)
+                self._store.write("model", chunk, comm.wait(handle))
+
+    def average_statistics(self) -> None:
+        """The model's statistics become the workers' plain mean."""
+        for chunk in self.layout.chunks:
+            if chunk.rule == "mean":
+                handle = self._comm.start_sum(f"{self.name}.model.{chunk.index}", self._store.read("model", chunk))
+                self._store.write("model", chunk, self._comm.wait(handle) / self._comm.size)
+
     def plan(self, progress: Progress) -> Plan:
         """What the coming step does."""
         return plan(self.config, progress.step)
 
-    def tick(self, progress: Progress, rates: Any, live: int = 1) -> Progress:
+    def tick(self, progress: Progress, rates: Any, live: int = 1, source: Any = 0) -> Progress:
         """After a base step with these learning rates, a float64 vector with one per parameter group.
 
         live: 0 if the step was one of the other workers' gradients alone, in a join.
+        source: at the end of the warm-up, the worker whose parameters count.
         """
         now = self.plan(progress)
         done = progress._replace(
@@ -147,9 +166,9 @@ class Machine:
             covered=progress.covered + 1,
             rates=progress.rates + rates,
         )
-        begun = self._ops.cond(now.begin, lambda: self._begin(done), lambda: done)
+        begun = self._ops.cond(now.begin, lambda: self._begin(done, source), lambda: done)
         return self._ops.cond(
-            now.outer, lambda: self._outer(self._meet(begun, begun.step, live=live), begun), lambda: begun
+            now.outer, lambda: self._outer(self._meet(begun, begun.step, live=live, counts=live), begun), lambda: begun
         )
 
     def idle(self, progress: Progress, leaving: int = 0) -> tuple[Progress, Any, Any]:
@@ -163,11 +182,23 @@ class Machine:
         ops = self._ops
         end = progress.step + self._to_end(progress)
         # Without blocks there is no clock: the workers are all in their join, wherever they stopped.
-        met = self._meet(progress, 0 if self.config.tau is None else end, live=0, leaving=leaving)
+        clock = 0 if self.config.tau is None else end
+        met = self._meet(progress, clock, live=0, leaving=leaving)
         over = met.found.live == 0
+
+        def all_done() -> Progress:
+            return ops.cond(met.found.weight > 0, lambda: self._mean(met, progress), nobody_has_steps)
+
+        def nobody_has_steps() -> Progress:
+            # Nothing to average, unless one that took steps is left out: then it needs what the others have.
+            if self.config.nonfinite != "exclude":
+                return progress
+            alike = met.found.attendance == self._comm.size
+            return ops.cond(alike, lambda: progress, lambda: self._mean(self._meet_plainly(progress, clock), progress))
+
         after = ops.cond(
             over,
-            lambda: ops.cond(met.found.weight > 0, lambda: self._mean(met, progress), lambda: progress),
+            all_done,
             lambda: self._outer(met, progress._replace(step=end)),
         )
         furthest = ops.row_of_most(met.table, TAKEN)
@@ -181,11 +212,15 @@ class Machine:
 
     def average(self, progress: Progress) -> None:
         """The model becomes the workers' plain mean; the state stays as it is."""
-        met = self._meet(progress, progress.step, purpose=AVERAGE)
-        self._mean(met, progress)
+        self._write_mean(self._meet_plainly(progress, progress.step))
 
-    def _begin(self, progress: Progress) -> Progress:
-        """The warm-up is over, all workers are equal: the first block begins here."""
+    def _begin(self, progress: Progress, source: Any) -> Progress:
+        """The warm-up is over and the first block begins.
+
+        All workers have made the same steps and should be equal. Clipping in front of a step that a worker in a join
+        took without, or rates that differ, leave them unequal, and one anchor must serve all: so one worker's counts.
+        """
+        self.take_from(source)
         self._take_anchor()
         self._begin_block()
         return progress._replace(since=progress.since * 0, covered=progress.covered * 0, rates=progress.rates * 0)
@@ -195,19 +230,28 @@ class Machine:
         return 0 if self.config.tau is None else self.config.tau - block_position(self.config, progress.step)
 
     def _meet(
-        self, progress: Progress, clock: Any, *, live: int = 1, leaving: int = 0, purpose: int = TRAINING
+        self,
+        progress: Progress,
+        clock: Any,
+        *,
+        live: int = 1,
+        counts: int = 1,
+        leaving: int = 0,
+        purpose: int = TRAINING,
     ) -> Meeting:
         """Come together with the other workers, and judge.
 
         The ledger and the first chunk travel together; nothing else starts and nothing is written before the ledger's
         verdict, so that a bad one raises on every worker with nothing left in flight.
+
+        counts: 0 if this worker has only followed the others' steps, so that its parameters weigh nothing.
         """
         ops, comm = self._ops, self._comm
         exclude = self.config.nonfinite == "exclude"
         finite = ops.where(self._store.finite(), 1.0, 0.0)
         attends = finite if exclude else 1.0
         own = progress.since / (self.config.tau or 1)
-        share = attends * (1.0 if purpose == AVERAGE else own)
+        share = attends * (1.0 if purpose == AVERAGE else own * counts)
         drift = progress.observed[0]
         row = Row(
             clock, purpose, live, leaving, finite, share, attends, progress.step, progress.covered, drift
@@ -221,7 +265,8 @@ class Machine:
         first = comm.wait(begun)
         found = verdict(ops, table, self.config.nonfinite)
         ops.refuse(found.bad, table, complaint(comm.ranks, self.name))
-        ops.warn("rates", found.odd, table, oddity(comm.ranks, self.name))
+        if purpose == TRAINING:
+            ops.warn("rates", found.odd, table, oddity(comm.ranks, self.name))
         if exclude:
             ops.warn("excluded", found.attendance < comm.size, table, exclusion(comm.ranks, self.name), always=True)
         return Meeting(table, found, finite, weights, first)
@@ -273,9 +318,16 @@ class Machine:
 
     def _mean(self, met: Meeting, progress: Progress) -> Progress:
         """The parameters and statistics become the workers' mean, nothing else changes."""
+        self._write_mean(met)
+        return self._without_excluded(met, progress)
+
+    def _write_mean(self, met: Meeting) -> None:
         for chunk, total, divisor in self._sums(met, ("slow", "mean")):
             self._store.write("model", chunk, total / divisor)
-        return self._without_excluded(met, progress)
+
+    def _meet_plainly(self, progress: Progress, clock: Any) -> Meeting:
+        """A meeting in which every worker weighs the same."""
+        return self._meet(progress, clock, purpose=AVERAGE)
 
     def _without_excluded(self, met: Meeting, progress: Progress) -> Progress:
         """A worker that was left out has the others' parameters now; its base buffers are of no use with them."""

@@ -1,5 +1,7 @@
 """ThreadWorld: sums, and every difference between workers raised on every worker."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,15 @@ def test_sums_and_gathers_in_rank_order():
 def start_in_order(comm, names):
     first, _ = [comm.start_sum(name, np.zeros(1)) for name in names]
     return first
+
+
+def test_a_mismatch_is_found_whoever_comes_last():
+    def work(comm):
+        time.sleep(0.2 * (comm.rank == 0))
+        return comm.wait(comm.start_sum("ab"[comm.rank], np.ones(1)))
+
+    for result in ThreadWorld(2).run(work, return_exceptions=True):
+        assert "rank 0 started sum 'a' (1,) float64, rank 1 sum 'b' (1,) float64" in str(result)
 
 
 @pytest.mark.parametrize(

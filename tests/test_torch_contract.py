@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.checkpoint import checkpoint
 
 from hvd_slowmo.comm import SoloComm, ThreadWorld
+from hvd_slowmo.config import BUFFERS
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 BARE = SlowMoConfig.local_sgd(1)  # on one worker, the base optimizer alone
@@ -186,12 +187,14 @@ def test_every_optimizer_on_workers_with_equal_data_is_the_bare_one_to_the_bit(m
         assert_same(result, bare)
 
 
-@pytest.mark.parametrize("buffers", ["maintain", "reset", "average"])
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_from_its_state(name, buffers):
-    if buffers == "average" and name in ("LBFGS", "SparseAdam"):
-        pytest.skip("refused: see test_wrong_arguments in test_torch.py")
+NO_AVERAGED_BUFFERS = ("LBFGS", "SparseAdam")  # refused: see test_wrong_arguments in test_torch.py
 
+
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [(n, b) for n in CLASSES for b in BUFFERS if b != "average" or n not in NO_AVERAGED_BUFFERS],
+)
+def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_from_its_state(name, buffers):
     def work(comm):
         def begin():
             model = model_for(name)
@@ -821,6 +824,23 @@ def test_a_gan_without_no_sync_is_told_about_it():
         assert "those meant for another optimizer, under optimizer.no_sync()" in str(result)
 
 
+def test_one_backward_averages_the_gradients_of_two_optimizers_over_parts_of_one_model(monkeypatch):
+    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 20)
+
+    def work(comm):
+        model = filled(Two())
+        both = [SlowMo.over(comm, sgd(model.get_submodule(n)), model, SlowMoConfig.ar_sgd(), name=n) for n in "ab"]
+        for k in range(3):
+            model.zero_grad()
+            model(batch(comm.rank, k)).square().mean().backward()
+            gradients = [p.grad.clone() for p in model.parameters()]
+            for optimizer in both:
+                optimizer.step()
+        return held(model), gradients
+
+    assert_all_same(ThreadWorld(2).run(work))
+
+
 @pytest.mark.parametrize("frozen", ["some", "all"])
 @pytest.mark.parametrize("chunk_bytes", [20, 2**20])
 def test_gradients_of_parameters_unfrozen_later_are_averaged_when_backward_returns(monkeypatch, frozen, chunk_bytes):
@@ -868,52 +888,35 @@ def test_a_model_may_be_copied_and_pickled_and_the_copy_is_on_its_own():
     assert_all_same(ThreadWorld(2).run(work))
 
 
-def test_gradient_checkpointing_within_averaged_gradients():
-    def work(comm):
-        model = filled(Two())
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
-        for k in range(2):
-            optimizer.zero_grad()
-            hidden = checkpoint(model.a, batch(comm.rank, k), use_reentrant=False)
-            checkpoint(model.b, hidden, use_reentrant=False).square().mean().backward()
-            optimizer.step()
-        return held(model)
-
-    results = ThreadWorld(2).run(work)
-    assert_all_same(results)
-
-    def plainly(comm):
-        model = filled(Two())
-        train(model, SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd()), comm.rank, 2)
-        return held(model)
-
-    assert_same(results, ThreadWorld(2).run(plainly))
+def checkpointed(comm, reentrant, context):
+    """Two steps with averaged gradients through two checkpoints; reentrant None: none."""
+    model = filled(Two())
+    optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
+    for k in range(2):
+        optimizer.zero_grad()
+        x = batch(comm.rank, k).requires_grad_()
+        for part in (model.a, model.b):
+            x = part(x) if reentrant is None else checkpoint(part, x, use_reentrant=reentrant)
+        with context(optimizer):
+            x.square().mean().backward()
+        optimizer.step()  # averages what no backward has averaged
+    return held(model)
 
 
-def test_reentrant_checkpointing_ends_backward_several_times_so_it_needs_no_sync():
-    def work(comm, context):
-        model = filled(Two())
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
-        for k in range(2):
-            optimizer.zero_grad()
-            hidden = checkpoint(model.a, batch(comm.rank, k).requires_grad_(), use_reentrant=True)
-            with context(optimizer):
-                checkpoint(model.b, hidden, use_reentrant=True).square().mean().backward()
-            optimizer.step()  # averages what no backward has averaged
-        return held(model)
+@pytest.mark.parametrize(
+    ("reentrant", "context"), [(False, nullcontext), (False, SlowMo.no_sync), (True, SlowMo.no_sync)]
+)
+def test_averaged_gradients_of_checkpointed_models(reentrant, context):
+    plain = ThreadWorld(2).run(lambda comm: checkpointed(comm, None, nullcontext))
+    assert_same(ThreadWorld(2).run(lambda comm: checkpointed(comm, reentrant, context)), plain)
 
-    for result in ThreadWorld(2).run(lambda comm: work(comm, lambda _: nullcontext()), return_exceptions=True):
+
+def test_reentrant_checkpoints_run_several_backwards_and_need_no_sync():
+    for result in ThreadWorld(2).run(lambda comm: checkpointed(comm, True, nullcontext), return_exceptions=True):
         assert "a second backward in one step" in str(result)
 
-    def plainly(comm):
-        model = filled(Two())
-        train(model, SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd()), comm.rank, 2)
-        return held(model)
 
-    assert_same(ThreadWorld(2).run(lambda comm: work(comm, SlowMo.no_sync)), ThreadWorld(2).run(plainly))
-
-
-@pytest.mark.parametrize("buffers", ["maintain", "reset", "average"])
+@pytest.mark.parametrize("buffers", BUFFERS)
 def test_parameters_given_with_their_names(buffers):
     def work(comm):
         model = filled(Two(), comm.rank)

@@ -78,6 +78,11 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
         raise ValueError(
             f"the state has {len(saved['parameters'])} parameters, this optimizer has {len(_parameters(layout))}."
         )
+    sizes = [s.size for s in layout.segments if s.rule == "slow"]
+    if any([len(t) for t in tensors] != sizes for tensors in saved["vectors"].values()):
+        raise ValueError(
+            "the state's vectors are cut otherwise than this model's: put its parameters on the same devices."
+        )
     if saved["rank"] != comm.rank:
         if not saved["common"]:
             raise ValueError(

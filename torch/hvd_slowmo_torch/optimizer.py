@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,30 +26,12 @@ from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import connect
 from hvd_slowmo_torch.fast import outer_update_
 from hvd_slowmo_torch.nodes import connect_node
-from hvd_slowmo_torch.start import broadcast_rest
+from hvd_slowmo_torch.results import Joined, Metrics
+from hvd_slowmo_torch.start import broadcast_rest, hand_over
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
-
-
-class Joined(NamedTuple):
-    """What `SlowMo.join` returns."""
-
-    behind: int  # by how many steps this worker was behind the one with the most
-    left: Sequence[int]  # ranks that have left for good: stop training
-
-
-class Metrics(NamedTuple):
-    """What `SlowMo.metrics` tells of an outer step; norms and products are over all parameters."""
-
-    step: int  # inner steps completed, this outer step included
-    divergence: float  # of the outer step before this one: mean over workers of |x_i - mean|^2 / |mean|^2
-    delta_norm: float  # of Delta, the outer gradient; 0 for Local SGD, which has no anchor
-    v_norm: float  # of the slow momentum, as it was before this step
-    cosine: float  # of the angle between Delta and that momentum; 0 while there is none
-    seconds_waited: float  # for collectives on this worker, since the outer step before
-    bytes_sent: int  # handed to Horovod by this worker, since the outer step before
 
 
 class SlowMo(Optimizer):
@@ -138,6 +120,8 @@ class SlowMo(Optimizer):
         self._averaging = False  # within averaged_parameters()
         self._joining = self._leaving = 0  # within join(), within join(leaving=True)
         self._left: tuple[int, ...] = ()  # ranks that have left for good
+        self._source = 0  # a worker that took part in the last exchange of gradients
+        self._uneven = False  # whether one did not, which was in its join
         plan = self._agreed_plan()
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
@@ -161,6 +145,9 @@ class SlowMo(Optimizer):
             plan = lay_out(self._model, self.base, self.config)
             if self.config.tau is not None and (self.config.buffers == "reset" or self.config.nonfinite == "exclude"):
                 base_state.fresh(self.base)  # raises now rather than at the end of the first block
+            for number, group in enumerate(self.base.param_groups):
+                if "lr" not in group:
+                    raise ValueError(f"parameter group {number} of the base optimizer has no learning rate 'lr'.")
             if (self.config.gradients != "local" or self.config.warmup_steps) and isinstance(
                 self.base, torch.optim.LBFGS
             ):
@@ -198,7 +185,9 @@ class SlowMo(Optimizer):
         self._of_node = self._of_all
         if self._node is not None:
             self._of_node = GradientMean(plan.layout, ops, self._store, self._node, self._name)
-        self._gradients = BackwardMean(self._of_all, self._store, self._finish_gradients)
+        self._gradients = BackwardMean(
+            self._of_all, self._store, self._refuse_if_left, self._send_rest, self._finish_gradients
+        )
 
     # The base optimizer's own, looked up at every use: load_state_dict replaces them.
 
@@ -242,26 +231,48 @@ class SlowMo(Optimizer):
                 or the ranks have not made the same number of steps; nothing is written then.
             horovod.common.exceptions.HorovodInternalError: another worker is gone; end this one.
         """
-        if self._averaging:
-            raise RuntimeError("step() within averaged_parameters(): the parameters there are not this worker's own.")
+        self._refuse_within_average("step()")
         now = self._machine.plan(self._progress)
-        if self._left and (now.average_gradients or now.outer):
-            raise RuntimeError(f"ranks {list(self._left)} have left in join(leaving=True): nothing can be averaged.")
+        if now.outer:
+            self._refuse_if_left()
         rates = self._rates()
-        if closure is None and now.average_gradients and not self._gradients.done:
-            self._finish_gradients()  # they did not come from a backward, or from none that averaged
-        elif closure is not None and now.average_gradients:
-            closure = self._averaged(closure)
-        if hasattr(self, "found_inf"):
-            loss = scaled_step(self.base, self.grad_scale, self.found_inf)
-        else:
-            loss = self.base.step() if closure is None else self.base.step(closure)
-        with torch.no_grad():
-            self._progress = self._machine.tick(self._progress, rates, 1 - self._joining)
+        if self._gradients.due and not self._gradients.done:
+            if closure is not None:
+                closure = self._averaged(closure)
+            elif hasattr(self, "found_inf"):
+                raise RuntimeError(
+                    "the scaler has looked at gradients that no backward has averaged yet. Under a GradScaler, leave "
+                    "one backward of every step outside of no_sync()."
+                )
+            else:
+                self._average_gradients()  # they come from elsewhere, or from no_sync() alone
+        try:
+            loss = self._base_step(closure)
+            with torch.no_grad():
+                live, source = 1 - self._joining, self._source
+                self._progress = self._machine.tick(self._progress, rates, live, source)
+        finally:
+            self._prepare()
         if self._observing and now.outer:
             self._measure()
-        self._prepare()
         return loss
+
+    def _base_step(self, closure: Callable[[], Any] | None) -> Any:
+        if not hasattr(self, "found_inf"):
+            return self.base.step() if closure is None else self.base.step(closure)
+        try:
+            return scaled_step(self.base, self.grad_scale, self.found_inf)
+        except Exception:
+            del self.found_inf, self.grad_scale  # the scaler does that only if all goes well
+            raise
+
+    def _refuse_if_left(self) -> None:
+        if self._left:
+            raise RuntimeError(f"ranks {list(self._left)} have left in join(leaving=True): nothing can be averaged.")
+
+    def _refuse_within_average(self, what: str) -> None:
+        if self._averaging:
+            raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
 
     @property
     def bytes_sent(self) -> int:
@@ -302,24 +313,41 @@ class SlowMo(Optimizer):
         def evaluate() -> Any:
             loss = closure()
             if not self._gradients.done:
-                self._finish_gradients()
+                self._average_gradients()
             return loss
 
         return evaluate
 
-    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        """Those of a step whose gradients no backward has averaged."""
+        with torch.no_grad():
+            self._send_rest()
+            self._finish_gradients()
+
+    def _send_rest(self) -> None:
+        self._refuse_if_left()
+        self._gradients.exchange.send_rest(1 - self._joining, self._leaving, self._rates())
+
     def _finish_gradients(self) -> None:
-        self._attendance = self._gradients.exchange.finish(1 - self._joining, self._leaving, self._rates())
+        exchange = self._gradients.exchange
+        self._attendance = exchange.finish()
+        if self._attendance.live:
+            self._source = int(self._attendance.source)
+            self._uneven = self._uneven or self._attendance.live < exchange.size
         self._gradients.done = True
 
     def _prepare(self) -> None:
         """Look at the coming step."""
         now = self._machine.plan(self._progress)
-        self._gradients.due = bool(now.average_gradients)
-        self._gradients.exchange = self._of_all if now.all_gradients else self._of_node
+        exchange = self._of_all if now.all_gradients else self._of_node
+        if exchange is not self._gradients.exchange:
+            self._gradients.exchange, self._source, self._uneven = exchange, 0, False
+        self._gradients.due = bool(now.average_gradients) and exchange.size > 1
         self._gradients.done = False
-        if not self._gradients.due:
-            self._gradients.remove()  # averaged gradients come first and never again
+        if self._gradients.due:
+            self._gradients.register()
+        else:
+            self._gradients.remove()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradient accumulation: within it backward does not average gradients over the workers.
@@ -347,8 +375,8 @@ class SlowMo(Optimizer):
         Raises:
             ValueError: as in step(), on every rank.
         """
-        if self._left:
-            raise RuntimeError(f"ranks {list(self._left)} have left in join(leaving=True): nothing can be averaged.")
+        self._refuse_within_average("join()")
+        self._refuse_if_left()
         if self._comm.size == 1:
             return Joined(0, self._comm.ranks if leaving else ())
         before = self.steps
@@ -360,6 +388,8 @@ class SlowMo(Optimizer):
                     ended, left = self._join_gradients(scaler)
                     over = ended and self._gradients.exchange is self._of_all
                     node_done = ended and not over
+                    if ended:
+                        self._catch_up(self._comm if over else self._node)
                 else:
                     over, left = self._join_block()
         finally:
@@ -370,6 +400,21 @@ class SlowMo(Optimizer):
         return Joined(self.steps - before, self._left)
 
     @torch.no_grad()
+    def _catch_up(self, comm: Comm | None) -> None:
+        """All workers that average gradients are done: those that were done earlier become equal to the last one.
+
+        They have taken its steps, but what its script did to the gradients or the settings in between, they could not
+        know: clipping, say.
+        """
+        assert comm is not None, "gradients='node' comes with the node's workers"
+        if self._uneven:
+            self._machine.take_from(self._source, comm=comm)
+            hand_over(comm, self._name, self._source, self.base)
+            self._uneven = False
+        if self._gradients.exchange is self._of_all:
+            self._machine.average_statistics()
+
+    @torch.no_grad()
     def _join_block(self) -> tuple[bool, Any]:
         self._progress, over, left = self._machine.idle(self._progress, self._leaving)
         return bool(over), left
@@ -377,7 +422,7 @@ class SlowMo(Optimizer):
     def _join_gradients(self, scaler: torch.amp.GradScaler | None) -> tuple[bool, Any]:
         """Give zeros, and take the step that the others take, with their gradients and their rates."""
         self.zero_grad()
-        self._finish_gradients()
+        self._average_gradients()
         if not self._attendance.live:
             return True, self._attendance.leaving
         own = [group["lr"] for group in self.param_groups]
@@ -406,6 +451,8 @@ class SlowMo(Optimizer):
         Raises:
             ValueError: on every rank, if one is elsewhere or its parameters are not finite.
         """
+        self._refuse_within_average("averaged_parameters()")
+        self._refuse_if_left()
         own = {key: tensor.detach().clone() for key, tensor in self._tensors()}
         self._averaging = True
         try:
@@ -427,6 +474,8 @@ class SlowMo(Optimizer):
 
         Within a block the group counts as if it had been there, at its present rate, since the block began.
         """
+        self._refuse_within_average("add_param_group()")
+        self._refuse_if_left()
         before, progress, groups = self._store, self._progress, len(self.param_groups)
         try:
             plan = self._agreed_plan(param_group)
@@ -438,8 +487,10 @@ class SlowMo(Optimizer):
             mine = [p.detach().cpu() for p in added["params"]] if self._comm.rank == 0 else None
             for p, value in zip(added["params"], self._comm.gather(f"{self._name}.group", mine)[0], strict=True):
                 p.copy_(value)
+            accumulating = self._gradients.accumulating
             self._gradients.remove()
             self._build(plan)
+            self._gradients.accumulating = accumulating
             self._store.adopt(before)
         self._progress = progress._replace(
             rates=np.append(progress.rates, progress.covered * float(added["lr"])),
@@ -470,6 +521,7 @@ class SlowMo(Optimizer):
         Raises:
             ValueError: it does not fit; nothing was changed. See `hvd_slowmo_torch.checkpoint.check`.
         """
+        self._refuse_within_average("load_state_dict()")
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _given(before(self, state_dict), state_dict)

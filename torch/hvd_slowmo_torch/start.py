@@ -24,8 +24,17 @@ def broadcast_rest(comm: Comm, name: str, model: nn.Module, base: Optimizer, lay
         return
     for key, tensor in rest.items():
         tensor.copy_(tensors[key])
-    if state["state"] or _settings(state) != _settings(base.state_dict()):
+    own = base.state_dict()
+    if state["state"] or own["state"] or _settings(state) != _settings(own):
         base.load_state_dict(state)
+
+
+def hand_over(comm: Comm, name: str, source: int, base: Optimizer) -> None:
+    """Everybody gets one worker's base optimizer state; rates and other settings stay. A collective."""
+    mine = _on_cpu(base.state_dict()["state"]) if comm.rank == source else None
+    state = comm.gather(f"{name}.state", mine)[source]
+    if comm.rank != source:
+        base.load_state_dict({**base.state_dict(), "state": state})
 
 
 def _on_cpu(item: Any) -> Any:

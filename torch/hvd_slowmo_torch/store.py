@@ -26,6 +26,7 @@ class Plan:
 
     layout: Layout
     slots: tuple[tuple[Slot, ...], ...]
+    statistics: tuple[Slot, ...]  # BatchNorm's running means and variances, which must be finite
 
 
 def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
@@ -39,6 +40,7 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
         TypeError: complex or integer parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
+    statistics: list[Slot] = []
     gathered: dict[tuple[str, torch.dtype, torch.dtype, torch.device], list[tuple[Entry, Slot]]] = {}
 
     def add(rule: str, wire: torch.dtype, tensor: torch.Tensor, name: str, group: int, slot: Slot) -> None:
@@ -60,6 +62,8 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() or (isinstance(module, _NormBase) and key == "num_batches_tracked"):
                 full = f"{name}.{key}" if name else key
+                if isinstance(module, _NormBase) and buffer.is_floating_point():
+                    statistics.append(partial(_buffer, module, key))
                 add("mean", torch.float64, buffer, full, 0, partial(_buffer, module, key))
     if config.buffers == "average" and config.tau is not None:
         for key, found in base_state.averaged(base).items():
@@ -75,7 +79,7 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
     laid = layout(segments, len(base.param_groups))
     if all(chunk.rule != "slow" for chunk in laid.chunks):
         raise ValueError("the base optimizer has no parameter with an element.")
-    return Plan(laid, tuple(s for s, segment in zip(slots, segments, strict=True) if segment.size))
+    return Plan(laid, tuple(s for s, segment in zip(slots, segments, strict=True) if segment.size), tuple(statistics))
 
 
 def wire_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
@@ -109,6 +113,7 @@ class TorchStore:
             vector: [_zeros(s, s.size) if s.rule == "slow" else None for s in plan.layout.segments]
             for vector in vectors
         }
+        self._statistics = plan.statistics
         self._staging: dict[tuple[str, str, str, int], torch.Tensor] = {}
 
     def read(self, vector: str, chunk: Chunk) -> torch.Tensor:
@@ -162,6 +167,10 @@ class TorchStore:
     def zeros(self, chunk: Chunk) -> torch.Tensor:
         return _zeros(self.layout.segments[chunk.segment], chunk.size)
 
+    def forget_gradients(self) -> None:
+        """Free the places where gradients were put together."""
+        self._staging = {key: place for key, place in self._staging.items() if key[0] != "gradient"}
+
     def present(self) -> list[float]:
         return [0.0 if p.grad is None else 1.0 for p in self._parameters()]
 
@@ -172,8 +181,8 @@ class TorchStore:
 
     def finite(self) -> bool:
         by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for p in self._parameters():
-            by_device.setdefault(p.device, []).append(p.detach())
+        for tensor in [*self._parameters(), *(slot() for slot in self._statistics)]:
+            by_device.setdefault(tensor.device, []).append(tensor.detach())
         for parameters in by_device.values():
             # A finite norm has finite parts only, and costs a tenth of looking at each. Another may have overflowed.
             norms = torch.stack([norm.float() for norm in torch._foreach_norm(parameters)])

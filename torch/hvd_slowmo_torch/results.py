@@ -1,0 +1,25 @@
+"""What SlowMo returns to its user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Joined(NamedTuple):
+    """What `SlowMo.join` returns."""
+
+    behind: int  # by how many steps this worker was behind the one with the most
+    left: Sequence[int]  # ranks that have left for good: stop training
+
+
+class Metrics(NamedTuple):
+    """What `SlowMo.metrics` tells of an outer step; norms and products are over all parameters."""
+
+    step: int  # inner steps completed, this outer step included
+    divergence: float  # of the outer step before this one: mean over workers of |x_i - mean|^2 / |mean|^2
+    delta_norm: float  # of Delta, the outer gradient; 0 for Local SGD, which has no anchor
+    v_norm: float  # of the slow momentum, as it was before this step
+    cosine: float  # of the angle between Delta and that momentum; 0 while there is none
+    seconds_waited: float  # for collectives on this worker, since the outer step before
+    bytes_sent: int  # handed to Horovod by this worker, since the outer step before
