@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 T = TypeVar("T")
 
 
@@ -194,16 +192,18 @@ class _ThreadComm:
         self.size = world.size
         self.ranks = range(world.size)
 
-    def start_sum(self, name: str, x: Any) -> int:
+    def start_sum(self, name: str, x: Any) -> tuple[int, Any]:
         # A copy, as on a network: a worker that writes to x too early must not change what the others see.
-        return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0)
+        return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0), x
 
-    def wait(self, handle: int) -> Any:
-        parts = self._world.collect(handle)
-        total = parts[0] + 0
+    def wait(self, handle: tuple[int, Any]) -> Any:
+        number, x = handle
+        parts = self._world.collect(number)
+        total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return np.asarray(total) if isinstance(total, np.generic) else total
+        x[...] = total  # in place, as Horovod's: who uses the memory of x too early must be found out
+        return x
 
     def gather(self, name: str, item: Any) -> list[Any]:
         # As bytes, as on a network: what a worker does to its item later must not reach the others.

@@ -277,7 +277,8 @@ class Machine:
         seen = progress.observed * 0
         for chunk, total, divisor in self._sums(met, ("slow", "mean", "base")):
             if self._observing and chunk.rule == "slow":
-                seen = seen + self._observe(chunk, total / divisor)
+                total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
+                seen = seen + self._observe(chunk, total)
             if chunk.rule == "slow" and self.config.vectors:
                 for block in chunk.blocks(self._block):
                     mean = total[block.start - chunk.start : block.stop - chunk.start] / divisor

@@ -230,8 +230,9 @@ def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_fr
 def test_sparse_gradients_can_not_be_averaged_and_every_worker_says_so():
     def work(comm):
         model = model_for("SparseAdam")
-        SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.ar_sgd())
         model(input_for("SparseAdam", comm.rank)).sum().backward()
+        optimizer.step()
 
     for result in ThreadWorld(2).run(work, return_exceptions=True):
         assert isinstance(result, TypeError)

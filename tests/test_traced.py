@@ -13,6 +13,7 @@ from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.comm import ThreadWorld
 from hvd_slowmo.layout import Entry, Segment, layout
 from hvd_slowmo.machine import Machine, Progress
+from hvd_slowmo.reference_join import run_epochs
 
 # Several workers' graphs wait in this process's threads at once; with fewer threads than workers they would wait for
 # each other for ever. Set before TensorFlow starts its threads.
@@ -75,15 +76,20 @@ class TracedComm:
 
     def __init__(self, comm):
         self._comm = comm
+        self._started = {}
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
 
     def start_sum(self, name, x):
-        handle = tf.numpy_function(lambda value: np.int64(self._comm.start_sum(name, value)), [x], tf.int64)
-        return handle, x.dtype, x.shape
+        def start(value):
+            number, mine = self._comm.start_sum(name, np.array(value))
+            self._started[number] = mine
+            return np.int64(number)
+
+        return tf.numpy_function(start, [x], tf.int64), x.dtype, x.shape
 
     def wait(self, handle):
         number, dtype, shape = handle
-        total = tf.numpy_function(lambda n: self._comm.wait(int(n)), [number], dtype)
+        total = tf.numpy_function(lambda n: self._comm.wait((int(n), self._started.pop(int(n)))), [number], dtype)
         return tf.ensure_shape(total, shape)
 
 
@@ -113,33 +119,101 @@ class TracedStore:
         self.momentum.assign(tf.zeros_like(self.momentum))
 
 
-def train(problem, comm, monkeypatch):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 32)
-    entries = (Entry("x", (DIMENSIONS,), "float64"),)
-    laid = layout([Segment("slow", "float64", 8, "cpu", entries)], 1)
-    store = TracedStore(problem.start() + comm.rank)
-    config = SlowMoConfig(**problem.config)
-    machine = Machine(config, laid, TracedOps(), store, TracedComm(comm), "slowmo", observe=True)
-    state = [tf.Variable(x, dtype=tf.int64 if isinstance(x, int) else tf.float64) for x in machine.start()]
-    traces = []
+class Traced:
+    """A worker whose steps and joins are one trace each."""
 
-    @tf.function(autograph=False)
-    def step(gradient, rate):
-        traces.append(1)
-        momentum = problem.options.get("momentum", 0.0)
-        store.momentum.assign(momentum * store.momentum + gradient)
-        store.vectors["model"].assign_sub(rate * store.momentum)
-        after = machine.tick(Progress(*[variable.value() for variable in state]), rate[None])
-        for variable, value in zip(state, after, strict=True):
+    def __init__(self, problem, comm):
+        entries = (Entry("x", (DIMENSIONS,), "float64"),)
+        laid = layout([Segment("slow", "float64", 8, "cpu", entries)], 1)
+        self.problem, self.rank = problem, comm.rank
+        self.store = TracedStore(problem.start() + comm.rank)
+        config = SlowMoConfig(**problem.config)
+        self.machine = Machine(config, laid, TracedOps(), self.store, TracedComm(comm), "slowmo", observe=True)
+        self.state = [
+            tf.Variable(x, dtype=tf.int64 if isinstance(x, int) else tf.float64) for x in self.machine.start()
+        ]
+        self.traces = []
+        self.step = tf.function(self._step, autograph=False)
+        self.join = tf.function(self._join, autograph=False)
+
+    @property
+    def x(self):
+        return self.store.vectors["model"].numpy()
+
+    def train(self, batch, step):
+        gradient = self.problem.gradient(self.rank, batch, self.x)
+        self.step(tf.constant(gradient), tf.constant(self.problem.rate(step, 0), tf.float64))
+
+    def _step(self, gradient, rate):
+        self.traces.append("step")
+        momentum = self.problem.options.get("momentum", 0.0)
+        self.store.momentum.assign(momentum * self.store.momentum + gradient)
+        self.store.vectors["model"].assign_sub(rate * self.store.momentum)
+        self._keep(self.machine.tick(self._progress(), rate[None]))
+
+    def _join(self):
+        self.traces.append("join")
+
+        def idle(_):
+            after, over, _ = self.machine.idle(self._progress())
+            self._keep(after)
+            return (~over,)
+
+        tf.while_loop(lambda going: going, idle, (tf.constant(True),), parallel_iterations=1)
+
+    def _progress(self):
+        return Progress(*[variable.read_value() for variable in self.state])
+
+    def _keep(self, progress):
+        for variable, value in zip(self.state, progress, strict=True):
             variable.assign(value)
 
-    history = [store.vectors["model"].numpy()]
+
+def train(problem, comm, monkeypatch):
+    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 32)
+    worker = Traced(problem, comm)
+    history = [worker.x]
     for k in range(problem.steps):
-        gradient = problem.gradient(comm.rank, k, store.vectors["model"].numpy())
-        step(tf.constant(gradient), tf.constant(problem.rate(k, 0), tf.float64))
-        history.append(store.vectors["model"].numpy())
-    assert len(traces) == 1
+        worker.train(k, k)
+        history.append(worker.x)
+    assert worker.traces == ["step"]
     return history
+
+
+def uneven(problem, plan, comm, monkeypatch):
+    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 32)
+    worker = Traced(problem, comm)
+    history, taken = [], 0
+    for lengths in plan:
+        for _ in range(lengths[comm.rank]):
+            worker.train(taken, int(worker.state[0].numpy()))
+            taken += 1
+        worker.join()
+        history.append((worker.x, int(worker.state[0].numpy())))
+    assert sorted(worker.traces) == ["join", "step"]
+    return history
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nonfinite", ["raise", "exclude"])
+def test_traced_joins_equal_the_reference(nonfinite, monkeypatch):
+    plan = [(6, 3), (4, 4), (0, 5), (0, 0), (7, 2)]
+    config = {"tau": 4, "alpha": 0.9}
+    problem = Problem({**config, "nonfinite": nonfinite}, options={"momentum": 0.9}, schedule="decay")
+    histories = ThreadWorld(2).run(lambda comm: uneven(problem, plan, comm, monkeypatch))
+    expected = run_epochs(
+        problem.start(),
+        problem.gradient,
+        epochs=plan,
+        workers=2,
+        lr=lambda worker, step, group: problem.rate(step, group),
+        base_options=problem.options,
+        **config,
+    )
+    for number, epoch in enumerate(expected):
+        for rank, history in enumerate(histories):
+            np.testing.assert_allclose(history[number][0], epoch.x[rank], rtol=0, atol=1e-12)
+            assert history[number][1] == epoch.step
 
 
 @pytest.mark.slow

@@ -34,7 +34,9 @@ def hand_over(comm: Comm, name: str, source: int, base: Optimizer) -> None:
     mine = _on_cpu(base.state_dict()["state"]) if comm.rank == source else None
     state = comm.gather(f"{name}.state", mine)[source]
     if comm.rank != source:
+        groups = base.param_groups
         base.load_state_dict({**base.state_dict(), "state": state})
+        base.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
 
 
 def _on_cpu(item: Any) -> Any:
