@@ -21,7 +21,7 @@ setup:  ## set .venv up: packages, this checkout, Horovod (minutes the first tim
 demo: setup  ## train a classifier with SlowMo on four workers of this machine
 	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python examples/digits_torch.py $(ARGS)
 
-bench: setup  ## what a step costs, beside what else one could use; loopback and 1 Gbit/s (about ten minutes)
+bench: setup  ## what a step costs, beside what else one could use; loopback and 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
