@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,14 +18,14 @@ from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agree
 from hvd_slowmo.machine import Machine, Observed, Progress
 from hvd_slowmo.ops import EagerOps
-from hvd_slowmo_torch import base as base_state
 from hvd_slowmo_torch import checkpoint
 from hvd_slowmo_torch.amp import scaled_step
+from hvd_slowmo_torch.arguments import check_base, check_types
 from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import connect
 from hvd_slowmo_torch.fast import outer_update_
 from hvd_slowmo_torch.nodes import connect_node
-from hvd_slowmo_torch.results import Joined, Metrics
+from hvd_slowmo_torch.results import Joined, Metrics, metrics_of
 from hvd_slowmo_torch.start import broadcast_rest, hand_over
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
 
@@ -141,20 +140,9 @@ class SlowMo(Optimizer):
         try:
             if group is not None:
                 self.base.add_param_group(group)
-            _check_arguments(self.base, self._model, self.config, self._name)
+            check_types(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
-            if self.config.tau is not None and (self.config.buffers == "reset" or self.config.nonfinite == "exclude"):
-                base_state.fresh(self.base)  # raises now rather than at the end of the first block
-            for number, group in enumerate(self.base.param_groups):
-                if "lr" not in group:
-                    raise ValueError(f"parameter group {number} of the base optimizer has no learning rate 'lr'.")
-            if (self.config.gradients != "local" or self.config.warmup_steps) and isinstance(
-                self.base, torch.optim.LBFGS
-            ):
-                raise ValueError(
-                    "LBFGS evaluates its closure as often as its own losses tell it, on every worker differently: "
-                    "gradients can't be averaged with it. Use gradients='local' without warm-up."
-                )
+            check_base(self.base, self.config)
         except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
             error = caught
         facts = {} if plan is None else {"config": _facts(self.config), "parameters": plan.layout.describe()}
@@ -290,18 +278,9 @@ class SlowMo(Optimizer):
         return self._metrics
 
     def _measure(self) -> None:
-        seen = Observed(*self._progress.observed.tolist())
         waited = self._comm.seconds_waited + (0.0 if self._node is None else self._node.seconds_waited)
-        norms = math.sqrt(seen.delta * seen.v)
-        self._metrics = Metrics(
-            step=self.steps,
-            divergence=seen.divergence,
-            delta_norm=math.sqrt(seen.delta),
-            v_norm=math.sqrt(seen.v),
-            cosine=seen.product / norms if norms else 0.0,
-            seconds_waited=waited - self._waited_before,
-            bytes_sent=self.bytes_sent - self._sent_before,
-        )
+        seen = Observed(*self._progress.observed.tolist())
+        self._metrics = metrics_of(seen, self.steps, waited - self._waited_before, self.bytes_sent - self._sent_before)
         self._waited_before, self._sent_before = waited, self.bytes_sent
 
     def _rates(self) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -532,19 +511,6 @@ class SlowMo(Optimizer):
         self._prepare()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-def _check_arguments(base: Any, model: Any, config: Any, name: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}")
-    if isinstance(base, SlowMo):
-        raise TypeError("`base_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module. Received: {type(model).__name__}")
-    if not isinstance(config, SlowMoConfig):
-        raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"`name` must be a string that is not empty. Received: {name!r}")
 
 
 def _given(result: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from hvd_slowmo.machine import Observed
 
 
 class Joined(NamedTuple):
@@ -23,3 +26,17 @@ class Metrics(NamedTuple):
     cosine: float  # of the angle between Delta and that momentum; 0 while there is none
     seconds_waited: float  # for collectives on this worker, since the outer step before
     bytes_sent: int  # handed to Horovod by this worker, since the outer step before
+
+
+def metrics_of(seen: Observed, step: int, seconds_waited: float, bytes_sent: int) -> Metrics:
+    """What an outer step has measured, in a user's terms."""
+    norms = math.sqrt(seen.delta * seen.v)
+    return Metrics(
+        step=step,
+        divergence=seen.divergence,
+        delta_norm=math.sqrt(seen.delta),
+        v_norm=math.sqrt(seen.v),
+        cosine=seen.product / norms if norms else 0.0,
+        seconds_waited=seconds_waited,
+        bytes_sent=bytes_sent,
+    )
