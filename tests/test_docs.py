@@ -73,6 +73,7 @@ def help_of(capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_python_code_runs(page, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HOROVOD_")}

@@ -101,6 +101,7 @@ def test_a_removed_environment_runs_all(tool):
     assert tool.call() == ["venv", "packages", "project"]
 
 
+@pytest.mark.slow
 def test_packages_left_half_installed_mean_a_new_environment(tool, monkeypatch):
     class Killed(BaseException):
         pass

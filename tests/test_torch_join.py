@@ -62,6 +62,7 @@ def test_uneven_epochs_equal_the_reference(name):
     compare(problem, UNEVEN, histories)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(SETTINGS)),
@@ -73,14 +74,16 @@ def test_any_lengths_of_epochs_equal_the_reference(name, plan):
     compare(problem, plan, histories)
 
 
+@pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [3, 4])
 def test_uneven_epochs_on_horovod_workers(workers, size):
     plan = [(*lengths, 5)[:size] for lengths in UNEVEN]
     for problem in SETTINGS.values():
         compare(problem, plan, workers(size).run("torch_training:epochs", problem=problem, plan=plan))
 
 
+@pytest.mark.slow
 @pytest.mark.workers
 def test_the_users_own_collectives_after_a_join_are_left_alone(workers):
     assert workers(3).run("jobs:own_collectives_after_join") == [3.0, 3.0, 3.0]

@@ -49,6 +49,7 @@ def problems(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problem=problems(), size=st.integers(1, 5), chunk_bytes=st.sampled_from([8, 24, 40, None]))
 def test_any_settings_equal_the_reference(problem, size, chunk_bytes):

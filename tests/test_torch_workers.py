@@ -45,10 +45,12 @@ def test_averaged_parameters(workers):
         assert inside == pytest.approx([sum(other[0][i] for other in results) / 3 for i in range(2)])
 
 
+@pytest.mark.slow
 def test_messages_of_full_length(workers):
     assert workers(2).run("jobs:large", elements=10_000_000) == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ends", "dies"])
 def test_a_lost_worker_is_one_clear_error_and_nothing_more_is_sent(workers, how):
     first, lost, third = workers(3).outcomes("jobs:lost_worker", how=how, fatal=True)
