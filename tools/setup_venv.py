@@ -101,7 +101,8 @@ def install_packages() -> None:
         print(f"  PyTorch's CPU build comes from {CPU_INDEX}")
     else:
         print(
-            f"  {CPU_INDEX} does not answer: PyTorch comes from pip's own index (on Linux its CUDA build, several GB)"
+            f"  {CPU_INDEX} does not answer: PyTorch comes from pip's own indexes "
+            "(on PyPI, for Linux, that is its CUDA build of several GB)"
         )
     try:
         run_logged([str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments])
