@@ -100,14 +100,20 @@ def complaint(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
                         f"{name}: a learning rate on rank {r} is not a finite number >= 0: the sum over the block in "
                         f"parameter group {group} is {rate}. Nothing was written; look at the scheduler there."
                     )
-        broken = [f"rank {r}" for r, finite in zip(ranks, table[:, FINITE], strict=True) if finite != 1]
         return (
-            f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
-            f"after step {int(table[0, STEP])}. Nothing was written, every worker still has its own parameters. "
+            f"{_not_finite(ranks, name, table)}. Nothing was written, every worker still has its own parameters. "
             "A lower learning rate, gradient clipping or a loss scaler may help."
         )
 
     return describe
+
+
+def _not_finite(ranks: Sequence[int], name: str, table: Any) -> str:
+    broken = [f"rank {r}" for r, finite in zip(ranks, table[:, FINITE], strict=True) if finite != 1]
+    return (
+        f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
+        f"after step {int(table[0, STEP])}"
+    )
 
 
 def _place(row: Any) -> str:
@@ -134,10 +140,7 @@ def exclusion(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
     """The warning about workers that are left out of an average."""
 
     def describe(table: Any) -> str:
-        broken = [f"rank {r}" for r, finite in zip(ranks, table[:, FINITE], strict=True) if finite != 1]
-        return (
-            f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
-            f"after step {int(table[0, STEP])}; left out of the average (nonfinite='exclude'), gets the others' result."
-        )
+        what = _not_finite(ranks, name, table)
+        return f"{what}; left out of the average (nonfinite='exclude'), gets the others' result."
 
     return describe

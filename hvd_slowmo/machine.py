@@ -139,15 +139,14 @@ class Machine:
                     partial(self._store.read, "model", chunk),
                     partial(self._store.zeros, chunk),
                 )
-                handle = comm.start_sum(f"{self.name}.model.{chunk.index}", mine)
-                self._store.write("model", chunk, comm.wait(handle))
+                self._store.write("model", chunk, comm.wait(self._send(comm, chunk, mine)))
 
     def average_statistics(self) -> None:
         """The model's statistics become the workers' plain mean."""
         for chunk in self.layout.chunks:
             if chunk.rule == "mean":
-                handle = self._comm.start_sum(f"{self.name}.model.{chunk.index}", self._store.read("model", chunk))
-                self._store.write("model", chunk, self._comm.wait(handle) / self._comm.size)
+                total = self._comm.wait(self._send(self._comm, chunk, self._store.read("model", chunk)))
+                self._store.write("model", chunk, total / self._comm.size)
 
     def plan(self, progress: Progress) -> Plan:
         """What the coming step does."""
@@ -350,7 +349,10 @@ class Machine:
             lambda: self._ops.scaled(self._store.read("model", chunk), weight),
             lambda: self._store.zeros(chunk),
         )
-        return self._comm.start_sum(f"{self.name}.model.{chunk.index}", x)
+        return self._send(self._comm, chunk, x)
+
+    def _send(self, comm: Comm, chunk: Chunk, x: Any) -> Any:
+        return comm.start_sum(f"{self.name}.model.{chunk.index}", x)
 
     def _sums(self, met: Meeting, rules: Sequence[str]) -> Iterator[tuple[Chunk, Any, Any]]:
         """Each chunk, the workers' sum of it, and what makes it a mean; the next travels while the caller works."""

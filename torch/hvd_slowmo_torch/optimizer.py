@@ -145,7 +145,9 @@ class SlowMo(Optimizer):
             check_base(self.base, self.config)
         except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
             error = caught
-        facts = {} if plan is None else {"config": _facts(self.config), "parameters": plan.layout.describe()}
+        facts = (
+            {} if plan is None else {"config": dataclasses.asdict(self.config), "parameters": plan.layout.describe()}
+        )
         remarks = {"PyTorch": torch.__version__, "the base optimizer": type(self.base).__name__}
         try:
             agree(self._comm, self._name, facts, remarks, None if error is None else str(error))
@@ -516,7 +518,3 @@ class SlowMo(Optimizer):
 def _given(result: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:
     """What a hook on a state_dict leaves: what it returns, or the state that it may have changed in place."""
     return state if result is None else result
-
-
-def _facts(config: SlowMoConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
