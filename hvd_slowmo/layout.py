@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 16 * 2**20
 """Length of a message. Long enough that the network's speed counts and not the number of messages (3 to 9 ms each on
@@ -109,6 +111,35 @@ class Layout:
             for segment in self.segments
             for entry in segment.entries
         ]
+
+
+class Tensor(NamedTuple, Generic[T]):
+    """One tensor that takes part, as an adapter names it."""
+
+    rule: str  # see `Segment`
+    entry: Entry
+    wire: str  # the type in which it travels
+    itemsize: int  # of that type, in bytes
+    device: str
+    place: T  # where the adapter finds it again
+
+
+def arrange(tensors: Iterable[Tensor[T]], groups: int) -> tuple[Layout, tuple[tuple[T, ...], ...]]:
+    """Which tensors travel together: those of one rule, type and device, in the order given.
+
+    Parameters of different types have segments of their own, whatever their wire types: what is written back is rounded
+    to the parameters' type. Statistics of all types travel together.
+
+    Returns:
+        The layout, and for each of its segments the places of its tensors.
+    """
+    together: dict[tuple[str, ...], list[Tensor[T]]] = {}
+    for tensor in tensors:
+        own = tensor.wire if tensor.rule == "mean" else tensor.entry.dtype
+        together.setdefault((tensor.rule, tensor.wire, own, tensor.device), []).append(tensor)
+    filled = [found for found in together.values() if sum(tensor.entry.size for tensor in found)]
+    segments = [Segment(t[0].rule, t[0].wire, t[0].itemsize, t[0].device, tuple(x.entry for x in t)) for t in filled]
+    return layout(segments, groups), tuple(tuple(tensor.place for tensor in found) for found in filled)
 
 
 def layout(segments: Sequence[Segment], groups: int) -> Layout:

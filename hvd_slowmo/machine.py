@@ -124,7 +124,7 @@ class Machine:
     def start(self) -> Progress:
         """Everybody gets rank 0's vectors; the first anchor is taken, before the first inner step."""
         self.take_from(0, ("slow", "mean", "base"))
-        self._take_anchor()
+        self.take_anchor()
         zeros = self._ops.vector([0.0] * self.layout.groups)
         nothing = self._ops.vector([0.0] * len(Observed._fields))
         return Progress(step=0, since=0, covered=0, rates=zeros, gamma=zeros, excluded=0, observed=nothing)
@@ -140,6 +140,13 @@ class Machine:
                     partial(self._store.zeros, chunk),
                 )
                 self._store.write("model", chunk, comm.wait(self._send(comm, chunk, mine)))
+
+    def take_anchor(self) -> None:
+        """The block begins where the model is, if the outer step needs to know."""
+        if self.config.vectors:
+            for chunk in self.layout.chunks:
+                if chunk.rule == "slow":
+                    self._store.write("anchor", chunk, self._store.read("model", chunk))
 
     def average_statistics(self) -> None:
         """The model's statistics become the workers' plain mean."""
@@ -220,8 +227,8 @@ class Machine:
         took without, or rates that differ, leave them unequal, and one anchor must serve all: so one worker's counts.
         """
         self.take_from(source)
-        self._take_anchor()
-        self._begin_block()
+        self.take_anchor()
+        self._begin_block(progress.step)
         return progress._replace(since=progress.since * 0, covered=progress.covered * 0, rates=progress.rates * 0)
 
     def _to_end(self, progress: Progress) -> Any:
@@ -263,12 +270,13 @@ class Machine:
         table = ops.reshape(ops.unpack(comm.wait(handle)), (comm.size, -1))
         first = comm.wait(begun)
         found = verdict(ops, table, self.config.nonfinite)
-        ops.refuse(found.bad, table, complaint(comm.ranks, self.name))
+        met = Meeting(table, found, finite, weights, first)
+        met = ops.refuse(found.bad, table, complaint(comm.ranks, self.name), met)
         if purpose == TRAINING:
             ops.warn("rates", found.odd, table, oddity(comm.ranks, self.name))
         if exclude:
             ops.warn("excluded", found.attendance < comm.size, table, exclusion(comm.ranks, self.name), always=True)
-        return Meeting(table, found, finite, weights, first)
+        return met
 
     def _outer(self, met: Meeting, progress: Progress) -> Progress:
         """Lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
@@ -284,7 +292,7 @@ class Machine:
                     self._update(block, mean, coefficients)
             else:
                 self._store.write("model", chunk, total / divisor)
-        self._begin_block()
+        self._begin_block(met.found.weight)
         if self._observing:
             seen = seen + self._divergence(met, Observed(*[progress.observed[i] for i in range(len(Observed._fields))]))
         return self._without_excluded(met, progress)._replace(
@@ -336,7 +344,7 @@ class Machine:
 
         def start_again() -> Progress:
             if self.config.buffers != "average":
-                self._store.reset_base()
+                self._ops.after(met.finite, self._store.reset_base)
             return progress._replace(excluded=progress.excluded + 1)
 
         return self._ops.cond(met.finite == 0, start_again, lambda: progress)
@@ -380,12 +388,7 @@ class Machine:
         if v is not None:
             self._store.write("v", block, v)
 
-    def _take_anchor(self) -> None:
-        if self.config.vectors:
-            for chunk in self.layout.chunks:
-                if chunk.rule == "slow":
-                    self._store.write("anchor", chunk, self._store.read("model", chunk))
-
-    def _begin_block(self) -> None:
+    def _begin_block(self, known: Any) -> None:
+        """Line 2. known: a scalar that there is only once nothing can be refused any more."""
         if self.config.buffers == "reset" and self.config.tau is not None:
-            self._store.reset_base()
+            self._ops.after(known, self._store.reset_base)

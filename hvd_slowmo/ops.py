@@ -55,8 +55,15 @@ class Ops(Protocol):
     def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
         """The same scalars in another shape."""
 
-    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
-        """Raise ValueError(describe(table)) where `bad` holds; describe takes a NumPy array."""
+    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str], guarded: T) -> T:
+        """Raise ValueError(describe(table)) where `bad` holds; describe takes a NumPy array.
+
+        Returns:
+            `guarded`, which in a trace has no value before that is decided: what depends on it can't come too early.
+        """
+
+    def after(self, scalar: Any, work: Callable[[], None]) -> None:
+        """Run `work`, which depends on no value of the trace, once `scalar` is known."""
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
         """Log describe(table) as a warning where `odd` holds; only the first time for a topic, unless always."""
@@ -106,9 +113,13 @@ class EagerOps:
     def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
         return scalars.reshape(shape)
 
-    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str]) -> None:
+    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str], guarded: T) -> T:
         if bad:
             raise ValueError(describe(table))
+        return guarded
+
+    def after(self, scalar: Any, work: Callable[[], None]) -> None:
+        work()
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
         if odd and (always or topic not in self._warned):

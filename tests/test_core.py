@@ -160,7 +160,7 @@ def test_the_ledger_names_the_rank_that_is_wrong(wrong, words):
     table = rows(GOOD, wrong)
     assert verdict(OPS, table, "raise").bad
     with pytest.raises(ValueError, match=words):
-        OPS.refuse(True, table, complaint([5, 7], "slowmo"))
+        OPS.refuse(True, table, complaint([5, 7], "slowmo"), None)
 
 
 def test_rates_that_differ_are_averaged_and_warn_once(caplog):

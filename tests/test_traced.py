@@ -61,11 +61,16 @@ class TracedOps:
     def reshape(self, scalars, shape):
         return tf.reshape(scalars, shape)
 
-    def refuse(self, bad, table, describe):
+    def refuse(self, bad, table, describe, guarded):
         def fail(found):
             raise ValueError(describe(found.numpy()))
 
-        tf.cond(bad, lambda: tf.py_function(fail, [table], []), tf.no_op)
+        with tf.control_dependencies([tf.cond(bad, lambda: tf.py_function(fail, [table], []), tf.no_op)]):
+            return tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
+
+    def after(self, scalar, work):
+        with tf.control_dependencies([scalar]):
+            work()
 
     def warn(self, topic, odd, table, describe, always=False):
         """Rates do not differ here."""

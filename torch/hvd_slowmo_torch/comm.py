@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections.abc import Sequence
@@ -10,47 +9,11 @@ from typing import Any
 
 import torch
 
-from hvd_slowmo.comm import Comm, SoloComm
-
-# What launchers tell a worker about the number of its fellows: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
-_WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+from hvd_slowmo.workers import Link, Workers
 
 # Between two looks at an unfinished collective. Horovod's own `synchronize` looks without a pause and takes the core
 # that its communication thread, or another worker on a full machine, needs; see benchmarks/waiting.py.
 _PAUSE_S = 0.0002
-
-
-def connect(process_set: Any = None) -> Comm:
-    """The workers to train with: Horovod's, those of a process set, or this process alone.
-
-    Raises:
-        ValueError: a launcher started several workers and `hvd.init()` was not called, or this worker is not a member
-            of the process set.
-        ImportError: several workers or a process set, and Horovod is not installed for PyTorch.
-    """
-    launched = max((int(os.environ.get(key) or 1) for key in _WORLD_SIZES), default=1)
-    try:
-        import horovod.torch as hvd
-    except ImportError as error:
-        if launched > 1 or process_set is not None:
-            raise ImportError(
-                f"several workers need Horovod with PyTorch support, and it cannot be imported ({error}). "
-                "Run: hvd-slowmo install-horovod"
-            ) from error
-        return SoloComm()
-    if not hvd.is_initialized():
-        if launched > 1 or process_set is not None:
-            raise ValueError(
-                f"Horovod has not been initialized, and this is one of {launched} workers. Call hvd.init() first."
-            )
-        return SoloComm()
-    members = hvd.global_process_set if process_set is None else process_set
-    if not members.included():
-        raise ValueError(
-            f"rank {hvd.rank()} is not in the process set with ranks {members.ranks}. "
-            "Construct SlowMo on the set's own ranks only."
-        )
-    return SoloComm() if members.size() == 1 else HorovodComm(members)
 
 
 class HorovodComm:
@@ -62,13 +25,13 @@ class HorovodComm:
         self._hvd = hvd
         self._set = process_set
         self._staged = hvd.nccl_built() == 0  # without NCCL, Horovod takes tensors in host memory only
-        self._broken: str | None = None
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
+        self._link = Link(hvd.rank())
 
     def start_sum(self, name: str, x: torch.Tensor) -> Any:
-        self._refuse_if_broken()
+        self._link.refuse_if_broken()
         wire = x.cpu() if self._staged else x
         return x, self._hvd.allreduce_async_(wire, op=self._hvd.Sum, name=name, process_set=self._set)
 
@@ -78,7 +41,7 @@ class HorovodComm:
         return result if result.device == x.device else x.copy_(result)
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        self._refuse_if_broken()
+        self._link.refuse_if_broken()
         sent = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         length = torch.tensor([len(sent)], dtype=torch.int64)
         lengths = self._finish(self._hvd.allgather_async(length, name=f"{name}.length", process_set=self._set))
@@ -93,18 +56,7 @@ class HorovodComm:
                 time.sleep(_PAUSE_S)
             return self._hvd.synchronize(pending)  # type: ignore[no-any-return]
         except HorovodInternalError as error:
-            if "Mismatched" in str(error):
-                raise ValueError(f"the workers do not exchange the same: {error}") from error
-            # Submitting anything after this error can freeze the process, even while it ends (docs/architecture.md).
-            self._broken = str(error)
-            raise HorovodInternalError(
-                f"rank {self._hvd.rank()}: a collective failed, most likely because another worker ended or was "
-                f"killed; look at that worker's output. Horovod says: {error}"
-            ) from error
+            raise self._link.explain(error) from error
 
-    def _refuse_if_broken(self) -> None:
-        if self._broken is not None:
-            raise RuntimeError(
-                f"nothing more can be exchanged after Horovod's error ({self._broken}). End this process; the job can "
-                "be resumed from its last checkpoint."
-            )
+
+workers = Workers("horovod.torch", "PyTorch", "hvd_slowmo.torch", HorovodComm)

@@ -18,14 +18,13 @@ from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agree
 from hvd_slowmo.machine import Machine, Observed, Progress
 from hvd_slowmo.ops import EagerOps
+from hvd_slowmo.results import Joined, Metrics, metrics_of
 from hvd_slowmo_torch import checkpoint
 from hvd_slowmo_torch.amp import scaled_step
 from hvd_slowmo_torch.arguments import check_base, check_types
 from hvd_slowmo_torch.backward import BackwardMean
-from hvd_slowmo_torch.comm import connect
+from hvd_slowmo_torch.comm import workers
 from hvd_slowmo_torch.fast import outer_update_
-from hvd_slowmo_torch.nodes import connect_node
-from hvd_slowmo_torch.results import Joined, Metrics, metrics_of
 from hvd_slowmo_torch.start import broadcast_rest, hand_over
 from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
 
@@ -74,8 +73,8 @@ class SlowMo(Optimizer):
         if isinstance(config, SlowMoConfig) and config.gradients == "node":
             if process_set is not None:
                 raise ValueError("gradients='node' works on all ranks only: give no process_set.")
-            node = connect_node()
-        self._setup(base_optimizer, model, config, connect(process_set), node, name, metrics)
+            node = workers.connect_node()
+        self._setup(base_optimizer, model, config, workers.connect(process_set), node, name, metrics)
 
     @classmethod
     def over(

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.layout import Chunk, Entry, Layout, Segment, layout
+from hvd_slowmo.layout import Chunk, Entry, Layout, Segment, Tensor, arrange
 from hvd_slowmo_torch import base as base_state
 
 Slot = Callable[[], torch.Tensor]
@@ -41,12 +41,11 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
     """
     names = {id(p): name for name, p in model.named_parameters()}
     statistics: list[Slot] = []
-    gathered: dict[tuple[str, torch.dtype, torch.dtype, torch.device], list[tuple[Entry, Slot]]] = {}
+    tensors: list[Tensor[Slot]] = []
 
     def add(rule: str, wire: torch.dtype, tensor: torch.Tensor, name: str, group: int, slot: Slot) -> None:
         entry = Entry(name, tuple(tensor.shape), _spell(tensor.dtype), group)
-        own = wire if rule == "mean" else tensor.dtype  # statistics of all types travel together
-        gathered.setdefault((rule, wire, own, tensor.device), []).append((entry, slot))
+        tensors.append(Tensor(rule, entry, _spell(wire), wire.itemsize, str(tensor.device), slot))
 
     for number, group in enumerate(base.param_groups):
         for position, p in enumerate(group["params"]):
@@ -71,15 +70,10 @@ def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
                 name = f"{names[id(p)]} ({key})"
                 slot = partial(base_state.state_tensor, base, p, key, tuple(like.shape), like.dtype, like.device)
                 add("base", wire_dtype(like.dtype, name), like, name, 0, slot)
-    segments = [
-        Segment(rule, _spell(wire), wire.itemsize, str(device), tuple(entry for entry, _ in found))
-        for (rule, wire, _, device), found in gathered.items()
-    ]
-    slots = tuple(tuple(slot for _, slot in found) for found in gathered.values())
-    laid = layout(segments, len(base.param_groups))
+    laid, slots = arrange(tensors, len(base.param_groups))
     if all(chunk.rule != "slow" for chunk in laid.chunks):
         raise ValueError("the base optimizer has no parameter with an element.")
-    return Plan(laid, tuple(s for s, segment in zip(slots, segments, strict=True) if segment.size), tuple(statistics))
+    return Plan(laid, slots, tuple(statistics))
 
 
 def wire_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
