@@ -35,9 +35,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["hvd_slowmo", "hvd_slowmo.installer", "hvd_slowmo_torch"],
-    package_dir={"hvd_slowmo_torch": "torch/hvd_slowmo_torch"},
-    package_data={"hvd_slowmo": ["py.typed"], "hvd_slowmo_torch": ["py.typed"]},
+    packages=["hvd_slowmo", "hvd_slowmo.installer", "hvd_slowmo_torch", "hvd_slowmo_tf"],
+    package_dir={"hvd_slowmo_torch": "torch/hvd_slowmo_torch", "hvd_slowmo_tf": "tf/hvd_slowmo_tf"},
+    package_data={"hvd_slowmo": ["py.typed"], "hvd_slowmo_torch": ["py.typed"], "hvd_slowmo_tf": ["py.typed"]},
     install_requires=["numpy>=1.24"],
     extras_require={
         "torch": ["torch>=2.1"],

@@ -42,6 +42,15 @@ class Problem:
     def rate(self, step: int, group: int) -> float:
         return float((0.1, 0.04)[group] * SCHEDULES[self.schedule](step))
 
+    @property
+    def same_everywhere(self) -> bool:
+        """Whether PyTorch and Keras define the same update for it.
+
+        Keras has no parameter groups, and its momentum is in units of the rates of the time, PyTorch's of the present.
+        """
+        momentum_alike = not self.options.get("momentum") or self.schedule == "constant"
+        return len(set(self.groups)) == 1 and momentum_alike
+
     def start(self) -> np.ndarray:
         return np.random.default_rng(self.seed).normal(size=DIMENSIONS)
 
@@ -64,31 +73,51 @@ class Problem:
         )
 
 
+def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
+    """The largest difference between the workers' parameters and the reference's, over all steps."""
+    expected = problem.reference(len(histories))
+    return max(
+        float(np.abs(history[step]["x"] - snapshot.x[rank]).max())
+        for rank, history in enumerate(histories)
+        for step, snapshot in enumerate(expected)
+    )
+
+
 def pieces(x: np.ndarray) -> list[np.ndarray]:
     """The flat vector as the parameters' arrays."""
     return [part.reshape(shape) for part, shape in zip(np.split(x, np.cumsum(SIZES)[:-1]), SHAPES, strict=True)]
 
 
-NESTEROV = {"momentum": 0.9, "nesterov": True}
+NESTEROV = {"momentum": 0.875, "nesterov": True}
+# Where both frameworks define the same update: Keras takes the constants as float32, so they are sums of few powers of
+# two, and adds eps before the correction of the bias, PyTorch behind it, so it is too small to matter.
+ADAM = {"betas": (0.875, 0.9921875), "eps": 2.0**-70}
+ADAMW = {**ADAM, "weight_decay": 2.0**-7}
 LOCAL_SGD = {"alpha": 1.0, "beta": 0.0}
 
 PROBLEMS: dict[str, Problem] = {
     "slowmo over plain SGD": Problem({"tau": 3}),
     "slowmo over Nesterov SGD, reset": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV, schedule="decay"),
-    "slowmo over momentum SGD, average": Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.9}),
-    "slowmo over Adam": Problem({"tau": 5, "beta": 0.7}, base="adam", schedule="steps"),
-    "slowmo over Adam, average": Problem({"tau": 3, "buffers": "average"}, base="adam"),
-    "slowmo over AdamW, reset": Problem({"tau": 3, "alpha": 0.8, "buffers": "reset"}, base="adamw"),
+    "slowmo over momentum SGD, average": Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.875}),
+    "slowmo over Adam": Problem({"tau": 5, "beta": 0.7}, base="adam", options=ADAM, schedule="steps"),
+    "slowmo over Adam, average": Problem({"tau": 3, "buffers": "average"}, base="adam", options=ADAM),
+    "slowmo over AdamW, reset": Problem({"tau": 3, "alpha": 0.8, "buffers": "reset"}, base="adamw", options=ADAMW),
     "two groups, restarting rates": Problem({"tau": 4, "alpha": 0.9}, schedule="restarts", groups=(0, 0, 1, 1)),
     "rates of zero": Problem({"tau": 4, "nesterov": True}, schedule="zero", groups=(0, 1, 1, 1), steps=21),
     "unscaled, Nesterov": Problem({"tau": 2, "scale_by_lr": False, "nesterov": True}, schedule="decay"),
     "warm-up": Problem({"tau": 3, "warmup_steps": 4, "buffers": "reset"}, options=NESTEROV),
     "gradients averaged, Lookahead on top": Problem({"tau": 3, "gradients": "all", "alpha": 0.5, "beta": 0.0}),
     "local_sgd": Problem({"tau": 4, **LOCAL_SGD}, options=NESTEROV),
-    "lookahead": Problem({"tau": 4, "alpha": 0.5, "beta": 0.0}, base="adam"),
+    "lookahead": Problem({"tau": 4, "alpha": 0.5, "beta": 0.0}, base="adam", options=ADAM),
     "bmuf": Problem({"tau": 3, "alpha": 0.9, "beta": 0.6, "scale_by_lr": False}, schedule="steps"),
     "diloco": Problem(
-        {"tau": 5, "alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False}, base="adamw", steps=22
+        {"tau": 5, "alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False},
+        base="adamw",
+        options=ADAM,
+        steps=22,
     ),
+    "momentum SGD, maintained": Problem({"tau": 4}, options={"momentum": 0.875}),
+    "slowmo over Nesterov SGD, reset, constant": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV),
+    "ar_sgd, plain": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
     "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options=NESTEROV, schedule="decay"),
 }

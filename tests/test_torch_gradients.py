@@ -6,9 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from problems import NESTEROV, Problem
+from problems import NESTEROV, Problem, distance
 from torch import nn
-from torch_training import advance, build, distance, held
+from torch_training import advance, build, held
 
 from hvd_slowmo.comm import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig

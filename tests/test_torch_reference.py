@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import NESTEROV, PROBLEMS, Problem
-from torch_training import distance, resumed, run, same
+from problems import NESTEROV, PROBLEMS, Problem, distance
+from torch_training import resumed, run, same
 
 from hvd_slowmo.comm import ThreadWorld
 

@@ -127,13 +127,3 @@ def horovod_rank() -> int:
     import horovod.torch as hvd
 
     return int(hvd.rank())
-
-
-def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
-    """The largest difference between the workers' parameters and the reference's, over all steps."""
-    expected = problem.reference(len(histories))
-    return max(
-        float(np.abs(history[step]["x"] - snapshot.x[rank]).max())
-        for rank, history in enumerate(histories)
-        for step, snapshot in enumerate(expected)
-    )

@@ -1,0 +1,19 @@
+"""The Keras door: `import hvd_slowmo.tf as slowmo`."""
+
+import keras
+
+if keras.config.backend() != "tensorflow":
+    raise ImportError(
+        f"hvd_slowmo.tf needs Keras on TensorFlow, and Keras runs on {keras.config.backend()!r} here. Set "
+        "KERAS_BACKEND=tensorflow before Keras is imported, or use hvd_slowmo.torch for a PyTorch model."
+    )
+
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.results import Joined, Metrics
+from hvd_slowmo_tf.callback import SlowMoCallback
+from hvd_slowmo_tf.comm import workers
+from hvd_slowmo_tf.optimizer import SlowMo
+
+init = workers.init
+
+__all__ = ["Joined", "Metrics", "SlowMo", "SlowMoCallback", "SlowMoConfig", "init"]

@@ -1,0 +1,35 @@
+"""The Keras adapter equals the reference, and so the PyTorch adapter: one list of problems, on threads and workers."""
+
+import keras_training
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import PROBLEMS, distance
+
+from hvd_slowmo.comm import ThreadWorld
+
+# Several workers' graphs wait in this process's threads at once; with fewer threads than workers they would wait for
+# each other for ever. Set before TensorFlow starts its threads.
+tf.config.threading.set_inter_op_parallelism_threads(16)
+
+SAME = {name: problem for name, problem in PROBLEMS.items() if problem.same_everywhere}
+
+
+def train(size, problem, chunk_bytes=None, job=keras_training.run, **arguments):
+    with keras_training.doubles(chunk_bytes):
+        return ThreadWorld(size).run(lambda comm: job(problem, comm=comm, **arguments))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+def test_threads_equal_the_reference(name):
+    problem = SAME[name]
+    histories = train(3, problem, chunk_bytes=40)
+    assert distance(histories, problem) < 1e-12
+    for step in (s.step for s in problem.reference(3) if s.outer):
+        assert equal(histories[1][step], histories[0][step])
+        assert equal(histories[2][step], histories[0][step])

@@ -1,0 +1,39 @@
+"""What SlowMo refuses when it is constructed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvd_slowmo.config import SlowMoConfig
+
+
+def check_inner(inner: Any) -> None:
+    """Refuse what is no optimizer to wrap."""
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise TypeError(f"`inner_optimizer` must be a keras.optimizers.Optimizer. Received: {type(inner).__name__}")
+    wrapped = getattr(inner, "inner_optimizer", None)
+    for optimizer in (inner, wrapped):
+        if hasattr(optimizer, "averaged_parameters"):  # SlowMo itself imports this module
+            raise TypeError("`inner_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
+
+
+def check_settings(config: Any, name: Any, process_set: Any) -> None:
+    """Refuse arguments that are something else altogether, and what can't work together."""
+    if not isinstance(config, SlowMoConfig):
+        raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be a string. Received: {name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"`name` may have letters, digits, '_', '.' and '-' only. Received: {name!r}")
+    if config.gradients == "node" and process_set is not None:
+        raise ValueError("gradients='node' works on all ranks only: give no process_set.")
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            f"SlowMo runs one process per device and not under a tf.distribute strategy. Received: one of {replicas} "
+            "replicas. Start several workers with horovodrun instead."
+        )

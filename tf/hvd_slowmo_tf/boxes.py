@@ -1,0 +1,35 @@
+"""A stretch of a flattened tensor as boxes of the tensor, which can be read and assigned in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+Box = tuple[slice, ...]
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """Elements start .. stop - 1 of a row-major tensor, in their order: (index, number of elements) of each box.
+
+    At most two per dimension beside the largest: the end of a row, whole rows, the beginning of another.
+    """
+    if start == stop:
+        return
+    if not shape:
+        yield (), 1
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows lie between
+    if first > last:  # within one row
+        yield from _within(shape, last, start, stop)
+        return
+    yield from _within(shape, first - 1, start, first * row)
+    if first < last:
+        yield (slice(first, last),), (last - first) * row
+    yield from _within(shape, last, last * row, stop)
+
+
+def _within(shape: Sequence[int], number: int, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    row = math.prod(shape[1:])
+    for box, count in boxes(shape[1:], start - number * row, stop - number * row):
+        yield (slice(number, number + 1), *box), count

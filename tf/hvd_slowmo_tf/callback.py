@@ -1,0 +1,7 @@
+"""SlowMo under `model.fit`."""
+
+import keras
+
+
+class SlowMoCallback(keras.callbacks.Callback):
+    """Placeholder."""

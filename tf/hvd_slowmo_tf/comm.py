@@ -1,0 +1,60 @@
+"""Horovod as the core's `Comm`, within TensorFlow's traces.
+
+Tensors travel under the names that horovod.torch gives them. TensorFlow has names in a tf.function only, and there the
+node's, without the scopes around it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_slowmo.workers import Link, Workers
+
+
+class HorovodComm:
+    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted."""
+
+    def __init__(self, process_set: Any) -> None:
+        import horovod.tensorflow as hvd
+
+        self._hvd = hvd
+        self._set = process_set
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
+        self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
+        self.link = Link(hvd.rank())
+
+    def start_sum(self, name: str, x: Any) -> Any:
+        options = {"op": self._hvd.Sum, "process_set": self._set, "ignore_name_scope": True}
+        return self._hvd.allreduce(x, name=f"allreduce.{name}", **options)
+
+    def wait(self, handle: Any) -> Any:
+        return handle
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        self.link.refuse_if_broken()
+        sent = np.frombuffer(pickle.dumps(item), dtype=np.uint8)
+        lengths = self._gathered(f"{name}.length", np.array([len(sent)], dtype=np.int64))
+        everything = self._gathered(name, sent)
+        return [pickle.loads(part.tobytes()) for part in np.split(everything, np.cumsum(lengths)[:-1])]
+
+    def _gathered(self, name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        def gather(x: Any) -> Any:
+            options = {"process_set": self._set, "ignore_name_scope": True}
+            return self._hvd.allgather(x, name=f"allgather.{name}", **options)
+
+        # Made anew each time: it is called at starts and ends of epochs only, and nothing of it is kept.
+        traced = tf.function(gather, input_signature=[tf.TensorSpec([None], values.dtype)], autograph=False)
+        try:
+            result: np.ndarray[Any, Any] = traced(tf.constant(values)).numpy()
+        except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
+            raise self.link.explain(error) from error
+        return result
+
+
+workers = Workers("horovod.tensorflow", "TensorFlow", "hvd_slowmo.tf", HorovodComm)

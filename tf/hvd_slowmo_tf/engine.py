@@ -1,0 +1,186 @@
+"""What TensorFlow traces: a step, a join, an average. One trace of each serves the whole training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from hvd_slowmo.comm import Comm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo.machine import Machine, Observed
+from hvd_slowmo.results import Metrics, metrics_of
+from hvd_slowmo_tf.effects import KeptComm
+from hvd_slowmo_tf.inner import Inner
+from hvd_slowmo_tf.ops import TracedOps
+from hvd_slowmo_tf.state import State
+from hvd_slowmo_tf.store import TfStore, lay_out
+
+
+class Engine:
+    """The core's state machine on the variables of one optimizer.
+
+    Args:
+        optimizer: the SlowMo optimizer, built.
+        inner: what it wraps.
+        state: its state.
+        comm: the workers.
+        node: those of this worker's node, for gradients="node".
+        statistics: the model's variables that are averaged beside the trained ones.
+        observing: whether outer steps measure.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        inner: Inner,
+        state: State,
+        comm: Comm,
+        node: Comm | None,
+        statistics: Sequence[Any],
+        observing: bool,
+    ) -> None:
+        config: SlowMoConfig = optimizer.config
+        self.config = config
+        self.optimizer = optimizer
+        self.inner = inner
+        self.state = state
+        self.statistics = list(statistics)
+        self.variables = list(optimizer._trainable_variables)
+        self._observing = observing
+        self._explain = comm.link.explain if hasattr(comm, "link") else None
+        self.comm = KeptComm(comm, timed=observing)
+        self._node = None if node is None else KeptComm(node, timed=observing)
+        averaged = inner.buffers if config.buffers == "average" and config.tau is not None else ()
+        moving = optimizer._model_variables_moving_average if optimizer.use_ema else ()
+        self.plan = lay_out(self.variables, [*statistics, *moving], averaged)
+        self.ops = TracedOps(optimizer.name)
+        store = TfStore(self.plan, inner, state.vectors)
+        self._store = store
+        self.machine = Machine(config, self.plan.layout, self.ops, store, self.comm, optimizer.name, observe=observing)
+        self.of_all = GradientMean(self.plan.layout, self.ops, store, self.comm, optimizer.name)
+        self.of_node = self.of_all
+        if self._node is not None:
+            self.of_node = GradientMean(self.plan.layout, self.ops, store, self._node, optimizer.name)
+        with tf.init_scope():
+            self._measured_at = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._measured = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
+            self._marks = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
+        self.traces = 0
+        self.step = tf.function(self._step, autograph=False)
+
+    def call(self, work: Any, *arguments: Any) -> Any:
+        """A traced function, with its errors and warnings in plain words."""
+        with self.ops.explained(self._explain):
+            result = work(*arguments)
+        self.ops.tell()
+        return result
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether some step does."""
+        return self.config.gradients != "local" or self.config.warmup_steps > 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed over for sums."""
+        return self.comm.bytes_sent + (0 if self._node is None else self._node.bytes_sent)
+
+    def metrics(self) -> Metrics | None:
+        """Of the last outer step."""
+        step = int(self._measured_at.numpy())
+        if not step:
+            return None
+        sent, waited = self._measured.numpy().tolist()
+        return metrics_of(Observed(*self.state.now.observed.tolist()), step, waited, int(sent))
+
+    # In traces
+
+    def _step(self, grads: list[Any]) -> None:
+        self.traces += 1
+        # Everything waits for the gradients: with a dataset of unknown length there is a last call that has none.
+        flat = [x for g in grads if g is not None for x in tf.nest.flatten(g, expand_composites=True)]
+        optimizer = self.optimizer
+        with tf.control_dependencies(flat):
+            count = optimizer.gradient_accumulation_steps
+            if count:
+                due = tf.equal((optimizer._iterations._value + 1) % count, 0)
+                tf.cond(due, lambda: self._accumulated_update(grads, count), lambda: self._accumulate(grads))
+            else:
+                self._update(grads)
+            optimizer._iterations.assign_add(1)
+
+    def _accumulate(self, grads: list[Any]) -> None:
+        for accumulator, g in zip(self.optimizer._accumulated_gradients, grads, strict=True):
+            if g is not None:
+                accumulator._value.assign_add(tf.convert_to_tensor(g))
+
+    def _accumulated_update(self, grads: list[Any], count: int) -> None:
+        accumulators = self.optimizer._accumulated_gradients
+        self._update([None if g is None else (g + a._value) / count for a, g in zip(accumulators, grads, strict=True)])
+        for a in accumulators:
+            a.assign(tf.zeros(a.shape, a.dtype))
+
+    def _update(self, grads: list[Any]) -> None:
+        machine, state, optimizer = self.machine, self.state, self.optimizer
+        rates = tf.reshape(tf.cast(optimizer._get_current_learning_rate(), tf.float64), [1])
+        if self.comm.size == 1:  # no broadcast has taken the first anchor
+            tf.cond(tf.equal(state.read().step, 0), machine.take_anchor, lambda: None)
+        now = machine.plan(state.read())
+        source: Any = 0
+        if self.averages_gradients and (self.comm.size > 1 or self.of_node.size > 1):
+            grads, source = self._averaged(grads, rates, now)
+        self.base_step(grads, rates)
+        state.write(machine.tick(state.read(), rates, source=source))
+        self.ops.cond(now.outer, self._after_outer, lambda: None)
+        if optimizer.use_ema:
+            self._move_average()
+
+    def base_step(self, grads: list[Any], rates: Any) -> None:
+        """The inner optimizer's step at these rates."""
+        self.inner.set_rate(rates[0])
+        self.inner.optimizer.apply(grads, self.variables)
+
+    def exchange(self, exchange: GradientMean, grads: list[Any], live: int, leaving: Any, rates: Any) -> Any:
+        """Gradients averaged over the workers, dense and one for each variable; and who took part."""
+        self._store.set_gradients(grads)
+        exchange.send_rest(live, leaving, rates)
+        attendance = exchange.finish()
+        return self._store.gradients(), attendance
+
+    def _averaged(self, grads: list[Any], rates: Any, now: Any) -> tuple[list[Any], Any]:
+        own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+
+        def over(exchange: GradientMean) -> Any:
+            averaged, attendance = self.exchange(exchange, own, 1, 0, rates)
+            return averaged, attendance.source
+
+        def local() -> Any:
+            dense = [tf.zeros(v.shape, v.dtype) if g is None else g for g, v in zip(own, self.variables, strict=True)]
+            return dense, tf.constant(0, tf.int64)
+
+        def average() -> Any:
+            return self.ops.cond(now.all_gradients, lambda: over(self.of_all), lambda: over(self.of_node))
+
+        averaged, source = self.ops.cond(now.average_gradients, average, local)
+        return list(averaged), source
+
+    def _after_outer(self) -> None:
+        for v in self.variables:
+            if v.constraint is not None:
+                v.assign(v.constraint(v))
+        if self._observing:
+            totals = self.comm.counters if self._node is None else self.comm.counters + self._node.counters
+            self._measured.assign(totals - self._marks)
+            self._marks.assign(totals)
+            self._measured_at.assign(self.state.read().step)
+
+    def _move_average(self) -> None:
+        """The moving average of the weights (use_ema), of what the outer step has left."""
+        optimizer = self.optimizer
+        optimizer._update_model_variables_moving_average(self.variables)
+        if optimizer.ema_overwrite_frequency:
+            due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
+            tf.cond(due, lambda: optimizer._overwrite_model_variables_with_average_value(self.variables), lambda: None)

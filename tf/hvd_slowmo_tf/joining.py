@@ -1,0 +1,81 @@
+"""`SlowMo.join` as one loop in a trace: a worker that is done answers the others until all are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo_tf.engine import Engine
+
+
+def make_join(engine: Engine) -> Callable[[Any], Any]:
+    """A traced function of a float64 scalar, 1 if this worker leaves for good; it returns who does, (workers,)."""
+
+    def join(leaving: Any) -> Any:
+        engine.traces += 1
+        optimizer, state = engine.optimizer, engine.state
+        start = (tf.constant(False), tf.constant(False), tf.zeros([engine.comm.size], tf.float64))
+        once = _Once(engine, leaving)
+        _, _, left = tf.while_loop(lambda over, *_: ~over, once.take_part, start, parallel_iterations=1)
+        # Micro-batches that wait for an update stay this worker's own.
+        count = optimizer.gradient_accumulation_steps or 1
+        waiting = optimizer._iterations._value % count
+        optimizer._iterations.assign(state.read().step * count + waiting)
+        return left
+
+    return tf.function(join, autograph=False)  # type: ignore[no-any-return]
+
+
+class _Once:
+    """One pass of the loop: a meeting, or an exchange of gradients where the schedule has one.
+
+    Loop variables: whether the join is over, whether this node's workers are all done, and who leaves.
+    """
+
+    def __init__(self, engine: Engine, leaving: Any) -> None:
+        self._engine = engine
+        self._leaving = leaving
+
+    def take_part(self, over: Any, node_done: Any, left: Any) -> Any:
+        engine = self._engine
+        if not engine.averages_gradients:
+            return self._meet(node_done)
+        now = engine.machine.plan(engine.state.read())
+        due = tf.convert_to_tensor(now.average_gradients) & ~node_done
+        if engine.of_node.size == 1:  # nobody to exchange gradients with, but all
+            due &= tf.convert_to_tensor(now.all_gradients)
+        return tf.cond(due, lambda: self._exchange(now, left), lambda: self._meet(node_done))
+
+    def _meet(self, node_done: Any) -> Any:
+        after, over, left = self._engine.machine.idle(self._engine.state.read(), self._leaving)
+        self._engine.state.write(after)
+        return over, node_done, left
+
+    def _exchange(self, now: Any, left: Any) -> Any:
+        engine = self._engine
+        return engine.ops.cond(
+            now.all_gradients, lambda: self._follow(engine.of_all, left), lambda: self._follow(engine.of_node, left)
+        )
+
+    def _follow(self, exchange: GradientMean, left: Any) -> Any:
+        """Give zeros, and take the step that the others take, with their gradients and their rates."""
+        engine = self._engine
+        nothing: list[Any] = [None] * len(engine.variables)
+        averaged, attendance = engine.exchange(exchange, nothing, 0, self._leaving, tf.zeros([1], tf.float64))
+
+        def done() -> Any:
+            if exchange is engine.of_all:
+                engine.machine.average_statistics()
+                return tf.constant(True), tf.constant(False), attendance.leaving
+            return tf.constant(False), tf.constant(True), left
+
+        def step() -> Any:
+            engine.base_step(averaged, attendance.rates)
+            after = engine.machine.tick(engine.state.read(), attendance.rates, live=0, source=attendance.source)
+            engine.state.write(after)
+            return tf.constant(False), tf.constant(False), left
+
+        return tf.cond(tf.equal(attendance.live, 0), done, step)

@@ -1,0 +1,380 @@
+"""SlowMo as a Keras optimizer around any other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from hvd_slowmo.comm import Comm, SoloComm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.results import Joined, Metrics
+from hvd_slowmo_tf.arguments import check_inner, check_settings
+from hvd_slowmo_tf.comm import workers
+from hvd_slowmo_tf.engine import Engine
+from hvd_slowmo_tf.inner import Inner
+from hvd_slowmo_tf.joining import make_join
+from hvd_slowmo_tf.start import start
+from hvd_slowmo_tf.state import State
+from hvd_slowmo_tf.store import lay_out
+
+
+@keras.saving.register_keras_serializable(package="hvd_slowmo", name="SlowMo")
+class SlowMo(keras.optimizers.Optimizer):
+    """Slow momentum (Wang et al., ICLR 2020, arXiv 1910.00643, Algorithm 1) around a Keras optimizer.
+
+    A keras.optimizers.Optimizer: `model.compile(SlowMo(inner_optimizer, config), ...)`, or `apply` in a loop of one's
+    own. Every update is one inner step; every `config.tau` of them the workers average their parameters and take a
+    momentum step. All state is in `variables`.
+
+    Nothing is exchanged before `SlowMoCallback`, or `broadcast` in a loop of one's own, has brought all workers to the
+    same start; both are collectives.
+
+    The learning rate (with its schedule), gradient accumulation and the moving average of the weights move from the
+    inner optimizer to this one: its `iterations` count every call, those of an overflow too. Clipping, weight decay and
+    loss scaling stay with the inner one. Under "mixed_float16" wrap the scaler:
+    `SlowMo(keras.optimizers.LossScaleOptimizer(inner), config)`.
+
+    Args:
+        inner_optimizer: any Keras optimizer.
+        config: what to do; see `SlowMoConfig`.
+        process_set: the Horovod process set that trains together. None: all ranks. Not part of a saved model.
+        name: prefix of the collectives' names; a second optimizer in one process takes another.
+        metrics: measure at every outer step what `metrics()` tells; costs about as much as the outer update itself.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        scaled = isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer)
+        return super().__new__(_ScaledSlowMo if scaled and cls is SlowMo else cls)
+
+    def __init__(
+        self,
+        inner_optimizer: Any,
+        config: SlowMoConfig,
+        *,
+        process_set: Any = None,
+        name: str = "slowmo",
+        metrics: bool = False,
+    ) -> None:
+        check_settings(config, name, process_set)
+        check_inner(inner_optimizer)
+        inner = Inner(inner_optimizer)
+        keras.optimizers.Optimizer.__init__(self, name=name, **inner.taken)
+        self.inner_optimizer = inner_optimizer
+        self.config = config
+        self._process_set = process_set
+        self._observing = metrics
+        self._inside = _Inside(inner)
+
+    @classmethod
+    def over(
+        cls, comm: Comm, inner_optimizer: Any, config: SlowMoConfig, *, node: Comm | None = None, **settings: Any
+    ) -> SlowMo:
+        """As the constructor, over any `hvd_slowmo.comm.Comm` on tensors of a trace.
+
+        node: the workers of this one's node, for gradients="node".
+        """
+        optimizer: SlowMo = cls(inner_optimizer, config, **settings)
+        optimizer._inside.comm, optimizer._inside.node = comm, node
+        return optimizer
+
+    # What Keras asks of an optimizer
+
+    @property
+    def variables(self) -> list[Any]:
+        return [*self._variables, *self._inside.inner.optimizer.variables]
+
+    @property
+    def loss_scale_factor(self) -> Any:
+        return self._inside.inner.optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value: Any) -> None:
+        if hasattr(self, "_inside"):  # and Keras' own constructor has set it to None
+            raise ValueError(
+                "a LossScaleOptimizer around SlowMo would skip whole steps on one worker alone (compile() makes one "
+                "under 'mixed_float16'). Put it within: "
+                "SlowMo(keras.optimizers.LossScaleOptimizer(inner_optimizer), config)"
+            )
+
+    def scale_loss(self, loss: Any) -> Any:
+        return self._inside.inner.optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        self._inside.inner.innermost.exclude_from_weight_decay(var_list, var_names)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make all variables. No communication."""
+        if self.built:
+            return
+        variables = list(variables)
+        inside = self._inside
+        needs_reset = self.config.buffers == "reset" or self.config.nonfinite == "exclude"
+        slow = [segment for segment in lay_out(variables, (), ()).layout.segments if segment.rule == "slow"]
+        with tf.init_scope():
+            keras.optimizers.Optimizer.build(self, variables)
+            inside.inner.build(variables, reset=needs_reset)
+            inside.state = State(self.add_variable, slow, self.config.vectors)
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """One step: the inner optimizer's, and the outer step where it is due.
+
+        Args:
+            grads: a gradient per variable: a tensor, IndexedSlices or None.
+            trainable_variables: the variables; those of `build` if None.
+
+        Raises:
+            ValueError: on every rank at an outer step, if on one of them parameters or learning rates are not finite
+                or the ranks have not made the same number of steps; nothing is written then. Within a tf.function of
+                one's own it is a tf.errors.InvalidArgumentError with the same facts. Also where several workers have
+                not been brought to one start, and where XLA compiles this call.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError("the optimizer has no variables yet: pass them, or call build(variables) first.")
+            trainable_variables = self._trainable_variables
+        trainable_variables = list(trainable_variables)
+        self.build(trainable_variables)
+        self._check_variables_are_known(trainable_variables)
+        engine = self._ready()
+        self._refuse_within_average("apply()")
+        given = {self._get_variable_index(v): g for v, g in zip(trainable_variables, grads, strict=True)}
+        ordered = [given.get(number) for number in range(len(self._trainable_variables))]
+        if all(g is None for g in ordered):
+            raise ValueError("no gradient for any variable: all of them are None.")
+        if tf.inside_function():
+            engine.step(ordered)
+        else:
+            engine.call(engine.step, ordered)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        if self.use_ema:
+            keras.optimizers.Optimizer.finalize_variable_values(self, var_list)
+        else:
+            self._inside.inner.optimizer.finalize_variable_values(var_list)
+
+    def save_own_variables(self, store: Any) -> None:
+        # The inner optimizer's are saved with it: it is an attribute.
+        for number, v in enumerate(self._variables):
+            store[str(number)] = v.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        if len(store.keys()) != len(self._variables):
+            raise ValueError(
+                f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(self._variables)}. "
+                "Load it with the settings and the model of the run that is resumed."
+            )
+        for number, v in enumerate(self._variables):
+            v.assign(store[str(number)])
+
+    def get_config(self) -> dict[str, Any]:
+        rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
+        return {
+            "name": self.name,
+            "inner_optimizer": self._inside.inner.serialized(rate),
+            "config": dataclasses.asdict(self.config),
+            "metrics": self._observing,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SlowMo:
+        settings = dict(config)
+        inner = keras.saving.deserialize_keras_object(settings.pop("inner_optimizer"), custom_objects=custom_objects)
+        return SlowMo(inner, SlowMoConfig(**settings.pop("config")), **settings)
+
+    # What SlowMo adds
+
+    @property
+    def steps(self) -> int:
+        """Inner steps (updates) completed since construction, or since the run that was resumed began."""
+        return int(self._inside.state.now.step) if self.built else 0
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Bring all workers to one start. A collective, before the first gradient is taken.
+
+        The workers compare their settings and variables. If none has made a step, or rank 0 alone has (it has loaded a
+        checkpoint), all get rank 0's variables and optimizer state. If all are at the same step, each has restored its
+        own file and is left as it is.
+
+        Args:
+            variables: all of the model's, `model.variables`. Floating-point variables that the optimizer does not train
+                (BatchNorm's statistics) are averaged at outer steps and joins too; leave out frozen layers', or they
+                travel as well. The state of seed generators stays each worker's own.
+
+        Raises:
+            TypeError, ValueError: on every rank, if settings, variables or steps differ.
+        """
+        self.start(variables, variables)
+
+    def start(self, variables: Sequence[Any], statistics: Sequence[Any]) -> None:
+        """As `broadcast`; statistics: those among the variables that are averaged, if they are not trained."""
+        inside = self._inside
+        comm = self._connect()
+        given = list(variables)
+        start(comm, self, given, lambda: self._settle(given, list(statistics)))
+        inside.started, inside.left = True, ()
+
+    def join(self, variables: Sequence[Any] | None = None, *, leaving: bool = False) -> Joined:
+        """Wait for workers with more data, and leave all with the workers' mean. A collective.
+
+        At the end of an epoch, before evaluating and before saving on rank 0. See the PyTorch adapter's; here
+        `iterations` too become those of the worker with the most steps.
+
+        Args:
+            variables: None, or those that were given to `broadcast`, which is checked.
+            leaving: this worker stops for good; the others find its rank in `Joined.left`.
+
+        Returns:
+            By how many steps this worker was behind, and who has left.
+
+        Raises:
+            ValueError: as in `apply`, on every rank.
+        """
+        self._refuse_within_average("join()")
+        self._refuse_if_left()
+        engine = self._ready()
+        known = {id(v) for found in engine.plan.variables for v in found}
+        lacking = [v.path for v in variables or () if tf.as_dtype(v.dtype).is_floating and id(v) not in known]
+        if lacking:
+            raise ValueError(f"broadcast() was not given {', '.join(lacking)}: join() can't average what it lacks.")
+        if engine.comm.size == 1:
+            return Joined(0, engine.comm.ranks if leaving else ())
+        before = self.steps
+        leavers = engine.call(self._inside.join, tf.constant(float(leaving), tf.float64)).numpy()
+        self._inside.left = tuple(rank for rank, gone in zip(engine.comm.ranks, leavers, strict=True) if gone)
+        return Joined(self.steps - before, self._inside.left)
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Within it the model holds the workers' mean, statistics included; afterwards each has its own back.
+
+        A collective: every rank enters it, after the same step. The copy of the own values takes the model's size in
+        memory.
+
+        Raises:
+            ValueError: on every rank, if one is elsewhere or its parameters are not finite.
+        """
+        self._refuse_within_average("averaged_parameters()")
+        self._refuse_if_left()
+        engine = self._ready()
+        held = [v for found in engine.plan.variables for v in found]
+        own = [v.numpy() for v in held]
+        self._inside.averaging = True
+        try:
+            engine.call(tf.function(lambda: engine.machine.average(engine.state.read()), autograph=False))
+            yield
+        finally:
+            self._inside.averaging = False
+            for v, value in zip(held, own, strict=True):
+                v.assign(value)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this worker has handed to Horovod for sums since it started (not what a ring makes of them)."""
+        return 0 if self._inside.engine is None else self._inside.engine.bytes_sent
+
+    def metrics(self) -> Metrics | None:
+        """What the last outer step measured; None before the first one. Alike on all workers but for the last two.
+
+        Raises:
+            RuntimeError: constructed without metrics=True.
+        """
+        if not self._observing:
+            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
+        return None if self._inside.engine is None else self._inside.engine.metrics()
+
+    # Within
+
+    def _settle(self, variables: Sequence[Any], statistics: Sequence[Any]) -> Engine:
+        """Build, and lay out what travels."""
+        odd = [v for v in variables if not isinstance(v, keras.Variable)]
+        if odd:
+            raise TypeError(f"`variables` must be Keras variables, model.variables. Received: {type(odd[0]).__name__}")
+        self.build([v for v in variables if v.trainable])
+        given = {id(v) for v in variables}
+        lacking = [v.path for v in self._trainable_variables if id(v) not in given]
+        if lacking:
+            raise ValueError(
+                f"`variables` lacks what the optimizer trains: {', '.join(lacking)}. Give model.variables."
+            )
+        trained = {id(v) for v in self._trainable_variables}
+        floating = [v for v in statistics if id(v) not in trained and tf.as_dtype(v.dtype).is_floating]
+        engine = self._inside.engine
+        if engine is None or [id(v) for v in floating] != [id(v) for v in engine.statistics]:
+            engine = self._assemble(floating)
+        return engine
+
+    def _assemble(self, statistics: Sequence[Any]) -> Engine:
+        inside = self._inside
+        inside.engine = Engine(
+            self, inside.inner, inside.state, inside.comm, inside.node, statistics, observing=self._observing
+        )
+        inside.join = make_join(inside.engine)
+        return inside.engine
+
+    def _connect(self) -> Comm:
+        inside = self._inside
+        if inside.comm is None:
+            inside.comm = workers.connect(self._process_set)
+            if self.config.gradients == "node":
+                inside.node = workers.connect_node() if inside.comm.size > 1 else SoloComm()
+        return inside.comm
+
+    def _ready(self) -> Engine:
+        """The engine, where all is well for a trace or a call of one."""
+        inside = self._inside
+        with tf.init_scope():
+            comm = self._connect()
+            if comm.size == 1:
+                return inside.engine or self._assemble(())
+        if not inside.started:
+            raise ValueError(
+                f"{comm.size} workers, and they have not been brought to one start. Give fit() a SlowMoCallback(), or "
+                "call optimizer.broadcast(model.variables) before the first gradient."
+            )
+        if tf.inside_function() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise ValueError(
+                "XLA can't compile the exchange between workers. Compile the model with jit_compile=False, or give "
+                "fit() a SlowMoCallback(), which sees to it."
+            )
+        assert inside.engine is not None, "started with one"
+        return inside.engine
+
+    def _refuse_if_left(self) -> None:
+        if self._inside.left:
+            left = list(self._inside.left)
+            raise RuntimeError(f"ranks {left} have left in join(leaving=True): nothing can be averaged.")
+
+    def _refuse_within_average(self, what: str) -> None:
+        if self._inside.averaging:
+            raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
+
+
+class _Inside:
+    """What Keras must not look into: it would take every variable that it finds for the optimizer's own."""
+
+    def __init__(self, inner: Inner) -> None:
+        self.inner = inner
+        self.state: Any = None  # once built
+        self.comm: Comm | None = None
+        self.node: Comm | None = None
+        self.engine: Engine | None = None
+        self.join: Any = None
+        self.started = False
+        self.averaging = False  # within averaged_parameters()
+        self.left: tuple[int, ...] = ()  # ranks that have left for good
+
+
+class _ScaledSlowMo(SlowMo, keras.optimizers.LossScaleOptimizer):
+    """SlowMo around a LossScaleOptimizer. To Keras it is one, so that compile() does not wrap another around it."""
