@@ -192,9 +192,9 @@ def _resolved(spec: Spec, m: int, symmetric: bool) -> Any:
 def _checked(received: Any, m: int, title: str, symmetric: bool) -> Array:
     try:
         array = np.array(received)
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
-            f"{title} must be an array of shape (period, {m}, {m}), and its rows differ: {error}"
+            f"{title} must have the shape (period, {m}, {m}). Received: rows that differ in length"
         ) from None
     if array.dtype.kind not in "iuf":
         raise TypeError(
@@ -208,9 +208,11 @@ def _checked(received: Any, m: int, title: str, symmetric: bool) -> Array:
             f"Received: shape {np.shape(received)}. A function of m fits any number of them."
         )
     if not np.isfinite(array).all():
-        raise ValueError(f"{title} must be finite. Received: {_first(array, ~np.isfinite(array))}")
+        raise ValueError(f"{title} must hold finite numbers. Received: {_first(array, ~np.isfinite(array))}")
     if (array < 0).any():
-        raise ValueError(f"{title} must not be negative: weights share a worker's mass. {_first(array, array < 0)}")
+        raise ValueError(
+            f"{title} must not be negative: a column shares out what a worker has. Received: {_first(array, array < 0)}"
+        )
     sums = array.sum(axis=1)
     if (np.abs(sums - 1) > _TOLERANCE).any():
         k, j = np.argwhere(np.abs(sums - 1) > _TOLERANCE)[0]

@@ -1,31 +1,9 @@
-"""`hvd-slowmo topology`: a topology as text and as a picture, with how fast it brings the workers together."""
+"""The subcommand `topology`."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from fractions import Fraction
-from typing import Any
-
-import numpy as np
-
-from hvd_slowmo import pushsum
-from hvd_slowmo.graphs import NAMED, Array
-from hvd_slowmo.topology import (
-    consecutive_nodes,
-    moves_weights,
-    out_degree,
-    spectral_gap,
-    steps_to_consensus,
-    topology,
-)
-
-_LINES_PER_STEP = 8
-_PANELS = 12
-_EXACT = 1e-9
 
 
 def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,7 +14,7 @@ def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Shows a topology: who sends what share to whom at each step of its period, its spectral gap, the "
         "steps to consensus, and the messages per worker and step.",
     )
-    parser.add_argument("name", metavar="NAME", choices=list(NAMED), help=f"one of {', '.join(NAMED)}")
+    parser.add_argument("name", metavar="NAME", help="exponential, bipartite, complete, ring, full or star")
     parser.add_argument("-m", "--workers", type=int, required=True, metavar="N", help="how many workers")
     parser.add_argument(
         "--node-size", type=int, default=1, metavar="N", help="workers per node, where gradients are averaged in nodes"
@@ -46,143 +24,19 @@ def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _topology(arguments: argparse.Namespace) -> int:
+    # Imported here, as the other commands must run where NumPy is not installed: `doctor` says so.
+    from hvd_slowmo.topology import consecutive_nodes, topology
+    from hvd_slowmo.topology_view import describe, draw, title_of
+
     try:
         nodes = consecutive_nodes(arguments.workers, arguments.node_size)
         array = topology(arguments.name, len(nodes))
         whole = topology(arguments.name, arguments.workers, nodes=nodes)
         print(describe(arguments.name, array, whole))
         if arguments.out:
-            draw(_title(arguments.name, array, whole), whole, arguments.out)
+            draw(title_of(arguments.name, array, whole), whole, arguments.out)
             print(f"drawn into {arguments.out}")
     except (ImportError, OSError, ValueError) as error:
         print(f"hvd-slowmo topology: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def describe(name: str, array: Array, whole: Array) -> str:
-    """A topology as text. array: over the nodes; whole: over the workers; the same where a node is one worker."""
-    lines = [_title(name, array, whole)]
-    for k, matrix in enumerate(whole):
-        lines += [f"step {k}", *(f"  {line}" for line in _senders(matrix))]
-    messages = out_degree(whole)
-    near, met = steps_to_consensus(array), steps_to_consensus(array, _EXACT)
-    lines += [
-        f"spectral gap over the period   {spectral_gap(array):.4g}",
-        f"steps to consensus             {met}, exactly the mean"
-        if met <= len(array)
-        else f"steps to consensus             {near} to a thousandth of the start's spread, {met} to a billionth",
-        f"messages per worker and step   {messages.mean():.4g}" + _range(messages.min(), messages.max()),
-        f"push-sum weight w              {_weights(whole)}",
-    ]
-    return "\n".join(lines)
-
-
-def draw(title: str, array: Array, path: str) -> None:
-    """Draw a panel per step, the workers on a circle, and write the picture to a file of a type that matplotlib knows.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError, ValueError: the file cannot be written, or its type is not known.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import FancyArrowPatch
-    except ImportError as error:
-        raise ImportError(f"--out needs matplotlib: pip install matplotlib ({error})") from None
-
-    m, shown = array.shape[1], array[:_PANELS]
-    columns = min(len(shown), 4)
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(3.2 * columns, 3.4 * rows + 0.5), layout="constrained")
-    figure.suptitle(title + (f", the first {_PANELS} steps" if len(array) > _PANELS else ""))
-    angle = np.pi / 2 - 2 * np.pi * np.arange(m) / m
-    places = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    for k, (matrix, axes) in enumerate(zip(shown, figure.subplots(rows, columns, squeeze=False).flat, strict=False)):
-        axes.set_title(f"step {k}")
-        for j, i in np.argwhere((matrix * (1 - np.eye(m))).T > 0):
-            # Bent, so that the two directions of a swap are two arrows.
-            style: dict[str, Any] = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.12", "mutation_scale": 9}
-            arrow = FancyArrowPatch(
-                tuple(places[j]), tuple(places[i]), shrinkA=8, shrinkB=8, linewidth=2 * matrix[i, j] + 0.3,
-                color="tab:blue", alpha=0.7, **style,
-            )  # fmt: skip
-            axes.add_patch(arrow)
-        axes.scatter(*places.T, s=150 if m <= 32 else 20, color="white", edgecolor="black", zorder=3)
-        for i, (x, y) in enumerate(places if m <= 32 else ()):
-            axes.text(x, y, str(i), ha="center", va="center", fontsize=7, zorder=4)
-        axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
-    for axes in figure.axes:
-        axes.set_axis_off()
-    figure.savefig(path)
-
-
-def _title(name: str, array: Array, whole: Array) -> str:
-    n, m = array.shape[1], whole.shape[1]
-    over = f"{m} worker{'s' * (m > 1)}" if n == m else f"{n} node{'s' * (n > 1)} of {m // n} workers"
-    return f"{name}, {over}, period {len(whole)}"
-
-
-def _senders(matrix: Array) -> list[str]:
-    """What the workers do at one step, those who do the same in one line."""
-    m = len(matrix)
-
-    def grouped(place: Callable[[int, int], int], sign: str) -> list[str]:
-        groups: dict[str, list[int]] = defaultdict(list)
-        for j in range(m):
-            shares: dict[str, list[int]] = defaultdict(list)
-            for i in np.flatnonzero(matrix[:, j]).tolist():
-                if i != j:
-                    shares[_fraction(matrix[i, j])].append(place(i, j))
-            sent = [f"{share} to {_whom(whom, m, sign)}" for share, whom in sorted(shares.items())]
-            what = f"keep {_fraction(matrix[j, j])}, send {'; '.join(sent)}" if sent else "keep all"
-            groups[what].append(j)
-        return [f"{_runs(workers) if len(workers) < m else 'all'} {what}" for what, workers in groups.items()]
-
-    # By the way on the circle or by name: whichever is shorter. Swaps read best as -1 and +1, hops as sent: +8 of 12.
-    half = (m - 1) // 2 if np.array_equal(matrix, matrix.T) else 0
-    hops, names = grouped(lambda i, j: (i - j + half) % m - half, "+d"), grouped(lambda i, j: i, "d")
-    lines = min(hops, names, key=len)
-    more = len(lines) - _LINES_PER_STEP
-    return lines if more <= 0 else [*lines[:_LINES_PER_STEP], f"... and {more} more"]
-
-
-def _whom(workers: list[int], m: int, sign: str) -> str:
-    if len(workers) == m - 1 > 1:
-        return "each other"
-    return ", ".join(f"{worker:{sign}}" for worker in sorted(workers, key=lambda i: (abs(i), -i)))
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 3, 7 as "0-3, 7", and 1, 3, 5, 7 as "1, 3, ..., 7"."""
-    steps = set(np.diff(numbers).tolist())
-    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
-        return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _fraction(share: float) -> str:
-    simple = Fraction(share).limit_denominator(1000)
-    return str(simple) if abs(float(simple) - share) < 1e-12 else f"{share:.4g}"
-
-
-def _range(least: int, most: int) -> str:
-    return "" if least == most else f" on average, {least} to {most}"
-
-
-def _weights(array: Array) -> str:
-    if not moves_weights(array):
-        return "stays 1 (synchronous mixing)"
-    parts = pushsum.parts(array)
-    w, seen = np.ones((array.shape[1], 1)), []
-    for step in range(max(100, 4 * len(array))):
-        k = step % len(array)
-        w = pushsum.mixed(parts.kept[k], parts.sent[k], w)
-        seen.append(w)
-    return f"moves, between {np.min(seen):.4g} and {np.max(seen):.4g}"
