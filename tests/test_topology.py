@@ -355,6 +355,25 @@ def test_weights_run_on_torch() -> None:
         np.testing.assert_allclose(w_torch.numpy(), w, rtol=1e-15)
 
 
+@pytest.mark.slow  # for TensorFlow's import
+def test_weights_run_traced() -> None:
+    tf = pytest.importorskip("tensorflow")
+    array = topology("star", 4)
+    parts = pushsum.parts(array)
+
+    @tf.function
+    def late(step: Any, w: Any, arriving: Any) -> Any:
+        k = step % len(array)
+        return pushsum.mixed_late(tf.gather(parts.kept, k), tf.gather(parts.sent, k), w, arriving)
+
+    w, arriving = np.ones((4, 1)), np.zeros((4, 1))
+    traced = (tf.constant(w), tf.constant(arriving))
+    for step in range(9):
+        w, arriving = pushsum.mixed_late(parts.kept[step % 2], parts.sent[step % 2], w, arriving)
+        traced = late(tf.constant(step), *traced)
+        np.testing.assert_allclose([t.numpy() for t in traced], [w, arriving], rtol=1e-15)
+
+
 def test_base_step_in_terms_of_x() -> None:
     rng = np.random.default_rng(0)
     x, z_new = rng.normal(size=50), rng.normal(size=50)
