@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hvd_slowmo.installer.console import add_doctor, add_install_horovod
+from hvd_slowmo.topology_command import add_topology
 from hvd_slowmo.version import __version__
 
 # Each adds its subcommand and sets `run`, a function from the parsed arguments to the exit status.
 _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_install_horovod,
     add_doctor,
+    add_topology,
 )
 
 
