@@ -6,17 +6,27 @@ import pytest
 from pool import Pool, PoolOf
 
 
-@pytest.fixture(scope="session")
-def workers() -> Iterator[PoolOf]:
-    """workers(n): n Horovod workers, started at first use. At most one set of them is up, for the memory's sake."""
+def _pools(horovod: str) -> Iterator[PoolOf]:
     pools: dict[int, Pool] = {}
 
     def of(size: int) -> Pool:
         for other, pool in pools.items():
             if other != size:
                 pool.close()
-        return pools.setdefault(size, Pool(size))
+        return pools.setdefault(size, Pool(size, horovod))
 
     yield of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[PoolOf]:
+    """workers(n): n Horovod workers, started at first use. At most one set of them is up, for the memory's sake."""
+    yield from _pools("horovod.torch")
+
+
+@pytest.fixture(scope="module")
+def keras_workers() -> Iterator[PoolOf]:
+    """The same on TensorFlow's Horovod; they end with the module, since TensorFlow takes much memory."""
+    yield from _pools("horovod.tensorflow")

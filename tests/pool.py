@@ -40,9 +40,9 @@ class Failed(Exception):
 class Pool:
     """`size` workers; call `run`."""
 
-    def __init__(self, size: int, **variables: str) -> None:
+    def __init__(self, size: int, horovod: str = "horovod.torch", **variables: str) -> None:
         self.size = size
-        self._variables = variables
+        self._variables = {"POOL_HOROVOD": horovod, **variables}
         self._workers: list[subprocess.Popen[bytes]] = []
         self._stack = ExitStack()
 

@@ -11,9 +11,8 @@ def main() -> None:
     jobs = os.fdopen(os.dup(0), "rb")
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the results
-    import horovod.torch as hvd
-
-    hvd.init()
+    # Each framework has a Horovod of its own in a process: the tests of one do without the other's.
+    importlib.import_module(os.environ["POOL_HOROVOD"]).init()
     while True:
         try:
             job, arguments, fatal = pickle.load(jobs)

@@ -113,7 +113,7 @@ PROBLEMS: dict[str, Problem] = {
     "diloco": Problem(
         {"tau": 5, "alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False},
         base="adamw",
-        options=ADAM,
+        options=ADAMW,
         steps=22,
     ),
     "momentum SGD, maintained": Problem({"tau": 4}, options={"momentum": 0.875}),

@@ -33,3 +33,14 @@ def test_threads_equal_the_reference(name):
     for step in (s.step for s in problem.reference(3) if s.outer):
         assert equal(histories[1][step], histories[0][step])
         assert equal(histories[2][step], histories[0][step])
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_horovod_workers_equal_the_reference(keras_workers, size):
+    for name, problem in SAME.items():
+        histories = keras_workers(size).run("keras_training:run", problem=problem, chunk_bytes=40, limit=120)
+        assert distance(histories, problem) < 1e-12, name
+        for step in (s.step for s in problem.reference(size) if s.outer):
+            for history in histories[1:]:
+                assert equal(history[step], histories[0][step]), (name, step)

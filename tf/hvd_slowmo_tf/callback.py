@@ -1,7 +1,170 @@
-"""SlowMo under `model.fit`."""
+"""SlowMo under `model.fit`: one start for all workers, a join after every epoch's batches, and the workers' metrics."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from numbers import Real
+from typing import Any
 
 import keras
 
+from hvd_slowmo_tf.optimizer import SlowMo
+
+logger = logging.getLogger("hvd_slowmo")
+
 
 class SlowMoCallback(keras.callbacks.Callback):
-    """Placeholder."""
+    """Keeps the workers of a `fit` together; every worker gives one to its `fit`.
+
+    - Before the first batch trains, after every callback's `on_train_begin` (which may load a checkpoint):
+      `SlowMo.broadcast`. A model that has no variables yet is built from the first batch's shapes.
+    - After an epoch's batches, before validation and before other callbacks see the model: `SlowMo.join`. Workers may
+      have different numbers of batches. Where the epoch is a multiple of tau nothing changes.
+    - Training and validation metrics become the workers' means, weighted by samples, before other callbacks see them:
+      ReduceLROnPlateau and EarlyStopping decide alike everywhere.
+    - A worker that ends its training early (fewer epochs, an EarlyStopping of its own) ends the others' after the epoch
+      that they are in.
+    - XLA, which can't compile the exchange, is switched off for this model's training.
+
+    It goes to the front of the list of callbacks by itself.
+
+    Raises:
+        TypeError: the model's optimizer is not SlowMo.
+        ValueError: on every rank, what `SlowMo.broadcast` and `join` refuse.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place_known = self._begun = self._in_epoch = self._left = False
+        self._count = 0.0  # samples that this epoch's metrics are over
+        self._validation_count = 0.0
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        if not isinstance(getattr(model, "optimizer", None), SlowMo):
+            found = type(getattr(model, "optimizer", None)).__name__
+            raise TypeError(f"SlowMoCallback needs a model compiled with SlowMo. Its optimizer is: {found}")
+        self._go_first()
+        if model.jit_compile:
+            logger.info("XLA is switched off for the training of %s: it can't compile SlowMo's exchange", model.name)
+            model.jit_compile = False
+            model.train_function = None  # fit makes it anew, after this
+
+    def _go_first(self) -> None:
+        """Before all other callbacks: theirs must see the model and the metrics that this one leaves.
+
+        Keras tells a callback nothing of the list that it is in, but the list is what calls this method.
+        """
+        frame = sys._getframe(2)
+        caller: Any = frame.f_locals.get("self")
+        self._place_known = isinstance(caller, keras.callbacks.CallbackList) and self in caller.callbacks
+        if self._place_known:
+            caller.callbacks.remove(self)
+            caller.callbacks.insert(0, self)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if not self._place_known:
+            raise ValueError(
+                "SlowMoCallback is not in a list of callbacks that it can go to the front of. Give it to fit() as one "
+                "of callbacks=[...], not within another callback."
+            )
+        self._begun = self._in_epoch = self._left = False
+        self._explain_errors()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._in_epoch = True
+        if self._begun:
+            return
+        if self.model.built:
+            self._begin()
+        else:
+            self._begin_with_first_batch()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._end_of_batches()
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self._validation_count = self._samples()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._end_of_batches()
+        if logs is not None and not self._left:
+            self._average(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if self._begun and not self._left:
+            self.model.optimizer.join(leaving=True)
+
+    def _begin(self) -> None:
+        model = self.model
+        statistics = [
+            v
+            for layer in model._flatten_layers()
+            if layer.trainable  # what belongs to a frozen layer stays as it is
+            for v in layer._non_trainable_variables
+        ]
+        metrics = {id(v) for metric in model.metrics for v in metric.variables}
+        variables = [v for v in model.variables if id(v) not in metrics]
+        model.optimizer.start(variables, [v for v in statistics if id(v) not in metrics])
+        self._begun = True
+
+    def _begin_with_first_batch(self) -> None:
+        model, function = self.model, self.model.train_function
+
+        def first(iterator: Any) -> Any:
+            model.train_function = function
+            # Shapes are enough, and a tf.data iterator can't give a batch back.
+            spec = getattr(iterator, "element_spec", None)
+            if spec is None:
+                raise ValueError(f"{model.name} is not built. Call it on a batch of data before fit(run_eagerly=True).")
+            model._symbolic_build(data_batch=spec)
+            self._begin()
+            return function(iterator)
+
+        model.train_function = first
+
+    def _end_of_batches(self) -> None:
+        if not self._in_epoch:
+            return
+        self._in_epoch = False
+        if not self._begun:
+            # No batch and no variables: the others wait in their start, and must hear of it.
+            self.model.optimizer.start([], [])
+        self._count = self._samples()
+        joined = self.model.optimizer.join()
+        if joined.left:
+            self._left = True
+            self.model.stop_training = True
+            logger.info("ranks %s have ended their training, so this worker ends its own", list(joined.left))
+
+    def _samples(self) -> float:
+        """How many the metrics are over: what Keras' own loss has counted."""
+        counts = [float(m.count.numpy()) for m in self.model.metrics if m.name == "loss" and hasattr(m, "count")]
+        return counts[0] if counts else 1.0
+
+    def _average(self, logs: dict[str, Any]) -> None:
+        """In place: all callbacks get the same dict."""
+        mine = {
+            key: (float(value), self._validation_count if key.startswith("val_") else self._count)
+            for key, value in logs.items()
+            if isinstance(value, Real) or getattr(value, "shape", None) == ()
+        }
+        everyone = self.model.optimizer.engine.gather("logs", mine)
+        for key in dict.fromkeys(key for each in everyone for key in each):
+            found = [each[key] for each in everyone if key in each]
+            total = sum(count for _, count in found)
+            if total > 0:
+                logs[key] = sum(value * count for value, count in found) / total
+
+    def _explain_errors(self) -> None:
+        model = self.model
+        inner = model.train_function
+        if getattr(inner, "explains_errors", False):
+            return
+
+        def train(iterator: Any) -> Any:
+            return model.optimizer.engine.call(inner, iterator)
+
+        train.explains_errors = True  # type: ignore[attr-defined]
+        model.train_function = train

@@ -1,7 +1,7 @@
 """Collectives that TensorFlow keeps as they are.
 
 TensorFlow does not know that Horovod's operations have an effect: it folds one of a constant into its first result,
-merges two of the same tensor into one and drops one whose result nobody uses. Each of these leaves the other workers
+merges two of the same tensor into one, and drops one whose result nobody uses. Each of these leaves the other workers
 waiting, or alone. So here every collective's input hangs on a variable of its own, and its end on one that is counted.
 """
 
@@ -36,7 +36,7 @@ class KeptComm:
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.ranks: Sequence[int] = comm.ranks
-        self._lengths: dict[tuple[str, int], Any] = {}
+        self._beginnings: dict[str, Any] = {}
         with tf.init_scope():
             self._sent = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -55,8 +55,9 @@ class KeptComm:
         elements = x.shape[0]
         if self.size == 1:
             return _Started(self._comm.start_sum(name, x), elements, 0, 0.0)
-        # The shape comes from a variable, so that x is no constant to TensorFlow and no tensor is like another.
-        x = tf.reshape(x, self._length(name, elements))
+        # Where the slice begins is a variable: to TensorFlow x is no constant then, and like no other tensor. It begins
+        # at 0, so that nothing is copied. (A tf.reshape to a variable's value is seen through: the lengths are equal.)
+        x = tf.slice(x, self._beginning(name).read_value(), tf.constant([elements], tf.int64))
         ready: Any = 0.0
         if self._timed:
             with tf.control_dependencies([x]):
@@ -76,9 +77,8 @@ class KeptComm:
     def gather(self, name: str, item: Any) -> list[Any]:
         return self._comm.gather(name, item)
 
-    def _length(self, name: str, elements: int) -> Any:
-        key = (name, elements)
-        if key not in self._lengths:
+    def _beginning(self, name: str) -> Any:
+        if name not in self._beginnings:
             with tf.init_scope():
-                self._lengths[key] = tf.Variable([elements], dtype=tf.int64, trainable=False)
-        return self._lengths[key]
+                self._beginnings[name] = tf.Variable([0], dtype=tf.int64, trainable=False)
+        return self._beginnings[name]

@@ -78,6 +78,10 @@ class Engine:
         self.ops.tell()
         return result
 
+    def gather(self, what: str, item: Any) -> list[Any]:
+        """Every worker's item, by rank. A collective."""
+        return self.comm.gather(f"{self.optimizer.name}.{what}", item)
+
     @property
     def averages_gradients(self) -> bool:
         """Whether some step does."""

@@ -73,7 +73,7 @@ class Inner:
         self.innermost._learning_rate.assign(tf.cast(rate, self.innermost._learning_rate.dtype))
 
     def serialized(self, rate: Any) -> dict[str, Any]:
-        """The optimizer as it was given, with what has moved, for a model file. rate: the present one, or a schedule."""
+        """The optimizer as it was given, with what has moved, for a model file. rate: as Keras serializes it."""
         found: dict[str, Any] = keras.saving.serialize_keras_object(self.optimizer)
         innermost = (
             found["config"] if self.optimizer is self.innermost else found["config"]["inner_optimizer"]["config"]

@@ -74,7 +74,8 @@ class TracedOps:
                 return tf.debugging.Assert(False, [words, table], summarize=-1)
 
         with tf.control_dependencies([tf.cond(bad, fail, tf.no_op)]):
-            return tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
+            waiting: T = tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
+            return waiting
 
     def after(self, scalar: Any, work: Callable[[], None]) -> None:
         with tf.control_dependencies([scalar]):

@@ -296,8 +296,20 @@ class SlowMo(keras.optimizers.Optimizer):
 
     # Within
 
+    @property
+    def engine(self) -> Engine:
+        """What is traced; for the callback."""
+        found = self._inside.engine
+        assert found is not None, "there is one once the workers have started"
+        return found
+
     def _settle(self, variables: Sequence[Any], statistics: Sequence[Any]) -> Engine:
         """Build, and lay out what travels."""
+        if not variables:
+            raise ValueError(
+                "there are no variables: the model is not built. Where a worker may have no data, call the model on a "
+                "batch before it is trained."
+            )
         odd = [v for v in variables if not isinstance(v, keras.Variable)]
         if odd:
             raise TypeError(f"`variables` must be Keras variables, model.variables. Received: {type(odd[0]).__name__}")
@@ -318,7 +330,7 @@ class SlowMo(keras.optimizers.Optimizer):
     def _assemble(self, statistics: Sequence[Any]) -> Engine:
         inside = self._inside
         inside.engine = Engine(
-            self, inside.inner, inside.state, inside.comm, inside.node, statistics, observing=self._observing
+            self, inside.inner, inside.state, self._connect(), inside.node, statistics, observing=self._observing
         )
         inside.join = make_join(inside.engine)
         return inside.engine
