@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hvd_slowmo.comm import Comm, SoloComm
+from hvd_slowmo_torch.staging import CudaCopies, Outbox, Sum
 
 # What launchers tell a worker about the number of its fellows: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
 _WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -61,21 +62,28 @@ class HorovodComm:
 
         self._hvd = hvd
         self._set = process_set
-        self._staged = hvd.nccl_built() == 0  # without NCCL, Horovod takes tensors in host memory only
+        # Without NCCL, Horovod takes tensors in host memory only.
+        self._outbox = Outbox(self._submit, None if hvd.nccl_built() else CudaCopies())
         self._broken: str | None = None
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
 
-    def start_sum(self, name: str, x: torch.Tensor) -> Any:
+    def start_sum(self, name: str, x: torch.Tensor) -> Sum:
         self._refuse_if_broken()
-        wire = x.cpu() if self._staged else x
-        return x, self._hvd.allreduce_async_(wire, op=self._hvd.Sum, name=name, process_set=self._set)
+        return self._outbox.put(name, x)
 
-    def wait(self, handle: Any) -> torch.Tensor:
-        x, pending = handle
-        result = self._finish(pending)
-        return result if result.device == x.device else x.copy_(result)
+    def wait(self, handle: Sum) -> torch.Tensor:
+        self._outbox.advance()
+        while handle.handle is None:  # its copy to host memory is under way
+            time.sleep(_PAUSE_S)
+            self._outbox.advance()
+        self._finish(handle.handle)
+        return self._outbox.take(handle)
+
+    def _submit(self, name: str, x: torch.Tensor) -> Any:
+        self._refuse_if_broken()
+        return self._hvd.allreduce_async_(x, op=self._hvd.Sum, name=name, process_set=self._set)
 
     def gather(self, name: str, item: Any) -> list[Any]:
         self._refuse_if_broken()
@@ -90,6 +98,7 @@ class HorovodComm:
 
         try:
             while not self._hvd.poll(pending):
+                self._outbox.advance()
                 time.sleep(_PAUSE_S)
             return self._hvd.synchronize(pending)  # type: ignore[no-any-return]
         except HorovodInternalError as error:
