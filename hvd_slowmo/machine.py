@@ -286,7 +286,7 @@ class Machine:
                     part = total[block.start - chunk.start : block.stop - chunk.start]
                     self._update(block, self._divide(part, divisor), coefficients)
             else:
-                self._store.write("model", chunk, total / divisor)
+                self._store.write("model", chunk, self._divide(total, divisor))
         self._begin_block()
         if self._observing:
             seen = seen + self._divergence(met, Observed(*[progress.observed[i] for i in range(len(Observed._fields))]))
@@ -326,7 +326,7 @@ class Machine:
 
     def _write_mean(self, met: Meeting) -> None:
         for chunk, total, divisor in self._sums(met, ("slow", "mean")):
-            self._store.write("model", chunk, total / divisor)
+            self._store.write("model", chunk, self._divide(total, divisor))
 
     def _meet_plainly(self, progress: Progress, clock: Any) -> Meeting:
         """A meeting in which every worker weighs the same."""

@@ -166,7 +166,7 @@ class TorchStore:
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
     def zeros(self, chunk: Chunk) -> torch.Tensor:
-        return _zeros(self.layout.segments[chunk.segment], chunk.size)
+        return self._stage(chunk, "model").zero_()  # in place of what would be read there
 
     def forget_gradients(self) -> None:
         """Free the places where gradients were put together."""
