@@ -123,7 +123,7 @@ def _checked(
     x0: Array, groups: NDArray[np.integer[Any]] | None, lr: float | Rate, workers: int, tau: int | None,
     warmup_steps: int, base: str, buffers: str, gradients: str,
 ) -> tuple[Array, NDArray[np.int64], Rate]:  # fmt: skip
-    """The arguments that `run` and `run_epochs` share: x0 (d,) as a copy, the group of each coordinate (d,), the rate."""
+    """The arguments that `run` and `run_epochs` share: x0 (d,) copied, the group of each coordinate (d,), the rate."""
     if workers < 1 or warmup_steps < 0 or (tau is not None and tau < 1):
         raise ValueError("workers and tau must be positive, warmup_steps not negative")
     if base not in _BASES or buffers not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
