@@ -2,9 +2,9 @@
 
     horovodrun -np 2 python benchmarks/exchange.py
 
-25.2 million float32 parameters, one thread per worker, over a base optimizer that does nothing. In turn: one allreduce of
-as many values by gloo, the least that any average takes; the averaging of PyTorch's PostLocalSGDOptimizer; our Local SGD;
-our SlowMo. Medians, and the median ratio to the allreduce of the same round.
+25.2 million float32 parameters, one thread per worker, over a base optimizer that does nothing. In turn: one allreduce
+of as many values by gloo, the least that any average takes; the averaging of PyTorch's PostLocalSGDOptimizer; our Local
+SGD; our SlowMo. Medians, and the median ratio to the allreduce of the same round.
 """
 
 from __future__ import annotations
