@@ -6,6 +6,7 @@ State is two things. `Progress`, scalars passed by value through `start` and `ti
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -110,10 +111,12 @@ class Machine:
         observe: bool = False,
         block: int | None = None,
         update: Callable[..., tuple[Any, Any]] = outer_update,
+        divide: Callable[[Any, Any], Any] = operator.truediv,
     ) -> None:
         self.config = config
-        self._outer_update = update  # or an adapter's faster form of it
-        self._block = block  # elements to update at once, so that a processor's cache holds what passes between them
+        self._outer_update, self._divide = update, divide  # or an adapter's faster forms of them
+        # Elements to update at once, so that a processor's cache holds what passes between them.
+        self._blocks = [tuple(chunk.blocks(block)) for chunk in layout.chunks]
         self._observing = observe
         self.layout = layout
         self.name = name
@@ -287,11 +290,11 @@ class Machine:
                 total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
                 seen = seen + self._observe(chunk, total)
             if chunk.rule == "slow" and self.config.vectors:
-                for block in chunk.blocks(self._block):
-                    mean = total[block.start - chunk.start : block.stop - chunk.start] / divisor
-                    self._update(block, mean, coefficients)
+                for block in self._blocks[chunk.index]:
+                    part = total[block.start - chunk.start : block.stop - chunk.start]
+                    self._update(block, self._divide(part, divisor), coefficients)
             else:
-                self._store.write("model", chunk, total / divisor)
+                self._store.write("model", chunk, self._divide(total, divisor))
         self._begin_block(met.found.weight)
         if self._observing:
             seen = seen + self._divergence(met, Observed(*[progress.observed[i] for i in range(len(Observed._fields))]))
@@ -331,7 +334,7 @@ class Machine:
 
     def _write_mean(self, met: Meeting) -> None:
         for chunk, total, divisor in self._sums(met, ("slow", "mean")):
-            self._store.write("model", chunk, total / divisor)
+            self._store.write("model", chunk, self._divide(total, divisor))
 
     def _meet_plainly(self, progress: Progress, clock: Any) -> Meeting:
         """A meeting in which every worker weighs the same."""

@@ -119,6 +119,22 @@ def _outer_step(start: Array, x_mean: Array, u: Array, v: Array, gamma: Array, g
     return new
 
 
+def _checked(
+    x0: Array, groups: NDArray[np.integer[Any]] | None, lr: float | Rate, workers: int, tau: int | None,
+    warmup_steps: int, base: str, buffers: str, gradients: str,
+) -> tuple[Array, NDArray[np.int64], Rate]:  # fmt: skip
+    """The arguments that `run` and `run_epochs` share: x0 (d,) copied, the group of each coordinate (d,), the rate."""
+    if workers < 1 or warmup_steps < 0 or (tau is not None and tau < 1):
+        raise ValueError("workers and tau must be positive, warmup_steps not negative")
+    if base not in _BASES or buffers not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
+        raise ValueError(f"unknown base, buffers or gradients: {base!r}, {buffers!r}, {gradients!r}")
+    x0 = np.array(x0, dtype=np.float64)
+    group = np.zeros(x0.shape, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
+    if x0.ndim != 1 or group.shape != x0.shape or np.any(group < 0):
+        raise ValueError("x0 must be (d,), and groups (d,) numbers from 0")
+    return x0, group, lr if callable(lr) else lambda worker, step, group: lr
+
+
 def run(
     x0: Array,
     gradient: Gradient,
@@ -160,16 +176,10 @@ def run(
     nothing is carried: v_{t+1} = Delta in this one outer step, and the stored v and u stay as they were.
     """
     m = workers
-    if m < 1 or steps < 0 or warmup_steps < 0 or (tau is not None and tau < 1):
-        raise ValueError("workers and tau must be positive, steps and warmup_steps not negative")
-    if base not in _BASES or buffers not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
-        raise ValueError(f"unknown base, buffers or gradients: {base!r}, {buffers!r}, {gradients!r}")
-    x0 = np.array(x0, dtype=np.float64)
-    group = np.zeros(x0.shape, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
-    if x0.ndim != 1 or group.shape != x0.shape or np.any(group < 0):
-        raise ValueError("x0 must be (d,), and groups (d,) numbers from 0")
+    if steps < 0:
+        raise ValueError("steps must not be negative")
+    x0, group, rate_of = _checked(x0, groups, lr, m, tau, warmup_steps, base, buffers, gradients)
     n_groups = int(group.max(initial=0)) + 1
-    rate_of: Rate = lr if callable(lr) else lambda worker, step, group: lr
 
     x = np.tile(x0, (m, 1))  # (m, d)
     state: list[Buffers] = [{} for _ in range(m)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.reference import _BASES, Array, Buffers, Gradient, Rate, _begin_block, _outer_step
+from hvd_slowmo.reference import _BASES, Array, Buffers, Gradient, Rate, _begin_block, _checked, _outer_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +89,10 @@ def run_epochs(
     are not: the join averages them all the same, and during warm-up raises ValueError, as the end of warm-up does.
     """
     m = workers
-    if m < 1 or warmup_steps < 0 or (tau is not None and tau < 1):
-        raise ValueError("workers and tau must be positive, warmup_steps not negative")
-    if any(len(batches) != m or min(batches) < 0 for batches in epochs):
+    if any(len(batches) != m or min(batches, default=0) < 0 for batches in epochs):
         raise ValueError("every epoch must name the number of batches of every worker")
-    if base not in _BASES or buffers not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
-        raise ValueError(f"unknown base, buffers or gradients: {base!r}, {buffers!r}, {gradients!r}")
-    x0 = np.array(x0, dtype=np.float64)
-    group = np.zeros(x0.shape, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
-    if x0.ndim != 1 or group.shape != x0.shape or np.any(group < 0):
-        raise ValueError("x0 must be (d,), and groups (d,) numbers from 0")
+    x0, group, rate_of = _checked(x0, groups, lr, m, tau, warmup_steps, base, buffers, gradients)
     n_groups = int(group.max(initial=0)) + 1
-    rate_of: Rate = lr if callable(lr) else lambda worker, step, group: lr
 
     x = np.tile(x0, (m, 1))  # (m, d)
     state: list[Buffers] = [{} for _ in range(m)]

@@ -9,9 +9,13 @@ import time
 import horovod.torch as hvd
 import pytest
 import torch
+from late_copies import LateCopies
+from problems import Problem
 from torch import nn
+from torch_training import run
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo_torch.comm import workers
 
 
 def train(model: nn.Module, optimizer: SlowMo, steps: int) -> None:
@@ -201,3 +205,60 @@ def node_without_init() -> str:
     except ValueError as error:
         return str(error)
     return "nothing was raised"
+
+
+def staged(problem: Problem, looks: int | None) -> list:
+    """A training whose tensors go through host memory as those of a device would; None: directly."""
+    comm = workers.connect()
+    if looks is not None:
+        comm._outbox._copies = LateCopies(looks, torch.float64)
+    return run(problem, comm, chunk_bytes=40)
+
+
+def on_device(width: int) -> list[float]:
+    """Warm-up with averaged gradients, then blocks, of a model of several chunks on the CUDA device."""
+    torch.manual_seed(hvd.rank())
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).cuda()
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = SlowMo(base, model, SlowMoConfig(tau=2, warmup_steps=3))
+    assert len(optimizer._machine.layout.chunks) > 2
+    for _ in range(7):
+        optimizer.zero_grad()
+        model(torch.randn(16, width, device="cuda")).square().mean().backward()
+        optimizer.step()
+    return [p.detach().double().sum().item() for p in model.parameters()]
+
+
+def without_synchronisation(gradients: str) -> str:
+    """Inner steps in a mode of PyTorch's in which whatever waits for the device raises."""
+    model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 2)).cuda()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SlowMo(base, model, SlowMoConfig(tau=20, gradients=gradients))
+    x = torch.randn(8, 30, device="cuda")
+    try:
+        for k in range(6):
+            if k == 2:  # the first steps allocate
+                torch.cuda.set_sync_debug_mode("error")
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "no synchronisation"
+
+
+def uneven_on_device() -> tuple[list[float], list[float], list[float]]:
+    """A worker's own values in the middle of a block, the mean, and what join() makes of them."""
+    model = nn.Linear(2, 1).cuda()
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
+    for _ in range(3):
+        optimizer.step()
+    with torch.no_grad():
+        model.weight += hvd.rank() + 1
+    own = model.weight.tolist()[0]
+    with optimizer.averaged_parameters():
+        inside = model.weight.tolist()[0]
+    optimizer.join()
+    return own, inside, model.weight.tolist()[0]

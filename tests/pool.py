@@ -111,7 +111,7 @@ class Pool:
                 raise AssertionError(f"{job}: no answer from ranks {late} within {limit:.0f} s\n{self._tails()}")
             for key, _ in ready:
                 with suppress(EOFError):  # the worker has ended: its result stays None
-                    results[key.data] = pickle.load(key.fileobj)  # type: ignore[arg-type]
+                    results[key.data] = pickle.load(key.fileobj)
                 waiting.unregister(key.fileobj)
 
     def _tails(self) -> str:

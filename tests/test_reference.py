@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,34 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quadratics import Array, D, Gradient, Rate, close, common, problem, wavy
 
 from hvd_slowmo.reference import Snapshot, run
-
-Array = NDArray[np.float64]
-Rate = Callable[[int, int, int], float]
-D = 5
-
-
-def problem(workers: int, steps: int, seed: int = 0, d: int = D) -> tuple[Array, Callable[[int, int, Array], Array]]:
-    """x0 (d,) and a noisy gradient of a quadratic, different on every worker, the same at every call."""
-    rng = np.random.default_rng(seed)
-    curvature, centre = rng.uniform(0.2, 2, (workers, d)), rng.normal(size=(workers, d))
-    noise = 0.5 * rng.normal(size=(steps, workers, d))
-    return rng.normal(size=d), lambda i, step, x: curvature[i] * (x - centre[i]) + noise[step, i]
-
-
-def wavy(worker: int, step: int, group: int) -> float:
-    """A rate that differs over workers, steps and groups."""
-    return 0.05 * (1 + 0.3 * worker) * (1.5 + math.sin(step + group)) * (1 + group)
-
-
-def common(worker: int, step: int, group: int) -> float:
-    """A rate that differs over steps and groups only."""
-    return wavy(0, step, group)
-
-
-def close(a: Any, b: Any, tolerance: float = 1e-13) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def xs(history: list[Snapshot]) -> Array:
@@ -68,7 +41,7 @@ class TorchWorker:
         self.masks = [groups == g for g in range(groups.max() + 1)]
         self.params = [torch.tensor(x0[c], dtype=torch.float64) for c in self.masks]
         self.make = lambda: TORCH[base]([{"params": [p]} for p in self.params], lr=1.0, foreach=False, **options)
-        self.optimizer: Any = self.make()  # type: ignore[no-untyped-call]
+        self.optimizer: Any = self.make()
 
     @property
     def x(self) -> Array:
@@ -92,7 +65,7 @@ class TorchWorker:
 
 
 def torch_slowmo(
-    x0: Array, gradient: Callable[[int, int, Array], Array], *, steps: int, workers: int, lr: Rate, base: str,
+    x0: Array, gradient: Gradient, *, steps: int, workers: int, lr: Rate, base: str,
     options: dict[str, Any], groups: NDArray[np.int64], tau: int | None, alpha: float = 1.0, beta: float = 0.0,
     nesterov: bool = False, scale_by_lr: bool = True, buffers: str = "maintain", gradients: str = "local",
     warmup_steps: int = 0,
@@ -112,7 +85,7 @@ def torch_slowmo(
             rates_seen = []
             if buffers == "reset" and tau is not None:
                 for w in team:
-                    w.optimizer = w.make()  # type: ignore[no-untyped-call]
+                    w.optimizer = w.make()
             elif buffers == "average" and tau is not None:
                 for entries in zip(*(w.buffers() for w in team), strict=True):
                     mean = torch.stack([s[name] for s, name in entries]).mean(dim=0)
@@ -120,7 +93,7 @@ def torch_slowmo(
                         s[name] = mean.clone()
         g = [gradient(i, step, w.x) for i, w in enumerate(team)]
         if warm or gradients == "all":
-            g = [sum(g) / workers] * workers  # type: ignore[list-item]
+            g = [sum(g) / workers] * workers
         for i, w in enumerate(team):
             rates = [lr(i, step, j) for j in range(n_groups)]
             rates_seen.append(rates)
@@ -222,7 +195,7 @@ def test_local_sgd_is_plain_averaging() -> None:
         close(history[step + 1].x, x)
 
 
-def blocks(x: Array, gradient: Callable[[int, int, Array], Array], m: int, tau: int, t: int, lr: Rate) -> Array:
+def blocks(x: Array, gradient: Gradient, m: int, tau: int, t: int, lr: Rate) -> Array:
     """(d,): the mean of m workers after tau SGD steps each from x (d,), block t."""
     ends = []
     for i in range(m):
@@ -256,7 +229,7 @@ def test_bmuf_classical(kind: str) -> None:
     lr: Rate = constant if kind == "constant" else wavy
     x0, gradient = problem(m, 80)
     settings_ = {"steps": 80, "workers": m, "lr": lr, "tau": tau, "alpha": zeta, "beta": eta}
-    plain: dict[bool, Array] = {s: xs(run(x0, gradient, scale_by_lr=s, **settings_)) for s in (True, False)}  # type: ignore[arg-type]
+    plain: dict[bool, Array] = {s: xs(run(x0, gradient, scale_by_lr=s, **settings_)) for s in (True, False)}
     w, d = x0, np.zeros(D)
     for t in range(20):
         d = eta * d + zeta * (blocks(w, gradient, m, tau, t, lr) - w)
@@ -390,7 +363,7 @@ def test_groups_are_independent() -> None:
     x0, gradient = problem(3, 40)
     groups = np.array([0, 1, 1, 0, 1])
     common_ = {"steps": 40, "workers": 3, "tau": 4, "alpha": 0.9, "beta": 0.7, "base": "adam"}
-    both = run(x0, gradient, lr=wavy, groups=groups, **common_)  # type: ignore[arg-type]
+    both = run(x0, gradient, lr=wavy, groups=groups, **common_)
     for j in (0, 1):
         c = groups == j
 
@@ -399,7 +372,7 @@ def test_groups_are_independent() -> None:
             full[c] = x
             return gradient(i, step, full)[c]
 
-        alone = run(x0[c], part, lr=lambda i, s, g, j=j: wavy(i, s, j), **common_)  # type: ignore[misc,arg-type]
+        alone = run(x0[c], part, lr=lambda i, s, g, j=j: wavy(i, s, j), **common_)
         for a, b in zip(alone, both, strict=True):
             assert np.array_equal(a.x, b.x[:, c])
             assert np.array_equal(a.v, b.v[c])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quadratics import Array, D, Gradient, Rate, close, common, problem, wavy
 
 from hvd_slowmo.reference import run
 from hvd_slowmo.reference_join import Epoch, run_epochs
 
-Array = NDArray[np.float64]
-Gradient = Callable[[int, int, Array], Array]
-Rate = Callable[[int, int, int], float]
 Epochs = Sequence[Sequence[int]]
-D = 5
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", {"weight_decay": 0.1}),
     "dampened": ("sgd", {"momentum": 0.8, "dampening": 0.3}),
@@ -27,27 +24,6 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("adam", {"betas": (0.7, 0.95), "eps": 1e-3}),
     "adamw": ("adamw", {"eps": 1e-3}),
 }
-
-
-def problem(workers: int, steps: int = 200, seed: int = 0) -> tuple[Array, Gradient]:
-    """x0 (d,) and a noisy gradient of a quadratic, different on every worker, the same at every call."""
-    rng = np.random.default_rng(seed)
-    curvature, centre = rng.uniform(0.2, 2, (workers, D)), rng.normal(size=(workers, D))
-    noise = 0.5 * rng.normal(size=(steps, workers, D))
-    return rng.normal(size=D), lambda i, step, x: curvature[i] * (x - centre[i]) + noise[step, i]
-
-
-def wavy(worker: int, step: int, group: int) -> float:
-    """A rate that differs over workers, steps and groups."""
-    return 0.05 * (1 + 0.3 * worker) * (1.5 + math.sin(step + group)) * (1 + group)
-
-
-def common(worker: int, step: int, group: int) -> float:
-    return wavy(0, step, group)
-
-
-def close(a: Any, b: Any, tolerance: float = 1e-13) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def column(history: list[Epoch]) -> list[float]:

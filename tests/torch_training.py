@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -18,23 +20,26 @@ BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.
 
 
 class Model(torch.nn.Module):
-    """The parameters of a problem and nothing else."""
+    """The parameters of a problem and nothing else, on these devices in turn."""
 
-    def __init__(self, x: np.ndarray) -> None:
+    def __init__(self, x: np.ndarray, devices: Sequence[str] = ("cpu",)) -> None:
         super().__init__()
-        self.parts = torch.nn.ParameterList([torch.nn.Parameter(torch.tensor(part)) for part in pieces(x)])
+        parts = [torch.tensor(part, device=device) for part, device in zip(pieces(x), cycle(devices), strict=False)]
+        self.parts = torch.nn.ParameterList([torch.nn.Parameter(part) for part in parts])
 
     def flat(self) -> np.ndarray:
-        return torch.cat([p.detach().reshape(-1) for p in self.parts]).numpy().copy()
+        return torch.cat([p.detach().cpu().reshape(-1) for p in self.parts]).numpy().copy()
 
     def set_gradient(self, gradient: np.ndarray) -> None:
         for p, part in zip(self.parts, pieces(gradient), strict=True):
-            p.grad = torch.tensor(part)
+            p.grad = torch.tensor(part, device=p.device)
 
 
-def build(problem: Problem, comm: Comm | None, rank: int, node: Comm | None = None) -> tuple[Model, SlowMo]:
+def build(
+    problem: Problem, comm: Comm | None, rank: int, node: Comm | None = None, devices: Sequence[str] = ("cpu",)
+) -> tuple[Model, SlowMo]:
     """A worker's model and optimizer. Ranks other than 0 begin elsewhere, and must be brought to rank 0's start."""
-    model = Model(problem.start() + rank)
+    model = Model(problem.start() + rank, devices)
     groups = [
         {"params": [p for p, g in zip(model.parts, problem.groups, strict=True) if g == number], "lr": 0.0}
         for number in sorted(set(problem.groups))
@@ -60,16 +65,19 @@ def advance(problem: Problem, model: Model, optimizer: SlowMo, rank: int, steps:
 
 def held(model: Model, optimizer: SlowMo) -> dict[str, Any]:
     vectors = optimizer.state_dict()["slowmo"]["vectors"]
-    return {"x": model.flat(), **{name: torch.cat(parts).numpy().copy() for name, parts in vectors.items()}}
+    flat = {name: torch.cat([part.cpu() for part in parts]).numpy().copy() for name, parts in vectors.items()}
+    return {"x": model.flat(), **flat}
 
 
-def run(problem: Problem, comm: Comm | None = None, chunk_bytes: int | None = None) -> list[dict[str, Any]]:
+def run(
+    problem: Problem, comm: Comm | None = None, chunk_bytes: int | None = None, devices: Sequence[str] = ("cpu",)
+) -> list[dict[str, Any]]:
     """The whole training on one worker: of `comm`, or of Horovod."""
     rank = horovod_rank() if comm is None else comm.rank
     whole = hvd_slowmo.layout.CHUNK_BYTES
     hvd_slowmo.layout.CHUNK_BYTES = chunk_bytes or whole
     try:
-        model, optimizer = build(problem, comm, rank)
+        model, optimizer = build(problem, comm, rank, devices=devices)
     finally:
         hvd_slowmo.layout.CHUNK_BYTES = whole
     return [held(model, optimizer), *advance(problem, model, optimizer, rank, range(problem.steps))]

@@ -7,6 +7,7 @@ no backward of its own, answers one exchange per step of the others.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ class BackwardMean:
         self._send_rest = weakref.WeakMethod(send_rest)
         self._finish = weakref.WeakMethod(finish)
         self._task: int | None = None  # the backward that is under way
+        self._lock = threading.RLock()  # backward has a thread for the CPU and one for every device, hooks run in each
+        self._streams: set[torch.cuda.Stream] = set()  # where the gradients of this backward were written
         self._missing: list[int] = []  # per chunk, parameters whose gradient is not complete yet
         self._whole: list[int] = []
         self._chunks_of: dict[int, tuple[torch.Tensor, list[int]]] = {}
@@ -88,11 +91,12 @@ class BackwardMean:
         def accumulated(parameter: torch.Tensor) -> None:
             owner = me()
             if owner is not None and owner.due:
-                owner._accumulated(numbers)
+                with owner._lock:
+                    owner._accumulated(parameter, numbers)
 
         return accumulated
 
-    def _accumulated(self, numbers: list[int]) -> None:
+    def _accumulated(self, parameter: torch.Tensor, numbers: list[int]) -> None:
         if self.done:
             raise RuntimeError(
                 "a second backward in one step, after its gradients were averaged. Put every backward but the last one "
@@ -113,12 +117,17 @@ class BackwardMean:
             _call(self._begin)
             self._task = task
             self._missing = list(self._whole)
+            self._streams = set()
             Variable._execution_engine.queue_callback(partial(self._end, task))
         for number in numbers:
             self._missing[number] -= 1
+        if parameter.is_cuda:
+            self._streams.add(torch.cuda.current_stream(parameter.device))
         # In a fixed order, the same on every worker, whatever order gradients come in.
         with torch.no_grad():
             while self.exchange.sent < len(self._missing) and self._missing[self.exchange.sent] <= 0:
+                for stream in self._streams:  # another thread may have written this chunk's gradients
+                    torch.cuda.current_stream(stream.device).wait_stream(stream)
                 self.exchange.send_next()
 
     def _end(self, task: int) -> None:

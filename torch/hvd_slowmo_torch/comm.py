@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hvd_slowmo.workers import Link, Workers
+from hvd_slowmo_torch.staging import CudaCopies, Outbox, Sum
 
 # Between two looks at an unfinished collective. Horovod's own `synchronize` looks without a pause and takes the core
 # that its communication thread, or another worker on a full machine, needs; see benchmarks/waiting.py.
@@ -24,21 +25,28 @@ class HorovodComm:
 
         self._hvd = hvd
         self._set = process_set
-        self._staged = hvd.nccl_built() == 0  # without NCCL, Horovod takes tensors in host memory only
+        # Without NCCL, Horovod takes tensors in host memory only.
+        self._outbox = Outbox(self._submit, None if hvd.nccl_built() else CudaCopies())
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self._link = Link(hvd.rank())
 
-    def start_sum(self, name: str, x: torch.Tensor) -> Any:
+    def start_sum(self, name: str, x: torch.Tensor) -> Sum:
         self._link.refuse_if_broken()
-        wire = x.cpu() if self._staged else x
-        return x, self._hvd.allreduce_async_(wire, op=self._hvd.Sum, name=name, process_set=self._set)
+        return self._outbox.put(name, x)
 
-    def wait(self, handle: Any) -> torch.Tensor:
-        x, pending = handle
-        result = self._finish(pending)
-        return result if result.device == x.device else x.copy_(result)
+    def wait(self, handle: Sum) -> torch.Tensor:
+        self._outbox.advance()
+        while handle.handle is None:  # its copy to host memory is under way
+            time.sleep(_PAUSE_S)
+            self._outbox.advance()
+        self._finish(handle.handle)
+        return self._outbox.take(handle)
+
+    def _submit(self, name: str, x: torch.Tensor) -> Any:
+        self._link.refuse_if_broken()
+        return self._hvd.allreduce_async_(x, op=self._hvd.Sum, name=name, process_set=self._set)
 
     def gather(self, name: str, item: Any) -> list[Any]:
         self._link.refuse_if_broken()
@@ -53,6 +61,7 @@ class HorovodComm:
 
         try:
             while not self._hvd.poll(pending):
+                self._outbox.advance()
                 time.sleep(_PAUSE_S)
             return self._hvd.synchronize(pending)  # type: ignore[no-any-return]
         except HorovodInternalError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -169,6 +170,7 @@ class SlowMo(Optimizer):
             observe=self._observing,
             block=_CACHED if on_cpu else None,
             update=outer_update_,
+            divide=operator.itruediv,  # the sum is not needed any more
         )
         self._of_all = GradientMean(plan.layout, ops, self._store, self._comm, self._name)
         self._of_node = self._of_all

@@ -109,6 +109,7 @@ class TorchStore:
         }
         self._statistics = plan.statistics
         self._staging: dict[tuple[str, str, str, int], torch.Tensor] = {}
+        self._spans: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {}
 
     def read(self, vector: str, chunk: Chunk) -> torch.Tensor:
         if vector in self.vectors:
@@ -159,7 +160,7 @@ class TorchStore:
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
     def zeros(self, chunk: Chunk) -> torch.Tensor:
-        return _zeros(self.layout.segments[chunk.segment], chunk.size)
+        return self._stage(chunk, "model").zero_()  # in place of what would be read there
 
     def forget_gradients(self) -> None:
         """Free the places where gradients were put together."""
@@ -229,8 +230,10 @@ class TorchStore:
 
     def tensors(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, int, int, int]]:
         """The tensors under a chunk: (tensor, from, to within it, place within the chunk)."""
-        slots = self._slots[chunk.segment]
-        for number, start, stop, at in self.layout.spans(chunk):
+        slots, key = self._slots[chunk.segment], (chunk.segment, chunk.start, chunk.stop)
+        if key not in self._spans:
+            self._spans[key] = tuple(self.layout.spans(chunk))
+        for number, start, stop, at in self._spans[key]:
             yield slots[number](), start, stop, at
 
 
