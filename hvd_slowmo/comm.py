@@ -33,8 +33,15 @@ class Comm(Protocol):
     def start_sum(self, name: str, x: Any) -> Any:
         """Begin the sum of x over the workers; x belongs to the collective until `wait` has returned."""
 
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        """Begin to send weights[i] * x to each worker i whose weight is not 0, and to receive.
+
+        All workers call it together; x may be changed at once. weights: float64 (size,). The result is the sum of what
+        has come, zeros if nothing has.
+        """
+
     def wait(self, handle: Any) -> Any:
-        """The result of what was started; it may lie in the memory of x."""
+        """The result of what was started; a sum's may lie in the memory of x."""
 
     def gather(self, name: str, item: Any) -> list[Any]:
         """Every worker's item (picklable), by rank. For the start of a training, never within a step."""
@@ -49,6 +56,9 @@ class SoloComm:
 
     def start_sum(self, name: str, x: Any) -> Any:
         return x
+
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        return x * 0
 
     def wait(self, handle: Any) -> Any:
         return handle
@@ -72,6 +82,10 @@ class MeteredComm:
     def start_sum(self, name: str, x: Any) -> Any:
         self.bytes_sent += x.nbytes if self.size > 1 else 0
         return self._comm.start_sum(name, x)
+
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        self.bytes_sent += x.nbytes * int((weights != 0).sum())
+        return self._comm.start_push(name, x, weights)
 
     def wait(self, handle: Any) -> Any:
         started = time.perf_counter()
@@ -196,9 +210,16 @@ class _ThreadComm:
         # A copy, as on a network: a worker that writes to x too early must not change what the others see.
         return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0), x
 
+    def start_push(self, name: str, x: Any, weights: Any) -> tuple[int, Any]:
+        sent = [x * float(weight) if weight else None for weight in weights]
+        return self._world.submit(self.rank, ("push", repr(name), tuple(x.shape), str(x.dtype)), (sent, x * 0)), None
+
     def wait(self, handle: tuple[int, Any]) -> Any:
         number, x = handle
         parts = self._world.collect(number)
+        if x is None:  # what each worker has sent to this one
+            came = [sent[self.rank] for sent, _ in parts if sent[self.rank] is not None]
+            return sum(came, start=parts[self.rank][1])
         total = parts[0]
         for part in parts[1:]:
             total = total + part

@@ -11,6 +11,7 @@ from typing import Any
 BUFFERS = ("maintain", "reset", "average")
 GRADIENTS = ("local", "node", "all")
 NONFINITE = ("raise", "exclude")
+BASES = ("local", "sgp", "dpsgd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,14 @@ class SlowMoConfig:
             gamma). False: heavy-ball momentum on the outer gradient, whatever the rate does (BMUF, DiLoCo).
         buffers: what happens to the base optimizer's buffers when a block begins (Algorithm 1, line 2): "maintain",
             "reset" (as before the first step) or "average" (over the workers).
+        base: what happens to parameters between outer steps: "local" (nothing), "sgp" (stochastic gradient push) or
+            "dpsgd": workers mix theirs with some others' after every step (gossip).
+        topology: over a gossip base, who sends to whom: a name (see `hvd_slowmo.topology`), an array (period, m, m) or
+            (m, m), or a function of m that returns one. None: "exponential" for SGP; for D-PSGD "bipartite", or "ring"
+            where m is odd. With gradients="node" m is the number of nodes.
+        overlap: over "sgp": what is sent at a step is mixed one step later, while computation goes on (OSGP).
+        average: False, over a gossip base: each worker takes outer steps of its own, from its own parameters
+            (noaverage).
         gradients: over whom gradients are averaged at every step: "local" (nobody), "node" (the workers of one machine;
             the paper's workers are such nodes) or "all" (every worker: AR-SGD).
         warmup_steps: so many first steps average the gradients of all workers and take no outer step. The first block
@@ -44,6 +53,10 @@ class SlowMoConfig:
     nesterov: bool = False
     scale_by_lr: bool = True
     buffers: str = "maintain"
+    base: str = "local"
+    topology: Any = None
+    overlap: bool = False
+    average: bool = True
     gradients: str = "local"
     warmup_steps: int = 0
     nonfinite: str = "raise"
@@ -53,15 +66,44 @@ class SlowMoConfig:
             self._set("tau", _integer("tau", self.tau, 1, "a positive integer or None"))
         self._set("alpha", _real("alpha", self.alpha, lambda a: a > 0, "a finite number > 0"))
         self._set("beta", _real("beta", self.beta, lambda b: 0 <= b < 1, "a number in [0, 1)"))
-        for name in ("nesterov", "scale_by_lr"):
+        for name in ("nesterov", "scale_by_lr", "overlap", "average"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False. Received: {name}={getattr(self, name)!r}")
         _one_of("buffers", self.buffers, BUFFERS)
+        _one_of("base", self.base, BASES)
         _one_of("gradients", self.gradients, GRADIENTS)
         _one_of("nonfinite", self.nonfinite, NONFINITE)
         self._set("warmup_steps", _integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
+        self._check_gossip()
         for complaint in self._without_effect():
             warnings.warn(complaint, UserWarning, stacklevel=3)
+
+    def _check_gossip(self) -> None:
+        """Refuse what can't work over this base."""
+        if not (self.topology is None or isinstance(self.topology, str) or callable(self.topology)):
+            self._set("topology", _plain(self.topology))  # settings are compared and stored
+        if self.base == "local":
+            given = {"topology": self.topology is not None, "overlap": self.overlap, "average": not self.average}
+            for name in (name for name, set_ in given.items() if set_):
+                raise ValueError(
+                    f"`{name}` is for a gossip base. Received: base='local', {name}={getattr(self, name)!r}. "
+                    "Use base='sgp' or base='dpsgd'."
+                )
+            return
+        if self.overlap and self.base == "dpsgd":
+            raise ValueError("`overlap` is for base='sgp' (OSGP): what is late has a weight there, and not in D-PSGD.")
+        if self.gradients == "all":
+            raise ValueError(
+                "gradients='all' keeps all workers equal, and there is nothing to gossip. Received: "
+                f"base={self.base!r}. Use base='local', or gradients='node' for gossip between nodes."
+            )
+        if self.nonfinite == "exclude":
+            raise ValueError(
+                f"nonfinite='exclude' can't work over base={self.base!r}: what is not finite has travelled by the time "
+                "the workers meet. Use nonfinite='raise'."
+            )
+        if not self.average and self.buffers == "average":
+            raise ValueError("average=False exchanges nothing when a block begins: use buffers='maintain' or 'reset'.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this stores the normalised value
@@ -78,7 +120,7 @@ class SlowMoConfig:
             if self.gradients == "all" and self.warmup_steps:
                 idle.append(f"warmup_steps={self.warmup_steps}")
             found = [f"tau=None takes no outer step, so {', '.join(idle)} has no effect."] if idle else []
-            if self.gradients != "all":
+            if self.gradients != "all" and self.base == "local":
                 among = "workers" if self.gradients == "local" else "nodes"
                 found.append(f"tau=None with gradients={self.gradients!r}: after the warm-up the {among} never meet.")
             return found
@@ -94,6 +136,13 @@ class SlowMoConfig:
         if self.tau is None or (self.alpha == 1 and self.beta == 0):
             return ()
         return ("anchor",) if self.beta == 0 else ("anchor", "v")
+
+    def facts(self) -> dict[str, Any]:
+        """All settings as plain values, for comparing and storing; a topology that is a function by its name only."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        if callable(self.topology):
+            found["topology"] = f"function {getattr(self.topology, '__qualname__', type(self.topology).__name__)}"
+        return found
 
     # Presets: the table "special cases" of docs/algorithm.md. Each takes any further setting by keyword.
 
@@ -122,9 +171,47 @@ class SlowMoConfig:
         return cls(**{"tau": tau, **paper, **settings})
 
     @classmethod
+    def sgp(cls, **settings: Any) -> SlowMoConfig:
+        """Stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo."""
+        return cls(**{"base": "sgp", **cls._alone(settings), **settings})
+
+    @classmethod
+    def osgp(cls, **settings: Any) -> SlowMoConfig:
+        """SGP that overlaps communication with computation: what is sent arrives one step later."""
+        return cls(**{"base": "sgp", "overlap": True, **cls._alone(settings), **settings})
+
+    @classmethod
+    def dpsgd(cls, **settings: Any) -> SlowMoConfig:
+        """Decentralized parallel SGD (Lian et al. 2017) alone; with tau=... below SlowMo."""
+        return cls(**{"base": "dpsgd", **cls._alone(settings), **settings})
+
+    @staticmethod
+    def _alone(settings: dict[str, Any]) -> dict[str, Any]:
+        return {} if settings.get("tau") is not None else {"tau": None, "alpha": 1.0, "beta": 0.0}
+
+    @classmethod
     def ar_sgd(cls, **settings: Any) -> SlowMoConfig:
         """AR-SGD: gradients averaged over all workers at every step, no outer step."""
         return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
+
+
+def _plain(array: Any) -> tuple[Any, ...]:
+    """An array as nested tuples of numbers."""
+    values = array.tolist() if hasattr(array, "tolist") else array
+
+    def nested(value: Any) -> Any:
+        return tuple(map(nested, value)) if isinstance(value, (list, tuple)) else float(value)
+
+    try:
+        found = nested(values)
+    except (TypeError, ValueError):
+        found = None
+    if not isinstance(found, tuple):
+        raise TypeError(
+            "`topology` must be None, a name, an array of numbers or a function of the number of workers. Received: "
+            f"topology={array!r}"
+        )
+    return found
 
 
 def _integer(name: str, value: Any, least: int, allowed: str) -> int:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.layout import Layout
 from hvd_slowmo.ledger import own_row
-from hvd_slowmo.machine import Store
 from hvd_slowmo.ops import Ops
+from hvd_slowmo.store import Store
 
 
 class Attendance(NamedTuple):

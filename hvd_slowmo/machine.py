@@ -9,10 +9,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.gossip import Gossip, Graph, Mass
 from hvd_slowmo.layout import Chunk, Layout
 from hvd_slowmo.ledger import (
     AVERAGE,
@@ -32,7 +33,8 @@ from hvd_slowmo.ledger import (
 )
 from hvd_slowmo.ops import Ops
 from hvd_slowmo.outer import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.schedule import Plan, block_position, plan
+from hvd_slowmo.schedule import Plan, plan, steps_to_meeting
+from hvd_slowmo.store import Store
 
 
 class Progress(NamedTuple):
@@ -45,6 +47,10 @@ class Progress(NamedTuple):
     gamma: Any  # float64 (G,): mean base rate of the block before; 0 while there is none
     excluded: Any  # int64: averages that left this worker out because its parameters were not finite
     observed: Any  # float64 (6,): what the last outer step has measured, see `Observed`; zeros where nothing is
+    # Over a gossip base, see `hvd_slowmo.gossip.Mass`. m: number of workers; 0 over another base.
+    w: Any  # float64 (m,)
+    arriving: Any  # float64 (m,)
+    flight: Any  # int64
 
 
 class Observed(NamedTuple):
@@ -58,34 +64,6 @@ class Observed(NamedTuple):
     product: Any  # inner product of Delta and that v
 
 
-class Store(Protocol):
-    """The adapter's vectors. A tensor that is given or taken is 1-D, of the chunk's length and segment's type."""
-
-    def read(self, vector: str, chunk: Chunk) -> Any:
-        """A stretch of "model", "gradient", "anchor" or "v". What "model" and "gradient" give is the caller's own."""
-
-    def write(self, vector: str, chunk: Chunk, value: Any) -> None:
-        """Set that stretch; value is not kept."""
-
-    def written(self, chunk: Chunk, anchor: Any) -> Any:
-        """The anchor as the parameters' own type holds it, in the wire's type; `anchor` itself where that is exact."""
-
-    def zeros(self, chunk: Chunk) -> Any:
-        """A tensor of zeros like the chunk's."""
-
-    def present(self) -> Any:
-        """A vector of scalars with a 1 for every parameter that has a gradient here, else 0."""
-
-    def admit(self, counts: Any) -> None:
-        """How many workers have a gradient for each parameter: where somebody has, those without one have zeros."""
-
-    def finite(self) -> Any:
-        """Whether every parameter is finite: a bool scalar. Statistics and masks may hold infinities."""
-
-    def reset_base(self) -> None:
-        """Give the base optimizer's buffers their values from before the first step."""
-
-
 class Meeting(NamedTuple):
     """What a worker knows once the ledger is back and nothing is written yet."""
 
@@ -93,7 +71,8 @@ class Meeting(NamedTuple):
     found: Verdict
     finite: Any  # 1: this worker's parameters are
     weights: Mapping[str, Any]  # this worker's, per rule of a segment
-    first: Any  # the sum of the first chunk
+    first: Any  # the sum of the first chunk; None where the ledger came alone
+    progress: Progress  # this worker's state
 
 
 class Machine:
@@ -112,6 +91,7 @@ class Machine:
         block: int | None = None,
         update: Callable[..., tuple[Any, Any]] = outer_update,
         divide: Callable[[Any, Any], Any] = operator.truediv,
+        graph: Graph | None = None,
     ) -> None:
         self.config = config
         self._outer_update, self._divide = update, divide  # or an adapter's faster forms of them
@@ -123,6 +103,7 @@ class Machine:
         self._ops = ops
         self._store = store
         self._comm = comm
+        self.gossip = None if graph is None else Gossip(graph, config, layout, ops, store, comm, name)
 
     def start(self) -> Progress:
         """Everybody gets rank 0's vectors; the first anchor is taken, before the first inner step."""
@@ -130,7 +111,7 @@ class Machine:
         self.take_anchor()
         zeros = self._ops.vector([0.0] * self.layout.groups)
         nothing = self._ops.vector([0.0] * len(Observed._fields))
-        return Progress(step=0, since=0, covered=0, rates=zeros, gamma=zeros, excluded=0, observed=nothing)
+        return Progress(0, 0, 0, zeros, zeros, excluded=0, observed=nothing, **self._at_rest())
 
     def take_from(self, source: Any, rules: Sequence[str] = ("slow",), comm: Comm | None = None) -> None:
         """Everybody gets one worker's values of the segments with these rules, to the bit. comm: other than all."""
@@ -162,12 +143,16 @@ class Machine:
         """What the coming step does."""
         return plan(self.config, progress.step)
 
-    def tick(self, progress: Progress, rates: Any, live: int = 1, source: Any = 0) -> Progress:
+    def tick(
+        self, progress: Progress, rates: Any, live: int = 1, source: Any = 0, came: Sequence[Any] | None = None
+    ) -> Progress:
         """After a base step with these learning rates, a float64 vector with one per parameter group.
 
         live: 0 if the step was one of the other workers' gradients alone, in a join.
         source: at the end of the warm-up, the worker whose parameters count.
+        came: what `depart` has brought.
         """
+        ops = self._ops
         now = self.plan(progress)
         done = progress._replace(
             step=progress.step + 1,
@@ -175,10 +160,23 @@ class Machine:
             covered=progress.covered + 1,
             rates=progress.rates + rates,
         )
-        begun = self._ops.cond(now.begin, lambda: self._begin(done, source), lambda: done)
-        return self._ops.cond(
-            now.outer, lambda: self._outer(self._meet(begun, begun.step, live=live, counts=live), begun), lambda: begun
-        )
+        done = ops.cond(now.begin, lambda: self._begin(done, source), lambda: done)
+        done = self._mix(done, now, progress.step, came)
+
+        def outer() -> Progress:
+            met = self._meet(done, done.step, live=live, counts=live, alone=not self.config.average)
+            return self._outer(met, done) if self.config.average else self._outer_alone(met.progress)
+
+        done = ops.cond(now.outer, outer, lambda: done)
+        done = ops.cond(now.check, lambda: self._meet(done, done.step, live=live, alone=True).progress, lambda: done)
+        return self._launched(done, done.step)
+
+    def depart(self, progress: Progress) -> Sequence[Any] | None:
+        """Where messages overlap with computation: before a base step, exchange what the last step has set aside.
+
+        For adapters that can't have a collective under way between two calls; `tick` takes what it returns.
+        """
+        return None if self.gossip is None else self.gossip.depart(_mass(progress), self.plan(progress).mix)
 
     def idle(self, progress: Progress, leaving: int = 0) -> tuple[Progress, Any, Any]:
         """The next meeting, without data: a worker in a join answers the others until all are in theirs.
@@ -189,10 +187,14 @@ class Machine:
             since the last average, and go on in the block of the one with the most steps.
         """
         ops = self._ops
-        end = progress.step + self._to_end(progress)
+        end = progress.step + steps_to_meeting(self.config, progress.step)
+        averages = self.config.tau is not None and self.config.average
+        if self.gossip is not None:
+            progress = self._mix_on(progress, end - 1 if averages else end)
         # Without blocks there is no clock: the workers are all in their join, wherever they stopped.
-        clock = 0 if self.config.tau is None else end
-        met = self._meet(progress, clock, live=0, leaving=leaving)
+        clock = 0 if self.config.tau is None and self.gossip is None else end
+        met = self._meet(progress, clock, live=0, leaving=leaving, alone=self.gossip is not None and not averages)
+        progress = met.progress
         over = met.found.live == 0
 
         def all_done() -> Progress:
@@ -205,11 +207,13 @@ class Machine:
             alike = met.found.attendance == self._comm.size
             return ops.cond(alike, lambda: progress, lambda: self._mean(self._meet_plainly(progress, clock), progress))
 
-        after = ops.cond(
-            over,
-            all_done,
-            lambda: self._outer(met, progress._replace(step=end)),
-        )
+        def go_on() -> Progress:
+            there = progress._replace(step=end)
+            if self.config.tau is None:
+                return there
+            return self._outer(met, there) if self.config.average else self._outer_alone(there)
+
+        after = ops.cond(over, all_done, go_on)
         furthest = ops.row_of_most(met.table, TAKEN)
         joined = after._replace(
             step=ops.integer(furthest[TAKEN]),
@@ -217,7 +221,8 @@ class Machine:
             covered=ops.integer(furthest[COVERED]),
             rates=furthest[RATES:],
         )
-        return ops.cond(over, lambda: joined, lambda: after), over, met.table[:, LEAVING]
+        after = ops.cond(over, lambda: joined, lambda: after)
+        return self._launched(after, after.step), over, met.table[:, LEAVING]
 
     def average(self, progress: Progress) -> None:
         """The model becomes the workers' plain mean; the state stays as it is."""
@@ -234,9 +239,40 @@ class Machine:
         self._begin_block(progress.step)
         return progress._replace(since=progress.since * 0, covered=progress.covered * 0, rates=progress.rates * 0)
 
-    def _to_end(self, progress: Progress) -> Any:
-        """Steps to the end of the block; a whole block where one has just ended."""
-        return 0 if self.config.tau is None else self.config.tau - block_position(self.config, progress.step)
+    def _mix(self, progress: Progress, now: Plan, clock: Any, came: Sequence[Any] | None = None) -> Progress:
+        """After the base step with this number: gossip, where the base has it."""
+        if self.gossip is None:
+            return progress
+        gossip, hop = self.gossip, clock - self.config.warmup_steps
+
+        def mixed() -> Progress:
+            return progress._replace(**gossip.mix(_mass(progress), hop, came)._asdict())
+
+        return self._ops.cond(now.mix, mixed, lambda: progress)
+
+    def _mix_on(self, progress: Progress, stop: Any) -> Progress:
+        """In a join: take part in the others' mixing, up to a number of steps."""
+
+        def once(clock: Any, progress: Progress) -> tuple[Any, Progress]:
+            done = self._mix(progress, plan(self.config, clock), clock)
+            return clock + 1, self._launched(done, clock + 1, stop)
+
+        _, progress = self._ops.loop(lambda clock, _: clock < stop, once, (progress.step, progress))
+        return progress
+
+    def _launched(self, progress: Progress, clock: Any, stop: Any = None) -> Progress:
+        """The last thing of a step: messages that the next one mixes may leave now.
+
+        stop: where the workers meet first, and may find that all are done.
+        """
+        if self.gossip is not None and self._ops.holds and (stop is None or clock < stop):
+            self.gossip.launch(_mass(progress), plan(self.config, clock).mix)
+        return progress
+
+    def _at_rest(self) -> dict[str, Any]:
+        """The fields of `Progress` about gossip, where every weight is 1 and nothing is on its way."""
+        nothing = self._ops.vector([])
+        return Mass(nothing, nothing, 0)._asdict() if self.gossip is None else self.gossip.rest()._asdict()
 
     def _meet(
         self,
@@ -247,6 +283,7 @@ class Machine:
         counts: int = 1,
         leaving: int = 0,
         purpose: int = TRAINING,
+        alone: bool = False,
     ) -> Meeting:
         """Come together with the other workers, and judge.
 
@@ -254,13 +291,15 @@ class Machine:
         verdict, so that a bad one raises on every worker with nothing left in flight.
 
         counts: 0 if this worker has only followed the others' steps, so that its parameters weigh nothing.
+        alone: the ledger comes alone: whether an average follows is not known yet.
         """
         ops, comm = self._ops, self._comm
         exclude = self.config.nonfinite == "exclude"
         finite = ops.where(self._store.finite(), 1.0, 0.0)
         attends = finite if exclude else 1.0
         own = progress.since / (self.config.tau or 1)
-        share = attends * (1.0 if purpose == AVERAGE else own * counts)
+        # Over a gossip base every worker weighs the same: mixing has spread the steps already.
+        share = attends * (1.0 if purpose == AVERAGE or self.gossip is not None else own * counts)
         drift = progress.observed[0]
         row = Row(
             clock, purpose, live, leaving, finite, share, attends, progress.step, progress.covered, drift
@@ -269,11 +308,11 @@ class Machine:
             f"{self.name}.ledger", ops.pack(own_row(ops, comm.rank, comm.size, row, progress.rates))
         )
         weights = {"slow": share, "mean": share, "base": attends}
-        begun = self._start(self.layout.chunks[0], weights)
+        begun = None if alone else self._start(self.layout.chunks[0], weights, progress)
         table = ops.reshape(ops.unpack(comm.wait(handle)), (comm.size, -1))
-        first = comm.wait(begun)
+        first = None if begun is None else comm.wait(begun)
         found = verdict(ops, table, self.config.nonfinite)
-        met = Meeting(table, found, finite, weights, first)
+        met = Meeting(table, found, finite, weights, first, progress)
         met = ops.refuse(found.bad, table, complaint(comm.ranks, self.name), met)
         if purpose == TRAINING:
             ops.warn("rates", found.odd, table, oddity(comm.ranks, self.name))
@@ -304,6 +343,23 @@ class Machine:
             rates=progress.rates * 0,
             gamma=next_gamma(self._ops, met.found.gamma, progress.gamma),
             observed=seen,
+            **self._at_rest(),
+        )
+
+    def _outer_alone(self, progress: Progress) -> Progress:
+        """An outer step from this worker's own parameters, without the average (noaverage)."""
+        assert self.gossip is not None, "settings refuse it over another base"
+        gamma = progress.rates / self._ops.where(progress.covered > 0, progress.covered, 1)
+        coefficients = momentum(self.config, self._ops, gamma, progress.gamma)
+        w = self.gossip.weight(_mass(progress))
+        for chunk in self.layout.chunks if self.config.vectors else ():
+            for block in self._blocks[chunk.index] if chunk.rule == "slow" else ():
+                self._update(block, self._store.read("model", block), coefficients, w)
+        self._begin_block(progress.step)
+        return progress._replace(
+            covered=progress.covered * 0,
+            rates=progress.rates * 0,
+            gamma=next_gamma(self._ops, gamma, progress.gamma),
         )
 
     def _observe(self, chunk: Chunk, mean: Any) -> Any:
@@ -330,7 +386,7 @@ class Machine:
     def _mean(self, met: Meeting, progress: Progress) -> Progress:
         """The parameters and statistics become the workers' mean, nothing else changes."""
         self._write_mean(met)
-        return self._without_excluded(met, progress)
+        return self._without_excluded(met, progress)._replace(**self._at_rest())
 
     def _write_mean(self, met: Meeting) -> None:
         for chunk, total, divisor in self._sums(met, ("slow", "mean")):
@@ -352,12 +408,18 @@ class Machine:
 
         return self._ops.cond(met.finite == 0, start_again, lambda: progress)
 
-    def _start(self, chunk: Chunk, weights: Mapping[str, Any]) -> Any:
+    def _start(self, chunk: Chunk, weights: Mapping[str, Any], progress: Progress) -> Any:
         weight = weights[chunk.rule]
+
+        def own() -> Any:
+            if chunk.rule == "slow" and self.gossip is not None:
+                return self.gossip.mass(chunk, _mass(progress))
+            return self._store.read("model", chunk)
+
         # Zeros where the weight is 0: what is left out may hold NaN, and 0 x NaN is NaN.
         x = self._ops.cond(
             weight > 0,
-            lambda: self._ops.scaled(self._store.read("model", chunk), weight),
+            lambda: self._ops.scaled(own(), weight),
             lambda: self._store.zeros(chunk),
         )
         return self._send(self._comm, chunk, x)
@@ -369,14 +431,18 @@ class Machine:
         """Each chunk, the workers' sum of it, and what makes it a mean; the next travels while the caller works."""
         divisors = {"slow": met.found.weight, "mean": met.found.weight, "base": met.found.attendance}
         chunks = [chunk for chunk in self.layout.chunks if chunk.rule in rules]
-        total = met.first
+        total = self._comm.wait(self._started(chunks[0], met)) if met.first is None else met.first
         for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            handle = None if following is None else self._start(following, met.weights)
+            handle = None if following is None else self._started(following, met)
             yield chunk, total, self._ops.like(divisors[chunk.rule], total)
             if following is not None:
                 total = self._comm.wait(handle)
 
-    def _update(self, block: Chunk, mean: Any, coefficients: Momentum) -> None:
+    def _started(self, chunk: Chunk, met: Meeting) -> Any:
+        """A chunk whose turn comes only once the verdict is known."""
+        return self._ops.after(met.found.weight, lambda: self._start(chunk, met.weights, met.progress))
+
+    def _update(self, block: Chunk, mean: Any, coefficients: Momentum, w: Any = None) -> None:
         anchor = self._store.read("anchor", block)
         v = self._store.read("v", block) if "v" in self.config.vectors else None
         written = self._store.written(block, anchor)
@@ -390,8 +456,14 @@ class Machine:
         self._store.write("anchor", block, anchor)
         if v is not None:
             self._store.write("v", block, v)
+        if w is not None and self.gossip is not None:
+            self.gossip.keep(block, anchor, w)
 
     def _begin_block(self, known: Any) -> None:
         """Line 2. known: a scalar that there is only once nothing can be refused any more."""
         if self.config.buffers == "reset" and self.config.tau is not None:
             self._ops.after(known, self._store.reset_base)
+
+
+def _mass(progress: Progress) -> Mass:
+    return Mass(progress.w, progress.arriving, progress.flight)

@@ -19,6 +19,15 @@ logger = logging.getLogger("hvd_slowmo")
 class Ops(Protocol):
     """Scalars are Python numbers, or NumPy vectors with an entry per parameter group; traced: tensors of both."""
 
+    holds: bool
+    """Whether a collective can be under way between two calls of the state machine."""
+
+    def loop(self, condition: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """State = body(*state) while condition(*state); structures and types stay."""
+
+    def at(self, array: Any, index: Any) -> Any:
+        """A NumPy array's entry along its first axis."""
+
     def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
         """The result of one of the two functions, which return scalars of the same structure and types."""
 
@@ -62,8 +71,8 @@ class Ops(Protocol):
             `guarded`, which in a trace has no value before that is decided: what depends on it can't come too early.
         """
 
-    def after(self, scalar: Any, work: Callable[[], None]) -> None:
-        """Run `work`, which depends on no value of the trace, once `scalar` is known."""
+    def after(self, scalar: Any, work: Callable[[], T]) -> T:
+        """What `work` returns, which nothing of is done before `scalar` is known."""
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
         """Log describe(table) as a warning where `odd` holds; only the first time for a topic, unless always."""
@@ -76,6 +85,16 @@ class EagerOps:
         self._to_tensor = to_tensor
         self._to_array = to_array
         self._warned: set[str] = set()
+
+    holds = True
+
+    def loop(self, condition: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
+        while condition(*state):
+            state = body(*state)
+        return state
+
+    def at(self, array: Any, index: Any) -> Any:
+        return array[index]
 
     def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
         return yes() if predicate else no()
@@ -118,8 +137,8 @@ class EagerOps:
             raise ValueError(describe(table))
         return guarded
 
-    def after(self, scalar: Any, work: Callable[[], None]) -> None:
-        work()
+    def after(self, scalar: Any, work: Callable[[], T]) -> T:
+        return work()
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
         if odd and (always or topic not in self._warned):

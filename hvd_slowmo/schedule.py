@@ -18,10 +18,31 @@ class Plan(NamedTuple):
     all_gradients: Any  # it is the mean of all workers'
     outer: Any  # after the base step: a block of tau steps is full, take the outer step
     begin: Any  # after the base step: the warm-up is over, the first block (if there are any) begins
+    mix: Any = False  # after the base step, over a gossip base: mix with others
+    check: Any = False  # after that: the workers look after each other, where no outer step makes them meet
+
+
+CHECK_STEPS = 64
+"""Workers that gossip alone, without outer steps, look after each other (who is done, who is not finite) every so many
+steps."""
 
 
 def plan(config: SlowMoConfig, step: Any) -> Plan:
     """The plan of step number `step` (0-based: the number of steps completed before it)."""
+    before = _plan(config, step)
+    if config.base == "local":
+        return before
+    after = step + 1 - config.warmup_steps
+    mixes: Any = after > 0 if config.warmup_steps else True
+    if config.tau is not None and config.average:
+        # The average ends the block: mixing first would not change it.
+        return before._replace(mix=mixes & (after % config.tau != 0))
+    if config.tau is not None:
+        return before._replace(mix=mixes)
+    return before._replace(mix=mixes, check=mixes & (after % CHECK_STEPS == 0))
+
+
+def _plan(config: SlowMoConfig, step: Any) -> Plan:
     after = step + 1 - config.warmup_steps  # completed steps of the blocks, once this one is done
     everyone: Any = config.gradients == "all"
     if config.warmup_steps and not everyone:
@@ -36,11 +57,14 @@ def plan(config: SlowMoConfig, step: Any) -> Plan:
     return Plan(average, everyone, outer & (after > 0), after == 0)
 
 
+def steps_to_meeting(config: SlowMoConfig, step: Any) -> Any:
+    """After `step` completed steps, the warm-up over: how many until the workers meet, >= 1; 0 where they never do."""
+    after = step - config.warmup_steps
+    if config.tau is None:
+        return 0 if config.base == "local" else CHECK_STEPS - after % CHECK_STEPS
+    return config.tau - after % config.tau
+
+
 def workers_equal(config: SlowMoConfig, step: int, since: int) -> bool:
     """Whether all workers hold the same parameters after `step` completed steps, `since` of them after an average."""
     return since == 0 or config.gradients == "all" or step <= config.warmup_steps
-
-
-def block_position(config: SlowMoConfig, step: Any) -> Any:
-    """How many of the current block's steps are done after `step` completed steps, 0 .. tau - 1, the warm-up over."""
-    return (step - config.warmup_steps) % (config.tau or 1)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_slowmo import reference
+from hvd_slowmo import reference, reference_gossip
+from hvd_slowmo.topology import topology
 
 SHAPES = ((3, 2), (4,), (), (2, 1, 2))
 SIZES = tuple(int(np.prod(shape)) for shape in SHAPES)
@@ -59,6 +60,27 @@ class Problem:
         scale, centre = rng.uniform(0.5, 1.5, DIMENSIONS), rng.normal(size=DIMENSIONS)
         return scale * (x - centre) + 0.3 * np.sin(x + step + worker)
 
+    def gossip_reference(
+        self, workers: int, epochs: list[tuple[int, ...]] | None = None, nodes: list[list[int]] | None = None
+    ) -> list[reference_gossip.GossipSnapshot]:
+        """Over a gossip base; the snapshots' z is the model."""
+        config = dict(self.config)
+        base, graph = config.pop("base"), config.pop("topology", None)
+        return reference_gossip.run_gossip(
+            self.start(),
+            self.gradient,
+            topology=topology(graph, workers, symmetric=base == "dpsgd", nodes=nodes),
+            lr=lambda worker, step, group: self.rate(step, group),
+            steps=None if epochs else self.steps,
+            epochs=epochs,
+            gossip=base,
+            nodes=nodes,
+            base=self.base,
+            base_options=self.options,
+            groups=np.repeat(self.groups, SIZES),
+            **config,
+        )
+
     def reference(self, workers: int) -> list[reference.Snapshot]:
         return reference.run(
             self.start(),
@@ -75,11 +97,15 @@ class Problem:
 
 def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
     """The largest difference between the workers' parameters and the reference's, over all steps."""
-    expected = problem.reference(len(histories))
+    workers = len(histories)
+    if "base" in problem.config:
+        models = [snapshot.z for snapshot in problem.gossip_reference(workers)]
+    else:
+        models = [snapshot.x for snapshot in problem.reference(workers)]
     return max(
-        float(np.abs(history[step]["x"] - snapshot.x[rank]).max())
+        float(np.abs(history[step]["x"] - model[rank]).max())
         for rank, history in enumerate(histories)
-        for step, snapshot in enumerate(expected)
+        for step, model in enumerate(models)
     )
 
 
@@ -120,4 +146,34 @@ PROBLEMS: dict[str, Problem] = {
     "slowmo over Nesterov SGD, reset, constant": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV),
     "ar_sgd, plain": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
     "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options=NESTEROV, schedule="decay"),
+}
+
+ALONE: dict[str, Any] = {"tau": None, **LOCAL_SGD}
+GOSSIP: dict[str, Problem] = {
+    "sgp": Problem({"base": "sgp", **ALONE}, schedule="decay"),
+    "sgp, star": Problem({"base": "sgp", "topology": "star", **ALONE}),
+    "osgp": Problem({"base": "sgp", "overlap": True, **ALONE}),
+    "osgp, star, warm-up": Problem({"base": "sgp", "overlap": True, "topology": "star", "warmup_steps": 3, **ALONE}),
+    "dpsgd": Problem({"base": "dpsgd", **ALONE}, schedule="steps"),
+    "dpsgd over Adam": Problem({"base": "dpsgd", **ALONE}, base="adam", options=ADAM),
+    "sgp, complete, slowmo": Problem({"base": "sgp", "topology": "complete", "tau": 4}, schedule="decay"),
+    "sgp, star, slowmo": Problem({"base": "sgp", "topology": "star", "tau": 4, "alpha": 0.9}, schedule="decay"),
+    "osgp, slowmo": Problem({"base": "sgp", "overlap": True, "tau": 5, "buffers": "reset"}, options=NESTEROV),
+    "osgp, star, slowmo, Adam": Problem(
+        {"base": "sgp", "overlap": True, "topology": "star", "tau": 3, "beta": 0.7}, base="adam", options=ADAM
+    ),
+    "osgp, slowmo, warm-up, average": Problem(
+        {"base": "sgp", "overlap": True, "tau": 4, "warmup_steps": 2, "buffers": "average"}, options={"momentum": 0.875}
+    ),
+    "dpsgd, slowmo": Problem({"base": "dpsgd", "topology": "ring", "tau": 3}, schedule="restarts"),
+    "sgp, slowmo, noaverage": Problem({"base": "sgp", "average": False, "tau": 4}, schedule="decay"),
+    "sgp, star, slowmo, noaverage": Problem(
+        {"base": "sgp", "topology": "star", "average": False, "tau": 3, "nesterov": True, "scale_by_lr": False}
+    ),
+    "osgp, star, slowmo, noaverage": Problem(
+        {"base": "sgp", "overlap": True, "topology": "star", "average": False, "tau": 4, "buffers": "reset"},
+        options=NESTEROV,
+        steps=70,
+    ),
+    "local steps between": Problem({"base": "sgp", "overlap": True, "tau": 1}),
 }

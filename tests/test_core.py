@@ -12,7 +12,7 @@ from hvd_slowmo.layout import Entry, Segment, layout
 from hvd_slowmo.ledger import AVERAGE, TRAINING, Row, complaint, oddity, verdict
 from hvd_slowmo.ops import EagerOps
 from hvd_slowmo.outer import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.schedule import block_position, plan, workers_equal
+from hvd_slowmo.schedule import plan, steps_to_meeting, workers_equal
 from hvd_slowmo_torch.fast import outer_update_
 
 OPS = EagerOps()
@@ -31,7 +31,7 @@ def test_the_schedule_is_warm_up_then_blocks_of_tau(tau, warmup):
         assert bool(now.outer) == (position == tau)
         position %= tau
         if step + 1 >= warmup:
-            assert block_position(config, step + 1) == position
+            assert steps_to_meeting(config, step + 1) == config.tau - position
 
 
 def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():

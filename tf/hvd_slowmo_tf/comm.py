@@ -33,6 +33,15 @@ class HorovodComm:
         options = {"op": self._hvd.Sum, "process_set": self._set, "ignore_name_scope": True}
         return self._hvd.allreduce(x, name=f"allreduce.{name}", **options)
 
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
+        shares = tf.boolean_mask(weights, weights > 0)
+        sent = tf.reshape(tf.cast(shares, x.dtype)[:, tf.newaxis] * x, [-1])
+        splits = tf.cast(weights > 0, tf.int32) * x.shape[0]
+        options = {"process_set": self._set, "ignore_name_scope": True}
+        came, _ = self._hvd.alltoall(sent, splits, name=f"alltoall.{name}", **options)
+        return tf.reduce_sum(tf.reshape(came, [-1, x.shape[0]]), axis=0)
+
     def wait(self, handle: Any) -> Any:
         return handle
 

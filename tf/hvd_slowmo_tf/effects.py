@@ -18,7 +18,7 @@ from hvd_slowmo.comm import Comm
 class _Started(NamedTuple):
     handle: Any
     elements: int
-    size: int  # bytes
+    size: Any  # bytes
     ready: Any  # when it could begin, s
 
 
@@ -52,17 +52,28 @@ class KeptComm:
         return tf.stack([tf.cast(self._sent, tf.float64), self._seconds.read_value()])
 
     def start_sum(self, name: str, x: Any) -> Any:
-        elements = x.shape[0]
         if self.size == 1:
-            return _Started(self._comm.start_sum(name, x), elements, 0, 0.0)
+            return _Started(self._comm.start_sum(name, x), x.shape[0], 0, 0.0)
+        x = self._own(name, x)
+        return _Started(self._comm.start_sum(name, x), x.shape[0], x.shape[0] * x.dtype.size, self._now(x))
+
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        if self.size == 1:
+            return _Started(self._comm.start_push(name, x, weights), x.shape[0], 0, 0.0)
+        x = self._own(name, x)
+        size = tf.math.count_nonzero(weights) * x.shape[0] * x.dtype.size
+        return _Started(self._comm.start_push(name, x, weights), x.shape[0], size, self._now(x))
+
+    def _own(self, name: str, x: Any) -> Any:
         # Where the slice begins is a variable: to TensorFlow x is no constant then, and like no other tensor. It begins
         # at 0, so that nothing is copied. (A tf.reshape to a variable's value is seen through: the lengths are equal.)
-        x = tf.slice(x, self._beginning(name).read_value(), tf.constant([elements], tf.int64))
-        ready: Any = 0.0
-        if self._timed:
-            with tf.control_dependencies([x]):
-                ready = tf.timestamp()
-        return _Started(self._comm.start_sum(name, x), elements, elements * x.dtype.size, ready)
+        return tf.slice(x, self._beginning(name).read_value(), tf.constant([x.shape[0]], tf.int64))
+
+    def _now(self, x: Any) -> Any:
+        if not self._timed:
+            return 0.0
+        with tf.control_dependencies([x]):
+            return tf.timestamp()
 
     def wait(self, handle: Any) -> Any:
         result = self._comm.wait(handle.handle)

@@ -26,6 +26,16 @@ class TracedOps:
         self._notes: dict[str, Note] = {}
         self._complaint = Note(lambda table: "", always=True)
 
+    holds = False
+
+    def loop(self, condition: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
+        state = tf.nest.map_structure(tf.convert_to_tensor, state)
+        result: tuple[Any, ...] = tf.while_loop(condition, body, state, parallel_iterations=1)
+        return result
+
+    def at(self, array: Any, index: Any) -> Any:
+        return tf.constant(array)[index]
+
     def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
         if not tf.is_tensor(predicate):  # fixed by the settings
             return yes() if predicate else no()
@@ -77,9 +87,9 @@ class TracedOps:
             waiting: T = tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
             return waiting
 
-    def after(self, scalar: Any, work: Callable[[], None]) -> None:
+    def after(self, scalar: Any, work: Callable[[], T]) -> T:
         with tf.control_dependencies([scalar]):
-            work()
+            return work()
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
         if topic not in self._notes:

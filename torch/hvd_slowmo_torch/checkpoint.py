@@ -5,7 +5,6 @@ Tensors, numbers, strings, lists and dicts only, so that torch.load(weights_only
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -30,19 +29,11 @@ def pack(config: SlowMoConfig, layout: Layout, comm: Comm, progress: Progress, v
     """The part under the key "slowmo": a worker's scalars and vectors. No communication."""
     return {
         "format": FORMAT,
-        "config": dataclasses.asdict(config),
+        "config": config.facts(),
         "rank": comm.rank,
         "size": comm.size,
         "common": workers_equal(config, progress.step, progress.since),
-        "progress": {
-            "step": int(progress.step),
-            "since": int(progress.since),
-            "covered": int(progress.covered),
-            "rates": progress.rates.tolist(),
-            "gamma": progress.gamma.tolist(),
-            "excluded": int(progress.excluded),
-            "observed": progress.observed.tolist(),
-        },
+        "progress": {key: np.asarray(value).tolist() for key, value in progress._asdict().items()},
         "parameters": _parameters(layout),
         "vectors": {name: [t for t in tensors if t is not None] for name, tensors in vectors.items()},
     }
@@ -63,7 +54,7 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
     saved: dict[str, Any] = state_dict[KEY]
     if saved["format"] != FORMAT:
         raise ValueError(f"the state has format {saved['format']}, this version of hvd-slowmo reads format {FORMAT}.")
-    for key, value in dataclasses.asdict(config).items():
+    for key, value in config.facts().items():
         if saved["config"].get(key) != value:
             raise ValueError(
                 f"the state was saved with {key}={saved['config'].get(key)!r}, this optimizer has {key}={value!r}. "

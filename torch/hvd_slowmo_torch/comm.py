@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,14 @@ from hvd_slowmo_torch.staging import CudaCopies, Outbox, Sum
 _PAUSE_S = 0.0002
 
 
+class Push(NamedTuple):
+    """A message under way, and others to come."""
+
+    handle: int
+    length: int
+    device: torch.device
+
+
 class HorovodComm:
     """Collectives of a Horovod process set. After Horovod's error nothing more is submitted."""
 
@@ -26,7 +34,8 @@ class HorovodComm:
         self._hvd = hvd
         self._set = process_set
         # Without NCCL, Horovod takes tensors in host memory only.
-        self._outbox = Outbox(self._submit, None if hvd.nccl_built() else CudaCopies())
+        self._host_only = not hvd.nccl_built()
+        self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
@@ -36,7 +45,20 @@ class HorovodComm:
         self._link.refuse_if_broken()
         return self._outbox.put(name, x)
 
-    def wait(self, handle: Sum) -> torch.Tensor:
+    def start_push(self, name: str, x: torch.Tensor, weights: Any) -> Push:
+        self._link.refuse_if_broken()
+        # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
+        shares = [x * float(weight) for weight in weights if weight]
+        sent = torch.cat(shares) if len(shares) > 1 else shares[0] if shares else x[:0]
+        splits = torch.tensor([len(x) if weight else 0 for weight in weights], dtype=torch.int32)
+        if self._host_only:
+            sent = sent.cpu()
+        return Push(self._hvd.alltoall_async(sent, splits, name=name, process_set=self._set), len(x), x.device)
+
+    def wait(self, handle: Sum | Push) -> torch.Tensor:
+        if isinstance(handle, Push):
+            came: torch.Tensor = self._finish(handle.handle)[0].view(-1, handle.length)
+            return (came[0] if len(came) == 1 else came.sum(dim=0)).to(handle.device)
         self._outbox.advance()
         while handle.handle is None:  # its copy to host memory is under way
             time.sleep(_PAUSE_S)
@@ -56,14 +78,14 @@ class HorovodComm:
         everything = self._finish(self._hvd.allgather_async(sent, name=name, process_set=self._set))
         return [pickle.loads(part.numpy().tobytes()) for part in torch.split(everything, lengths.tolist())]
 
-    def _finish(self, pending: int) -> torch.Tensor:
+    def _finish(self, pending: int) -> Any:
         from horovod.common.exceptions import HorovodInternalError
 
         try:
             while not self._hvd.poll(pending):
                 self._outbox.advance()
                 time.sleep(_PAUSE_S)
-            return self._hvd.synchronize(pending)  # type: ignore[no-any-return]
+            return self._hvd.synchronize(pending)
         except HorovodInternalError as error:
             raise self._link.explain(error) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.comm import Comm, MeteredComm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.gossip import Graph, ranks_of_nodes
 from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agree
 from hvd_slowmo.machine import Machine, Observed, Progress
@@ -121,6 +121,8 @@ class SlowMo(Optimizer):
         self._left: tuple[int, ...] = ()  # ranks that have left for good
         self._source = 0  # a worker that took part in the last exchange of gradients
         self._uneven = False  # whether one did not, which was in its join
+        self._graph: Graph | None = None  # over a gossip base
+        self._nodes = ranks_of_nodes(comm, node, name)
         plan = self._agreed_plan()
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
@@ -143,11 +145,14 @@ class SlowMo(Optimizer):
             check_types(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
             check_base(self.base, self.config)
+            if self.config.base != "local":
+                self._graph = Graph(self.config, self._comm.size, self._nodes)
         except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
             error = caught
-        facts = (
-            {} if plan is None else {"config": dataclasses.asdict(self.config), "parameters": plan.layout.describe()}
-        )
+        facts: dict[str, Any] = {}
+        if plan is not None:
+            topology = None if self._graph is None else self._graph.digest
+            facts = {"config": self.config.facts(), "topology": topology, "parameters": plan.layout.describe()}
         remarks = {"PyTorch": torch.__version__, "the base optimizer": type(self.base).__name__}
         try:
             agree(self._comm, self._name, facts, remarks, None if error is None else str(error))
@@ -157,7 +162,8 @@ class SlowMo(Optimizer):
         return plan
 
     def _build(self, plan: Plan) -> None:
-        self._store = TorchStore(plan, self.base, self.config.vectors)
+        vectors = self.config.vectors if self._graph is None else (*self.config.vectors, *self._graph.vectors)
+        self._store = TorchStore(plan, self.base, vectors)
         ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
         on_cpu = all(segment.device == "cpu" for segment in plan.layout.segments)
         self._machine = Machine(
@@ -170,6 +176,7 @@ class SlowMo(Optimizer):
             observe=self._observing,
             block=_CACHED if on_cpu else None,
             update=outer_update_,
+            graph=self._graph,
             divide=operator.itruediv,  # the sum is not needed any more
         )
         self._of_all = GradientMean(plan.layout, ops, self._store, self._comm, self._name)

@@ -1,0 +1,207 @@
+"""Gossip below the outer step: SGP, OSGP and D-PSGD (Assran et al. 2019, Lian et al. 2017).
+
+After a base step each worker sends shares of its parameters to some others and adds up what comes. With z the
+parameters that the model shows, x the numerators and w the push-sum weights, z = x / w:
+
+    x   <- z_new + (x - x / w)          the base step, taken on z
+    x_i <- p_ii x_i + sum_j p_ij x_j    and w likewise
+
+With overlap (OSGP) the sum is over what was sent one step before. What a worker has sent and nobody has mixed yet it
+keeps itself ("sent"): an average counts it there, and nobody waits for it, so that a state can be saved at any step.
+
+The weights follow from the graph alone: every worker computes all of them. Where they never leave 1, x is z and is not
+kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from hvd_slowmo.comm import Comm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.layout import Chunk, Layout
+from hvd_slowmo.ops import Ops
+from hvd_slowmo.pushsum import carried_over, debiased, in_flight, mixed, mixed_late, parts
+from hvd_slowmo.store import Store
+from hvd_slowmo.topology import moves_weights, topology
+
+
+class Mass(NamedTuple):
+    """Where all workers' weights are. m: number of workers."""
+
+    w: Any  # float64 (m,): push-sum weights
+    arriving: Any  # float64 (m,): weights on their way, by receiver
+    flight: Any  # int64: 1 + the number of the step whose messages nobody has mixed yet; 0: there are none
+
+
+class Graph:
+    """The topology of a configuration, for m workers.
+
+    Args:
+        config: with a gossip base.
+        size: m.
+        nodes: the ranks of each node's workers, for gradients="node".
+
+    Raises:
+        TypeError, ValueError: as `hvd_slowmo.topology.topology`.
+    """
+
+    def __init__(self, config: SlowMoConfig, size: int, nodes: Sequence[Sequence[int]] | None = None) -> None:
+        if config.gradients != "node" or size == 1:
+            nodes = None
+        self.array = topology(config.topology, size, symmetric=config.base == "dpsgd", nodes=nodes)
+        self.overlap = config.overlap
+        self.weighted = config.base == "sgp" and (config.overlap or moves_weights(self.array))
+        self.size = size
+
+    @property
+    def digest(self) -> str:
+        """Tells graphs apart, also those of functions with one name."""
+        return hashlib.sha256(self.array.tobytes()).hexdigest()[:16]
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """What is kept beside the model."""
+        return (*(["push"] if self.weighted else []), *(["sent"] if self.overlap else []))
+
+
+def ranks_of_nodes(comm: Comm, node: Comm | None, name: str) -> list[list[int]] | None:
+    """The ranks of each node's workers, None where there are no nodes. A collective of the node, then of all."""
+    if node is None:
+        return None
+    mine = node.gather(f"{name}.node", comm.rank)
+    return [ranks for ranks, _ in itertools.groupby(sorted(comm.gather(f"{name}.nodes", mine)))]
+
+
+class Gossip:
+    """The mixing of one worker."""
+
+    def __init__(
+        self, graph: Graph, config: SlowMoConfig, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str
+    ) -> None:
+        self.graph = graph
+        self._config = config
+        self._ops = ops
+        self._store = store
+        self._comm = comm
+        self._name = name
+        self._chunks = [chunk for chunk in layout.chunks if chunk.rule == "slow"]
+        self._parts = parts(graph.array)
+        self._period = len(graph.array)
+        self._departed: list[Any] | None = None  # collectives under way, where they can be kept between two steps
+
+    def rest(self) -> Mass:
+        """Every weight is 1 and nothing is on its way. Then x is z, whatever "push" holds: x - x / w is 0."""
+        ones, zeros = [1.0] * self.graph.size, [0.0] * self.graph.size
+        return Mass(self._ops.vector(ones), self._ops.vector(zeros), 0)
+
+    def mass(self, chunk: Chunk, mass: Mass) -> Any:
+        """This worker's part of the sum over all workers and messages; the sum of the weights is m."""
+        x = self._moved(chunk, mass)
+        if not self.graph.overlap:
+            return x
+        kept, _ = self._of(mass.flight - 1)
+        share = in_flight(kept[self._comm.rank, 0], 1.0)  # of what was sent
+
+        def with_flight() -> Any:
+            return x + self._store.read("sent", chunk) * self._ops.like(share, x)
+
+        return self._ops.cond(mass.flight > 0, with_flight, lambda: x)
+
+    def weight(self, mass: Mass) -> Any:
+        """This worker's push-sum weight."""
+        return mass.w[self._comm.rank]
+
+    def keep(self, block: Chunk, z: Any, w: Any) -> None:
+        """After an outer step of this worker's own, which has moved z: x follows."""
+        if self.graph.weighted:
+            self._store.write("push", block, z * self._ops.like(w, z))
+
+    def depart(self, mass: Mass, delivers: Any) -> list[Any] | None:
+        """Overlap: begin to send what the last step has set aside, if the coming one mixes it.
+
+        Returns:
+            Per chunk what came, once waited for, which can be given to `mix`; None where nothing travels ahead.
+        """
+        if not self.graph.overlap:
+            return None
+
+        def send() -> list[Any]:
+            started = [self._push(chunk, self._store.read("sent", chunk), mass.flight - 1) for chunk in self._chunks]
+            return [self._comm.wait(handle) for handle in started]
+
+        def nothing() -> list[Any]:
+            return [self._store.read("sent", chunk) * 0 for chunk in self._chunks]
+
+        return self._ops.cond((mass.flight > 0) & delivers, send, nothing)
+
+    def launch(self, mass: Mass, delivers: Any) -> None:
+        """As `depart`, where a collective can be under way between two steps: it is waited for when it is mixed."""
+        if self.graph.overlap and mass.flight > 0 and delivers:
+            sent = [(chunk, self._store.read("sent", chunk)) for chunk in self._chunks]
+            self._departed = [self._push(chunk, x, mass.flight - 1) for chunk, x in sent]
+
+    def mix(self, mass: Mass, hop: Any, came: Sequence[Any] | None = None) -> Mass:
+        """After a base step: mix with others.
+
+        Args:
+            mass: the weights before.
+            hop: the number of this step, from the end of the warm-up.
+            came: what `depart` has brought.
+        """
+        kept, sent = self._of(hop)
+        w = self._ops.reshape(mass.w, (-1, 1))
+        if self.graph.overlap:
+            w, arriving = mixed_late(kept, sent, w, self._ops.reshape(mass.arriving, (-1, 1)))
+            after = Mass(self._ops.reshape(w, (-1,)), self._ops.reshape(arriving, (-1,)), hop + 1)
+            self._mix_late(mass, after, kept[self._comm.rank, 0], came)
+            return after
+        after = mass._replace(w=self._ops.reshape(mixed(kept, sent, w), (-1,))) if self.graph.weighted else mass
+        self._mix_now(mass, after, kept[self._comm.rank, 0], hop)
+        return after
+
+    def _mix_late(self, mass: Mass, after: Mass, kept: Any, came: Sequence[Any] | None) -> None:
+        departed, self._departed = self._departed, None
+        if departed is None and came is None:
+            came = self.depart(mass, True)
+        for number, chunk in enumerate(self._chunks):
+            x = self._moved(chunk, mass)
+            arrived = came[number] if departed is None else self._comm.wait(departed[number])  # type: ignore[index]
+            self._store.write("sent", chunk, x)
+            self._show(chunk, x * self._ops.like(kept, x) + arrived, after)
+
+    def _mix_now(self, mass: Mass, after: Mass, kept: Any, hop: Any) -> None:
+        def start(chunk: Chunk) -> tuple[Any, Any]:
+            x = self._moved(chunk, mass)
+            return self._push(chunk, x, hop), x * self._ops.like(kept, x)
+
+        following = start(self._chunks[0])
+        for chunk, behind in zip(self._chunks, [*self._chunks[1:], None], strict=True):
+            handle, mine = following
+            if behind is not None:
+                following = start(behind)  # travels while this one is mixed
+            self._show(chunk, mine + self._comm.wait(handle), after)
+
+    def _show(self, chunk: Chunk, x: Any, after: Mass) -> None:
+        if self.graph.weighted:
+            self._store.write("push", chunk, x)
+            x = debiased(x, self._ops.like(self.weight(after), x))
+        self._store.write("model", chunk, x)
+
+    def _moved(self, chunk: Chunk, mass: Mass) -> Any:
+        """X after the base step that has moved the model."""
+        z = self._store.read("model", chunk)
+        if not self.graph.weighted:
+            return z
+        return carried_over(z, self._store.read("push", chunk), self._ops.like(self.weight(mass), z))
+
+    def _push(self, chunk: Chunk, x: Any, hop: Any) -> Any:
+        _, sent = self._of(hop)
+        return self._comm.start_push(f"{self._name}.push.{chunk.index}", x, sent[:, self._comm.rank])
+
+    def _of(self, hop: Any) -> tuple[Any, Any]:
+        at = hop % self._period
+        return self._ops.at(self._parts.kept, at), self._ops.at(self._parts.sent, at)
