@@ -96,7 +96,7 @@ class Gossip:
     def rest(self) -> Mass:
         """Every weight is 1 and nothing is on its way. Then x is z, whatever "push" holds: x - x / w is 0."""
         ones, zeros = [1.0] * self.graph.size, [0.0] * self.graph.size
-        return Mass(self._ops.vector(ones), self._ops.vector(zeros), 0)
+        return Mass(self._ops.vector(ones), self._ops.vector(zeros), self._ops.integer(0.0))
 
     def mass(self, chunk: Chunk, mass: Mass) -> Any:
         """This worker's part of the sum over all workers and messages; the sum of the weights is m."""

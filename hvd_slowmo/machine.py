@@ -272,7 +272,11 @@ class Machine:
     def _at_rest(self) -> dict[str, Any]:
         """The fields of `Progress` about gossip, where every weight is 1 and nothing is on its way."""
         nothing = self._ops.vector([])
-        return Mass(nothing, nothing, 0)._asdict() if self.gossip is None else self.gossip.rest()._asdict()
+        return (
+            Mass(nothing, nothing, self._ops.integer(0.0))._asdict()
+            if self.gossip is None
+            else self.gossip.rest()._asdict()
+        )
 
     def _meet(
         self,

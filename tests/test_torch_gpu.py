@@ -6,9 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import PROBLEMS
+from problems import PROBLEMS, distance
 from torch import nn
-from torch_training import distance
 
 from hvd_slowmo.comm import SoloComm, ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.gossip import Graph
 from hvd_slowmo.gradients import GradientMean
 from hvd_slowmo.machine import Machine, Observed
 from hvd_slowmo.results import Metrics, metrics_of
@@ -28,6 +29,7 @@ class Engine:
         state: its state.
         comm: the workers.
         node: those of this worker's node, for gradients="node".
+        graph: over a gossip base.
         statistics: the model's variables that are averaged beside the trained ones.
         observing: whether outer steps measure.
     """
@@ -39,6 +41,7 @@ class Engine:
         state: State,
         comm: Comm,
         node: Comm | None,
+        graph: Graph | None,
         statistics: Sequence[Any],
         observing: bool,
     ) -> None:
@@ -59,7 +62,14 @@ class Engine:
         self.ops = TracedOps(optimizer.name)
         store = TfStore(self.plan, inner, state.vectors)
         self._store = store
-        self.machine = Machine(config, self.plan.layout, self.ops, store, self.comm, optimizer.name, observe=observing)
+        self.machine = Machine(
+            config, self.plan.layout, self.ops, store, self.comm, optimizer.name, observe=observing, graph=graph
+        )
+        self.facts = {
+            "config": config.facts(),
+            "topology": None if graph is None else graph.digest,
+            "parameters": self.plan.layout.describe(),
+        }
         self.of_all = GradientMean(self.plan.layout, self.ops, store, self.comm, optimizer.name)
         self.of_node = self.of_all
         if self._node is not None:
@@ -70,6 +80,7 @@ class Engine:
             self._marks = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
         self.traces = 0
         self.step = tf.function(self._step, autograph=False)
+        self._depart = tf.function(lambda: self.machine.depart(state.read()), autograph=False)
 
     def call(self, work: Any, *arguments: Any) -> Any:
         """A traced function, with its errors and warnings in plain words."""
@@ -100,9 +111,22 @@ class Engine:
         sent, waited = self._measured.numpy().tolist()
         return metrics_of(Observed(*self.state.now.observed.tolist()), step, waited, int(sent))
 
+    def depart(self, grads: Sequence[Any]) -> Any:
+        """Over OSGP, before a step: what comes of the messages that the last one has set aside; else None.
+
+        Within a function of batches it can begin when the batch is there, and run beside forward and backward.
+        """
+        if not self.config.overlap or self.optimizer.gradient_accumulation_steps:
+            return None  # most calls are no step then, and what is sent is sent within the one that is
+        given = [x for x in getattr(tf.compat.v1.get_default_graph(), "inputs", ()) if x.dtype != tf.resource]
+        # Never without a batch: a dataset of unknown length makes a last call that has none.
+        after = given or [x for g in grads if g is not None for x in tf.nest.flatten(g, expand_composites=True)]
+        with tf.control_dependencies(after):
+            return self._depart()
+
     # In traces
 
-    def _step(self, grads: list[Any]) -> None:
+    def _step(self, grads: list[Any], came: Any = None) -> None:
         self.traces += 1
         # Everything waits for the gradients: with a dataset of unknown length there is a last call that has none.
         flat = [x for g in grads if g is not None for x in tf.nest.flatten(g, expand_composites=True)]
@@ -113,7 +137,7 @@ class Engine:
                 due = tf.equal((optimizer._iterations._value + 1) % count, 0)
                 tf.cond(due, lambda: self._accumulated_update(grads, count), lambda: self._accumulate(grads))
             else:
-                self._update(grads)
+                self._update(grads, came)
             optimizer._iterations.assign_add(1)
 
     def _accumulate(self, grads: list[Any]) -> None:
@@ -127,7 +151,7 @@ class Engine:
         for a in accumulators:
             a.assign(tf.zeros(a.shape, a.dtype))
 
-    def _update(self, grads: list[Any]) -> None:
+    def _update(self, grads: list[Any], came: Any = None) -> None:
         machine, state, optimizer = self.machine, self.state, self.optimizer
         rates = tf.reshape(tf.cast(optimizer._get_current_learning_rate(), tf.float64), [1])
         if self.comm.size == 1:  # no broadcast has taken the first anchor
@@ -137,7 +161,7 @@ class Engine:
         if self.averages_gradients and (self.comm.size > 1 or self.of_node.size > 1):
             grads, source = self._averaged(grads, rates, now)
         self.base_step(grads, rates)
-        state.write(machine.tick(state.read(), rates, source=source))
+        state.write(machine.tick(state.read(), rates, source=source, came=came))
         self.ops.cond(now.outer, self._after_outer, lambda: None)
         if optimizer.use_ema:
             self._move_average()

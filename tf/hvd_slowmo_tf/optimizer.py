@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from hvd_slowmo.comm import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.gossip import Graph
 from hvd_slowmo.results import Joined, Metrics
 from hvd_slowmo_tf.arguments import check_inner, check_settings
 from hvd_slowmo_tf.comm import workers
@@ -122,7 +122,11 @@ class SlowMo(keras.optimizers.Optimizer):
         with tf.init_scope():
             keras.optimizers.Optimizer.build(self, variables)
             inside.inner.build(variables, reset=needs_reset)
-            inside.state = State(self.add_variable, slow, self.config.vectors)
+            vectors, weights = self.config.vectors, 0
+            if self.config.base != "local":  # the graph is one of this job's workers; nothing is exchanged for that
+                inside.graph = Graph(self.config, self._connect().size, inside.nodes)
+                vectors, weights = (*vectors, *inside.graph.vectors), inside.graph.size
+            inside.state = State(self.add_variable, slow, vectors, weights)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """One step: the inner optimizer's, and the outer step where it is due.
@@ -154,9 +158,9 @@ class SlowMo(keras.optimizers.Optimizer):
         if all(g is None for g in ordered):
             raise ValueError("no gradient for any variable: all of them are None.")
         if tf.inside_function():
-            engine.step(ordered)
+            engine.step(ordered, engine.depart(ordered))
         else:
-            engine.call(engine.step, ordered)
+            engine.call(engine.step, ordered, engine.depart(ordered))
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         if self.use_ema:
@@ -183,7 +187,7 @@ class SlowMo(keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "inner_optimizer": self._inside.inner.serialized(rate),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.facts(),
             "metrics": self._observing,
         }
 
@@ -330,7 +334,14 @@ class SlowMo(keras.optimizers.Optimizer):
     def _assemble(self, statistics: Sequence[Any]) -> Engine:
         inside = self._inside
         inside.engine = Engine(
-            self, inside.inner, inside.state, self._connect(), inside.node, statistics, observing=self._observing
+            self,
+            inside.inner,
+            inside.state,
+            self._connect(),
+            inside.node,
+            inside.graph,
+            statistics,
+            observing=self._observing,
         )
         inside.join = make_join(inside.engine)
         return inside.engine
@@ -381,6 +392,8 @@ class _Inside:
         self.state: Any = None  # once built
         self.comm: Comm | None = None
         self.node: Comm | None = None
+        self.nodes: list[list[int]] | None = None  # the ranks of each node's workers
+        self.graph: Graph | None = None  # over a gossip base
         self.engine: Engine | None = None
         self.join: Any = None
         self.started = False

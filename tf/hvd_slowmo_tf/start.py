@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callabl
     facts: dict[str, Any] = {}
     try:
         engine = prepare()
-        facts = {"config": dataclasses.asdict(optimizer.config), "parameters": engine.plan.layout.describe()}
+        facts = engine.facts
     except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
         error = caught
     wrapped = getattr(optimizer.inner_optimizer, "inner_optimizer", optimizer.inner_optimizer)

@@ -8,8 +8,6 @@ from typing import Any
 from hvd_slowmo.layout import Segment
 from hvd_slowmo.machine import Observed, Progress
 
-_SHAPES = {"rates": (1,), "gamma": (1,), "observed": (len(Observed._fields),)}  # Keras has one group of parameters
-
 
 class State:
     """Made once, when the optimizer is built.
@@ -18,11 +16,21 @@ class State:
         add_variable: keras.optimizers.Optimizer's.
         segments: of parameters.
         vectors: names of what is kept beside the parameters: a flat variable per segment.
+        weights: how many push-sum weights there are: one per worker over a gossip base, else none.
     """
 
-    def __init__(self, add_variable: Callable[..., Any], segments: Sequence[Segment], vectors: Sequence[str]) -> None:
+    def __init__(
+        self, add_variable: Callable[..., Any], segments: Sequence[Segment], vectors: Sequence[str], weights: int
+    ) -> None:
+        # Keras has one group of parameters.
+        lengths = {"rates": 1, "gamma": 1, "observed": len(Observed._fields), "w": weights, "arriving": weights}
         self.scalars = [
-            add_variable(shape=_SHAPES.get(field, ()), dtype="float64" if field in _SHAPES else "int64", name=field)
+            add_variable(
+                shape=(lengths[field],) if field in lengths else (),
+                dtype="float64" if field in lengths else "int64",
+                initializer="ones" if field == "w" else "zeros",
+                name=field,
+            )
             for field in Progress._fields
         ]
         self.workers = add_variable(shape=(), dtype="int64", name="workers")  # of the job; 0 before it starts
