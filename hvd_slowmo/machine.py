@@ -271,12 +271,10 @@ class Machine:
 
     def _at_rest(self) -> dict[str, Any]:
         """The fields of `Progress` about gossip, where every weight is 1 and nothing is on its way."""
+        if self.gossip is not None:
+            return self.gossip.rest()._asdict()
         nothing = self._ops.vector([])
-        return (
-            Mass(nothing, nothing, self._ops.integer(0.0))._asdict()
-            if self.gossip is None
-            else self.gossip.rest()._asdict()
-        )
+        return Mass(nothing, nothing, self._ops.integer(0.0))._asdict()
 
     def _meet(
         self,
