@@ -10,7 +10,7 @@ BIN := .venv/bin
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-fast lint clean
+.PHONY: help setup demo bench test test-fast test-install lint clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,10 +25,13 @@ bench: setup  ## what a step costs, beside what else one could use; loopback and
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m "not install" $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-install: setup  ## run the tests that make environments of one framework each, from nothing (about ten minutes)
+	@$(BIN)/python -m pytest -m install $(ARGS)
 
 lint: setup  ## check style, format and types
 	$(BIN)/ruff check .
