@@ -124,11 +124,13 @@ class Note:
         self._told = 0
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
-            empty = tf.zeros([0, 0], tf.float64)
-            self._table = tf.Variable(empty, shape=[None, None], dtype=tf.float64, trainable=False)
+        self._table: Any = None
 
     def keep(self, table: Any) -> Any:
         """In a trace: set it aside."""
+        if self._table is None:  # of the table's shape: XLA, which may compile a worker alone, changes none
+            with tf.init_scope():
+                self._table = tf.Variable(tf.zeros(table.shape, tf.float64), trainable=False)
         return tf.group(self._table.assign(table), self._count.assign_add(1))
 
     def news(self) -> str | None:
