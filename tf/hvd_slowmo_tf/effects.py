@@ -37,6 +37,7 @@ class KeptComm:
         self.size: int = comm.size
         self.ranks: Sequence[int] = comm.ranks
         self._beginnings: dict[str, Any] = {}
+        self._spare: list[Any] = []
         with tf.init_scope():
             self._sent = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -77,8 +78,15 @@ class KeptComm:
     def gather(self, name: str, item: Any) -> list[Any]:
         return self._comm.gather(name, item)
 
+    def reserve(self, names: int) -> None:
+        """Get ready for so many: a function that makes variables in its first trace is traced twice."""
+        if self.size > 1:
+            with tf.init_scope():
+                self._spare += [tf.Variable([0], dtype=tf.int64, trainable=False) for _ in range(names)]
+
     def _beginning(self, name: str) -> Any:
         if name not in self._beginnings:
-            with tf.init_scope():
-                self._beginnings[name] = tf.Variable([0], dtype=tf.int64, trainable=False)
+            if not self._spare:
+                self.reserve(1)
+            self._beginnings[name] = self._spare.pop()
         return self._beginnings[name]

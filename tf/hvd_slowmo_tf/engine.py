@@ -11,6 +11,7 @@ import tensorflow as tf
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo.ledger import RATES
 from hvd_slowmo.machine import Machine, Observed
 from hvd_slowmo.results import Metrics, metrics_of
 from hvd_slowmo_tf.effects import KeptComm
@@ -57,7 +58,9 @@ class Engine:
         averaged = inner.buffers if config.buffers == "average" and config.tau is not None else ()
         moving = optimizer._model_variables_moving_average if optimizer.use_ema else ()
         self.plan = lay_out(self.variables, [*statistics, *moving], averaged)
-        self.ops = TracedOps(optimizer.name)
+        self.ops = TracedOps(optimizer.name, (comm.size, RATES + self.plan.layout.groups))
+        for kept in filter(None, (self.comm, self._node)):
+            kept.reserve(2 * len(self.plan.layout.chunks) + 4)
         store = TfStore(self.plan, inner, state.vectors)
         self._store = store
         self.machine = Machine(config, self.plan.layout, self.ops, store, self.comm, optimizer.name, observe=observing)
