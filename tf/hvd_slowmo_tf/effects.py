@@ -2,7 +2,8 @@
 
 TensorFlow does not know that Horovod's operations have an effect: it folds one of a constant into its first result,
 merges two of the same tensor into one, and drops one whose result nobody uses. Each of these leaves the other workers
-waiting, or alone. So here every collective's input hangs on a variable of its own, and its end on one that is counted.
+waiting, or alone. So here every collective's input hangs on a variable of its own, and a variable is given some of its
+result: to wait for the result alone is not enough, TensorFlow takes an operation for void if all that follows it waits.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class KeptComm:
         with tf.init_scope():
             self._sent = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self._result = tf.Variable(0.0, dtype=tf.float64, trainable=False)
 
     @property
     def bytes_sent(self) -> int:
@@ -69,8 +71,9 @@ class KeptComm:
         result = self._comm.wait(handle.handle)
         if self.size == 1:
             return result
+        self._result.assign(tf.cast(result[0], tf.float64))  # has an effect that TensorFlow knows, and needs the result
         with tf.control_dependencies([result]):
-            self._sent.assign_add(handle.size)  # has an effect that TensorFlow knows, and needs the result
+            self._sent.assign_add(handle.size)
             if self._timed:
                 self._seconds.assign_add(tf.timestamp() - handle.ready)
         return tf.ensure_shape(result, [handle.elements])
