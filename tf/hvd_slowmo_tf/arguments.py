@@ -19,6 +19,22 @@ def check_inner(inner: Any) -> None:
     for optimizer in (inner, wrapped):
         if hasattr(optimizer, "averaged_parameters"):  # SlowMo itself imports this module
             raise TypeError("`inner_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
+        if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+            raise TypeError(
+                "`inner_optimizer` is a MultiOptimizer, which has a learning rate for each of its optimizers. SlowMo "
+                "has one for all variables: use one SlowMo with a name of its own for each set of variables, in a loop "
+                "of your own."
+            )
+
+
+def check_together(innermost: Any, config: SlowMoConfig) -> None:
+    """Refuse what this optimizer can't do."""
+    resets = config.buffers == "reset" or config.nonfinite == "exclude"
+    if resets and isinstance(innermost, keras.optimizers.ScheduleFreeAdamW):
+        raise ValueError(
+            "ScheduleFreeAdamW keeps parameters among its buffers: they can't be reset, as buffers='reset' and "
+            "nonfinite='exclude' do. Use buffers='average'."
+        )
 
 
 def check_settings(config: Any, name: Any, process_set: Any) -> None:
@@ -31,9 +47,13 @@ def check_settings(config: Any, name: Any, process_set: Any) -> None:
         raise ValueError(f"`name` may have letters, digits, '_', '.' and '-' only. Received: {name!r}")
     if config.gradients == "node" and process_set is not None:
         raise ValueError("gradients='node' works on all ranks only: give no process_set.")
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1:
+    refuse_strategies()
+
+
+def refuse_strategies() -> None:
+    """A tf.distribute strategy has ways of its own to make variables and to run a step."""
+    if tf.distribute.has_strategy():
         raise ValueError(
-            f"SlowMo runs one process per device and not under a tf.distribute strategy. Received: one of {replicas} "
-            "replicas. Start several workers with horovodrun instead."
+            "SlowMo runs one process per device and not under a tf.distribute strategy. Received: "
+            f"{type(tf.distribute.get_strategy()).__name__}. Start several workers with horovodrun instead."
         )

@@ -2,7 +2,8 @@
 
 TensorFlow does not know that Horovod's operations have an effect: it folds one of a constant into its first result,
 merges two of the same tensor into one, and drops one whose result nobody uses. Each of these leaves the other workers
-waiting, or alone. So here every collective's input hangs on a variable of its own, and its end on one that is counted.
+waiting, or alone. So here every collective's input hangs on a variable of its own, and a variable is given some of its
+result: to wait for the result alone is not enough, TensorFlow takes an operation for void if all that follows it waits.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ class KeptComm:
         self.size: int = comm.size
         self.ranks: Sequence[int] = comm.ranks
         self._beginnings: dict[str, Any] = {}
+        self._spare: list[Any] = []
         with tf.init_scope():
             self._sent = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self._result = tf.Variable(0.0, dtype=tf.float64, trainable=False)
 
     @property
     def bytes_sent(self) -> int:
@@ -79,8 +82,9 @@ class KeptComm:
         result = self._comm.wait(handle.handle)
         if self.size == 1:
             return result
+        self._result.assign(tf.cast(result[0], tf.float64))  # has an effect that TensorFlow knows, and needs the result
         with tf.control_dependencies([result]):
-            self._sent.assign_add(handle.size)  # has an effect that TensorFlow knows, and needs the result
+            self._sent.assign_add(handle.size)
             if self._timed:
                 self._seconds.assign_add(tf.timestamp() - handle.ready)
         return tf.ensure_shape(result, [handle.elements])
@@ -88,8 +92,15 @@ class KeptComm:
     def gather(self, name: str, item: Any) -> list[Any]:
         return self._comm.gather(name, item)
 
+    def reserve(self, names: int) -> None:
+        """Get ready for so many: a function that makes variables in its first trace is traced twice."""
+        if self.size > 1:
+            with tf.init_scope():
+                self._spare += [tf.Variable([0], dtype=tf.int64, trainable=False) for _ in range(names)]
+
     def _beginning(self, name: str) -> Any:
         if name not in self._beginnings:
-            with tf.init_scope():
-                self._beginnings[name] = tf.Variable([0], dtype=tf.int64, trainable=False)
+            if not self._spare:
+                self.reserve(1)
+            self._beginnings[name] = self._spare.pop()
         return self._beginnings[name]

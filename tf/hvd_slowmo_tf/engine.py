@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph
 from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo.ledger import RATES
 from hvd_slowmo.machine import Machine, Observed
 from hvd_slowmo.results import Metrics, metrics_of
 from hvd_slowmo_tf.effects import KeptComm
@@ -59,7 +61,9 @@ class Engine:
         averaged = inner.buffers if config.buffers == "average" and config.tau is not None else ()
         moving = optimizer._model_variables_moving_average if optimizer.use_ema else ()
         self.plan = lay_out(self.variables, [*statistics, *moving], averaged)
-        self.ops = TracedOps(optimizer.name)
+        self.ops = TracedOps(optimizer.name, (comm.size, RATES + self.plan.layout.groups))
+        for kept in filter(None, (self.comm, self._node)):
+            kept.reserve(3 * len(self.plan.layout.chunks) + 4)
         store = TfStore(self.plan, inner, state.vectors)
         self._store = store
         self.machine = Machine(
@@ -79,7 +83,8 @@ class Engine:
             self._measured = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
             self._marks = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
         self.traces = 0
-        self.step = tf.function(self._step, autograph=False)
+        # The rows of an embedding's gradient are as many as the batch has: one trace for all numbers of them.
+        self.step = tf.function(self._step, autograph=False, reduce_retracing=True)
         self._depart = tf.function(lambda: self.machine.depart(state.read()), autograph=False)
 
     def call(self, work: Any, *arguments: Any) -> Any:
@@ -138,6 +143,8 @@ class Engine:
                 tf.cond(due, lambda: self._accumulated_update(grads, count), lambda: self._accumulate(grads))
             else:
                 self._update(grads, came)
+            if optimizer.use_ema:  # like Keras, after each call and not after each update only
+                self.move_average()
             optimizer._iterations.assign_add(1)
 
     def _accumulate(self, grads: list[Any]) -> None:
@@ -153,59 +160,85 @@ class Engine:
 
     def _update(self, grads: list[Any], came: Any = None) -> None:
         machine, state, optimizer = self.machine, self.state, self.optimizer
-        rates = tf.reshape(tf.cast(optimizer._get_current_learning_rate(), tf.float64), [1])
+        rates = tf.reshape(keras.ops.cast(optimizer._get_current_learning_rate(), "float64"), [1])
         if self.comm.size == 1:  # no broadcast has taken the first anchor
             tf.cond(tf.equal(state.read().step, 0), machine.take_anchor, lambda: None)
         now = machine.plan(state.read())
         source: Any = 0
         if self.averages_gradients and (self.comm.size > 1 or self.of_node.size > 1):
-            grads, source = self._averaged(grads, rates, now)
-        self.base_step(grads, rates)
+            own, (grads, counts, source) = grads, self._averaged(grads, rates, now)
+            self.counted_base_step(own, grads, counts, rates)
+        else:
+            self.base_step(grads, rates)
         state.write(machine.tick(state.read(), rates, source=source, came=came))
-        self.ops.cond(now.outer, self._after_outer, lambda: None)
-        if optimizer.use_ema:
-            self._move_average()
+        self.ops.cond(now.outer, self.after_outer, lambda: None)
 
     def base_step(self, grads: list[Any], rates: Any) -> None:
         """The inner optimizer's step at these rates."""
         self.inner.set_rate(rates[0])
         self.inner.optimizer.apply(grads, self.variables)
 
+    def counted_base_step(self, own: list[Any], grads: list[Any], counts: Any, rates: Any) -> None:
+        """The same with averaged gradients. A variable that has none on any worker stays as it is, as it would alone.
+
+        own: this worker's gradients; whether there is one for a variable is known here only where it is not None.
+        counts: how many workers have one, (variables,).
+        """
+        open_ = [number for number, g in enumerate(own) if g is None]
+        nothing = {number: tf.equal(counts[number], 0) for number in open_}
+
+        def copy(number: int) -> Any:
+            values = tf.reshape(self.variables[number].value, [-1])
+            return tf.cond(nothing[number], lambda: tf.identity(values), lambda: values[:0])
+
+        def restore(number: int) -> None:
+            v = self.variables[number]
+            tf.cond(nothing[number], lambda: v.assign(tf.reshape(before[number], v.shape)), lambda: v.value)
+
+        before = {number: copy(number) for number in open_}
+        self.base_step(grads, rates)
+        for number in open_:
+            restore(number)
+
     def exchange(self, exchange: GradientMean, grads: list[Any], live: int, leaving: Any, rates: Any) -> Any:
-        """Gradients averaged over the workers, dense and one for each variable; and who took part."""
+        """Gradients averaged over the workers, dense and one for each variable; how many have each; who took part."""
         self._store.set_gradients(grads)
         exchange.send_rest(live, leaving, rates)
         attendance = exchange.finish()
-        return self._store.gradients(), attendance
+        return self._store.gradients(), self._store.counts, attendance
 
-    def _averaged(self, grads: list[Any], rates: Any, now: Any) -> tuple[list[Any], Any]:
+    def _averaged(self, grads: list[Any], rates: Any, now: Any) -> tuple[list[Any], Any, Any]:
         own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
 
         def over(exchange: GradientMean) -> Any:
-            averaged, attendance = self.exchange(exchange, own, 1, 0, rates)
-            return averaged, attendance.source
+            averaged, counts, attendance = self.exchange(exchange, own, 1, 0, rates)
+            return averaged, counts, attendance.source
 
         def local() -> Any:
             dense = [tf.zeros(v.shape, v.dtype) if g is None else g for g, v in zip(own, self.variables, strict=True)]
-            return dense, tf.constant(0, tf.int64)
+            counts = tf.constant([float(g is not None) for g in own], tf.float64)
+            return dense, counts, tf.constant(0, tf.int64)
 
         def average() -> Any:
             return self.ops.cond(now.all_gradients, lambda: over(self.of_all), lambda: over(self.of_node))
 
-        averaged, source = self.ops.cond(now.average_gradients, average, local)
-        return list(averaged), source
+        averaged, counts, source = self.ops.cond(now.average_gradients, average, local)
+        return list(averaged), counts, source
 
-    def _after_outer(self) -> None:
-        for v in self.variables:
-            if v.constraint is not None:
-                v.assign(v.constraint(v))
+    def after_outer(self) -> None:
+        """Constraints and measurements, of every worker that an outer step has changed."""
+        # The inner optimizer's step has applied the constraints; averages and momentum may lead out of them again.
+        if self.comm.size > 1 or self.config.vectors:
+            for v in self.variables:
+                if v.constraint is not None:
+                    v.assign(v.constraint(v))
         if self._observing:
             totals = self.comm.counters if self._node is None else self.comm.counters + self._node.counters
             self._measured.assign(totals - self._marks)
             self._marks.assign(totals)
             self._measured_at.assign(self.state.read().step)
 
-    def _move_average(self) -> None:
+    def move_average(self) -> None:
         """The moving average of the weights (use_ema), of what the outer step has left."""
         optimizer = self.optimizer
         optimizer._update_model_variables_moving_average(self.variables)

@@ -19,10 +19,10 @@ def make_join(engine: Engine) -> Callable[[Any], Any]:
         optimizer, state = engine.optimizer, engine.state
         start = (tf.constant(False), tf.constant(False), tf.zeros([engine.comm.size], tf.float64))
         once = _Once(engine, leaving)
-        _, _, left = tf.while_loop(lambda over, *_: ~over, once.take_part, start, parallel_iterations=1)
         # Micro-batches that wait for an update stay this worker's own.
         count = optimizer.gradient_accumulation_steps or 1
         waiting = optimizer._iterations._value % count
+        _, _, left = tf.while_loop(lambda over, *_: ~over, once.take_part, start, parallel_iterations=1)
         optimizer._iterations.assign(state.read().step * count + waiting)
         return left
 
@@ -52,19 +52,23 @@ class _Once:
     def _meet(self, node_done: Any) -> Any:
         after, over, left = self._engine.machine.idle(self._engine.state.read(), self._leaving)
         self._engine.state.write(after)
+        self._engine.ops.cond(over, lambda: None, self._after_outer)
         return over, node_done, left
 
     def _exchange(self, now: Any, left: Any) -> Any:
         engine = self._engine
         return engine.ops.cond(
-            now.all_gradients, lambda: self._follow(engine.of_all, left), lambda: self._follow(engine.of_node, left)
+            now.all_gradients,
+            lambda: self._follow(engine.of_all, now, left),
+            lambda: self._follow(engine.of_node, now, left),
         )
 
-    def _follow(self, exchange: GradientMean, left: Any) -> Any:
+    def _follow(self, exchange: GradientMean, now: Any, left: Any) -> Any:
         """Give zeros, and take the step that the others take, with their gradients and their rates."""
         engine = self._engine
         nothing: list[Any] = [None] * len(engine.variables)
-        averaged, attendance = engine.exchange(exchange, nothing, 0, self._leaving, tf.zeros([1], tf.float64))
+        rates = tf.zeros([1], tf.float64)
+        averaged, counts, attendance = engine.exchange(exchange, nothing, 0, self._leaving, rates)
 
         def done() -> Any:
             if exchange is engine.of_all:
@@ -73,9 +77,23 @@ class _Once:
             return tf.constant(False), tf.constant(True), left
 
         def step() -> Any:
-            engine.base_step(averaged, attendance.rates)
+            engine.counted_base_step(nothing, averaged, counts, attendance.rates)
             after = engine.machine.tick(engine.state.read(), attendance.rates, live=0, source=attendance.source)
             engine.state.write(after)
+            engine.ops.cond(now.outer, engine.after_outer, lambda: None)
+            self._move_average()
             return tf.constant(False), tf.constant(False), left
 
         return tf.cond(tf.equal(attendance.live, 0), done, step)
+
+    def _after_outer(self) -> None:
+        self._engine.after_outer()
+        self._move_average()
+
+    def _move_average(self) -> None:
+        """As the others do in the step that this worker takes along."""
+        optimizer = self._engine.optimizer
+        if optimizer.use_ema:
+            count = optimizer.gradient_accumulation_steps or 1
+            optimizer._iterations.assign(self._engine.state.read().step * count - 1)
+            self._engine.move_average()

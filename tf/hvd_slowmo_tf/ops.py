@@ -19,12 +19,19 @@ logger = logging.getLogger("hvd_slowmo")
 
 
 class TracedOps:
-    """Scalars are tensors, or Python numbers where the settings alone decide."""
+    """Scalars are tensors, or Python numbers where the settings alone decide.
 
-    def __init__(self, name: str) -> None:
+    All variables are made here: a function that makes some in its first trace is traced twice.
+
+    Args:
+        name: of the optimizer, for messages.
+        table: the shape of the workers' table that `refuse` and `warn` are given.
+    """
+
+    def __init__(self, name: str, table: tuple[int, int]) -> None:
         self.name = name
-        self._notes: dict[str, Note] = {}
-        self._complaint = Note(lambda table: "", always=True)
+        self._notes = {topic: Note(table) for topic in ("rates", "excluded")}
+        self._complaint = Note(table)
 
     holds = False
 
@@ -76,7 +83,7 @@ class TracedOps:
         return tf.reshape(scalars, shape)
 
     def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str], guarded: T) -> T:
-        self._complaint.describe = describe
+        self._complaint.describe, self._complaint.always = describe, True
         words = f"{self.name}: the workers can't go on; a row per worker (see hvd_slowmo/ledger.py):"
 
         def fail() -> Any:
@@ -92,9 +99,9 @@ class TracedOps:
             return work()
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
-        if topic not in self._notes:
-            self._notes[topic] = Note(describe, always)
-        tf.cond(odd, lambda: self._notes[topic].keep(table), tf.no_op)
+        note = self._notes[topic]
+        note.describe, note.always = describe, always
+        tf.cond(odd, lambda: note.keep(table), tf.no_op)
 
     def tell(self) -> None:
         """Log what has been worth a warning since the last time."""
@@ -126,16 +133,18 @@ class TracedOps:
 
 
 class Note:
-    """A table that a trace has set aside, and how to put it into words."""
+    """A table that a trace has set aside, and how to put it into words.
 
-    def __init__(self, describe: Callable[[Any], str], always: bool) -> None:
-        self.describe = describe
-        self._always = always
+    It has a fixed shape: XLA, which may compile a worker alone, changes none.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.describe: Callable[[Any], str] = str
+        self.always = False
         self._told = 0
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
-            empty = tf.zeros([0, 0], tf.float64)
-            self._table = tf.Variable(empty, shape=[None, None], dtype=tf.float64, trainable=False)
+            self._table = tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
 
     def keep(self, table: Any) -> Any:
         """In a trace: set it aside."""
@@ -144,7 +153,7 @@ class Note:
     def news(self) -> str | None:
         """The words for the last table, if there is one that was not told; only the first, unless always."""
         count = int(self._count.numpy())
-        if count == self._told or (self._told and not self._always):
+        if count == self._told or (self._told and not self.always):
             return None
         self._told = count
         return self.describe(self._table.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from hvd_slowmo.comm import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph
 from hvd_slowmo.results import Joined, Metrics
-from hvd_slowmo_tf.arguments import check_inner, check_settings
+from hvd_slowmo_tf.arguments import check_inner, check_settings, check_together, refuse_strategies
 from hvd_slowmo_tf.comm import workers
 from hvd_slowmo_tf.engine import Engine
 from hvd_slowmo_tf.inner import Inner
@@ -67,6 +68,7 @@ class SlowMo(keras.optimizers.Optimizer):
         check_settings(config, name, process_set)
         check_inner(inner_optimizer)
         inner = Inner(inner_optimizer)
+        check_together(inner.innermost, config)
         keras.optimizers.Optimizer.__init__(self, name=name, **inner.taken)
         self.inner_optimizer = inner_optimizer
         self.config = config
@@ -98,12 +100,17 @@ class SlowMo(keras.optimizers.Optimizer):
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: Any) -> None:
-        if hasattr(self, "_inside"):  # and Keras' own constructor has set it to None
+        """Keras' own constructor sets it; see __setattr__."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Only a scaler around this optimizer does that, with None: Keras lets no setter see what changes nothing.
+        if name == "loss_scale_factor" and "_inside" in self.__dict__:
             raise ValueError(
                 "a LossScaleOptimizer around SlowMo would skip whole steps on one worker alone (compile() makes one "
                 "under 'mixed_float16'). Put it within: "
                 "SlowMo(keras.optimizers.LossScaleOptimizer(inner_optimizer), config)"
             )
+        super().__setattr__(name, value)
 
     def scale_loss(self, loss: Any) -> Any:
         return self._inside.inner.optimizer.scale_loss(loss)
@@ -174,6 +181,13 @@ class SlowMo(keras.optimizers.Optimizer):
             store[str(number)] = v.numpy()
 
     def load_own_variables(self, store: Any) -> None:
+        if not self.built:  # weights may well be loaded for another training than the one that they come from
+            warnings.warn(
+                "SlowMo's part of the file is not loaded: this optimizer has no variables yet. To resume that "
+                "training, call optimizer.build(model.trainable_variables) first.",
+                stacklevel=2,
+            )
+            return
         if len(store.keys()) != len(self._variables):
             raise ValueError(
                 f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(self._variables)}. "
@@ -356,6 +370,7 @@ class SlowMo(keras.optimizers.Optimizer):
 
     def _ready(self) -> Engine:
         """The engine, where all is well for a trace or a call of one."""
+        refuse_strategies()
         inside = self._inside
         with tf.init_scope():
             comm = self._connect()
@@ -401,5 +416,10 @@ class _Inside:
         self.left: tuple[int, ...] = ()  # ranks that have left for good
 
 
+@keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")
 class _ScaledSlowMo(SlowMo, keras.optimizers.LossScaleOptimizer):
     """SlowMo around a LossScaleOptimizer. To Keras it is one, so that compile() does not wrap another around it."""
+
+    # A scaler's are its inner optimizer's. SlowMo has its own, as around any other.
+    learning_rate = keras.optimizers.Optimizer.learning_rate
+    iterations = keras.optimizers.Optimizer.iterations
