@@ -16,7 +16,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.results import Joined, Metrics
 from hvd_slowmo_tf.arguments import check_inner, check_settings
 from hvd_slowmo_tf.comm import workers
-from hvd_slowmo_tf.engine import Engine
+from hvd_slowmo_tf.engine import Engine, once
 from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.joining import make_join
 from hvd_slowmo_tf.start import start
@@ -272,7 +272,7 @@ class SlowMo(keras.optimizers.Optimizer):
         own = [v.numpy() for v in held]
         self._inside.averaging = True
         try:
-            engine.call(tf.function(lambda: engine.machine.average(engine.state.read()), autograph=False))
+            engine.call(once(lambda: engine.machine.average(engine.state.read())))
             yield
         finally:
             self._inside.averaging = False
