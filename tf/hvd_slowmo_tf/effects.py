@@ -15,6 +15,9 @@ import tensorflow as tf
 from hvd_slowmo.comm import Comm
 
 
+_PLACES = 1024  # so many names: 16 GiB of parameters. The same tensor under two names so far apart does not occur.
+
+
 class _Started(NamedTuple):
     handle: Any
     elements: int
@@ -36,8 +39,10 @@ class KeptComm:
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.ranks: Sequence[int] = comm.ranks
-        self._beginnings: dict[str, Any] = {}
+        # All variables are made here: a trace that makes one is thrown away and made again.
+        self._places: dict[str, int] = {}
         with tf.init_scope():
+            self._beginnings = tf.Variable([0] * _PLACES, dtype=tf.int64, trainable=False)
             self._sent = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
 
@@ -57,7 +62,7 @@ class KeptComm:
             return _Started(self._comm.start_sum(name, x), elements, 0, 0.0)
         # Where the slice begins is a variable: to TensorFlow x is no constant then, and like no other tensor. It begins
         # at 0, so that nothing is copied. (A tf.reshape to a variable's value is seen through: the lengths are equal.)
-        x = tf.slice(x, self._beginning(name).read_value(), tf.constant([elements], tf.int64))
+        x = tf.slice(x, self._beginning(name), tf.constant([elements], tf.int64))
         ready: Any = 0.0
         if self._timed:
             with tf.control_dependencies([x]):
@@ -78,7 +83,6 @@ class KeptComm:
         return self._comm.gather(name, item)
 
     def _beginning(self, name: str) -> Any:
-        if name not in self._beginnings:
-            with tf.init_scope():
-                self._beginnings[name] = tf.Variable([0], dtype=tf.int64, trainable=False)
-        return self._beginnings[name]
+        """In a trace: zero, as a tensor that no other name has."""
+        place = self._places.setdefault(name, len(self._places)) % _PLACES
+        return self._beginnings.read_value()[place : place + 1]

@@ -17,12 +17,16 @@ T = TypeVar("T")
 
 logger = logging.getLogger("hvd_slowmo")
 
+_TOPICS = 4  # that the core warns of, at most
+
 
 class TracedOps:
     """Scalars are tensors, or Python numbers where the settings alone decide."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        # Made before the first trace: one that makes a variable is thrown away and made again.
+        self._spare = [Note(lambda table: "") for _ in range(_TOPICS)]
         self._notes: dict[str, Note] = {}
         self._complaint = Note(lambda table: "", always=True)
 
@@ -83,7 +87,8 @@ class TracedOps:
 
     def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
         if topic not in self._notes:
-            self._notes[topic] = Note(describe, always)
+            self._notes[topic] = self._spare.pop()
+        self._notes[topic].describe, self._notes[topic].always = describe, always
         tf.cond(odd, lambda: self._notes[topic].keep(table), tf.no_op)
 
     def tell(self) -> None:
@@ -118,9 +123,9 @@ class TracedOps:
 class Note:
     """A table that a trace has set aside, and how to put it into words."""
 
-    def __init__(self, describe: Callable[[Any], str], always: bool) -> None:
+    def __init__(self, describe: Callable[[Any], str], always: bool = False) -> None:
         self.describe = describe
-        self._always = always
+        self.always = always
         self._told = 0
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -134,7 +139,7 @@ class Note:
     def news(self) -> str | None:
         """The words for the last table, if there is one that was not told; only the first, unless always."""
         count = int(self._count.numpy())
-        if count == self._told or (self._told and not self._always):
+        if count == self._told or (self._told and not self.always):
             return None
         self._told = count
         return self.describe(self._table.numpy())
