@@ -263,5 +263,3 @@ def still() -> dict[str, Any]:
     errors = {"": y - model.predict(x, verbose=0)}
     errors["val_"] = options["validation_data"][1] - model.predict(options["validation_data"][0], verbose=0)
     return {"history": history.history, "errors": errors}
-
-

@@ -207,9 +207,7 @@ def test_a_resume_from_own_files_is_the_run_without_a_stop(keras_workers, tmp_pa
 @workers
 @slow
 def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
-    results = keras_workers(2).run(
-        "keras_fit_jobs:resumes", folder=str(tmp_path), stop=True, everyone=False, limit=90
-    )
+    results = keras_workers(2).run("keras_fit_jobs:resumes", folder=str(tmp_path), stop=True, everyone=False, limit=90)
     alike(results, "weights", "vectors")
     assert [result["steps"] for result in results] == [20, 20]
     assert any("begin at different epochs: rank 0 at 2, rank 1 at 0" in line for line in results[0]["log"])

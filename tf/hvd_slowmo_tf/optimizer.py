@@ -252,8 +252,9 @@ class SlowMo(keras.optimizers.Optimizer):
             return Joined(0, engine.comm.ranks if leaving else ())
         before = self.steps
         leavers = engine.call(self._inside.join, tf.constant(float(leaving), tf.float64)).numpy()
-        self._inside.left = tuple(rank for rank, gone in zip(engine.comm.ranks, leavers, strict=True) if gone)
-        return Joined(self.steps - before, self._inside.left)
+        left = tuple(rank for rank, gone in zip(engine.comm.ranks, leavers, strict=True) if gone)
+        self._inside.left = left if len(left) < engine.comm.size else ()  # all at once: nobody is missing
+        return Joined(self.steps - before, left)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
