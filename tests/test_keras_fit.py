@@ -43,7 +43,7 @@ def slowmo():
 
 def test_another_optimizer_is_refused():
     x = np.zeros((8, 4), np.float32)
-    with pytest.raises(TypeError, match="compiled with SlowMo. Its optimizer is: SGD"):
+    with pytest.raises(TypeError, match=r"compiled with SlowMo\. Its optimizer is: SGD"):
         model_of("sgd").fit(x, x[:, :1], verbose=0, callbacks=[SlowMoCallback()])
 
 
@@ -230,7 +230,7 @@ def test_different_rates_are_a_warning(keras_workers):
     first, second = keras_workers(2).run("keras_fit_jobs:warns", limit=90)
     said = [line for line in first if line.startswith("WARNING") and "learning rate" in line]
     assert len(said) == 1, first
-    assert not [line for line in second if "WARNING" in line and "INFO" not in line] or second
+    assert len([line for line in second if "learning rate" in line]) == 1
 
 
 @workers

@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from hvd_slowmo.comm import Comm
 
-
-_PLACES = 1024  # so many names: 16 GiB of parameters. The same tensor under two names so far apart does not occur.
+# Names that have a place of their own: 16 GiB of parameters. No tensor is sent under two names so far apart.
+_PLACES = 1024
 
 
 class _Started(NamedTuple):
