@@ -223,8 +223,8 @@ def fails() -> str:
 def refused(kind: str) -> str:
     """What fit raises on this worker."""
     odd = hvd.rank() == 1
-    model = compiled("unbuilt" if kind in ("unbuilt", "eager") else "sequential", run_eagerly=kind == "eager")
-    arguments = source("dataset", 0 if odd and kind == "unbuilt" else 5)
+    model = compiled()
+    arguments = source("dataset", 5)
     if kind == "nan" and odd:
         x, y = data(5)
         x[9] = np.nan

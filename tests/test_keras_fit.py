@@ -96,6 +96,8 @@ TRAININGS = {
     "unknown length, executions of 3": ([7, 5, 6], {"data_kind": "unknown", "steps_per_execution": 3}),
     "unbuilt": ([4, 3, 5], {"model_kind": "unbuilt", "data_kind": "unknown"}),
     "unbuilt, executions of 3": ([6, 3, 6], {"model_kind": "unbuilt", "steps_per_execution": 3}),
+    "unbuilt, none": ([3, 0, 2], {"model_kind": "unbuilt", "data_kind": "dataset"}),
+    "unbuilt, eager": ([2, 3, 2], {"model_kind": "unbuilt", "data_kind": "dataset", "run_eagerly": True}),
     "subclassed": ([4, 3, 5], {"model_kind": "subclassed"}),
     "functional": ([4, 3, 5], {"model_kind": "functional"}),
     "several fits": ([4, 5, 3], {"fits": 2}),
@@ -143,8 +145,6 @@ def test_metrics_are_means_over_all_samples(keras_workers):
 REFUSED = {
     "nan": "ValueError: slowmo: parameters or BatchNorm statistics are not finite (NaN or infinity) on rank 1",
     "tau": "ValueError: slowmo: rank 1 differs from rank 0: config: tau: it has 5 where 3 is expected",
-    "unbuilt": "there are no variables: the model is not built.",
-    "eager": "is not built. Call it on a batch of data before fit(run_eagerly=True).",
     "no callback": "2 workers, and they have not been brought to one start. Give fit() a SlowMoCallback()",
 }
 
