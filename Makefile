@@ -1,10 +1,14 @@
 # Needs Python >= 3.10 with venv, a C++ compiler, make, and the package index; everything else goes into .venv and the user's cache.
+#   make demo FRAMEWORK=tf       trains with Keras instead of PyTorch
 #   make demo ARGS="--help"      hands options to the example
 #   make test-fast ARGS="-k ..." hands options to pytest
 #   make setup PYTHON=python3.12 sets .venv up with another Python
 
 PYTHON ?= python3
 ARGS ?=
+FRAMEWORK ?= torch
+DEMO_torch := examples/digits_torch.py
+DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
 # The launcher imports TensorFlow where it is installed, which has much to say about itself.
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
@@ -18,8 +22,9 @@ help:  ## say what there is
 setup:  ## set .venv up: packages, this checkout, Horovod (minutes the first time, then nothing)
 	@$(PYTHON) tools/setup_venv.py
 
-demo: setup  ## train a classifier with SlowMo on four workers of this machine
-	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python examples/digits_torch.py $(ARGS)
+demo: setup  ## train a classifier with SlowMo on four workers of this machine; FRAMEWORK=tf: with Keras
+	$(if $(DEMO_$(FRAMEWORK)),,$(error FRAMEWORK is "$(FRAMEWORK)"; it must be torch or tf))
+	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python $(DEMO_$(FRAMEWORK)) $(ARGS)
 
 bench: setup  ## what a step costs, beside what else one could use; loopback and 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)

@@ -10,25 +10,19 @@ time of a step, and the median of its ratio to no communication in the same roun
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import horovod.torch as hvd
 import torch
 import torch.distributed as dist
+import turns
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
-TAU = 12
-Step = Callable[[], None]
+TAU = turns.TAU
 
 
 def network() -> nn.Module:
@@ -37,7 +31,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 4032), nn.ReLU(), nn.Linear(4032, 74))
 
 
-def training(wrap: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]) -> Step:
+def training(wrap: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]) -> turns.Step:
     model = network()
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True))
     x, y = torch.randn(32, 2048), torch.randint(74, (32,))
@@ -69,49 +63,15 @@ METHODS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Opti
 }
 
 
-def measure(steps: dict[str, Step], rounds: int, count: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):  # the first round warms up
-        for name, step in steps.items():
-            hvd.barrier()
-            started = time.perf_counter()
-            for _ in range(count):
-                step()
-            hvd.barrier()
-            if number:
-                times[name].append((time.perf_counter() - started) / count)
-            if hvd.rank() == 0 and sys.stderr.isatty():
-                print(f"\rround {number} of {rounds}: {name:32}", end="", file=sys.stderr)
-    return times
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=TAU, help="steps per method and round (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--label", default="loopback", help="what to call this network (default: %(default)s)")
+    parser = turns.options(__doc__, METHODS)
     parser.add_argument("--store", default=None, help="a new file for PyTorch's process group (default: a local port)")
-    parser.add_argument("--out", type=Path, help="append the figures to this file, a line of JSON each")
     args = parser.parse_args()
     hvd.init()
     torch.set_num_threads(1)
     where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
     dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
-    names = ["no communication", *(name for name in args.methods if name != "no communication")]
-    times = measure({name: training(METHODS[name]) for name in names}, args.rounds, args.steps)
-    if hvd.rank() == 0:
-        print(
-            f"\n{args.label}, {hvd.size()} workers, tau = {TAU}; median of {args.rounds} rounds of {args.steps} steps"
-        )
-        for name, seconds in times.items():
-            ratios = [a / b for a, b in zip(seconds, times["no communication"], strict=True)]
-            ratio, median = statistics.median(ratios), statistics.median(seconds)
-            print(f"  {name:30} {1e3 * median:8.1f} ms per step   {ratio:6.2f} x", flush=True)
-            if args.out:
-                with args.out.open("a") as file:
-                    row = {"network": args.label, "workers": hvd.size(), "method": name, "s": median, "ratio": ratio}
-                    file.write(json.dumps(row) + "\n")
+    turns.run(hvd, args, lambda name: training(METHODS[name]), hvd.barrier)
     dist.destroy_process_group()
 
 

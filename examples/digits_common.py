@@ -11,6 +11,8 @@ standard deviation:
     --buffers maintain --shards random          -            98.3 ± 0.4    97.5 ± 1.0
     --lr 0.1                                    -            87.0 ± 22.5   89.4 ± 6.8
 
+digits_keras.py, 15 seeds:                      98.4 ± 0.6   96.0 ± 0.8   97.2 ± 1.0
+
 So SlowMo is no free lunch: where the momentum is kept at every average and the shares are random, it loses; at twice
 the learning rate both are unstable. The defaults' learning rate and beta were chosen on seeds 0 to 9, which are among
 the defaults' seeds; the second line has seeds that were not.
@@ -48,12 +50,12 @@ STYLES = {
 }
 
 
-def parse(description: str | None, rank: int = 0, arguments: Sequence[str] | None = None) -> Namespace:
-    """The options, the same in every framework. The help is printed on rank 0 only."""
+def parse(description: str | None, rank: int = 0, arguments: Sequence[str] | None = None, seeds: int = 15) -> Namespace:
+    """The options, the same in every framework but for the default of --seeds. The help is printed on rank 0 only."""
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    add("--seeds", type=int, default=15, help="number of runs of each method, each with a seed of its own")
+    add("--seeds", type=int, default=seeds, help="number of runs of each method, each with a seed of its own")
     add("--first-seed", type=int, default=0, help="the seed of the first run; the next ones follow it")
     add("--epochs", type=int, default=10, help="passes of every worker over its share of the training data")
     add("--batch-size", type=int, default=8, help="images per worker and step")

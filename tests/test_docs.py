@@ -33,6 +33,7 @@ namespace = {"__name__": "__main__"}
 for line, code in parts:
     exec(compile("\\n" * line + code, page, "exec"), namespace)
 """
+KERAS_OWN = "ignore:__array__ implementation doesn't accept:DeprecationWarning"  # NumPy of Keras, when it saves
 HOROVODS_OWN = ("horovod/", "CMakeLists.txt")  # files in Horovod's sources, which a page may name
 
 
@@ -78,7 +79,7 @@ def help_of(capsys, *arguments):
 def test_python_code_runs(page, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HOROVOD_")}
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN],
+        [sys.executable, "-W", "error", "-W", KERAS_OWN, "-c", RUN],
         input=json.dumps([str(page), python_blocks(page)]),
         cwd=tmp_path,
         env=environment,
@@ -99,11 +100,31 @@ def test_a_block_that_does_not_run_says_why(page):
             assert re.match(r"# \w.{9,}", code), f"line {line}: the first line must be a comment with the reason"
 
 
-def test_the_readme_adds_the_same_lines_as_the_example():
-    _, code = python_blocks(README)[0]
-    example = (ROOT / "examples" / "minimal_torch.py").read_text("utf-8")
-    assert marked(code)
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_the_readme_adds_the_same_lines_as_the_example(framework):
+    import_line = {"torch": "import torch\n", "keras": "import keras\n"}[framework]
+    code = next(code for _, code in python_blocks(README) if marked(code) and import_line in code)
+    example = (ROOT / "examples" / f"minimal_{framework}.py").read_text("utf-8")
     assert marked(code) == marked(example)
+
+
+def test_the_pages_of_the_adapters_have_the_same_order_of_topics():
+    pages = [(ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("pytorch", "keras")]
+    torch, keras = ([line[3:] for line in page.splitlines() if line.startswith("## ")] for page in pages)
+    common = [topic for topic in torch if topic in keras]
+    assert len(common) >= len(torch) - 2, set(torch) - set(keras)
+    assert [topic for topic in keras if topic in torch] == common
+
+
+def test_the_table_of_both_adapters_has_every_method():
+    from hvd_slowmo.torch import SlowMo
+
+    text = (ROOT / "docs" / "keras.md").read_text("utf-8")
+    table = text[text.index("## Both adapters") :]
+    for name in vars(SlowMo):
+        own = not name.startswith("_") and not hasattr(SlowMo.__mro__[1], name)
+        if own and name not in ("over", "base", "param_groups", "state", "defaults", "config"):
+            assert re.search(rf"`{name}\b", table), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

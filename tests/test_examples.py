@@ -84,27 +84,19 @@ def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: py
     assert [run["accuracy"][-1] for run in results["runs"]] == [run.accuracy[-1] for run in runs]
 
 
-@pytest.mark.slow
-@pytest.mark.workers
-def test_quick_run_under_horovodrun(tmp_path: Path) -> None:
+def horovodrun(workers: int, *command: str | Path) -> str:
+    """What a job prints."""
     launcher = shutil.which("horovodrun", path=Path(sys.executable).parent)
     assert launcher, "horovodrun is not beside this Python"
-    command = [
-        launcher,
-        "-np",
-        "4",
-        sys.executable,
-        ROOT / "examples" / "digits_torch.py",
-        "--quick",
-        "--out",
-        tmp_path,
-        "--logdir",
-        tmp_path / "logs",
-    ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), str(ROOT / "tf"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        [launcher, "-np", str(workers), sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     ) as job:
         try:
             output, _ = job.communicate(timeout=180)
@@ -112,9 +104,29 @@ def test_quick_run_under_horovodrun(tmp_path: Path) -> None:
             job.terminate()  # not kill: horovodrun then ends its workers
             output, _ = job.communicate()
     assert job.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+@pytest.mark.parametrize("name", ["digits_torch", "digits_keras"])
+def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
+    script = ROOT / "examples" / f"{name}.py"
+    output = horovodrun(4, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")
     line = re.search(r"slowmo +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
     assert float(line[1]) > 80
-    assert (tmp_path / "digits_torch.png").read_bytes().startswith(PNG)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
     assert list((tmp_path / "logs" / "slowmo-0").iterdir()), "nothing for TensorBoard"
-    assert len(json.loads((tmp_path / "digits_torch.json").read_text(encoding="utf-8"))["runs"]) == 1
+    assert len(json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["runs"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+@pytest.mark.parametrize("name", ["minimal_torch", "minimal_keras", "custom_loop_keras"])
+def test_small_examples_learn_under_horovodrun(name: str) -> None:
+    output = horovodrun(2, ROOT / "examples" / f"{name}.py")
+    found = re.findall(r"test accuracy (\d+\.\d) %", output)
+    found += [str(100 * float(x)) for x in re.findall(r"val_accuracy: (\d\.\d+)", output)]
+    assert found, output
+    assert float(found[-1]) > 90

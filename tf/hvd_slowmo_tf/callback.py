@@ -37,6 +37,7 @@ class SlowMoCallback(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._place_known = self._begun = self._in_epoch = self._left = False
+        self._epoch = 0  # of this worker
         self._count = 0.0  # samples that this epoch's metrics are over
         self._validation_count = 0.0
 
@@ -73,7 +74,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._explain_errors()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._in_epoch = True
+        self._in_epoch, self._epoch = True, epoch
         if self._begun:
             return
         if self.model.built:
@@ -108,6 +109,14 @@ class SlowMoCallback(keras.callbacks.Callback):
         variables = [v for v in model.variables if id(v) not in metrics]
         model.optimizer.start(variables, [v for v in statistics if id(v) not in metrics])
         self._begun = True
+        engine = model.optimizer.engine
+        epochs = engine.gather("epoch", self._epoch)
+        if len(set(epochs)) > 1 and engine.comm.rank == 0:
+            logger.warning(
+                "the workers begin at different epochs: %s. Callbacks that look at the epoch will differ, and all end "
+                "with the first; give every rank a BackupAndRestore with a directory of its own, or set initial_epoch.",
+                ", ".join(f"rank {r} at {e}" for r, e in zip(engine.comm.ranks, epochs, strict=True)),
+            )
 
     def _begin_with_first_batch(self) -> None:
         model, function = self.model, self.model.train_function

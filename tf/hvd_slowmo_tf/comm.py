@@ -28,6 +28,7 @@ class HorovodComm:
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.link = Link(hvd.rank())
+        self._gathers: dict[str, Any] = {}  # per name, what gathers under it
 
     def start_sum(self, name: str, x: Any) -> Any:
         options = {"op": self._hvd.Sum, "process_set": self._set, "ignore_name_scope": True}
@@ -57,10 +58,13 @@ class HorovodComm:
             options = {"process_set": self._set, "ignore_name_scope": True}
             return self._hvd.allgather(x, name=f"allgather.{name}", **options)
 
-        # Made anew each time: it is called at starts and ends of epochs only, and nothing of it is kept.
-        traced = tf.function(gather, input_signature=[tf.TensorSpec([None], values.dtype)], autograph=False)
+        if name not in self._gathers:
+            # Without get_concrete_function TensorFlow would warn: a function of many names looks like one that is
+            # traced at every call.
+            traced = tf.function(gather, input_signature=[tf.TensorSpec([None], values.dtype)], autograph=False)
+            self._gathers[name] = traced.get_concrete_function()
         try:
-            result: np.ndarray[Any, Any] = traced(tf.constant(values)).numpy()
+            result: np.ndarray[Any, Any] = self._gathers[name](tf.constant(values)).numpy()
         except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
             raise self.link.explain(error) from error
         return result

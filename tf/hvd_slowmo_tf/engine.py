@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,11 @@ from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.ops import TracedOps
 from hvd_slowmo_tf.state import State
 from hvd_slowmo_tf.store import TfStore, lay_out
+
+
+def once(work: Callable[[], Any]) -> Any:
+    """A trace for one call. TensorFlow would warn of the fifth tf.function that is made for a single call."""
+    return tf.function(work, autograph=False).get_concrete_function()
 
 
 class Engine:

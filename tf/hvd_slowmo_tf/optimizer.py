@@ -17,7 +17,7 @@ from hvd_slowmo.gossip import Graph
 from hvd_slowmo.results import Joined, Metrics
 from hvd_slowmo_tf.arguments import check_inner, check_settings, check_together, refuse_strategies
 from hvd_slowmo_tf.comm import workers
-from hvd_slowmo_tf.engine import Engine
+from hvd_slowmo_tf.engine import Engine, once
 from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.joining import make_join
 from hvd_slowmo_tf.start import start
@@ -270,8 +270,9 @@ class SlowMo(keras.optimizers.Optimizer):
             return Joined(0, engine.comm.ranks if leaving else ())
         before = self.steps
         leavers = engine.call(self._inside.join, tf.constant(float(leaving), tf.float64)).numpy()
-        self._inside.left = tuple(rank for rank, gone in zip(engine.comm.ranks, leavers, strict=True) if gone)
-        return Joined(self.steps - before, self._inside.left)
+        left = tuple(rank for rank, gone in zip(engine.comm.ranks, leavers, strict=True) if gone)
+        self._inside.left = left if len(left) < engine.comm.size else ()  # all at once: nobody is missing
+        return Joined(self.steps - before, left)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -290,7 +291,7 @@ class SlowMo(keras.optimizers.Optimizer):
         own = [v.numpy() for v in held]
         self._inside.averaging = True
         try:
-            engine.call(tf.function(lambda: engine.machine.average(engine.state.read()), autograph=False))
+            engine.call(once(lambda: engine.machine.average(engine.state.read())))
             yield
         finally:
             self._inside.averaging = False

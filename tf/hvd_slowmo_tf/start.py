@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.handshake import agree
-from hvd_slowmo_tf.engine import Engine
+from hvd_slowmo_tf.engine import Engine, once
 
 
 def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callable[[], Engine]) -> None:
@@ -52,11 +52,11 @@ def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callabl
     machine = engine.machine
     if not any(steps):
         _hand_out(comm, optimizer.name, [*others, *optimizer.inner_optimizer.variables, *own_rate])
-        begin = tf.function(lambda: tf.nest.map_structure(tf.convert_to_tensor, machine.start()), autograph=False)
+        begin = once(lambda: tf.nest.map_structure(tf.convert_to_tensor, machine.start()))
         state.write(engine.call(begin))
     elif not any(steps[1:]):
         _hand_out(comm, optimizer.name, [*others, *optimizer.variables])
-        engine.call(tf.function(lambda: machine.take_from(0, ("slow", "mean", "base")), autograph=False))
+        engine.call(once(lambda: machine.take_from(0, ("slow", "mean", "base"))))
     elif len(set(steps)) > 1:
         here = ", ".join(f"rank {r} step {s}" for r, s in zip(comm.ranks, steps, strict=True))
         raise ValueError(

@@ -1,0 +1,150 @@
+"""SlowMo against Local SGD and AR-SGD on scikit-learn's handwritten digits, with Keras.
+
+The job of digits_torch.py, under `model.fit`: the workers also join at the end of every epoch, where it takes their
+mean for the evaluation alone.
+
+Run it with: horovodrun -np 4 python examples/digits_keras.py
+"""
+
+import time
+from pathlib import Path
+
+import digits_common as common
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+from tqdm import tqdm
+
+import hvd_slowmo.tf as slowmo
+
+
+def network() -> keras.Model:
+    """A small convolutional network for images (n, 8, 8)."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((8, 8)),
+            layers.Reshape((8, 8, 1)),
+            layers.Conv2D(8, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(10),
+        ]
+    )
+
+
+class Watch(keras.callbacks.Callback):
+    """Fills a `Run`: the callback behind it has joined the workers and averaged what Keras measured."""
+
+    def __init__(self, run: common.Run, bar: tqdm) -> None:
+        super().__init__()
+        self._run = run
+        self._bar = bar
+        self._timed = self._seconds = 0.0
+        self._sent = 0
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._sent = self.model.optimizer.bytes_sent
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._begin = time.perf_counter()
+
+    def on_test_begin(self, logs: dict | None = None) -> None:  # the epoch's batches and the join are done
+        before = self._run.steps[-1] if self._run.steps else 0
+        self._run.steps.append(self.model.optimizer.steps)
+        if before or self.params["epochs"] == 1:  # TensorFlow traces in the first epoch
+            self._seconds += time.perf_counter() - self._begin
+            self._timed += self._run.steps[-1] - before
+        self._bar.update(self._run.steps[-1] - before)
+
+    def on_epoch_end(self, epoch: int, logs: dict) -> None:
+        self._run.loss.append(logs["loss"])
+        self._run.accuracy.append(100 * logs["val_accuracy"])
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        milliseconds = tf.constant(1000 * self._seconds / self._timed)
+        self._run.ms_per_step = hvd.allreduce(milliseconds, name="milliseconds").numpy().item()
+        self._run.mb_sent = (self.model.optimizer.bytes_sent - self._sent) / 1e6
+
+
+class TensorBoard(keras.callbacks.Callback):
+    """Writes the optimizer's metrics to TensorBoard, once after each outer step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._writer = tf.summary.create_file_writer(str(folder))
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        metrics = self.model.optimizer.metrics()
+        if metrics is not None and metrics.step == self.model.optimizer.steps:
+            with self._writer.as_default():
+                for key, value in metrics._asdict().items():
+                    tf.summary.scalar(f"slowmo/{key}", value, metrics.step)
+
+
+def compiled(args, method: str) -> keras.Model:
+    """The network with its optimizer."""
+    model = network()
+    base = keras.optimizers.SGD(args.lr, momentum=0.9, nesterov=True)
+    optimizer = slowmo.SlowMo(base, common.METHODS[method](args), metrics=args.logdir is not None)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(args, model: keras.Model, method: str, seed: int, data: common.Data, bar: tqdm) -> common.Run:
+    """One run of one method, from the beginning; what TensorFlow has traced for the model serves all runs."""
+    run = common.Run(method, seed)
+    keras.utils.set_random_seed(seed)
+    model.set_weights(network().get_weights())
+    for variable in model.optimizer.variables:
+        variable.assign(keras.ops.zeros_like(variable))
+
+    mine = common.shard(data.train_classes, args.shards, hvd.rank(), hvd.size(), seed)
+    batches = tf.data.Dataset.from_tensor_slices((data.train_images[mine], data.train_classes[mine]))
+    batches = batches.shuffle(len(mine), seed=seed * hvd.size() + hvd.rank())
+    batches = batches.batch(args.batch_size, drop_remainder=True)
+
+    late = args.epochs - args.epochs // 5
+    callbacks = [
+        slowmo.SlowMoCallback(),
+        keras.callbacks.LearningRateScheduler(lambda epoch, _: args.lr * (0.1 if epoch >= late else 1)),
+        Watch(run, bar),
+    ]
+    if args.logdir is not None and hvd.rank() == 0:
+        callbacks.append(TensorBoard(args.logdir / f"{method}-{seed}"))
+    # Validation comes after the epoch's join: all workers hold the mean, and each sees a part of the test data.
+    test = tuple(part[hvd.rank() :: hvd.size()] for part in (data.test_images, data.test_classes))
+    options = {"validation_data": test, "validation_batch_size": len(test[0]), "callbacks": callbacks}
+    model.fit(batches, epochs=args.epochs, shuffle=False, verbose=0, **options)  # the data set shuffles
+    return run
+
+
+def main() -> None:
+    hvd.init()
+    args = common.parse(__doc__, hvd.rank(), seeds=5)  # a step takes longer than PyTorch's
+    tf.config.threading.set_intra_op_parallelism_threads(1)  # several workers share this machine's cores
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    devices = tf.config.list_physical_devices("GPU")
+    if devices:
+        tf.config.set_visible_devices(devices[hvd.local_rank() % len(devices)], "GPU")
+    data = common.load()
+
+    models = {method: compiled(args, method) for method in args.methods}
+    runs = []
+    steps = args.epochs * common.steps_per_epoch(data, args.batch_size, hvd.size())
+    total = steps * args.seeds * len(args.methods)
+    with tqdm(total=total, unit="step", mininterval=0.5, disable=hvd.rank() != 0) as bar:
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for method in args.methods:
+                bar.set_description(f"{method}, seed {seed}")
+                runs.append(train(args, models[method], method, seed, data, bar))
+    if hvd.rank() == 0:
+        common.report("digits_keras", args, runs, hvd.size())
+
+
+if __name__ == "__main__":
+    main()
