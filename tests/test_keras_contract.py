@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -410,7 +411,7 @@ def test_weights_can_be_loaded_for_another_training(optimizer, tmp_path):
     fit(model, optimizer(), range(2))
     model.save_weights(tmp_path / "some.weights.h5")
     other.compile(SlowMo(SGD(0.1), SlowMoConfig(tau=2)), "mse")
-    with pytest.warns(UserWarning, match="not loaded|Skipping"):
+    with pytest.warns(UserWarning, match=r"not loaded|Skipping"):
         other.load_weights(tmp_path / "some.weights.h5")
     assert same(held(other), held(model))
     assert other.optimizer.steps == 0
@@ -582,7 +583,7 @@ def test_wrong_arguments():
         (ValueError, "Use buffers='average'", lambda: SlowMo(free(0.1), SlowMoConfig(nonfinite="exclude"))),
         (ValueError, "give no process_set", lambda: SlowMo(SGD(0.1), SlowMoConfig(gradients="node"), process_set=1)),
     ):
-        with pytest.raises(error, match=words_):
+        with pytest.raises(error, match=re.escape(words_)):
             make()
 
 
@@ -595,12 +596,12 @@ def test_an_optimizer_that_has_been_used_with_what_moves_is_refused():
 
 def test_a_strategy_is_refused():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    with strategy.scope(), pytest.raises(ValueError, match="MirroredStrategy. Start several workers with horovodrun"):
+    with strategy.scope(), pytest.raises(ValueError, match=r"MirroredStrategy\. Start several workers with horovodrun"):
         bare(SGD(0.1))
     with strategy.scope():
         v = keras.Variable(np.ones(2, "float32"))
     optimizer = bare(SGD(0.1))
-    with pytest.raises(ValueError, match="not under a tf.distribute strategy"):
+    with pytest.raises(ValueError, match=r"not under a tf\.distribute strategy"):
         strategy.run(lambda: optimizer.apply([tf.ones(2)], [v]))
 
 
@@ -613,7 +614,7 @@ def test_what_is_not_finite_raises_and_nothing_is_written(kind):
     if kind == "rate":
         optimizer.learning_rate = float("nan")
         optimizer.inner_optimizer.update_step = lambda *given: None
-    with pytest.raises(ValueError, match="not finite|not a finite number"):
+    with pytest.raises(ValueError, match=r"not finite|not a finite number"):
         optimizer.apply([tf.constant([1.0, np.nan])], [v])
     np.testing.assert_array_equal(optimizer._inside.state.vectors["anchor"][0].numpy(), anchor)
     assert optimizer.steps == 1

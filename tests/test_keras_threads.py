@@ -171,7 +171,7 @@ def test_what_is_not_finite_on_one_worker(nonfinite):
         optimizer.apply(ramp([1.0]), given)
         bad = [np.nan if comm.rank == 1 else 1.0]
         if nonfinite == "raise":
-            with pytest.raises(ValueError, match="not finite .* on rank 1"):
+            with pytest.raises(ValueError, match=r"not finite .* on rank 1"):
                 optimizer.apply(ramp(bad), given)
             return float(given[0].value[0]), optimizer.steps
         optimizer.apply(ramp(bad), given)
