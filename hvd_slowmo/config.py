@@ -12,6 +12,9 @@ BUFFERS = ("maintain", "reset", "average")
 GRADIENTS = ("local", "node", "all")
 NONFINITE = ("raise", "exclude")
 BASES = ("local", "sgp", "dpsgd")
+TOPOLOGIES = ("exponential", "bipartite", "complete", "ring", "full", "star")
+"""The names in `hvd_slowmo.graphs`, which needs NumPy; settings do without."""
+_FUNCTION = "function "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,9 @@ class SlowMoConfig:
 
     def _check_gossip(self) -> None:
         """Refuse what can't work over this base."""
-        if not (self.topology is None or isinstance(self.topology, str) or callable(self.topology)):
+        if isinstance(self.topology, str):
+            _known(self.topology)
+        elif not (self.topology is None or callable(self.topology)):
             self._set("topology", _plain(self.topology))  # settings are compared and stored
         if self.base == "local":
             given = {"topology": self.topology is not None, "overlap": self.overlap, "average": not self.average}
@@ -114,7 +119,7 @@ class SlowMoConfig:
             idle = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers")
+                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers", "average")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:
@@ -141,7 +146,7 @@ class SlowMoConfig:
         """All settings as plain values, for comparing and storing; a topology that is a function by its name only."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         if callable(self.topology):
-            found["topology"] = f"function {getattr(self.topology, '__qualname__', type(self.topology).__name__)}"
+            found["topology"] = f"{_FUNCTION}{getattr(self.topology, '__qualname__', type(self.topology).__name__)}"
         return found
 
     # Presets: the table "special cases" of docs/algorithm.md. Each takes any further setting by keyword.
@@ -193,6 +198,20 @@ class SlowMoConfig:
     def ar_sgd(cls, **settings: Any) -> SlowMoConfig:
         """AR-SGD: gradients averaged over all workers at every step, no outer step."""
         return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
+
+
+def _known(name: str) -> None:
+    """Refuse what is no topology's name."""
+    if name.startswith(_FUNCTION):
+        raise ValueError(
+            f"these settings were stored with a topology that is a {name}, and only its name was. Make the config "
+            "anew, with the function itself; in Keras load the model with compile=False and compile it again."
+        )
+    if name not in TOPOLOGIES:
+        raise ValueError(
+            f"`topology` must be one of {', '.join(map(repr, TOPOLOGIES))}, an array (period, m, m), or a function of "
+            f"m. Received: topology={name!r}"
+        )
 
 
 def _plain(array: Any) -> tuple[Any, ...]:

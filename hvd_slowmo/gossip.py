@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.handshake import agree
 from hvd_slowmo.layout import Chunk, Layout
 from hvd_slowmo.ops import Ops
 from hvd_slowmo.pushsum import carried_over, debiased, in_flight, mixed, mixed_late, parts
@@ -68,12 +69,36 @@ class Graph:
         return (*(["push"] if self.weighted else []), *(["sent"] if self.overlap else []))
 
 
-def ranks_of_nodes(comm: Comm, node: Comm | None, name: str) -> list[list[int]] | None:
-    """The ranks of each node's workers, None where there are no nodes. A collective of the node, then of all."""
-    if node is None:
-        return None
-    mine = node.gather(f"{name}.node", comm.rank)
-    return [ranks for ranks, _ in itertools.groupby(sorted(comm.gather(f"{name}.nodes", mine)))]
+def agreed_graph(config: SlowMoConfig, comm: Comm, node: Comm | None, name: str) -> Graph:
+    """The graph, the same on all workers, which have agreed on their settings. A collective of the node, then of all.
+
+    Args:
+        config: with a gossip base.
+        comm: the workers.
+        node: those of this worker's node, for gradients="node".
+        name: prefix of the collectives' names.
+
+    Raises:
+        TypeError, ValueError: on every worker: one's topology can't be used, or two have different ones (functions of
+            one name, say).
+    """
+    nodes: list[list[int]] | None = None
+    if node is not None:
+        mine = node.gather(f"{name}.node", comm.rank)
+        nodes = [ranks for ranks, _ in itertools.groupby(sorted(comm.gather(f"{name}.nodes", mine)))]
+    graph: Graph | None = None
+    error: Exception | None = None
+    try:
+        graph = Graph(config, comm.size, nodes)
+    except Exception as caught:  # a user's function may raise anything; the other workers wait in agree()
+        error = caught
+    facts = {} if graph is None else {"topology (digest)": graph.digest}
+    try:
+        agree(comm, name, facts, {}, None if error is None else str(error))
+    except ValueError as raised:
+        raise (raised if error is None else error) from None
+    assert graph is not None, "agree() raises where it is missing"
+    return graph
 
 
 class Gossip:
@@ -92,6 +117,7 @@ class Gossip:
         self._parts = parts(graph.array)
         self._period = len(graph.array)
         self._departed: list[Any] | None = None  # collectives under way, where they can be kept between two steps
+        self._recalled: list[Any] = []  # those whose result nobody wants any more
 
     def rest(self) -> Mass:
         """Every weight is 1 and nothing is on its way. Then x is z, whatever "push" holds: x - x / w is 0."""
@@ -143,6 +169,15 @@ class Gossip:
         if self.graph.overlap and mass.flight > 0 and delivers:
             sent = [(chunk, self._store.read("sent", chunk)) for chunk in self._chunks]
             self._departed = [self._push(chunk, x, mass.flight - 1) for chunk, x in sent]
+
+    def recall(self) -> None:
+        """Another state takes the place of this one: what has departed is not mixed. Waits for nothing."""
+        self._recalled += self._departed or []
+        self._departed = None
+
+    def at_rest(self, mass: Mass) -> bool:
+        """Whether all weights are 1 and nothing is on its way; not in a trace."""
+        return not mass.flight and bool((mass.w == 1).all())
 
     def mix(self, mass: Mass, hop: Any, came: Sequence[Any] | None = None) -> Mass:
         """After a base step: mix with others.
@@ -199,6 +234,8 @@ class Gossip:
         return carried_over(z, self._store.read("push", chunk), self._ops.like(self.weight(mass), z))
 
     def _push(self, chunk: Chunk, x: Any, hop: Any) -> Any:
+        while self._recalled:  # their names are taken until then
+            self._comm.wait(self._recalled.pop())
         _, sent = self._of(hop)
         return self._comm.start_push(f"{self._name}.push.{chunk.index}", x, sent[:, self._comm.rank])
 

@@ -224,6 +224,19 @@ class Machine:
         after = ops.cond(over, lambda: joined, lambda: after)
         return self._launched(after, after.step), over, met.table[:, LEAVING]
 
+    def recall(self) -> None:
+        """Another state takes the place of this one: forget what is under way on behalf of it."""
+        if self.gossip is not None:
+            self.gossip.recall()
+
+    def midway(self, progress: Progress) -> bool:
+        """Whether gossip is between two averages, with weights that differ or messages on their way; not in a trace."""
+        return self.gossip is not None and not self.gossip.at_rest(_mass(progress))
+
+    def settled(self, progress: Progress) -> Progress:
+        """Where all workers have been given one worker's model: every weight is 1 and nothing is on its way."""
+        return progress._replace(**self._at_rest())
+
     def average(self, progress: Progress) -> None:
         """The model becomes the workers' plain mean; the state stays as it is."""
         self._write_mean(self._meet_plainly(progress, progress.step))

@@ -66,5 +66,8 @@ def steps_to_meeting(config: SlowMoConfig, step: Any) -> Any:
 
 
 def workers_equal(config: SlowMoConfig, step: int, since: int) -> bool:
-    """Whether all workers hold the same parameters after `step` completed steps, `since` of them after an average."""
-    return since == 0 or config.gradients == "all" or step <= config.warmup_steps
+    """Whether all workers hold the same state after `step` completed steps, `since` of them after an average."""
+    if step <= config.warmup_steps:
+        return True
+    # Without the average a join makes the parameters equal, while each worker keeps an anchor and v of its own.
+    return config.average and (since == 0 or config.gradients == "all")

@@ -74,11 +74,7 @@ class Engine:
         self.machine = Machine(
             config, self.plan.layout, self.ops, store, self.comm, optimizer.name, observe=observing, graph=graph
         )
-        self.facts = {
-            "config": config.facts(),
-            "topology": None if graph is None else graph.digest,
-            "parameters": self.plan.layout.describe(),
-        }
+        self.facts = {"config": config.facts(), "parameters": self.plan.layout.describe()}
         self.of_all = GradientMean(self.plan.layout, self.ops, store, self.comm, optimizer.name)
         self.of_node = self.of_all
         if self._node is not None:
@@ -126,9 +122,17 @@ class Engine:
 
         Within a function of batches it can begin when the batch is there, and run beside forward and backward.
         """
-        if not self.config.overlap or self.optimizer.gradient_accumulation_steps:
-            return None  # most calls are no step then, and what is sent is sent within the one that is
-        given = [x for x in getattr(tf.compat.v1.get_default_graph(), "inputs", ()) if x.dtype != tf.resource]
+        if not self.config.overlap or not tf.inside_function():
+            return None  # then it is sent within the step
+        if self.optimizer.gradient_accumulation_steps:
+            return None  # most calls are no step
+        if self.of_node.size > 1 and self._node is not None:
+            # A worker in its join answers its node first, and only then knows whether there is a step to send in. One
+            # that waited for messages before it gives its gradients would wait for that worker, and that one for it.
+            return None
+        graph = tf.compat.v1.get_default_graph()
+        captured = {id(x) for x in graph.internal_captures}  # these have a value without a batch
+        given = [x for x in graph.inputs if x.dtype != tf.resource and id(x) not in captured]
         # Never without a batch: a dataset of unknown length makes a last call that has none.
         after = given or [x for g in grads if g is not None for x in tf.nest.flatten(g, expand_composites=True)]
         with tf.control_dependencies(after):

@@ -13,8 +13,9 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from hvd_slowmo.comm import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.gossip import Graph
+from hvd_slowmo.gossip import Graph, agreed_graph
 from hvd_slowmo.results import Joined, Metrics
+from hvd_slowmo.topology import consecutive_nodes
 from hvd_slowmo_tf.arguments import check_inner, check_settings, check_together, refuse_strategies
 from hvd_slowmo_tf.comm import workers
 from hvd_slowmo_tf.engine import Engine, once
@@ -131,7 +132,7 @@ class SlowMo(keras.optimizers.Optimizer):
             inside.inner.build(variables, reset=needs_reset)
             vectors, weights = self.config.vectors, 0
             if self.config.base != "local":  # the graph is one of this job's workers; nothing is exchanged for that
-                inside.graph = Graph(self.config, self._connect().size, inside.nodes)
+                inside.graph = Graph(self.config, self._connect().size, self._likely_nodes())
                 vectors, weights = (*vectors, *inside.graph.vectors), inside.graph.size
             inside.state = State(self.add_variable, slow, vectors, weights)
 
@@ -167,7 +168,7 @@ class SlowMo(keras.optimizers.Optimizer):
         if tf.inside_function():
             engine.step(ordered, engine.depart(ordered))
         else:
-            engine.call(engine.step, ordered, engine.depart(ordered))
+            engine.call(engine.step, ordered)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         if self.use_ema:
@@ -240,7 +241,7 @@ class SlowMo(keras.optimizers.Optimizer):
         inside = self._inside
         comm = self._connect()
         given = list(variables)
-        start(comm, self, given, lambda: self._settle(given, list(statistics)))
+        start(comm, self, given, lambda: self._settle(given, list(statistics)), self._take_graph)
         inside.started, inside.left = True, ()
 
     def join(self, variables: Sequence[Any] | None = None, *, leaving: bool = False) -> Joined:
@@ -369,6 +370,22 @@ class SlowMo(keras.optimizers.Optimizer):
                 inside.node = workers.connect_node() if inside.comm.size > 1 else SoloComm()
         return inside.comm
 
+    def _likely_nodes(self) -> list[list[int]] | None:
+        """Which ranks are whose node's, before anything is exchanged: what is kept depends on their number only."""
+        size, node = self._connect().size, self._inside.node
+        return None if node is None or size == 1 else consecutive_nodes(size, node.size)
+
+    def _take_graph(self, engine: Engine) -> Engine:
+        """The graph that all workers have; the engine with it. A collective."""
+        inside, comm = self._inside, self._connect()
+        if inside.graph is None:
+            return engine
+        graph = agreed_graph(self.config, comm, inside.node, self.name)
+        if graph.digest != inside.graph.digest:  # ranks are not consecutive within nodes
+            inside.graph = graph
+            engine = self._assemble(engine.statistics)
+        return engine
+
     def _ready(self) -> Engine:
         """The engine, where all is well for a trace or a call of one."""
         refuse_strategies()
@@ -408,7 +425,6 @@ class _Inside:
         self.state: Any = None  # once built
         self.comm: Comm | None = None
         self.node: Comm | None = None
-        self.nodes: list[list[int]] | None = None  # the ranks of each node's workers
         self.graph: Graph | None = None  # over a gossip base
         self.engine: Engine | None = None
         self.join: Any = None

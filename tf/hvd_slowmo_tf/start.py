@@ -13,7 +13,13 @@ from hvd_slowmo.handshake import agree
 from hvd_slowmo_tf.engine import Engine, once
 
 
-def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callable[[], Engine]) -> None:
+def start(
+    comm: Comm,
+    optimizer: Any,
+    variables: Sequence[Any],
+    prepare: Callable[[], Engine],
+    take_graph: Callable[[Engine], Engine],
+) -> None:
     """A collective. Raises on every rank what is wrong on one.
 
     Args:
@@ -21,6 +27,7 @@ def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callabl
         optimizer: the SlowMo optimizer.
         variables: the model's.
         prepare: checks what was given, builds the optimizer and lays out what travels.
+        take_graph: a collective behind that: who sends to whom, over a gossip base.
     """
     engine: Engine | None = None
     error: Exception | None = None
@@ -41,6 +48,7 @@ def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callabl
     except ValueError as raised:
         raise (raised if error is None else error) from None
     assert engine is not None, "agree() raises where prepare() failed"
+    engine = take_graph(engine)
     state = engine.state
     positions = comm.gather(f"{optimizer.name}.position", (int(state.now.step), int(state.workers.numpy())))
     steps = [step for step, _ in positions]
@@ -57,6 +65,8 @@ def start(comm: Comm, optimizer: Any, variables: Sequence[Any], prepare: Callabl
     elif not any(steps[1:]):
         _hand_out(comm, optimizer.name, [*others, *optimizer.variables])
         engine.call(once(lambda: machine.take_from(0, ("slow", "mean", "base"))))
+        # What rank 0 had sent to others is no part of what all have now.
+        engine.call(once(lambda: state.write(machine.settled(state.read()))))
     elif len(set(steps)) > 1:
         here = ", ".join(f"rank {r} step {s}" for r, s in zip(comm.ranks, steps, strict=True))
         raise ValueError(

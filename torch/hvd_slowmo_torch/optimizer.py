@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.comm import Comm, MeteredComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.gossip import Graph, ranks_of_nodes
+from hvd_slowmo.gossip import Graph, agreed_graph
 from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agree
 from hvd_slowmo.machine import Machine, Observed, Progress
@@ -122,8 +122,9 @@ class SlowMo(Optimizer):
         self._source = 0  # a worker that took part in the last exchange of gradients
         self._uneven = False  # whether one did not, which was in its join
         self._graph: Graph | None = None  # over a gossip base
-        self._nodes = ranks_of_nodes(comm, node, name)
         plan = self._agreed_plan()
+        if config.base != "local":
+            self._graph = agreed_graph(config, comm, node, name)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
         with torch.no_grad():
@@ -145,14 +146,11 @@ class SlowMo(Optimizer):
             check_types(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
             check_base(self.base, self.config)
-            if self.config.base != "local":
-                self._graph = Graph(self.config, self._comm.size, self._nodes)
         except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
             error = caught
         facts: dict[str, Any] = {}
         if plan is not None:
-            topology = None if self._graph is None else self._graph.digest
-            facts = {"config": self.config.facts(), "topology": topology, "parameters": plan.layout.describe()}
+            facts = {"config": self.config.facts(), "parameters": plan.layout.describe()}
         remarks = {"PyTorch": torch.__version__, "the base optimizer": type(self.base).__name__}
         try:
             agree(self._comm, self._name, facts, remarks, None if error is None else str(error))
@@ -231,7 +229,7 @@ class SlowMo(Optimizer):
         """
         self._refuse_within_average("step()")
         now = self._machine.plan(self._progress)
-        if now.outer:
+        if now.outer or now.mix or now.check:
             self._refuse_if_left()
         rates = self._rates()
         if self._gradients.due and not self._gradients.done:
@@ -462,9 +460,18 @@ class SlowMo(Optimizer):
         """Add a group to the base optimizer, at any time. A collective: all workers get rank 0's values of it.
 
         Within a block the group counts as if it had been there, at its present rate, since the block began.
+
+        Raises:
+            ValueError: over a gossip base, between averages: weights and messages there belong to the parameters that
+                have been mixed so far.
         """
         self._refuse_within_average("add_param_group()")
         self._refuse_if_left()
+        if self._machine.midway(self._progress):
+            raise ValueError(
+                "parameters can't be added while messages are on their way or push-sum weights differ from 1. Add them "
+                "before the first step, or right after join() or an outer step."
+            )
         before, progress, groups = self._store, self._progress, len(self.param_groups)
         try:
             plan = self._agreed_plan(param_group)
@@ -517,6 +524,7 @@ class SlowMo(Optimizer):
         saved = checkpoint.check(state_dict, self.config, self._machine.layout, self._comm)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != checkpoint.KEY})
         with torch.no_grad():
+            self._machine.recall()
             self._progress = checkpoint.restore(saved, self._store.vectors)
         self._prepare()
         for after in self._optimizer_load_state_dict_post_hooks.values():
