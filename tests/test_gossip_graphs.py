@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import LOCAL_SGD, SCHEDULES, Problem, distance
@@ -12,6 +13,9 @@ from torch_training import build, epochs, run
 import hvd_slowmo.layout
 from hvd_slowmo.comm import ThreadWorld
 from hvd_slowmo.graphs import NAMED
+from hvd_slowmo.reference_gossip import walk_gossip
+from hvd_slowmo.topology import topology
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 TOLERANCE = 1e-12
 SYMMETRIC = ("bipartite", "ring", "full")
@@ -160,3 +164,35 @@ def test_nodes(nodes, above, overlap):
     for number, joined in enumerate(expected):
         for rank, history in enumerate(histories):
             np.testing.assert_allclose(history[number], joined.z[rank], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [{}, {"overlap": True}, {"base": "dpsgd"}], ids=["SGP", "OSGP", "D-PSGD"])
+def test_strongly_different_workers_stay_with_the_oracle(base):
+    """The experiment of test_reference_gossip.py, on noise and over two long blocks: what is written there about the
+    oracle holds for the adapter."""
+    steps, workers, d = 300, 8, 20
+    centre = np.random.default_rng(0).normal(size=(workers, d))
+    centre = 3 * (centre - centre.mean(axis=0))
+    noise = np.random.default_rng(1).normal(size=(steps, workers, d))
+    rate = (workers / 2**15) ** 0.5
+    config = {"base": "sgp", "tau": 128, "alpha": 1.0, "beta": 0.0, **base}
+
+    def gradient(rank, step, x):
+        return 2 * x / (1 + x**2) ** 2 + centre[rank] + noise[step, rank]
+
+    def work(comm):
+        model = torch.nn.Linear(d, 1, bias=False, dtype=torch.float64)
+        torch.nn.init.constant_(model.weight, 0.8)
+        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=rate), model, SlowMoConfig(**config))
+        for step in range(steps):
+            z = model.weight.detach()[0].numpy()
+            model.weight.grad = torch.tensor(gradient(comm.rank, step, z))[None]
+            optimizer.step()
+        return model.weight.detach()[0].numpy()
+
+    symmetric = config["base"] == "dpsgd"
+    given = {**config, "gossip": config["base"], "topology": topology(None, workers, symmetric=symmetric)}
+    del given["base"]
+    last = list(walk_gossip(np.full(d, 0.8), gradient, steps=steps, lr=rate, **given))[-1]
+    np.testing.assert_allclose(ThreadWorld(workers).run(work), last.z, rtol=0, atol=1e-10)

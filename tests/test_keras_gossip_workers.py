@@ -17,7 +17,11 @@ pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_equal_to_the_oracle(keras_workers, size):
+    """All on two workers; on three what differs there, since each problem is traced anew."""
+    three = ("osgp, star, slowmo, Adam", "dpsgd, slowmo", "sgp, complete, slowmo", "osgp, star, slowmo, noaverage")
     for name, problem in SAME.items():
+        if size == 3 and name not in three:
+            continue
         histories = keras_workers(size).run("keras_training:run", problem=problem, chunk_bytes=40, limit=120)
         assert distance(histories, problem) < TOLERANCE, name
 
