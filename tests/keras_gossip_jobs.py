@@ -32,7 +32,8 @@ def gradient(rank: int, batch: int, batches: int, z: np.ndarray) -> np.ndarray:
 
 
 def compiled(config: dict[str, Any], accumulated: int | None = None, **options: Any) -> keras.Model:
-    model = keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(1, use_bias=False)])
+    layer = keras.layers.Dense(1, use_bias=False, name="layer")
+    model = keras.Sequential([keras.Input((FEATURES,)), layer], name="model")  # one name for each that is made
     model.set_weights([start()[:, np.newaxis]])
     sgd = keras.optimizers.SGD(RATE, gradient_accumulation_steps=accumulated)
     model.compile(SlowMo(sgd, SlowMoConfig(**config)), "mse", **options)
@@ -90,18 +91,22 @@ def saved_in_flight(config: dict[str, Any], folder: str) -> tuple[Any, Any]:
         return whole, train(loaded)
 
 
-def from_rank_0(config: dict[str, Any], folder: str) -> Any:
-    """Rank 0 alone loads a file from the middle of a flight: what all hold then, and after a step."""
+def from_rank_0(config: dict[str, Any]) -> Any:
+    """Rank 0 alone loads a state from the middle of a flight: what all hold then, and after a step."""
     with doubles():
         x, y = data(hvd.rank(), 1)
         model = compiled(config)
         model.optimizer.broadcast(model.variables)
         for _ in range(4):
             model.train_on_batch(x, y)
-        path = Path(folder) / f"{hvd.rank()}.keras"
-        model.save(path)
-        model = keras.models.load_model(path) if hvd.rank() == 0 else compiled(config)
+        saved = [v.numpy() for v in (*model.trainable_variables, *model.optimizer.variables)]
+        model = compiled(config)
+        if hvd.rank() == 0:
+            model.optimizer.build(model.trainable_variables)
+            for v, value in zip((*model.trainable_variables, *model.optimizer.variables), saved, strict=True):
+                v.assign(value)
         model.optimizer.broadcast(model.variables)
+        assert model.optimizer.steps == 4
         first = model.get_weights()[0][:, 0].copy()
         with model.optimizer.averaged_parameters():
             mean = model.get_weights()[0][:, 0].copy()

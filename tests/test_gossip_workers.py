@@ -23,10 +23,11 @@ def test_equal_to_the_oracle(workers, size):
 
 @pytest.mark.slow
 def test_resume_in_the_middle_of_a_flight(workers):
+    """To the bit, so on two: the order in which more are summed up depends on what Horovod sends at once."""
     for name in ("osgp", "osgp, star, slowmo, noaverage", "osgp, slowmo, warm-up, average"):
-        whole = workers(3).run("torch_training:run", problem=GOSSIP[name])
+        whole = workers(2).run("torch_training:run", problem=GOSSIP[name])
         for stop in (4, 7):
-            again = workers(3).run("torch_training:resumed", problem=GOSSIP[name], stop=stop)
+            again = workers(2).run("torch_training:resumed", problem=GOSSIP[name], stop=stop)
             assert same([history[1:] for history in whole], again), name
 
 
