@@ -154,6 +154,7 @@ GOSSIP: dict[str, Problem] = {
     "sgp, star": Problem({"base": "sgp", "topology": "star", **ALONE}),
     "osgp": Problem({"base": "sgp", "overlap": True, **ALONE}),
     "osgp, star, warm-up": Problem({"base": "sgp", "overlap": True, "topology": "star", "warmup_steps": 3, **ALONE}),
+    "sgp, ring, beyond a check": Problem({"base": "sgp", "topology": "ring", **ALONE}, steps=66),
     "dpsgd": Problem({"base": "dpsgd", **ALONE}, schedule="steps"),
     "dpsgd over Adam": Problem({"base": "dpsgd", **ALONE}, base="adam", options=ADAM),
     "sgp, complete, slowmo": Problem({"base": "sgp", "topology": "complete", "tau": 4}, schedule="decay"),
@@ -173,7 +174,6 @@ GOSSIP: dict[str, Problem] = {
     "osgp, star, slowmo, noaverage": Problem(
         {"base": "sgp", "overlap": True, "topology": "star", "average": False, "tau": 4, "buffers": "reset"},
         options=NESTEROV,
-        steps=70,
     ),
     "local steps between": Problem({"base": "sgp", "overlap": True, "tau": 1}),
 }
