@@ -80,7 +80,8 @@ class _Walk:
                 why = "it may take a flattened feature map, and in a subclassed model its order can't be found out"
                 order = Order("unknown", why=why)
             self._width = layer.units
-        if isinstance(layer, (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED, *kinds.SEPARABLE)):
+        filters: tuple[Any, ...] = (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED, *kinds.SEPARABLE)
+        if isinstance(layer, filters):
             self._width = layer.filters
         return order
 

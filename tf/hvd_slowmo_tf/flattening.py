@@ -7,7 +7,6 @@ rows of the kernel that takes it. Orders are followed through the graph of a Seq
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,23 +32,62 @@ class Order:
 SAME, CHANNELS, AXES = Order("same"), Order("channels"), Order("axes")
 
 
-def follow(model: Any, orders: dict[int, list[Order]]) -> None:
+def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
     """Write into `orders`, per id of a layer, the order of what it takes at each of its calls.
 
     Layers within models without a graph (subclassed ones) are left out.
+
+    Returns:
+        The orders of the model's outputs; nothing for a model without a graph.
     """
     graph = kinds.graph(model)
     if graph is not None:
-        _through(graph, [_of_input(tensor.shape) for tensor in graph._inputs], orders)
-        return
+        return _through(graph, input_orders(graph), orders)
     for layer in kinds.children(model):
         if isinstance(layer, keras.Model):
             follow(layer, orders)
+    return []
 
 
-def _of_input(shape: Sequence[Any]) -> Order:
-    """A batch of images has channels; what has three axes may be a sequence or a feature map of one dimension."""
-    return SAME if len(shape) <= 2 else AXES if len(shape) == 3 else CHANNELS
+def input_orders(graph: Any) -> list[Order]:
+    """The orders of a graph's inputs, by the layers that take them.
+
+    Without one that says it, a batch of images has channels, and three axes may be a sequence or a feature map.
+    """
+    orders = []
+    for tensor in graph._inputs:
+        rank = len(tensor.shape)
+        guess = SAME if rank <= 2 else AXES if rank == 3 else CHANNELS
+        orders.append((_by_takers(graph, tensor) or guess) if rank > 2 else guess)
+    return orders
+
+
+def feature_maps(model: Any) -> tuple[list[bool], list[bool]]:
+    """Which inputs and outputs are feature maps, channels first in PyTorch; nothing for models without a graph."""
+    graph = kinds.graph(model)
+    inputs = input_orders(graph) if graph is not None else []
+    return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {})]
+
+
+def _by_takers(graph: Any, tensor: Any) -> Order | None:
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            place = next((n for n, given in enumerate(node.input_tensors) if given is tensor), None)
+            if node.is_input or place is None:
+                continue
+            inner = kinds.graph(node.operation)
+            if inner is not None:
+                found = _by_takers(inner, inner._inputs[place])
+            elif isinstance(node.operation, kinds.SPATIAL):
+                return CHANNELS if node.operation.data_format == "channels_last" else SAME
+            elif isinstance(node.operation, kinds.OF_SEQUENCES):
+                return SAME
+            else:
+                elementwise = isinstance(node.operation, kinds.ELEMENTWISE)
+                found = _by_takers(graph, node.outputs[0]) if elementwise else None
+            if found is not None:
+                return found
+    return None
 
 
 def _through(graph: Any, inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
