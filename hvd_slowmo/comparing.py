@@ -50,9 +50,11 @@ def compare(
     Raises:
         ValueError: outputs of different shapes.
     """
+    import torch
+
+    # isort: split
     import keras
     import tensorflow as tf
-    import torch
 
     from hvd_slowmo_tf.flattening import feature_maps
     from hvd_slowmo_tf.weights import read_keras

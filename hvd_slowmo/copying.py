@@ -19,10 +19,12 @@ def copy_to_keras(torch_model: Any, keras_model: Any, parameter_map: ParameterMa
         ValueError: models that don't match, with the first difference; neither is changed.
     """
     # PyTorch first: the other way round its libraries may not load.
-    from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_tf.weights import write_keras
     from hvd_slowmo_torch.describe import entries_torch
     from hvd_slowmo_torch.weights import read_torch
+
+    # isort: split
+    from hvd_slowmo_tf.describe import entries_keras
+    from hvd_slowmo_tf.weights import write_keras
 
     ours, theirs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
     list(pair(ours, theirs))
@@ -31,10 +33,12 @@ def copy_to_keras(torch_model: Any, keras_model: Any, parameter_map: ParameterMa
 
 def copy_to_torch(keras_model: Any, torch_model: Any, parameter_map: ParameterMap | None = None) -> None:
     """Give a PyTorch model the values of a Keras model: `copy_to_keras` the other way round."""
-    from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_tf.weights import read_keras
     from hvd_slowmo_torch.describe import entries_torch
     from hvd_slowmo_torch.weights import write_torch
+
+    # isort: split
+    from hvd_slowmo_tf.describe import entries_keras
+    from hvd_slowmo_tf.weights import read_keras
 
     ours, theirs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
     list(pair(ours, theirs))

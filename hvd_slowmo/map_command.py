@@ -25,9 +25,9 @@ def add_map(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "map",
         help="show which PyTorch parameter is which Keras variable, and whether both models compute the same",
         description="Makes a PyTorch model and its Keras version, prints which parameter is which variable and "
-        "in which orientation, copies PyTorch's values into the Keras model, runs one random batch through both and prints the "
-        "largest difference of the outputs and, tensor by tensor, of one gradient. Exit status 1 if they differ by "
-        "more than rounding. Functions are looked up in the current directory too.",
+        "in which orientation, copies PyTorch's values into the Keras model, runs one random batch through both and "
+        "prints the largest difference of the outputs and, tensor by tensor, of one gradient. Exit status 1 if "
+        "they differ by more than rounding. Functions are looked up in the current directory too.",
     )
     parser.add_argument("torch", metavar="MODULE:FUNCTION", help="gives the PyTorch model; called without arguments")
     parser.add_argument("keras", metavar="MODULE:FUNCTION", help="gives the Keras model")
@@ -56,11 +56,13 @@ def _map(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     # PyTorch first: the other way round its libraries may not load.
+    from hvd_slowmo_torch.describe import entries_torch
+
+    # isort: split
     from hvd_slowmo.comparing import compare
     from hvd_slowmo.copying import copy_to_keras
     from hvd_slowmo.parameter_map import pair
     from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_torch.describe import entries_torch
 
     torch_model, keras_model = _made(arguments.torch), _made(arguments.keras)
     parameter_map = _given_map(arguments.map)

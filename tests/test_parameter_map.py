@@ -1,16 +1,23 @@
 """The map between a PyTorch model and its Keras version: equal descriptions, values, outputs and gradients."""
 
-import keras
+import pickle
+
 import numpy as np
 import pytest
 import torch
-from keras import layers as kl
 from torch import nn
 
+# isort: split
+# PyTorch comes first: the other way round its libraries may not load.
+import keras
+from keras import layers as kl
+
+from hvd_slowmo import ParameterMap
+from hvd_slowmo.cli import main
 from hvd_slowmo.comparing import compare
 from hvd_slowmo.copying import copy_to_keras, copy_to_torch
 from hvd_slowmo.parameter_map import pair
-from hvd_slowmo.wire import describe
+from hvd_slowmo.wire import View, describe
 from hvd_slowmo_tf.describe import entries_keras
 from hvd_slowmo_tf.weights import read_keras
 from hvd_slowmo_torch.describe import entries_torch
@@ -184,12 +191,14 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def _float64():
-    before = keras.config.floatx()
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     keras.utils.set_random_seed(3)
     torch.manual_seed(3)
     yield
     keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(policy)
 
 
 def differences(ours, theirs, shape, parameter_map=None, seed=0):
@@ -272,9 +281,7 @@ def test_patterns_pair_layers_and_tensors():
         copy_to_keras(ours, theirs, chosen)
         output, gradients = differences(ours, theirs, (3,), chosen)
         assert not any(each.more_than_rounding for each in (output, *gradients))
-    with pytest.raises(
-        ValueError, match=r"(?s)PyTorch's head.weight \(0.linear.weight, 2x3\) .*|0.linear.weight.*shape"
-    ):
+    with pytest.raises(ValueError, match=r"0.linear.weight \(head.weight and .* has shape"):
         list(pair(entries_torch(ours), entries_keras(theirs)))
 
 
@@ -307,7 +314,7 @@ def test_unknown_layers_are_paired_tensor_by_tensor():
     assert describe(entries_torch(ours, chosen)) == describe(entries_keras(theirs, chosen))
     ours, theirs = Scaled((2, 3)).double(), sequential((3,), ScaledKeras((3, 2), name="s"))
     path = theirs.variables[0].path
-    with pytest.raises(ValueError, match="'?transpose"):
+    with pytest.raises(ValueError, match='or "transpose", or a View'):
         entries_keras(theirs, ParameterMap({"scale": path}))
     for orientation in ("transpose", View.permute((3, 2), (1, 0))):
         chosen = ParameterMap({"scale": path}, orient={path: orientation})
@@ -337,7 +344,7 @@ def test_a_flattened_map_that_cannot_be_followed_is_refused_until_it_is_said():
     assert not output.more_than_rounding
     wrong = ParameterMap(orient={path: ()})
     copy_to_keras(ours, theirs, wrong)
-    output, gradients = compare(ours, a, theirs, b, [np.random.default_rng(0).standard_normal((2, 5, 6, 3))])
+    output, _ = compare(ours, a, theirs, b, [np.random.default_rng(0).standard_normal((2, 5, 6, 3))])
     assert output.more_than_rounding, "this is the trap"
 
 
@@ -489,9 +496,8 @@ def tokens_keras():
 
 
 def test_the_command_prints_the_map_and_how_far_the_models_are_apart(tmp_path, monkeypatch, capsys):
-    from hvd_slowmo.cli import main
-
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
     (tmp_path / "map_command_models.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
 
@@ -499,8 +505,8 @@ def test_the_command_prints_the_map_and_how_far_the_models_are_apart(tmp_path, m
         status = main(["map", f"map_command_models:{ours}", f"map_command_models:{theirs}", *options])
         return status, *capsys.readouterr()
 
-    status, out, _ = run("ours", "theirs")
-    assert status == 0, out
+    status, out, error = run("ours", "theirs")
+    assert status == 0, out + error
     assert "The models compute the same." in out
     lines = [line.split() for line in out.splitlines()]
     assert ["0.conv.weight", "slow", "2x1x3x3", "0.weight", "2x1x3x3", "net/conv/kernel", "3x3x1x2", "axes",
