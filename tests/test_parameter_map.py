@@ -357,6 +357,57 @@ def test_a_lambda_on_the_way_is_refused():
         entries_keras(unclear)
 
 
+class Head(kl.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.out = kl.Dense(5)
+
+    def build(self, shape):
+        self.out.build(shape)
+
+    def call(self, x):
+        return self.out(x)
+
+
+class WithHead(keras.Model):
+    """A graph within a model without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = sequential((5, 6, 3), kl.Conv2D(4, 2), kl.Flatten())
+        self.head = sequential((80,), kl.Dense(5))
+
+    def call(self, x):
+        return self.head(self.body(x))
+
+
+def test_layers_that_hide_what_they_do_with_a_feature_map_are_refused():
+    within = sequential((5, 6, 3), kl.Conv2D(4, 2), kl.Flatten(), Head())
+    with pytest.raises(ValueError, match="order of its features can't be known"):
+        entries_keras(within)
+    assert entries_keras(sequential((5,), kl.Dense(4), Head()))
+    around = WithHead()
+    around(np.zeros((1, 5, 6, 3)))
+    with pytest.raises(ValueError, match="order of its features can't be known"):
+        entries_keras(around)
+
+
+class Twice(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = kl.Dense(3, name="d"), kl.Dense(3, name="d")
+
+    def call(self, x):
+        return self.b(self.a(x))
+
+
+def test_two_variables_of_one_path_are_refused():
+    theirs = Twice()
+    theirs(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="two variables have the path"):
+        entries_keras(theirs)
+
+
 REFUSED_TORCH = {
     "two bias vectors": (lambda: lstm(3, 4, frozen=False), "moves their sum at twice the"),
     "projection": (lambda: First(nn.LSTM(3, 4, proj_size=2, bias=False)), "no projection"),

@@ -41,6 +41,7 @@ class _Walk:
     def __init__(self, orders: dict[int, list[Order]]) -> None:
         self._orders = orders
         self._seen: set[int] = set()
+        self._paths: dict[str, Any] = {}
         self._width: int | None = None  # channels or units of the last layer outside graphs
         self._maps = False  # whether a layer outside graphs has given feature maps
 
@@ -54,6 +55,8 @@ class _Walk:
             own = _unknown(layer)
             if own:
                 yield Layer(layer.path or layer.name, type(layer).__name__, self._new(own))
+            if order.kind != "same" and id(layer) in self._orders and kinds.graph(layer) is None:
+                self._maps, self._width = True, None  # what is within may flatten a feature map, or take a flat one
             for child in kinds.children(layer):
                 yield from self.layers(child, kinds.graph(layer) is not None)
             return
@@ -88,6 +91,9 @@ class _Walk:
     def _new(self, parts: Sequence[tuple[Any, Part]]) -> tuple[Part, ...]:
         """Without the variables that another layer has already."""
         new = [(variable, part) for variable, part in parts if id(variable) not in self._seen]
+        for variable, part in new:
+            if self._paths.setdefault(part.own, variable) is not variable:
+                raise ValueError(f"two variables have the path {part.own}: give their layers names of their own.")
         self._seen.update(id(variable) for variable, _ in new)
         return tuple(part for _, part in new)
 

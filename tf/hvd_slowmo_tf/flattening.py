@@ -30,6 +30,7 @@ class Order:
 
 
 SAME, CHANNELS, AXES = Order("same"), Order("channels"), Order("axes")
+_HIDDEN = Order("unknown", why="they may be a flattened feature map, and in a subclassed model that can't be found out")
 
 
 def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
@@ -43,8 +44,16 @@ def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
     graph = kinds.graph(model)
     if graph is not None:
         return _through(graph, input_orders(graph), orders)
+    has_maps = any(isinstance(layer, (*kinds.SPATIAL, keras.layers.Flatten)) for layer in model._flatten_layers())
     for layer in kinds.children(model):
-        if isinstance(layer, keras.Model):
+        inner = kinds.graph(layer)
+        if inner is not None:
+            given = [
+                _HIDDEN if has_maps and len(tensor.shape) == 2 else order
+                for tensor, order in zip(inner._inputs, input_orders(inner), strict=True)
+            ]
+            _through(inner, given, orders)
+        else:
             follow(layer, orders)
     return []
 
