@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hvd_slowmo.installer.console import add_doctor, add_install_horovod
+from hvd_slowmo.map_command import add_map
 from hvd_slowmo.topology_command import add_topology
 from hvd_slowmo.version import __version__
 
@@ -15,6 +16,7 @@ _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser
     add_install_horovod,
     add_doctor,
     add_topology,
+    add_map,
 )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_slowmo.boxes import boxes
 from hvd_slowmo.layout import Chunk, Entry, Layout, Tensor, arrange
-from hvd_slowmo_tf.boxes import boxes
 from hvd_slowmo_tf.inner import Inner
 
 
