@@ -34,13 +34,18 @@ def test_resume_in_the_middle_of_a_flight(keras_workers):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"unknown": True}, {"unknown": True, "steps_per_execution": 2}, {"accumulated": 2}],
-    ids=["known length", "unknown length", "two steps per execution", "accumulation"],
+    ("average", "options"),
+    [
+        (True, {}),
+        (True, {"accumulated": 2}),
+        (True, {"unknown": True}),
+        (False, {"unknown": True}),
+        (False, {"unknown": True, "steps_per_execution": 2}),
+    ],
 )
-@pytest.mark.parametrize("config", [OSGP, {**OSGP, "average": False}], ids=["average", "noaverage"])
-def test_fit_equals_the_oracle(keras_workers, options, config):
+def test_fit_equals_the_oracle(keras_workers, average, options):
     """Uneven data, several epochs that end in the middle of a flight; one trace."""
+    config = {**OSGP, "average": average}
     lengths, epochs, micro = [6, 10], 3, options.get("accumulated", 1)
     results = keras_workers(2).run(
         "keras_gossip_jobs:fit", config=config, lengths=lengths, epochs=epochs, limit=240, **options
