@@ -1,4 +1,4 @@
-"""What Horovod has for sending one vector to one other worker, as gossip does at every step; and an allreduce beside it.
+"""What Horovod has for sending one vector to one other worker, as gossip does at every step; beside it an allreduce.
 
     horovodrun -np 4 python benchmarks/gossip_transport.py
     benchmarks/link.sh 1gbit horovodrun --network-interfaces lo -np 4 python benchmarks/gossip_transport.py
@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--label", default="loopback", help="what to call this network (default: %(default)s)")
     args = parser.parse_args()
     size = int(os.environ["HOROVOD_SIZE"])  # the process sets must be known at the start
+    if size < 3:
+        parser.error("with two workers the only pair is the set of all workers: start three or more")
     links = [(i, (i + 1) % size) for i in range(size)]
     distinct = {frozenset(link): hvd.ProcessSet(sorted(link)) for link in links}
     hvd.init(process_sets=list(distinct.values()))

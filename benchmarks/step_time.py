@@ -6,6 +6,11 @@
 25.2 million parameters, batch 32, Nesterov SGD, tau = 12, one thread per worker. A round gives each method `--steps`
 steps (a whole number of blocks); the methods take turns, `--rounds` times. Printed: the median over rounds of the mean
 time of a step, and the median of its ratio to no communication in the same round.
+
+Over gossip tau is 48, as in the paper. These rows are asked for by name, with as many steps for what they are compared
+with: --methods "ours: SGP" "ours: SlowMo over SGP" --steps 48. "the message alone" is what one gossip step sends, and
+nothing else; --batch-size and --shrink make computation longer and messages shorter, until both take equally long, and
+--pause puts a wait in the place of forward and backward, as if a device of its own computed.
 """
 
 from __future__ import annotations
@@ -28,19 +33,46 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 TAU = 12
+MESSAGE = "the message alone"
 Step = Callable[[], None]
+Wrap = Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]
 
 
-def network() -> nn.Module:
-    """A perceptron with 25.2 million parameters."""
+def network(shrink: int = 1) -> nn.Module:
+    """A perceptron with 25.2 million parameters, or about shrink^2 times fewer."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 4032), nn.ReLU(), nn.Linear(4032, 74))
+    a, b, c = 2048 // shrink, 4096 // shrink, 4032 // shrink
+    return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, 74))
 
 
-def training(wrap: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]) -> Step:
-    model = network()
+def message(shrink: int) -> Step:
+    """What a step over the topology "exponential" sends, without computation."""
+    x = torch.rand(sum(p.numel() for p in network(shrink).parameters()))
+    splits = torch.zeros(hvd.size(), dtype=torch.int32)
+    splits[(hvd.rank() + 1) % hvd.size()] = len(x)
+
+    def step() -> None:
+        handle = hvd.alltoall_async(x, splits, name="message")
+        while not hvd.poll(handle):
+            time.sleep(0.0002)
+        hvd.synchronize(handle)
+
+    return step
+
+
+def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> Step:
+    model = network(shrink)
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True))
-    x, y = torch.randn(32, 2048), torch.randint(74, (32,))
+    x, y = torch.randn(batch, 2048 // shrink), torch.randint(74, (batch,))
+
+    if pause is not None:  # a device computes, and the host's cores are free
+        nn.functional.cross_entropy(model(x), y).backward()
+
+        def paused() -> None:
+            time.sleep(pause / 1e3)
+            optimizer.step()
+
+        return paused
 
     def step() -> None:
         optimizer.zero_grad()
@@ -59,37 +91,88 @@ def post_local(model: nn.Module, base: torch.optim.Optimizer) -> torch.optim.Opt
     return PostLocalSGDOptimizer(base, PeriodicModelAverager(period=TAU, warmup_steps=0))
 
 
-METHODS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]] = {
+def ours(config: SlowMoConfig, name: str) -> Wrap:
+    return lambda model, base: SlowMo(base, model, config, name=name)
+
+
+METHODS: dict[str, Wrap] = {
     "no communication": lambda model, base: base,
     "Horovod DistributedOptimizer": horovod,
     "PyTorch PostLocalSGD": post_local,
-    "ours: Local SGD": lambda model, base: SlowMo(base, model, SlowMoConfig.local_sgd(TAU), name="local"),
-    "ours: SlowMo": lambda model, base: SlowMo(base, model, SlowMoConfig(tau=TAU), name="slowmo"),
-    "ours: AR-SGD": lambda model, base: SlowMo(base, model, SlowMoConfig.ar_sgd(), name="all"),
+    "ours: Local SGD": ours(SlowMoConfig.local_sgd(TAU), "local"),
+    "ours: SlowMo": ours(SlowMoConfig(tau=TAU), "slowmo"),
+    "ours: AR-SGD": ours(SlowMoConfig.ar_sgd(), "all"),
+    "ours: SGP": ours(SlowMoConfig.sgp(), "sgp"),
+    "ours: OSGP": ours(SlowMoConfig.osgp(), "osgp"),
 }
 
 
-def measure(steps: dict[str, Step], rounds: int, count: int) -> dict[str, list[float]]:
+def over_gossip(tau: int) -> dict[str, Wrap]:
+    """Asked for by name: blocks of 48 steps take long on a slow network, and every method takes memory for a model."""
+    return {
+        "ours: D-PSGD": ours(SlowMoConfig.dpsgd(), "dpsgd"),
+        "ours: SlowMo over AR-SGD": ours(SlowMoConfig(tau=TAU, gradients="all"), "slowmo.all"),
+        "ours: SlowMo over D-PSGD": ours(SlowMoConfig(tau=tau, base="dpsgd"), "slowmo.dpsgd"),
+        "ours: SlowMo over SGP": ours(SlowMoConfig(tau=tau, base="sgp"), "slowmo.sgp"),
+        "ours: SlowMo over OSGP": ours(SlowMoConfig(tau=tau, base="sgp", overlap=True), "slowmo.osgp"),
+        "ours: SlowMo over SGP, noaverage": ours(SlowMoConfig(tau=tau, base="sgp", average=False), "slowmo.alone"),
+    }
+
+
+def block_of(name: str, tau_gossip: int) -> int:
+    """The least number of steps in which a method does everything that it does."""
+    if name in ("ours: SGP", "ours: OSGP", "ours: D-PSGD", "ours: AR-SGD", "no communication", MESSAGE):
+        return 1
+    return tau_gossip if name in over_gossip(tau_gossip) and not name.endswith("AR-SGD") else TAU
+
+
+def measure(steps: dict[str, Step], rounds: int, count: int, tau_gossip: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first round warms up
         for name, step in steps.items():
             hvd.barrier()
             started = time.perf_counter()
-            for _ in range(count):
+            block = block_of(name, tau_gossip)
+            whole = -(-count // block) * block
+            for _ in range(whole):
                 step()
             hvd.barrier()
             if number:
-                times[name].append((time.perf_counter() - started) / count)
+                times[name].append((time.perf_counter() - started) / whole)
             if hvd.rank() == 0 and sys.stderr.isatty():
                 print(f"\rround {number} of {rounds}: {name:32}", end="", file=sys.stderr)
     return times
+
+
+def compare(times: dict[str, list[float]]) -> None:
+    """What the gossip methods are held against, as medians of the ratios within a round."""
+
+    def ratio(name: str, other: Callable[[int], float]) -> str:
+        found = [seconds / other(number) for number, seconds in enumerate(times[name])]
+        return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+    alone, sent = times["no communication"], times.get(MESSAGE)
+    if sent is not None:
+        for name in ("ours: SGP", "ours: OSGP"):
+            if name in times:
+                print(f"  {name} / (computation + message):    {ratio(name, lambda n: alone[n] + sent[n])}")
+                print(f"  {name} / max(computation, message):  {ratio(name, lambda n: max(alone[n], sent[n]))}")
+    for base in ("SGP", "OSGP", "D-PSGD", "AR-SGD"):
+        mine, below = f"ours: SlowMo over {base}", f"ours: {base}"
+        if mine in times and below in times:
+            print(f"  {mine} / {below}:    {ratio(mine, lambda n: times[below][n])}", flush=True)  # noqa: B023
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=TAU, help="steps per method and round (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    choices = [*METHODS, *over_gossip(48), MESSAGE]
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=choices, metavar="METHOD")
+    parser.add_argument("--batch-size", type=int, default=32, help="per worker and step (default: %(default)s)")
+    parser.add_argument("--pause", type=float, help="milliseconds of waiting in place of forward and backward")
+    parser.add_argument("--tau-gossip", type=int, default=48, help="tau over gossip (default: %(default)s)")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the layers' widths (default: %(default)s)")
     parser.add_argument("--label", default="loopback", help="what to call this network (default: %(default)s)")
     parser.add_argument("--store", default=None, help="a new file for PyTorch's process group (default: a local port)")
     parser.add_argument("--out", type=Path, help="append the figures to this file, a line of JSON each")
@@ -99,19 +182,29 @@ def main() -> None:
     where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
     dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
     names = ["no communication", *(name for name in args.methods if name != "no communication")]
-    times = measure({name: training(METHODS[name]) for name in names}, args.rounds, args.steps)
+    wraps = {**METHODS, **over_gossip(args.tau_gossip)}
+    steps = {
+        name: message(args.shrink)
+        if name == MESSAGE
+        else training(wraps[name], args.batch_size, args.shrink, args.pause)
+        for name in names
+    }
+    times = measure(steps, args.rounds, args.steps, args.tau_gossip)
     if hvd.rank() == 0:
+        size = sum(p.numel() for p in network(args.shrink).parameters())
         print(
-            f"\n{args.label}, {hvd.size()} workers, tau = {TAU}; median of {args.rounds} rounds of {args.steps} steps"
+            f"\n{args.label}, {hvd.size()} workers, {size / 1e6:.1f} million parameters, batch {args.batch_size}; "
+            f"median of {args.rounds} rounds of {args.steps} steps or whole blocks"
         )
         for name, seconds in times.items():
             ratios = [a / b for a, b in zip(seconds, times["no communication"], strict=True)]
             ratio, median = statistics.median(ratios), statistics.median(seconds)
-            print(f"  {name:30} {1e3 * median:8.1f} ms per step   {ratio:6.2f} x", flush=True)
+            print(f"  {name:32} {1e3 * median:8.1f} ms per step   {ratio:6.2f} x", flush=True)
             if args.out:
                 with args.out.open("a") as file:
                     row = {"network": args.label, "workers": hvd.size(), "method": name, "s": median, "ratio": ratio}
                     file.write(json.dumps(row) + "\n")
+        compare(times)
     dist.destroy_process_group()
 
 
