@@ -179,9 +179,10 @@ def main() -> None:
     args = parser.parse_args()
     hvd.init()
     torch.set_num_threads(1)
-    where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
-    dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
     names = ["no communication", *(name for name in args.methods if name != "no communication")]
+    if "PyTorch PostLocalSGD" in names:
+        where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
+        dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
     wraps = {**METHODS, **over_gossip(args.tau_gossip)}
     steps = {
         name: message(args.shrink)
@@ -205,7 +206,8 @@ def main() -> None:
                     row = {"network": args.label, "workers": hvd.size(), "method": name, "s": median, "ratio": ratio}
                     file.write(json.dumps(row) + "\n")
         compare(times)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
