@@ -144,6 +144,12 @@ class Gossip:
             sent = [(chunk, self._store.read("sent", chunk)) for chunk in self._chunks]
             self._departed = [self._push(chunk, x, mass.flight - 1) for chunk, x in sent]
 
+    def forget(self) -> None:
+        """Another state takes this one's place: what is under way arrives, and is not used."""
+        departed, self._departed = self._departed, None
+        for handle in departed or ():
+            self._comm.wait(handle)
+
     def mix(self, mass: Mass, hop: Any, came: Sequence[Any] | None = None) -> Mass:
         """After a base step: mix with others.
 

@@ -462,9 +462,15 @@ class SlowMo(Optimizer):
         """Add a group to the base optimizer, at any time. A collective: all workers get rank 0's values of it.
 
         Within a block the group counts as if it had been there, at its present rate, since the block began.
+
+        Raises:
+            RuntimeError: over OSGP, or a graph that moves push-sum weights, elsewhere than right after `join()` or an
+                outer step with the average: what is in flight has no part of the new group.
         """
         self._refuse_within_average("add_param_group()")
         self._refuse_if_left()
+        if self._graph is not None and self._graph.vectors and not self._at_rest():
+            raise RuntimeError("add_param_group() over this gossip base: call join() on every rank right before it.")
         before, progress, groups = self._store, self._progress, len(self.param_groups)
         try:
             plan = self._agreed_plan(param_group)
@@ -486,6 +492,10 @@ class SlowMo(Optimizer):
             gamma=np.append(progress.gamma, 0.0),
         )
         self._prepare()
+
+    def _at_rest(self) -> bool:
+        """Whether every push-sum weight is 1 and no message is in flight."""
+        return int(self._progress.flight) == 0 and bool(np.all(np.asarray(self._progress.w) == 1))
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state_dict with one more entry, "slowmo". No communication; tensors are references.
@@ -516,6 +526,8 @@ class SlowMo(Optimizer):
             state_dict = _given(before(self, state_dict), state_dict)
         saved = checkpoint.check(state_dict, self.config, self._machine.layout, self._comm)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != checkpoint.KEY})
+        if self._machine.gossip is not None:
+            self._machine.gossip.forget()
         with torch.no_grad():
             self._progress = checkpoint.restore(saved, self._store.vectors)
         self._prepare()
