@@ -4,13 +4,14 @@
 
 A perceptron with 6.3 million float32 parameters, one thread per worker. On rank 0 forward, backward and step() are
 timed where they are called; of a message, when it is handed to Horovod and when a thread that looks every 2 ms finds it
-finished. Drawn are the last steps of each method.
+finished. Drawn are those consecutive steps of each method that took closest to the median.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.comm import HorovodComm, Push
 
 LOOK_S = 0.002
-LANES = {"forward": "#56B4E9", "backward": "#0072B2", "step()": "#009E73", "message": "#D55E00"}
+LANES = {"forward": "#56B4E9", "backward": "#0072B2", "step(), waits included": "#009E73", "message": "#D55E00"}
 
 
 class Span(NamedTuple):
@@ -97,7 +98,7 @@ def record(config: SlowMoConfig, name: str, steps: int, batch: int) -> tuple[lis
         optimizer.zero_grad()
         times.append(time.perf_counter())
         begins.append(times[0])
-        spans += [Span(what, *times[i : i + 2]) for i, what in enumerate(("forward", "backward", "step()"))]
+        spans += [Span(what, *times[i : i + 2]) for i, what in enumerate(list(LANES)[:3])]
     optimizer.join()
     return spans, begins
 
@@ -111,7 +112,11 @@ def draw(recorded: dict[str, tuple[list[Span], list[float]]], shown: int, title:
 
     figure, axes = plt.subplots(len(recorded), 1, figsize=(10, 4.4), sharex=True, layout="constrained")
     for axis, (name, (spans, begins)) in zip(axes, recorded.items(), strict=True):
-        zero, last = begins[-shown - 1], begins[-1]
+        lengths = [after - before for before, after in itertools.pairwise(begins)]
+        usual = statistics.median(lengths)
+        first = min(range(len(lengths) - shown + 1), key=lambda i: sum(abs(x - usual) for x in lengths[i : i + shown]))
+        begins = begins[first : first + shown + 1]
+        zero, last = begins[0], begins[-1]
         for span in spans:
             if span.end > zero and span.begin < last:
                 begin, end = max(span.begin, zero), min(span.end, last)
@@ -119,10 +124,11 @@ def draw(recorded: dict[str, tuple[list[Span], list[float]]], shown: int, title:
                 axis.broken_barh(
                     [(begin - zero, end - begin)], (lane + 0.1, 0.8), color=LANES[span.what], edgecolor="white"
                 )
-        for begin in begins[-shown - 1 :]:
+        for begin in begins:
             axis.axvline(begin - zero, color="black", linewidth=0.8, linestyle=":")
-        length = (last - zero) / shown
-        axis.set(title=f"{name}: {1e3 * length:.0f} ms per step", yticks=[0.5, 1.5], ylim=(0, 2))
+        axis.set(
+            title=f"{name}: {1e3 * usual:.0f} ms per step (median of {len(lengths)})", yticks=[0.5, 1.5], ylim=(0, 2)
+        )
         axis.set_yticklabels(["message", "computation"])
     axes[-1].set_xlabel("seconds; dotted: a step begins")
     figure.legend(
@@ -148,9 +154,13 @@ def main() -> None:
     configs = {"SGP": SlowMoConfig.sgp(), "OSGP": SlowMoConfig.osgp()}
     recorded = {name: record(config, name, args.steps, args.batch_size) for name, config in configs.items()}
     if hvd.rank() == 0:
-        for name, (_, begins) in recorded.items():
-            lengths = sorted(after - before for before, after in itertools.pairwise(begins))
-            print(f"{name}: median {1e3 * lengths[len(lengths) // 2]:.0f} ms per step of {args.steps}")
+        for name, (spans, begins) in recorded.items():
+            lengths = [after - before for before, after in itertools.pairwise(begins)]
+            means = (statistics.median(s.end - s.begin for s in spans if s.what == w) for w in ("forward", "backward"))
+            print(
+                f"{name}: median {1e3 * statistics.median(lengths):.0f} ms per step, least {1e3 * min(lengths):.0f}; "
+                f"forward and backward {1e3 * sum(means):.0f}"
+            )
         title = f"{hvd.size()} workers, {args.label}: the computation and the messages of one of them"
         draw(recorded, args.shown, title, args.out)
         print(f"written: {args.out}")
