@@ -9,7 +9,8 @@ grown from before SlowMo is constructed to after some outer steps, and at its hi
 parameters' own 101 MB; medians. To expect: 2 (anchor and v), and two chunks of 16 MiB, one that travels while the other
 is updated: 2.33. Gossip alone keeps nothing over a graph on which push-sum weights stay 1 (SGP over "exponential"), the
 numerators where they move (over "star"), and over OSGP also what was sent: 0, 1 and 2; and what travels beside that:
-two chunks and what comes of each for SGP, all that was sent for OSGP, while it comes.
+two chunks for SGP, all that was sent for OSGP. With MALLOC_MMAP_THRESHOLD_=1000000 in the environment glibc gives freed
+messages back, and what is resident is what is in use.
 """
 
 from __future__ import annotations
