@@ -2,11 +2,15 @@
 
     python benchmarks/memory.py                         # one worker, which sends nothing
     horovodrun -np 2 python benchmarks/memory.py        # with Horovod; one measurement per start
+    horovodrun -np 2 python benchmarks/memory.py --once OSGP
 
 25.2 million float32 parameters, fresh processes, one measurement in each. Printed is by how much resident memory has
 grown from before SlowMo is constructed to after some outer steps, and at its highest in between, in multiples of the
 parameters' own 101 MB; medians. To expect: 2 (anchor and v), and two chunks of 16 MiB, one that travels while the other
-is updated: 2.33.
+is updated: 2.33. Gossip alone keeps nothing over a graph on which push-sum weights stay 1 (SGP over "exponential"), the
+numerators where they move (over "star"), and over OSGP also what was sent: 0, 1 and 2; and what travels beside that:
+two chunks for SGP, all that was sent for OSGP. With MALLOC_MMAP_THRESHOLD_=1000000 in the environment glibc gives freed
+messages back, and what is resident is what is in use.
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ CASES = {
     "Lookahead": SlowMoConfig.lookahead(1),
     "Local SGD": SlowMoConfig.local_sgd(1),
 }
+GOSSIP = {  # nothing is sent by one worker: these are measured with Horovod
+    "SGP": SlowMoConfig.sgp(),
+    "SGP, star": SlowMoConfig.sgp(topology="star"),
+    "OSGP": SlowMoConfig.osgp(),
+    "D-PSGD": SlowMoConfig.dpsgd(),
+    "SlowMo over SGP": SlowMoConfig(tau=2, base="sgp"),
+    "SlowMo over OSGP": SlowMoConfig(tau=2, base="sgp", overlap=True),
+}
 
 
 def resident(line: str) -> int:
@@ -50,7 +62,7 @@ def train(config: SlowMoConfig, parts: int, name: str) -> tuple[float, float]:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest counts from here
     optimizer = SlowMo(base, model, config, name=name)
-    for _ in range(3):
+    for _ in range(4):
         optimizer.step()
     size = 4 * sum(p.numel() for p in model.parameters())
     return (resident("VmRSS") - before) / size, (resident("VmHWM") - before) / size
@@ -63,14 +75,15 @@ def measure(case: str) -> tuple[float, float]:
 
         hvd.init()
         hvd.allreduce(torch.zeros(2**22), name="buffers of Horovod's own")
-    train(CASES[case], 1000, "small")  # what the libraries load at their first use is no matter here
-    return train(CASES[case], 1, "large")
+    config = {**CASES, **GOSSIP}[case]
+    train(config, 1000, "small")  # what the libraries load at their first use is no matter here
+    return train(config, 1, "large")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="fresh processes per case (default: %(default)s)")
-    parser.add_argument("--once", choices=CASES, help="one measurement, in this process")
+    parser.add_argument("--once", choices=[*CASES, *GOSSIP], help="one measurement, in this process")
     args = parser.parse_args()
     if args.once or "HOROVOD_SIZE" in os.environ:
         case = args.once or "SlowMo"

@@ -5,11 +5,19 @@
 
 25.2 million parameters, batch 32, Nesterov SGD, tau = 12, one thread per worker. A round gives each method `--steps`
 steps (a whole number of blocks); the methods take turns, `--rounds` times. Printed: the median over rounds of the mean
-time of a step, and the median of its ratio to no communication in the same round.
+time of a step, the least, which a busy machine spoils less, and the median of its ratio to no communication in the same
+round.
+
+Over gossip tau is 48, as in the paper. These rows are asked for by name, with as many steps for what they are compared
+with: --methods "ours: SGP" "ours: SlowMo over SGP" --steps 48. "the message alone" is what one gossip step sends, and
+nothing else; --batch-size and --shrink make computation longer and messages shorter, until both take equally long, and
+--pause puts a wait in the place of forward and backward, as if a device of its own computed.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 
 import horovod.torch as hvd
@@ -23,18 +31,45 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 TAU = turns.TAU
+MESSAGE = "the message alone"
+Wrap = Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]
 
 
-def network() -> nn.Module:
-    """A perceptron with 25.2 million parameters."""
+def network(shrink: int = 1) -> nn.Module:
+    """A perceptron with 25.2 million parameters, or about shrink^2 times fewer."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 4032), nn.ReLU(), nn.Linear(4032, 74))
+    a, b, c = 2048 // shrink, 4096 // shrink, 4032 // shrink
+    return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, 74))
 
 
-def training(wrap: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]) -> turns.Step:
-    model = network()
+def message(shrink: int) -> turns.Step:
+    """What a step over the topology "exponential" sends, without computation."""
+    x = torch.rand(sum(p.numel() for p in network(shrink).parameters()))
+    splits = torch.zeros(hvd.size(), dtype=torch.int32)
+    splits[(hvd.rank() + 1) % hvd.size()] = len(x)
+
+    def step() -> None:
+        handle = hvd.alltoall_async(x, splits, name="message")
+        while not hvd.poll(handle):
+            time.sleep(0.0002)
+        hvd.synchronize(handle)
+
+    return step
+
+
+def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.Step:
+    model = network(shrink)
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True))
-    x, y = torch.randn(32, 2048), torch.randint(74, (32,))
+    x, y = torch.randn(batch, 2048 // shrink), torch.randint(74, (batch,))
+
+    if pause is not None:  # a device computes, and the host's cores are free
+        nn.functional.cross_entropy(model(x), y).backward()
+
+        def paused() -> None:
+            time.sleep(pause / 1e3)
+            optimizer.step()
+
+        return paused
 
     def step() -> None:
         optimizer.zero_grad()
@@ -53,26 +88,85 @@ def post_local(model: nn.Module, base: torch.optim.Optimizer) -> torch.optim.Opt
     return PostLocalSGDOptimizer(base, PeriodicModelAverager(period=TAU, warmup_steps=0))
 
 
-METHODS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]] = {
+def ours(config: SlowMoConfig, name: str) -> Wrap:
+    return lambda model, base: SlowMo(base, model, config, name=name)
+
+
+METHODS: dict[str, Wrap] = {
     "no communication": lambda model, base: base,
     "Horovod DistributedOptimizer": horovod,
     "PyTorch PostLocalSGD": post_local,
-    "ours: Local SGD": lambda model, base: SlowMo(base, model, SlowMoConfig.local_sgd(TAU), name="local"),
-    "ours: SlowMo": lambda model, base: SlowMo(base, model, SlowMoConfig(tau=TAU), name="slowmo"),
-    "ours: AR-SGD": lambda model, base: SlowMo(base, model, SlowMoConfig.ar_sgd(), name="all"),
+    "ours: Local SGD": ours(SlowMoConfig.local_sgd(TAU), "local"),
+    "ours: SlowMo": ours(SlowMoConfig(tau=TAU), "slowmo"),
+    "ours: AR-SGD": ours(SlowMoConfig.ar_sgd(), "all"),
+    "ours: SGP": ours(SlowMoConfig.sgp(), "sgp"),
+    "ours: OSGP": ours(SlowMoConfig.osgp(), "osgp"),
 }
 
 
+def over_gossip(tau: int) -> dict[str, Wrap]:
+    """Asked for by name: blocks of 48 steps take long on a slow network, and every method takes memory for a model."""
+    return {
+        "ours: D-PSGD": ours(SlowMoConfig.dpsgd(), "dpsgd"),
+        "ours: SlowMo over AR-SGD": ours(SlowMoConfig(tau=TAU, gradients="all"), "slowmo.all"),
+        "ours: SlowMo over D-PSGD": ours(SlowMoConfig(tau=tau, base="dpsgd"), "slowmo.dpsgd"),
+        "ours: SlowMo over SGP": ours(SlowMoConfig(tau=tau, base="sgp"), "slowmo.sgp"),
+        "ours: SlowMo over OSGP": ours(SlowMoConfig(tau=tau, base="sgp", overlap=True), "slowmo.osgp"),
+        "ours: SlowMo over SGP, noaverage": ours(SlowMoConfig(tau=tau, base="sgp", average=False), "slowmo.alone"),
+    }
+
+
+def block_of(name: str, tau_gossip: int) -> int:
+    """The least number of steps in which a method does everything that it does."""
+    if name in ("ours: SGP", "ours: OSGP", "ours: D-PSGD", "ours: AR-SGD", "no communication", MESSAGE):
+        return 1
+    return tau_gossip if name in over_gossip(tau_gossip) and not name.endswith("AR-SGD") else TAU
+
+
+def compare(times: dict[str, list[float]]) -> None:
+    """What the gossip methods are held against, as medians of the ratios within a round."""
+
+    def ratio(name: str, other: Callable[[int], float]) -> str:
+        found = [seconds / other(number) for number, seconds in enumerate(times[name])]
+        return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+    alone, sent = times["no communication"], times.get(MESSAGE)
+    if sent is not None:
+        for name in ("ours: SGP", "ours: OSGP"):
+            if name in times:
+                print(f"  {name} / (computation + message):    {ratio(name, lambda n: alone[n] + sent[n])}")
+                print(f"  {name} / max(computation, message):  {ratio(name, lambda n: max(alone[n], sent[n]))}")
+    for base in ("SGP", "OSGP", "D-PSGD", "AR-SGD"):
+        mine, below = f"ours: SlowMo over {base}", f"ours: {base}"
+        if mine in times and below in times:
+            print(f"  {mine} / {below}:    {ratio(mine, lambda n: times[below][n])}", flush=True)  # noqa: B023
+
+
 def main() -> None:
-    parser = turns.options(__doc__, METHODS)
+    parser = turns.options(__doc__, METHODS, [*over_gossip(48), MESSAGE])
+    parser.add_argument("--batch-size", type=int, default=32, help="per worker and step (default: %(default)s)")
+    parser.add_argument("--pause", type=float, help="milliseconds of waiting in place of forward and backward")
+    parser.add_argument("--tau-gossip", type=int, default=48, help="tau over gossip (default: %(default)s)")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the layers' widths (default: %(default)s)")
     parser.add_argument("--store", default=None, help="a new file for PyTorch's process group (default: a local port)")
     args = parser.parse_args()
     hvd.init()
     torch.set_num_threads(1)
-    where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
-    dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
-    turns.run(hvd, args, lambda name: training(METHODS[name]), hvd.barrier)
-    dist.destroy_process_group()
+    if "PyTorch PostLocalSGD" in args.methods:
+        where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
+        dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
+    wraps = {**METHODS, **over_gossip(args.tau_gossip)}
+
+    def make(name: str) -> turns.Step:
+        if name == MESSAGE:
+            return message(args.shrink)
+        return training(wraps[name], args.batch_size, args.shrink, args.pause)
+
+    times = turns.run(hvd, args, make, hvd.barrier, lambda name: block_of(name, args.tau_gossip))
+    if hvd.rank() == 0:
+        compare(times)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,25 +28,49 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
 
 from hvd_slowmo import SlowMoConfig
 
+
+def outer(args: Namespace, **settings: Any) -> SlowMoConfig:
+    """SlowMo with the options' settings, over the base that the settings name."""
+    return SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, buffers=args.buffers, **settings)
+
+
 # The methods that can be compared: what each means to SlowMo, given the options.
 METHODS: dict[str, Callable[[Namespace], SlowMoConfig]] = {
     "ar-sgd": lambda args: SlowMoConfig.ar_sgd(),
     "local-sgd": lambda args: SlowMoConfig.local_sgd(args.tau, buffers=args.buffers),
-    "slowmo": lambda args: SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, buffers=args.buffers),
+    "slowmo": outer,
+    "slowmo-ar-sgd": lambda args: outer(args, gradients="all"),
+    "d-psgd": lambda args: SlowMoConfig.dpsgd(),
+    "slowmo-d-psgd": lambda args: outer(args, base="dpsgd"),
+    "sgp": lambda args: SlowMoConfig.sgp(),
+    "slowmo-sgp": lambda args: outer(args, base="sgp"),
+    "slowmo-sgp-noaverage": lambda args: outer(args, base="sgp", average=False),
+    "osgp": lambda args: SlowMoConfig.osgp(),
+    "slowmo-osgp": lambda args: outer(args, base="sgp", overlap=True),
 }
+DEFAULT = ("ar-sgd", "local-sgd", "slowmo")  # what is quick to see; the others are for who asks for them
 
-# Colours that colour-blind people can tell apart (Okabe and Ito), and a line style for black and white.
+# Colours that colour-blind people can tell apart (Okabe and Ito), and a line style for black and white: over a gossip
+# base a colour is a base, dashed without SlowMo and solid with it.
 STYLES = {
     "ar-sgd": ("#000000", "-"),
     "local-sgd": ("#D55E00", "--"),
     "slowmo": ("#0072B2", "-."),
+    "slowmo-ar-sgd": ("#000000", "-."),
+    "d-psgd": ("#E69F00", "--"),
+    "slowmo-d-psgd": ("#E69F00", "-"),
+    "sgp": ("#009E73", "--"),
+    "slowmo-sgp": ("#009E73", "-"),
+    "slowmo-sgp-noaverage": ("#56B4E9", "-"),
+    "osgp": ("#CC79A7", "--"),
+    "slowmo-osgp": ("#CC79A7", "-"),
 }
 
 
@@ -54,7 +78,7 @@ def parse(description: str | None, rank: int = 0, arguments: Sequence[str] | Non
     """The options, the same in every framework but for the default of --seeds. The help is printed on rank 0 only."""
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD", help=", ".join(METHODS))
     add("--seeds", type=int, default=seeds, help="number of runs of each method, each with a seed of its own")
     add("--first-seed", type=int, default=0, help="the seed of the first run; the next ones follow it")
     add("--epochs", type=int, default=10, help="passes of every worker over its share of the training data")
@@ -142,13 +166,13 @@ class Run:
 
 def table(runs: Sequence[Run]) -> str:
     """A line per method."""
-    lines = [f"{'method':<12}{'test accuracy, %':>18}{'ms per step':>14}{'MB sent per worker':>21}"]
+    lines = [f"{'method':<21}{'test accuracy, %':>18}{'ms per step':>14}{'MB sent per worker':>21}"]
     for method, mine in by_method(runs).items():
         last = [run.accuracy[-1] for run in mine]
         accuracy = f"{np.mean(last):.1f}" + (f" ± {np.std(last, ddof=1):.1f}" if len(last) > 1 else "")
         # The median: a run in which the machine was busy with something else should not count.
         speed, sent = np.median([run.ms_per_step for run in mine]), np.mean([run.mb_sent for run in mine])
-        lines.append(f"{method:<12}{accuracy:>18}{speed:>14.2f}{sent:>21.2f}")
+        lines.append(f"{method:<21}{accuracy:>18}{speed:>14.2f}{sent:>21.2f}")
     return "\n".join(lines)
 
 

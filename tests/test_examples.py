@@ -29,8 +29,25 @@ def test_the_options_make_the_methods() -> None:
     assert (ar.tau, ar.gradients) == (None, "all")
 
 
-def test_the_default_is_everything_and_quick_is_one_run_of_slowmo() -> None:
-    assert common.parse(None, arguments=[]).methods == list(common.METHODS)
+def test_the_options_make_the_gossip_methods() -> None:
+    args = common.parse(None, arguments=["--tau", "5", "--beta", "0.3"])
+    made = {name: method(args) for name, method in common.METHODS.items()}
+    assert [made[name].tau for name in ("d-psgd", "sgp", "osgp")] == [None] * 3
+    for name, base, overlap in (("d-psgd", "dpsgd", False), ("sgp", "sgp", False), ("osgp", "sgp", True)):
+        for config in (made[name], made[f"slowmo-{name}"]):
+            assert (config.base, config.overlap, config.average) == (base, overlap, True)
+        assert (made[f"slowmo-{name}"].tau, made[f"slowmo-{name}"].beta) == (5, 0.3)
+    assert (made["slowmo-sgp-noaverage"].base, made["slowmo-sgp-noaverage"].average) == ("sgp", False)
+    assert (made["slowmo-ar-sgd"].tau, made["slowmo-ar-sgd"].gradients) == (5, "all")
+
+
+def test_every_method_can_be_drawn_and_told_apart() -> None:
+    assert set(common.STYLES) == set(common.METHODS)
+    assert len(set(common.STYLES.values())) == len(common.STYLES)
+
+
+def test_the_default_is_three_methods_and_quick_is_one_run_of_slowmo() -> None:
+    assert common.parse(None, arguments=[]).methods == ["ar-sgd", "local-sgd", "slowmo"]
     quick = common.parse(None, arguments=["--quick", "--methods", "ar-sgd", "local-sgd", "--seeds", "7"])
     assert (quick.methods, quick.seeds) == (["slowmo"], 1)
 
