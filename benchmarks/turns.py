@@ -61,9 +61,8 @@ def run(
     steps = {name: make(name) for name in names}
     times = measure(steps, args.rounds, args.steps, barrier, hvd.rank() == 0, block_of)
     if hvd.rank() == 0:
-        print(
-            f"\n{args.label}, {hvd.size()} workers; median of {args.rounds} rounds of {args.steps} steps or whole blocks"
-        )
+        rounds = f"median of {args.rounds} rounds of {args.steps} steps or whole blocks"
+        print(f"\n{args.label}, {hvd.size()} workers; {rounds}")
         for name, seconds in times.items():
             _tell(name, seconds, times[ALONE], hvd.size(), args)
     return times
