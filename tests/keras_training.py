@@ -9,9 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from problems import Problem, pieces
+from problems import Problem, chunks_of, pieces
 
-import hvd_slowmo.layout
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 
 
@@ -99,13 +98,12 @@ class Worker:
 @contextlib.contextmanager
 def doubles(chunk_bytes: int | None = None) -> Iterator[None]:
     """Rates in float64, and chunks of so many bytes."""
-    whole, floatx = hvd_slowmo.layout.CHUNK_BYTES, keras.config.floatx()
-    hvd_slowmo.layout.CHUNK_BYTES = chunk_bytes or whole
+    floatx = keras.config.floatx()
     keras.config.set_floatx("float64")
     try:
-        yield
+        with chunks_of(chunk_bytes):
+            yield
     finally:
-        hvd_slowmo.layout.CHUNK_BYTES = whole
         keras.config.set_floatx(floatx)
 
 

@@ -6,12 +6,15 @@ the gradient into its framework's parameters and compares the parameters after e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+import hvd_slowmo.layout
 from hvd_slowmo import reference, reference_gossip
 from hvd_slowmo.topology import topology
 
@@ -93,6 +96,28 @@ class Problem:
             groups=np.repeat(self.groups, SIZES),
             **self.config,
         )
+
+
+_WHOLE = hvd_slowmo.layout.CHUNK_BYTES
+_lock = threading.Lock()
+_inside = 0
+
+
+@contextlib.contextmanager
+def chunks_of(size: int | None) -> Iterator[None]:
+    """Messages of so many bytes. Threads share the length: the last one out brings the library's own back."""
+    global _inside
+    with _lock:
+        _inside += 1
+        if size is not None:
+            hvd_slowmo.layout.CHUNK_BYTES = size
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                hvd_slowmo.layout.CHUNK_BYTES = _WHOLE
 
 
 def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:

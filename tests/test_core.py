@@ -38,6 +38,8 @@ def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():
     assert workers_equal(SlowMoConfig(tau=4), 8, 0)
     assert not workers_equal(SlowMoConfig(tau=4), 9, 1)
     assert workers_equal(SlowMoConfig(tau=4, warmup_steps=5), 5, 5)
+    assert not workers_equal(SlowMoConfig.sgp(tau=4, average=False), 8, 0)  # anchors and v differ
+    assert workers_equal(SlowMoConfig.sgp(), 8, 0)
     assert workers_equal(SlowMoConfig.ar_sgd(), 7, 7)
 
 

@@ -84,6 +84,7 @@ def test_no_optimizer_is_forgotten():
     assert known <= CLASSES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_optimizer_is_the_bare_one_to_the_bit(name):
     assert same(applied(bare(CLASSES[name](0.01))), applied(CLASSES[name](0.01)))
@@ -186,6 +187,7 @@ def test_exclude_from_weight_decay():
     assert same(trained(bare), trained(lambda inner: inner))
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_the_final_value():
     ours, theirs = net(), net()
     for model, optimizer in (
@@ -196,6 +198,7 @@ def test_the_moving_average_is_the_final_value():
     assert same(held(ours), held(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MaxNorm", "NonNeg", "UnitNorm"])
 def test_variable_constraints(kind):
     def trained(optimizer):
@@ -210,6 +213,7 @@ def test_variable_constraints(kind):
             )
 
 
+@pytest.mark.slow
 def test_the_rate_is_whatever_callbacks_assign():
     def scheduled(optimizer, callback):
         model = net()
@@ -256,6 +260,7 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     assert optimizer.engine.traces == 1
 
 
+@pytest.mark.slow
 def test_embeddings_of_any_number_of_words_take_few_traces():
     model, optimizer = words(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
     step = step_of(model, optimizer)
@@ -315,6 +320,7 @@ def test_a_scaler_around_slowmo_raises_at_once(half, how):
         net().compile(bare(SGD(0.1)), "mse") if how == "compile" else Scaled(bare(SGD(0.1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
 def test_bfloat16(policy):
     keras.mixed_precision.set_dtype_policy(policy)
@@ -333,6 +339,7 @@ def test_bfloat16(policy):
         keras.mixed_precision.set_dtype_policy("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_of_the_write_never_enters_the_momentum(dtype):
     """Without gradients Delta is 0: v must decay by beta and nothing else, though every write of the model rounds."""
@@ -394,6 +401,7 @@ def test_config_round_trip(name):
     assert not differ  # what has moved to SlowMo is there as it was given
 
 
+@pytest.mark.slow
 def test_all_state_is_in_variables_once():
     model, optimizer = net(), SlowMo(INNERS["accumulation"](), SlowMoConfig(tau=2))
     fit(model, optimizer, range(2))
@@ -417,6 +425,7 @@ def test_weights_can_be_loaded_for_another_training(optimizer, tmp_path):
     assert other.optimizer.steps == 0
 
 
+@pytest.mark.slow
 def test_weights_with_the_optimizers_state_go_on_in_the_middle_of_a_block(tmp_path):
     def built():
         model = net()
@@ -443,6 +452,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callbacks", [[], [SlowMoCallback]], ids=["alone", "with the callback"])
 def test_backup_and_restore_in_the_middle_of_a_block_is_the_run_without_a_stop(tmp_path, callbacks):
     def run(folder, stop=None):
@@ -487,6 +497,7 @@ MODELS = {"shared": (shared, batch), "subclassed": (Own, batch), "statistics": (
 MODELS["embedding"] = (words, sentences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_kind_of_model_trains_as_with_the_bare_optimizer(kind):
     make, data = MODELS[kind]
@@ -497,6 +508,7 @@ def test_every_kind_of_model_trains_as_with_the_bare_optimizer(kind):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_layers_frozen_and_unfrozen_between_two_fits():
     def trained(wrap):
         model = net()
@@ -519,6 +531,7 @@ def test_a_layer_unfrozen_without_a_new_compile_is_refused():
         model.train_function = None or model.fit(*batch(0, 0), verbose=0)
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on_in_the_block_of_the_first():
     once, twice = net(), net()
     config = SlowMoConfig(tau=4)
@@ -531,6 +544,7 @@ def test_a_second_fit_goes_on_in_the_block_of_the_first():
     assert optimizer.engine.traces == 1
 
 
+@pytest.mark.slow
 def test_two_optimizers_in_one_loop():
     def adversaries(wrap):
         maker, judge = net(), net(1)

@@ -35,8 +35,9 @@ def test_threads_equal_the_reference(name):
         assert equal(histories[2][step], histories[0][step])
 
 
+@pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 3])
 def test_horovod_workers_equal_the_reference(keras_workers, size):
     for name, problem in SAME.items():
         histories = keras_workers(size).run("keras_training:run", problem=problem, chunk_bytes=40, limit=120)

@@ -11,6 +11,8 @@ from problems import Problem
 from hvd_slowmo.comm import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 
+pytestmark = [pytest.mark.slow]
+
 # Several workers' graphs wait in this process's threads at once; with fewer threads than workers they would wait for
 # each other for ever. Set before TensorFlow starts its threads.
 tf.config.threading.set_inter_op_parallelism_threads(16)

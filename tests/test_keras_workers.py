@@ -5,7 +5,7 @@ import pytest
 from keras_models import same
 from pool import Pool
 
-pytestmark = pytest.mark.workers
+pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 MISUSE = {
     "tau": "ValueError: slowmo: rank 1 differs from rank 0: config: tau: it has 3 where 2 is expected",

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from problems import Problem, pieces
+from problems import Problem, chunks_of, pieces
 
-import hvd_slowmo.layout
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
@@ -74,12 +73,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """The whole training on one worker: of `comm`, or of Horovod."""
     rank = horovod_rank() if comm is None else comm.rank
-    whole = hvd_slowmo.layout.CHUNK_BYTES
-    hvd_slowmo.layout.CHUNK_BYTES = chunk_bytes or whole
-    try:
+    with chunks_of(chunk_bytes):
         model, optimizer = build(problem, comm, rank, devices=devices)
-    finally:
-        hvd_slowmo.layout.CHUNK_BYTES = whole
     return [held(model, optimizer), *advance(problem, model, optimizer, rank, range(problem.steps))]
 
 
