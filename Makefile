@@ -14,7 +14,7 @@ BIN := .venv/bin
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-fast test-install lint clean
+.PHONY: help setup demo bench test test-all test-fast test-install lint clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -30,6 +30,9 @@ bench: setup  ## what a step costs, beside what else one could use; loopback and
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
+	@$(BIN)/python -m pytest -m "not install and not thorough" $(ARGS)
+
+test-all: setup  ## run all tests, those with more sizes and settings too
 	@$(BIN)/python -m pytest -m "not install" $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds

@@ -54,8 +54,7 @@ class Workers:
         if not hvd.is_initialized():
             if launched > 1 or process_set is not None:
                 raise ValueError(
-                    f"Horovod has not been initialized, and this is one of {launched} workers. Call hvd.init() of "
-                    f"{self._module} first."
+                    f"Horovod has not been initialized, and this is one of {launched} workers. Call hvd.init() first."
                 )
             return SoloComm()
         members = hvd.global_process_set if process_set is None else process_set

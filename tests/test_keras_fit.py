@@ -246,6 +246,7 @@ def test_an_error_in_one_workers_callback_ends_the_job(keras_workers):
 
 @workers
 @slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["uneven", "none", "unknown length, executions of 3", "short epochs"])
 def test_three_workers_train(keras_workers, name):
     train(keras_workers(3), name)

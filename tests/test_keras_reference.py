@@ -25,6 +25,7 @@ def equal(a, b):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SAME)
 def test_threads_equal_the_reference(name):
     problem = SAME[name]
@@ -37,7 +38,7 @@ def test_threads_equal_the_reference(name):
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_horovod_workers_equal_the_reference(keras_workers, size):
     for name, problem in SAME.items():
         histories = keras_workers(size).run("keras_training:run", problem=problem, chunk_bytes=40, limit=120)
