@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hvd_slowmo.comm import Comm
@@ -104,11 +104,8 @@ def agreed_graph(config: SlowMoConfig, comm: Comm, node: Comm | None, name: str)
 class Gossip:
     """The mixing of one worker."""
 
-    def __init__(
-        self, graph: Graph, config: SlowMoConfig, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str
-    ) -> None:
+    def __init__(self, graph: Graph, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str) -> None:
         self.graph = graph
-        self._config = config
         self._ops = ops
         self._store = store
         self._comm = comm
@@ -152,23 +149,12 @@ class Gossip:
         Returns:
             Per chunk what came, once waited for, which can be given to `mix`; None where nothing travels ahead.
         """
-        if not self.graph.overlap:
-            return None
-
-        def send() -> list[Any]:
-            started = [self._push(chunk, self._store.read("sent", chunk), mass.flight - 1) for chunk in self._chunks]
-            return [self._comm.wait(handle) for handle in started]
-
-        def nothing() -> list[Any]:
-            return [self._store.read("sent", chunk) * 0 for chunk in self._chunks]
-
-        return self._ops.cond((mass.flight > 0) & delivers, send, nothing)
+        return self._delivered(mass, delivers) if self.graph.overlap else None
 
     def launch(self, mass: Mass, delivers: Any) -> None:
         """As `depart`, where a collective can be under way between two steps: it is waited for when it is mixed."""
         if self.graph.overlap and mass.flight > 0 and delivers:
-            sent = [(chunk, self._store.read("sent", chunk)) for chunk in self._chunks]
-            self._departed = [self._push(chunk, x, mass.flight - 1) for chunk, x in sent]
+            self._departed = self._send(mass)
 
     def recall(self) -> None:
         """Another state takes the place of this one: what has departed is not mixed. Waits for nothing."""
@@ -200,13 +186,30 @@ class Gossip:
 
     def _mix_late(self, mass: Mass, after: Mass, kept: Any, came: Sequence[Any] | None) -> None:
         departed, self._departed = self._departed, None
-        if departed is None and came is None:
-            came = self.depart(mass, True)
-        for number, chunk in enumerate(self._chunks):
+        if departed is not None:
+            arrivals: Iterator[Any] = map(self._comm.wait, departed)
+        else:
+            arrivals = iter(self._delivered(mass, True) if came is None else came)
+        for chunk in self._chunks:
             x = self._moved(chunk, mass)
-            arrived = came[number] if departed is None else self._comm.wait(departed[number])  # type: ignore[index]
+            arrived = next(arrivals)  # waited for only now
             self._store.write("sent", chunk, x)
             self._show(chunk, x * self._ops.like(kept, x) + arrived, after)
+
+    def _delivered(self, mass: Mass, delivers: Any) -> list[Any]:
+        """What comes of the last step's messages; zeros where there are none or the coming step mixes none."""
+
+        def exchanged() -> list[Any]:
+            return [self._comm.wait(handle) for handle in self._send(mass)]
+
+        def nothing() -> list[Any]:
+            return [self._store.read("sent", chunk) * 0 for chunk in self._chunks]
+
+        return self._ops.cond((mass.flight > 0) & delivers, exchanged, nothing)
+
+    def _send(self, mass: Mass) -> list[Any]:
+        """Begin to send what the last step has set aside, all chunks of it."""
+        return [self._push(chunk, self._store.read("sent", chunk), mass.flight - 1) for chunk in self._chunks]
 
     def _mix_now(self, mass: Mass, after: Mass, kept: Any, hop: Any) -> None:
         def start(chunk: Chunk) -> tuple[Any, Any]:

@@ -103,7 +103,7 @@ class Machine:
         self._ops = ops
         self._store = store
         self._comm = comm
-        self.gossip = None if graph is None else Gossip(graph, config, layout, ops, store, comm, name)
+        self.gossip = None if graph is None else Gossip(graph, layout, ops, store, comm, name)
 
     def start(self) -> Progress:
         """Everybody gets rank 0's vectors; the first anchor is taken, before the first inner step."""

@@ -10,9 +10,6 @@ from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
 
 pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
-workers = pytest.mark.workers
-slow = pytest.mark.slow
-
 
 def alike(results, *keys):
     for key in keys:
@@ -127,13 +124,11 @@ def train(pool, name):
     assert len(said) == (name == "compiled"), results[0]["log"]
 
 
-@workers
 @pytest.mark.parametrize("name", sorted(FAST))
 def test_two_workers_train(keras_workers, name):
     train(keras_workers(2), name)
 
 
-@workers
 def test_metrics_are_means_over_all_samples(keras_workers):
     results = keras_workers(2).run("keras_fit_jobs:still", limit=90)
     for prefix in ("", "val_"):
@@ -151,22 +146,17 @@ REFUSED = {
 }
 
 
-@workers
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[slow] * (k not in ("nan", "no callback"))) for k in REFUSED])
+@pytest.mark.parametrize("kind", REFUSED)
 def test_misuse_raises_on_every_rank(keras_workers, kind):
     for said in keras_workers(2).run("keras_fit_jobs:refused", kind=kind, limit=90):
         assert REFUSED[kind] in said
 
 
-@workers
-@slow
 @pytest.mark.parametrize("name", sorted(set(TRAININGS) - FAST))
 def test_two_workers_train_in_every_way(keras_workers, name):
     train(keras_workers(2), name)
 
 
-@workers
-@slow
 def test_callbacks_that_look_at_metrics_decide_alike(keras_workers, tmp_path):
     results = keras_workers(2).run("keras_fit_jobs:decides", folder=str(tmp_path), limit=90)
     alike(results, "weights")
@@ -188,16 +178,12 @@ def test_callbacks_that_look_at_metrics_decide_alike(keras_workers, tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == len(first["seen"]) + 1
 
 
-@workers
-@slow
 def test_learning_rate_scheduler(keras_workers):
     results = keras_workers(2).run("keras_fit_jobs:schedules", limit=90)
     check(results, steps=9)
     assert results[0]["history"]["learning_rate"] == pytest.approx([0.01, 0.005, 0.01 / 3])
 
 
-@workers
-@slow
 def test_a_resume_from_own_files_is_the_run_without_a_stop(keras_workers, tmp_path):
     whole = keras_workers(2).run("keras_fit_jobs:resumes", folder=str(tmp_path / "a"), stop=False, limit=90)
     again = keras_workers(2).run("keras_fit_jobs:resumes", folder=str(tmp_path / "b"), stop=True, limit=90)
@@ -206,8 +192,6 @@ def test_a_resume_from_own_files_is_the_run_without_a_stop(keras_workers, tmp_pa
     alike([whole[0], again[0]], "weights", "vectors")
 
 
-@workers
-@slow
 def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
     results = keras_workers(2).run("keras_fit_jobs:resumes", folder=str(tmp_path), stop=True, everyone=False, limit=90)
     alike(results, "weights", "vectors")
@@ -216,8 +200,6 @@ def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
     assert any("begin at different epochs: rank 0 at 2, rank 1 at 0" in line for line in results[0]["log"])
 
 
-@workers
-@slow
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("epochs", [[5, 2], [2, 5]])
 def test_a_worker_that_leaves_ends_the_others(keras_workers, epochs, own):
@@ -227,8 +209,6 @@ def test_a_worker_that_leaves_ends_the_others(keras_workers, epochs, own):
     assert f"INFO: ranks [{leaver}] have ended their training" in "".join(results[1 - leaver]["log"])
 
 
-@workers
-@slow
 def test_different_rates_are_a_warning(keras_workers):
     first, second = keras_workers(2).run("keras_fit_jobs:warns", limit=90)
     said = [line for line in first if line.startswith("WARNING") and "learning rate" in line]
@@ -236,24 +216,18 @@ def test_different_rates_are_a_warning(keras_workers):
     assert len([line for line in second if "learning rate" in line]) == 1
 
 
-@workers
-@slow
 def test_an_error_in_one_workers_callback_ends_the_job(keras_workers):
     first, second = keras_workers(2).outcomes("keras_fit_jobs:fails", fatal=True, limit=90)
     assert second.kind == "ArithmeticError"
     assert "another worker ended or was killed" in str(first)
 
 
-@workers
-@slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["uneven", "none", "unknown length, executions of 3", "short epochs"])
 def test_three_workers_train(keras_workers, name):
     train(keras_workers(3), name)
 
 
-@workers
-@slow
 def test_two_go_on_to_their_join_when_a_third_leaves(keras_workers):
     results = keras_workers(3).run("keras_fit_jobs:leaves", epochs=[4, 2, 4], limit=90)
     assert [result["epochs"] for result in results] == [3, 2, 3]

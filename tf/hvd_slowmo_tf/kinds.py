@@ -28,9 +28,7 @@ SPATIAL = (
     *TRANSPOSED,
     *DEPTHWISE,
     *SEPARABLE,
-    *_named(
-        *(f"{kind}Pooling{d}" for kind in ("Max", "Average", "AdaptiveMax", "AdaptiveAverage") for d in _DIMENSIONS)
-    ),
+    *_named(*(f"{kind}Pooling{d}" for kind in _POOLINGS for d in _DIMENSIONS)),
     *_named("UpSampling2D", "UpSampling3D", "ZeroPadding2D", "ZeroPadding3D", "Cropping2D", "Cropping3D"),
 )
 
