@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.handshake import agree
+from hvd_slowmo.handshake import agreed
 from hvd_slowmo.layout import Chunk, Layout
 from hvd_slowmo.ops import Ops
 from hvd_slowmo.pushsum import carried_over, debiased, in_flight, mixed, mixed_late, parts
@@ -86,19 +86,12 @@ def agreed_graph(config: SlowMoConfig, comm: Comm, node: Comm | None, name: str)
     if node is not None:
         mine = node.gather(f"{name}.node", comm.rank)
         nodes = [ranks for ranks, _ in itertools.groupby(sorted(comm.gather(f"{name}.nodes", mine)))]
-    graph: Graph | None = None
-    error: Exception | None = None
-    try:
+
+    def make() -> tuple[Graph, dict[str, Any]]:
         graph = Graph(config, comm.size, nodes)
-    except Exception as caught:  # a user's function may raise anything; the other workers wait in agree()
-        error = caught
-    facts = {} if graph is None else {"topology (digest)": graph.digest}
-    try:
-        agree(comm, name, facts, {}, None if error is None else str(error))
-    except ValueError as raised:
-        raise (raised if error is None else error) from None
-    assert graph is not None, "agree() raises where it is missing"
-    return graph
+        return graph, {"topology (digest)": graph.digest}
+
+    return agreed(comm, name, make, {})
 
 
 class Gossip:

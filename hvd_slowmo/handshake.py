@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from hvd_slowmo.comm import Comm
+
+T = TypeVar("T")
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -57,6 +59,28 @@ def agree(comm: Comm, name: str, facts: Mapping[str, Any], remarks: Mapping[str,
                     "%s: %s differs: rank %s has %s, rank %s has %s",
                     name, key, rank, each[1].get(key), comm.ranks[0], expected,
                 )  # fmt: skip
+
+
+def agreed(comm: Comm, name: str, make: Callable[[], tuple[T, Mapping[str, Any]]], remarks: Mapping[str, Any]) -> T:
+    """What `make` gives beside its facts, once all workers have compared these. A collective.
+
+    Raises:
+        Exception: what `make` raised here.
+        ValueError: what it raised on another worker, or a fact differs.
+    """
+    made: T | None = None
+    facts: Mapping[str, Any] = {}
+    error: Exception | None = None
+    try:
+        made, facts = make()
+    except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
+        error = caught
+    try:
+        agree(comm, name, facts, remarks, None if error is None else str(error))
+    except ValueError as raised:
+        raise (raised if error is None else error) from None
+    assert made is not None, "agree() raises where it is missing"
+    return made
 
 
 def _difference(key: str, expected: Any, received: Any) -> str | None:

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.comm import Comm
-from hvd_slowmo.handshake import agree
+from hvd_slowmo.handshake import agreed
 from hvd_slowmo_tf.engine import Engine, once
 
 
@@ -29,25 +29,18 @@ def start(
         prepare: checks what was given, builds the optimizer and lays out what travels.
         take_graph: a collective behind that: who sends to whom, over a gossip base.
     """
-    engine: Engine | None = None
-    error: Exception | None = None
-    facts: dict[str, Any] = {}
-    try:
-        engine = prepare()
-        facts = engine.facts
-    except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
-        error = caught
     wrapped = getattr(optimizer.inner_optimizer, "inner_optimizer", optimizer.inner_optimizer)
     remarks = {
         "TensorFlow": tf.__version__,
         "Keras": keras.__version__,
         "the inner optimizer": type(wrapped).__name__,
     }
-    try:
-        agree(comm, optimizer.name, facts, remarks, None if error is None else str(error))
-    except ValueError as raised:
-        raise (raised if error is None else error) from None
-    assert engine is not None, "agree() raises where prepare() failed"
+
+    def make() -> tuple[Engine, dict[str, Any]]:
+        prepared = prepare()
+        return prepared, prepared.facts
+
+    engine = agreed(comm, optimizer.name, make, remarks)
     engine = take_graph(engine)
     state = engine.state
     positions = comm.gather(f"{optimizer.name}.position", (int(state.now.step), int(state.workers.numpy())))

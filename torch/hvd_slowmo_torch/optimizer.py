@@ -16,7 +16,7 @@ from hvd_slowmo.comm import Comm, MeteredComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph, agreed_graph
 from hvd_slowmo.gradients import Attendance, GradientMean
-from hvd_slowmo.handshake import agree
+from hvd_slowmo.handshake import agreed
 from hvd_slowmo.machine import Machine, Observed, Progress
 from hvd_slowmo.ops import EagerOps
 from hvd_slowmo.results import Joined, Metrics, metrics_of
@@ -138,26 +138,17 @@ class SlowMo(Optimizer):
 
         group: to add to the base optimizer first.
         """
-        plan: Plan | None = None
-        error: Exception | None = None
-        try:
+
+        def make() -> tuple[Plan, dict[str, Any]]:
             if group is not None:
                 self.base.add_param_group(group)
             check_types(self.base, self._model, self.config, self._name)
             plan = lay_out(self._model, self.base, self.config)
             check_base(self.base, self.config)
-        except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
-            error = caught
-        facts: dict[str, Any] = {}
-        if plan is not None:
-            facts = {"config": self.config.facts(), "parameters": plan.layout.describe()}
+            return plan, {"config": self.config.facts(), "parameters": plan.layout.describe()}
+
         remarks = {"PyTorch": torch.__version__, "the base optimizer": type(self.base).__name__}
-        try:
-            agree(self._comm, self._name, facts, remarks, None if error is None else str(error))
-        except ValueError as raised:
-            raise (raised if error is None else error) from None
-        assert plan is not None, "agree() raises where a plan is missing"
-        return plan
+        return agreed(self._comm, self._name, make, remarks)
 
     def _build(self, plan: Plan) -> None:
         vectors = self.config.vectors if self._graph is None else (*self.config.vectors, *self._graph.vectors)
