@@ -26,6 +26,7 @@ from keras_models import (
     with_statistics,
     words,
 )
+from problems import chunks_of
 
 import hvd_slowmo.tf
 from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
@@ -258,6 +259,17 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     concrete = optimizer.engine.step.get_concrete_function([tf.zeros(v.shape) for v in model.trainable_variables])
     assert not [op for op in operations(concrete.graph) if "PyFunc" in op]
     assert optimizer.engine.traces == 1
+
+
+def test_no_variable_is_assigned_in_part():
+    """Once one was, TensorFlow copies all of it whenever a layer reads it: every step of a training takes longer."""
+    with chunks_of(64):
+        model, optimizer = net(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
+        fit(model, optimizer, range(4))
+    concrete = optimizer.engine.step.get_concrete_function([tf.zeros(v.shape) for v in model.trainable_variables])
+    found = operations(concrete.graph)
+    assert "AssignVariableOp" in found
+    assert not [op for op in found if "StridedSliceAssign" in op or "Scatter" in op]
 
 
 @pytest.mark.slow

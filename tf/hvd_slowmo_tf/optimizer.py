@@ -126,7 +126,6 @@ class SlowMo(keras.optimizers.Optimizer):
         variables = list(variables)
         inside = self._inside
         needs_reset = self.config.buffers == "reset" or self.config.nonfinite == "exclude"
-        slow = [segment for segment in lay_out(variables, (), ()).layout.segments if segment.rule == "slow"]
         with tf.init_scope():
             keras.optimizers.Optimizer.build(self, variables)
             inside.inner.build(variables, reset=needs_reset)
@@ -134,7 +133,7 @@ class SlowMo(keras.optimizers.Optimizer):
             if self.config.base != "local":  # the graph is one of this job's workers; nothing is exchanged for that
                 inside.graph = Graph(self.config, self._connect().size, self._likely_nodes())
                 vectors, weights = (*vectors, *inside.graph.vectors), inside.graph.size
-            inside.state = State(self.add_variable, slow, vectors, weights)
+            inside.state = State(self.add_variable, lay_out(variables, (), ()).layout, vectors, weights)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """One step: the inner optimizer's, and the outer step where it is due.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvd_slowmo.layout import Segment
+from hvd_slowmo.layout import Layout
 from hvd_slowmo.machine import Observed, Progress
 
 
@@ -14,14 +14,12 @@ class State:
 
     Args:
         add_variable: keras.optimizers.Optimizer's.
-        segments: of parameters.
-        vectors: names of what is kept beside the parameters: a flat variable per segment.
+        layout: of the model.
+        vectors: names of what is kept beside the parameters: a flat variable for each chunk of them.
         weights: how many push-sum weights there are: one per worker over a gossip base, else none.
     """
 
-    def __init__(
-        self, add_variable: Callable[..., Any], segments: Sequence[Segment], vectors: Sequence[str], weights: int
-    ) -> None:
+    def __init__(self, add_variable: Callable[..., Any], layout: Layout, vectors: Sequence[str], weights: int) -> None:
         # Keras has one group of parameters.
         lengths = {"rates": 1, "gamma": 1, "observed": len(Observed._fields), "w": weights, "arriving": weights}
         self.scalars = [
@@ -36,8 +34,11 @@ class State:
         self.workers = add_variable(shape=(), dtype="int64", name="workers")  # of the job; 0 before it starts
         self.vectors = {
             vector: [
-                add_variable(shape=(s.size,), dtype=s.dtype, name=f"{vector}_{number}")
-                for number, s in enumerate(segments)
+                add_variable(
+                    shape=(chunk.size,), dtype=layout.segments[chunk.segment].dtype, name=f"{vector}_{chunk.index}"
+                )
+                for chunk in layout.chunks
+                if chunk.rule == "slow"
             ]
             for vector in vectors
         }

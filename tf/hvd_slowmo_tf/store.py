@@ -9,7 +9,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_slowmo.boxes import boxes
 from hvd_slowmo.layout import Chunk, Entry, Layout, Tensor, arrange
 from hvd_slowmo_tf.inner import Inner
 
@@ -64,18 +63,23 @@ def _common_path(path: str) -> str:
 class TfStore:
     """`hvd_slowmo.machine.Store` on Keras variables.
 
-    vectors: per name, a flat variable for each segment of parameters.
+    No variable is ever assigned in part: from then on TensorFlow would copy the whole of it whenever it is read, by the
+    model's layers too. Stretches are kept until all of a variable are there; until then it has its old values.
+
+    vectors: per name, a variable for each chunk of parameters.
     """
 
     def __init__(self, plan: Plan, inner: Inner, vectors: dict[str, list[Any]]) -> None:
         self.layout = plan.layout
         self._variables = plan.variables
         self._inner = inner
-        slow = [number for number, segment in enumerate(plan.layout.segments) if segment.rule == "slow"]
-        self._vectors = {name: dict(zip(slow, flats, strict=True)) for name, flats in vectors.items()}
-        self.parameters = [v for number in slow for v in plan.variables[number]]
+        slow = [chunk.index for chunk in plan.layout.chunks if chunk.rule == "slow"]
+        self._vectors = {name: dict(zip(slow, parts, strict=True)) for name, parts in vectors.items()}
+        laid = zip(plan.layout.segments, plan.variables, strict=True)
+        self.parameters = [v for segment, variables in laid if segment.rule == "slow" for v in variables]
         self._gradients: dict[int, Any] = {}
-        self._written: dict[int, list[Any]] = {}
+        self._averaged: dict[int, Any] = {}
+        self._stretches: dict[tuple[str, int], dict[int, Any]] = {}  # by where they begin, of what is not whole yet
         self.counts: Any = None  # per parameter, how many workers have a gradient
         with tf.init_scope():
             self._nothing = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -83,15 +87,16 @@ class TfStore:
     def set_gradients(self, gradients: Sequence[Any]) -> None:
         """What `read` gives as "gradient": for each of `parameters`, a tensor or None."""
         self._gradients = {id(v): g for v, g in zip(self.parameters, gradients, strict=True) if g is not None}
-        self._written = {}
+        self._averaged = {}
 
     def gradients(self) -> list[Any]:
         """What has been written as "gradient", for each of `parameters`."""
-        return [tf.reshape(tf.concat(self._written[id(v)], 0), v.shape) for v in self.parameters]
+        return [self._averaged.get(id(v), tf.zeros(v.shape, v.dtype)) for v in self.parameters]
 
     def read(self, vector: str, chunk: Chunk) -> Any:
         if vector in self._vectors:
-            return native(self._vectors[vector][chunk.segment])[chunk.start : chunk.stop]
+            begin = chunk.start - self.layout.chunks[chunk.index].start
+            return native(self._vectors[vector][chunk.index]).read_value()[begin : begin + chunk.size]
         wire = tf.as_dtype(self.layout.segments[chunk.segment].dtype)
         parts = []
         for v, start, stop, _ in self._spans(chunk):
@@ -101,28 +106,30 @@ class TfStore:
                 parts.append(tf.reshape(self._gradients[id(v)], [-1])[start:stop])
             else:
                 parts.append(tf.zeros([stop - start], v.dtype))
-        return tf.concat([tf.cast(part, wire) for part in parts], 0)
+        return _joined([tf.cast(part, wire) for part in parts])
 
     def write(self, vector: str, chunk: Chunk, value: Any) -> None:
         if vector in self._vectors:
-            flat = native(self._vectors[vector][chunk.segment])
-            if chunk.size == flat.shape[0]:
-                flat.assign(value)
-            else:
-                flat[chunk.start : chunk.stop].assign(value)
+            v = self._vectors[vector][chunk.index]
+            whole = self._whole(vector, v, chunk.start - self.layout.chunks[chunk.index].start, value)
+            if whole is not None:
+                native(v).assign(whole)
             return
         for v, start, stop, at in self._spans(chunk):
-            part = tf.cast(value[at : at + stop - start], v.dtype)
-            if vector == "gradient":
-                # Chunks come from the last to the first.
-                self._written.setdefault(id(v), []).insert(0, part)
-            elif stop - start == v.shape.num_elements():
-                native(v).assign(tf.reshape(part, v.shape))
-            else:
-                for box, count in boxes(tuple(v.shape), start, stop):
-                    target = native(v)[box]
-                    target.assign(tf.reshape(part[:count], target.shape))
-                    part = part[count:]
+            whole = self._whole(vector, v, start, tf.cast(value[at : at + stop - start], v.dtype))
+            if whole is not None and vector == "gradient":
+                self._averaged[id(v)] = whole
+            elif whole is not None:
+                native(v).assign(whole)
+
+    def _whole(self, vector: str, v: Any, start: int, stretch: Any) -> Any:
+        """All of a variable's new value, in its shape, once the last stretch of it is here; None before."""
+        stretches = self._stretches.setdefault((vector, id(v)), {})
+        stretches[start] = stretch
+        if sum(part.shape[0] for part in stretches.values()) < v.shape.num_elements():
+            return None
+        del self._stretches[vector, id(v)]
+        return tf.reshape(_joined([stretches[at] for at in sorted(stretches)]), v.shape)
 
     def written(self, chunk: Chunk, anchor: Any) -> Any:
         own = tf.as_dtype(self.layout.segments[chunk.segment].entries[0].dtype)
@@ -152,3 +159,7 @@ class TfStore:
         variables = self._variables[chunk.segment]
         for number, start, stop, at in self.layout.spans(chunk):
             yield variables[number], start, stop, at
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
