@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("hvd_slowmo")
 
-WIRE = 1
+WIRE = 2
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 
@@ -52,13 +52,14 @@ def agree(comm: Comm, name: str, facts: Mapping[str, Any], remarks: Mapping[str,
                     f"{name}: rank {rank} differs from rank {comm.ranks[0]}: {difference}. "
                     "All workers must be given the same settings and the same model."
                 )
+    known: dict[str, tuple[int, Any]] = {}  # the first worker that has one: frameworks have remarks of their own
     for rank, each in zip(comm.ranks, everyone, strict=True):
-        for key, expected in first[1].items():
-            if each[1].get(key) != expected and comm.rank == 0:
+        for key, value in each[1].items():
+            other, expected = known.setdefault(key, (rank, value))
+            if value != expected and comm.rank == 0:
                 logger.warning(
-                    "%s: %s differs: rank %s has %s, rank %s has %s",
-                    name, key, rank, each[1].get(key), comm.ranks[0], expected,
-                )  # fmt: skip
+                    "%s: %s differs: rank %s has %s, rank %s has %s", name, key, rank, value, other, expected
+                )
 
 
 def agreed(comm: Comm, name: str, make: Callable[[], tuple[T, Mapping[str, Any]]], remarks: Mapping[str, Any]) -> T:

@@ -20,6 +20,9 @@ CHUNK_BYTES = 16 * 2**20
 """Length of a message. Long enough that the network's speed counts and not the number of messages (3 to 9 ms each on
 loopback), short enough that the update of one chunk runs while the next travels; see benchmarks/."""
 
+RULES = ("slow", "mean", "base")
+"""See `Segment`."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -128,7 +131,8 @@ def arrange(tensors: Iterable[Tensor[T]], groups: int) -> tuple[Layout, tuple[tu
     """Which tensors travel together: those of one rule, type and device, in the order given.
 
     Parameters of different types have segments of their own, whatever their wire types: what is written back is rounded
-    to the parameters' type. Statistics of all types travel together.
+    to the parameters' type. Statistics of all types travel together. Segments stand in the order of rules and types, so
+    that the order of the tensors does not change how long the messages are.
 
     Returns:
         The layout, and for each of its segments the places of its tensors.
@@ -137,7 +141,8 @@ def arrange(tensors: Iterable[Tensor[T]], groups: int) -> tuple[Layout, tuple[tu
     for tensor in tensors:
         own = tensor.wire if tensor.rule == "mean" else tensor.entry.dtype
         together.setdefault((tensor.rule, tensor.wire, own, tensor.device), []).append(tensor)
-    filled = [found for found in together.values() if sum(tensor.entry.size for tensor in found)]
+    keys = sorted(together, key=lambda key: (RULES.index(key[0]), *key[1:3]))  # stable: devices in their order
+    filled = [together[key] for key in keys if sum(tensor.entry.size for tensor in together[key])]
     segments = [Segment(t[0].rule, t[0].wire, t[0].itemsize, t[0].device, tuple(x.entry for x in t)) for t in filled]
     return layout(segments, groups), tuple(tuple(tensor.place for tensor in found) for found in filled)
 

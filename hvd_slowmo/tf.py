@@ -9,6 +9,7 @@ if keras.config.backend() != "tensorflow":
     )
 
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.parameter_map import ParameterMap
 from hvd_slowmo.results import Joined, Metrics
 from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.comm import workers
@@ -16,4 +17,4 @@ from hvd_slowmo_tf.optimizer import SlowMo
 
 init = workers.init
 
-__all__ = ["Joined", "Metrics", "SlowMo", "SlowMoCallback", "SlowMoConfig", "init"]
+__all__ = ["Joined", "Metrics", "ParameterMap", "SlowMo", "SlowMoCallback", "SlowMoConfig", "init"]

@@ -1,10 +1,11 @@
 """The PyTorch door: `import hvd_slowmo.torch as slowmo`."""
 
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.parameter_map import ParameterMap
 from hvd_slowmo.results import Joined, Metrics
 from hvd_slowmo_torch.comm import workers
 from hvd_slowmo_torch.optimizer import SlowMo
 
 init = workers.init
 
-__all__ = ["Joined", "Metrics", "SlowMo", "SlowMoConfig", "init"]
+__all__ = ["Joined", "Metrics", "ParameterMap", "SlowMo", "SlowMoConfig", "init"]

@@ -9,10 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.parameter_map import ParameterMap
 from hvd_slowmo_torch.base import fresh
 
 
-def check_types(base: Any, model: Any, config: Any, name: Any) -> None:
+def check_types(base: Any, model: Any, config: Any, name: Any, parameter_map: Any) -> None:
     """Refuse arguments of SlowMo that are something else altogether."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}")
@@ -24,6 +25,8 @@ def check_types(base: Any, model: Any, config: Any, name: Any) -> None:
         raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
     if not isinstance(name, str) or not name:
         raise TypeError(f"`name` must be a string that is not empty. Received: {name!r}")
+    if parameter_map is not None and not isinstance(parameter_map, ParameterMap):
+        raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
 
 
 def check_base(base: Optimizer, config: SlowMoConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,22 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph, agreed_graph
 from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agreed
+from hvd_slowmo.joining import catch_up
 from hvd_slowmo.machine import Machine, Observed, Progress
 from hvd_slowmo.ops import EagerOps
+from hvd_slowmo.parameter_map import ParameterMap
 from hvd_slowmo.results import Joined, Metrics, metrics_of
+from hvd_slowmo.starting import Groups, Position, facts_of, meet
+from hvd_slowmo.wire import WireEntry
 from hvd_slowmo_torch import checkpoint
 from hvd_slowmo_torch.amp import scaled_step
 from hvd_slowmo_torch.arguments import check_base, check_types
 from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import workers
 from hvd_slowmo_torch.fast import outer_update_
-from hvd_slowmo_torch.start import broadcast_rest, hand_over
-from hvd_slowmo_torch.store import Plan, TorchStore, lay_out
+from hvd_slowmo_torch.planning import Plan, entries_of, groups_of, lay_out
+from hvd_slowmo_torch.start import hand_out_rest, hand_over
+from hvd_slowmo_torch.store import TorchStore
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
@@ -50,6 +56,8 @@ class SlowMo(Optimizer):
         process_set: the Horovod process set that trains together. None: all ranks.
         name: prefix of the collectives' names; a second optimizer in one process takes another.
         metrics: measure at every outer step what `metrics()` tells; costs about as much as the outer update itself.
+        parameter_map: train together with workers of another framework: which parameter is which there. Every worker
+            gives the same one; `ParameterMap()` for models with the same layers in the same order.
 
     Raises:
         TypeError, ValueError: on every rank, if an argument is wrong on one, or settings or models differ.
@@ -69,13 +77,15 @@ class SlowMo(Optimizer):
         process_set: Any = None,
         name: str = "slowmo",
         metrics: bool = False,
+        parameter_map: ParameterMap | None = None,
     ) -> None:
         node: Comm | None = None
         if isinstance(config, SlowMoConfig) and config.gradients == "node":
             if process_set is not None:
                 raise ValueError("gradients='node' works on all ranks only: give no process_set.")
             node = workers.connect_node()
-        self._setup(base_optimizer, model, config, workers.connect(process_set), node, name, metrics)
+        comm = workers.connect(process_set)
+        self._setup(base_optimizer, model, config, comm, node, name, metrics, parameter_map)
 
     @classmethod
     def over(
@@ -88,13 +98,14 @@ class SlowMo(Optimizer):
         node: Comm | None = None,
         name: str = "slowmo",
         metrics: bool = False,
+        parameter_map: ParameterMap | None = None,
     ) -> SlowMo:
         """As the constructor, over any `hvd_slowmo.comm.Comm`: workers as threads, or a transport of one's own.
 
         node: the workers of this one's node, for gradients="node".
         """
         optimizer = cls.__new__(cls)
-        optimizer._setup(base_optimizer, model, config, comm, node, name, metrics)
+        optimizer._setup(base_optimizer, model, config, comm, node, name, metrics, parameter_map)
         return optimizer
 
     def _setup(
@@ -106,6 +117,7 @@ class SlowMo(Optimizer):
         node: Comm | None,
         name: str,
         metrics: bool,
+        parameter_map: ParameterMap | None,
     ) -> None:
         self.base = base_optimizer
         self.config = config
@@ -116,36 +128,44 @@ class SlowMo(Optimizer):
         self._metrics: Metrics | None = None
         self._sent_before, self._waited_before = 0, 0.0
         self._name = name
+        self._map = parameter_map
         self._averaging = False  # within averaged_parameters()
         self._joining = self._leaving = 0  # within join(), within join(leaving=True)
         self._left: tuple[int, ...] = ()  # ranks that have left for good
         self._source = 0  # a worker that took part in the last exchange of gradients
         self._uneven = False  # whether one did not, which was in its join
         self._graph: Graph | None = None  # over a gossip base
-        plan = self._agreed_plan()
+        entries, self._groups, plan = self._agreed_plan()
         if config.base != "local":
             self._graph = agreed_graph(config, comm, node, name)
+        job = meet(comm, name, Position("PyTorch", 0, 0, self._groups.of))
+        self._mixed = job.mixed
+        if parameter_map is not None:
+            self._groups = job.groups
+            plan = lay_out(model, self.base, config, entries, self._groups)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
         with torch.no_grad():
             self._build(plan)
-            broadcast_rest(comm, name, model, self.base, plan.layout)
+            hand_out_rest(comm, name, job, model, self.base, entries)
             self._progress: Progress = self._machine.start()
         self._prepare()
 
-    def _agreed_plan(self, group: dict[str, Any] | None = None) -> Plan:
-        """The layout, once all workers have compared theirs; an error on one worker is raised on all.
+    def _agreed_plan(self, group: dict[str, Any] | None = None) -> tuple[list[WireEntry], Groups, Plan]:
+        """What travels, once all workers have compared theirs; an error on one worker is raised on all.
 
         group: to add to the base optimizer first.
         """
 
-        def make() -> tuple[Plan, dict[str, Any]]:
+        def make() -> tuple[tuple[list[WireEntry], Groups, Plan], dict[str, Any]]:
             if group is not None:
                 self.base.add_param_group(group)
-            check_types(self.base, self._model, self.config, self._name)
-            plan = lay_out(self._model, self.base, self.config)
+            check_types(self.base, self._model, self.config, self._name, self._map)
+            entries = entries_of(self._model, self.base, self._map)
+            groups = groups_of(entries, self._model, self.base)
+            plan = lay_out(self._model, self.base, self.config, entries, groups)
             check_base(self.base, self.config)
-            return plan, {"config": self.config.facts(), "parameters": plan.layout.describe()}
+            return (entries, groups, plan), facts_of(self.config, "PyTorch", self._map, entries, plan.layout)
 
         remarks = {"PyTorch": torch.__version__, "the base optimizer": type(self.base).__name__}
         return agreed(self._comm, self._name, make, remarks)
@@ -153,7 +173,7 @@ class SlowMo(Optimizer):
     def _build(self, plan: Plan) -> None:
         vectors = self.config.vectors if self._graph is None else (*self.config.vectors, *self._graph.vectors)
         self._store = TorchStore(plan, self.base, vectors)
-        ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
+        self._ops = ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
         on_cpu = all(segment.device == "cpu" for segment in plan.layout.segments)
         self._machine = Machine(
             self.config,
@@ -283,7 +303,8 @@ class SlowMo(Optimizer):
         self._waited_before, self._sent_before = waited, self.bytes_sent
 
     def _rates(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([float(group["lr"]) for group in self.param_groups])
+        """One for each group that all workers have in common."""
+        return np.array([float(self.param_groups[own]["lr"]) for own in self._groups.own])
 
     def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with gradients averaged also where it makes them without backward."""
@@ -379,18 +400,12 @@ class SlowMo(Optimizer):
 
     @torch.no_grad()
     def _catch_up(self, comm: Comm | None) -> None:
-        """All workers that average gradients are done: those that were done earlier become equal to the last one.
-
-        They have taken its steps, but what its script did to the gradients or the settings in between, they could not
-        know: clipping, say.
-        """
         assert comm is not None, "gradients='node' comes with the node's workers"
-        if self._uneven:
-            self._machine.take_from(self._source, comm=comm)
-            hand_over(comm, self._name, self._source, self.base)
-            self._uneven = False
-        if self._gradients.exchange is self._of_all:
-            self._machine.average_statistics()
+        everyone = self._gradients.exchange is self._of_all
+        # What base optimizers keep has no form in common with another framework's.
+        state = None if self._mixed else partial(hand_over, comm, self._name, self._source, self.base)
+        catch_up(self._machine, self._ops, comm, self._uneven, self._source, everyone, state)
+        self._uneven = False
 
     @torch.no_grad()
     def _join_block(self) -> tuple[bool, Any]:
@@ -404,7 +419,9 @@ class SlowMo(Optimizer):
         if not self._attendance.live:
             return True, self._attendance.leaving
         own = [group["lr"] for group in self.param_groups]
-        for group, rate in zip(self.param_groups, self._attendance.rates, strict=True):
+        for number, group in enumerate(self.param_groups):
+            common = self._groups.common(number)
+            rate = group["lr"] if common is None else self._attendance.rates[common]
             group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else float(rate)
         try:
             if scaler is None:
@@ -454,8 +471,13 @@ class SlowMo(Optimizer):
 
         Raises:
             ValueError: over a gossip base, between averages: weights and messages there belong to the parameters that
-                have been mixed so far.
+                have been mixed so far. With a parameter_map: workers of another framework can't follow.
         """
+        if self._map is not None:
+            raise ValueError(
+                "with a parameter_map no parameters can be added: workers of another framework can't follow. Give the "
+                "base optimizer all of them before SlowMo is constructed."
+            )
         self._refuse_within_average("add_param_group()")
         self._refuse_if_left()
         if self._machine.midway(self._progress):
@@ -465,7 +487,7 @@ class SlowMo(Optimizer):
             )
         before, progress, groups = self._store, self._progress, len(self.param_groups)
         try:
-            plan = self._agreed_plan(param_group)
+            _, self._groups, plan = self._agreed_plan(param_group)
         except Exception:
             del self.param_groups[groups:]
             raise

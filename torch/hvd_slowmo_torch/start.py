@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,23 +10,41 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_slowmo.comm import Comm
-from hvd_slowmo.layout import Layout
+from hvd_slowmo.starting import Job, hand_out
+from hvd_slowmo.wire import WireEntry
+from hvd_slowmo_torch.weights import read_torch, write_torch
 
 
-def broadcast_rest(comm: Comm, name: str, model: nn.Module, base: Optimizer, layout: Layout) -> None:
-    """Frozen parameters and those that the base optimizer lacks, other buffers, the base's state. A collective."""
-    carried = {entry.name for segment in layout.segments for entry in segment.entries}
-    frozen = {key: p for key, p in model.named_parameters() if not p.requires_grad}  # chunks leave these alone
-    others = {key: x for key, x in [*model.named_parameters(), *model.named_buffers()] if key not in carried}
-    rest = {key: tensor.detach() for key, tensor in {**frozen, **others}.items()}
-    mine = _on_cpu(({**rest}, base.state_dict())) if comm.rank == 0 else None
-    tensors, state = comm.gather(f"{name}.start", mine)[0]
-    if comm.rank == 0:
+def hand_out_rest(
+    comm: Comm, name: str, job: Job, model: nn.Module, base: Optimizer, entries: Sequence[WireEntry]
+) -> None:
+    """What the chunks do not carry: parameters that are not trained, other buffers, the base's state. A collective.
+
+    Args:
+        entries: those of the wire, or of the model where there is no map; "frozen" ones are in a map's only.
+    """
+    frozen = [entry for entry in entries if entry.rule == "frozen"]
+    still = {key for key, p in model.named_parameters() if not p.requires_grad}  # chunks leave these alone
+    carried = {entry.own for entry in entries if entry.rule != "frozen"} - still
+    others = carried | {entry.own for entry in frozen}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    rest = {key: x.detach() for key, x in named if key not in others}
+    values, own = hand_out(
+        comm,
+        name,
+        job,
+        lambda: read_torch(model, frozen),
+        lambda: _on_cpu(({**rest}, base.state_dict())),
+    )
+    if values is not None:
+        write_torch(model, frozen, values)
+    if own is None:
         return
+    tensors, state = own
     for key, tensor in rest.items():
         tensor.copy_(tensors[key])
-    own = base.state_dict()
-    if state["state"] or own["state"] or _settings(state) != _settings(own):
+    mine = base.state_dict()
+    if state["state"] or mine["state"] or _settings(state) != _settings(mine):
         base.load_state_dict(state)
 
 

@@ -2,98 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.layout import Chunk, Entry, Layout, Segment, Tensor, arrange
+from hvd_slowmo.layout import Chunk, Segment
 from hvd_slowmo_torch import base as base_state
-
-Slot = Callable[[], torch.Tensor]
-"""Finds a tensor when it is needed: optimizers and users replace tensors, so none is kept."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The layout of a model and, per segment, where its tensors are."""
-
-    layout: Layout
-    slots: tuple[tuple[Slot, ...], ...]
-    statistics: tuple[Slot, ...]  # BatchNorm's running means and variances, which must be finite
-
-
-def lay_out(model: nn.Module, base: Optimizer, config: SlowMoConfig) -> Plan:
-    """Parameters of the base optimizer, the model's statistics and, where they are averaged, the base's buffers.
-
-    Floating-point buffers and BatchNorm's step counts are averaged. They travel as float64: the mean of equal values
-    is then that value, for constants such as masks and position tables too. Other integers stay each worker's own.
-
-    Raises:
-        ValueError: a parameter of the base optimizer that the model does not have.
-        TypeError: complex or integer parameters.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    statistics: list[Slot] = []
-    tensors: list[Tensor[Slot]] = []
-
-    def add(rule: str, wire: torch.dtype, tensor: torch.Tensor, name: str, group: int, slot: Slot) -> None:
-        entry = Entry(name, tuple(tensor.shape), _spell(tensor.dtype), group)
-        tensors.append(Tensor(rule, entry, _spell(wire), wire.itemsize, str(tensor.device), slot))
-
-    for number, group in enumerate(base.param_groups):
-        for position, p in enumerate(group["params"]):
-            if id(p) not in names:
-                raise ValueError(
-                    f"parameter {position} of the base optimizer's group {number} (shape {tuple(p.shape)}) is not a "
-                    "parameter of the model. Give SlowMo the model whose parameters the base optimizer has."
-                )
-            if p.is_meta:
-                raise ValueError(f"{names[id(p)]} is on the meta device: it has no values. Give it some first.")
-            add("slow", wire_dtype(p.dtype, names[id(p)]), p, names[id(p)], number, partial(_parameter, p))
-    for name, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() or (isinstance(module, _NormBase) and key == "num_batches_tracked"):
-                full = f"{name}.{key}" if name else key
-                if isinstance(module, _NormBase) and buffer.is_floating_point():
-                    statistics.append(partial(_buffer, module, key))
-                add("mean", torch.float64, buffer, full, 0, partial(_buffer, module, key))
-    if config.buffers == "average" and config.tau is not None:
-        for key, found in base_state.averaged(base).items():
-            for p, like in found:
-                name = f"{names[id(p)]} ({key})"
-                slot = partial(base_state.state_tensor, base, p, key, tuple(like.shape), like.dtype, like.device)
-                add("base", wire_dtype(like.dtype, name), like, name, 0, slot)
-    laid, slots = arrange(tensors, len(base.param_groups))
-    if all(chunk.rule != "slow" for chunk in laid.chunks):
-        raise ValueError("the base optimizer has no parameter with an element.")
-    return Plan(laid, slots, tuple(statistics))
-
-
-def wire_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
-    """The type in which a tensor travels and in which its anchor and v are kept: float32, or float64 for float64."""
-    if not dtype.is_floating_point:
-        raise TypeError(f"{name} has type {dtype}; SlowMo averages real floating-point tensors only.")
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _parameter(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter
-
-
-def _buffer(module: nn.Module, key: str) -> torch.Tensor:
-    found: torch.Tensor = getattr(module, key)
-    return found
-
-
-def _spell(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+from hvd_slowmo_torch.planning import Plan
 
 
 class TorchStore:
@@ -101,7 +18,7 @@ class TorchStore:
 
     def __init__(self, plan: Plan, base: Optimizer, vectors: tuple[str, ...]) -> None:
         self.layout = plan.layout
-        self._slots = plan.slots
+        self._places = plan.places
         self._base = base
         self.vectors: dict[str, list[torch.Tensor | None]] = {
             vector: [_zeros(s, s.size) if s.rule == "slow" else None for s in plan.layout.segments]
@@ -202,13 +119,14 @@ class TorchStore:
                 if old is not None:
                     flat[:length] = before.vectors[vector][old]  # type: ignore[assignment]
                 if vector == "anchor":
-                    new = [slot().detach().reshape(-1).to(flat.dtype) for slot in self._slots[number]]
+                    new = [slot().detach().reshape(-1).to(flat.dtype) for slot, _ in self._places[number]]
                     flat[length:] = torch.cat(new)[length:]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
-        for segment, slots in zip(self.layout.segments, self._slots, strict=True):
+        """One for each trained entry."""
+        for segment, places in zip(self.layout.segments, self._places, strict=True):
             if segment.rule == "slow":
-                yield from (slot() for slot in slots)
+                yield from (slot() for slot, _ in places)
 
     def _flat(self, vector: str, chunk: Chunk) -> torch.Tensor:
         whole = self.vectors[vector][chunk.segment]
@@ -230,11 +148,13 @@ class TorchStore:
 
     def tensors(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, int, int, int]]:
         """The tensors under a chunk: (tensor, from, to within it, place within the chunk)."""
-        slots, key = self._slots[chunk.segment], (chunk.segment, chunk.start, chunk.stop)
+        places, key = self._places[chunk.segment], (chunk.segment, chunk.start, chunk.stop)
         if key not in self._spans:
-            self._spans[key] = tuple(self.layout.spans(chunk))
+            spans = self.layout.spans(chunk)
+            offsets = [place.offset for place in places]
+            self._spans[key] = tuple((n, a + offsets[n], b + offsets[n], at) for n, a, b, at in spans)
         for number, start, stop, at in self._spans[key]:
-            yield slots[number](), start, stop, at
+            yield places[number].slot(), start, stop, at
 
 
 def _same_place(a: Segment, b: Segment) -> bool:

@@ -33,8 +33,11 @@ def write_torch(model: nn.Module, entries: Sequence[WireEntry], values: Mapping[
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by their names."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """All parameters and buffers by their names; one that is in several places has several."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _array(tensor: torch.Tensor, gradient: bool) -> NDArray[Any]:
