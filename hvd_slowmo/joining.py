@@ -32,11 +32,12 @@ def catch_up(
         hand_over: gives everybody the base optimizer's state of the last one, where that is possible.
     """
 
-    def take() -> None:
+    def take() -> Any:
         machine.take_from(source, comm=comm)
         if hand_over is not None:
             hand_over()
+        return ops.integer(1.0)
 
-    ops.cond(uneven, take, lambda: None)
+    taken = ops.cond(uneven, take, lambda: ops.integer(0.0))
     if everyone:
-        machine.average_statistics()
+        ops.after(taken, machine.average_statistics)

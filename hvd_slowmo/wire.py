@@ -125,6 +125,11 @@ class View:
         """Shape of the part."""
         return self.own if self.part is None else tuple(stop - start for start, stop in self.part)
 
+    @property
+    def starts(self) -> Shape:
+        """Where the part begins, per own axis."""
+        return tuple(0 for _ in self.own) if self.part is None else tuple(start for start, _ in self.part)
+
     @cached_property
     def whole(self) -> bool:
         """Whether the part is the own tensor."""
@@ -144,7 +149,7 @@ class View:
         if not self.size:
             return 0
         offset, cut = 0, False  # before an axis that is cut, only one row may be left
-        for n, start, m in zip(self.own, self._starts, self.extent, strict=True):
+        for n, start, m in zip(self.own, self.starts, self.extent, strict=True):
             if cut and m != n:
                 return None
             cut = cut or m != 1
@@ -194,7 +199,7 @@ class View:
             wanted = [full[at] for at in back]  # per axis of `shape`
             held = [slice(0, 1) for _ in self.shape]
             own_box = []
-            for own_start, group in zip(self._starts, groups, strict=True):
+            for own_start, group in zip(self.starts, groups, strict=True):
                 first, length = 0, 1
                 for place, axis in enumerate(group):
                     n = self.shape[axis]
@@ -279,7 +284,7 @@ class View:
         """In words: what the view does to the own tensor."""
         parts = []
         if not self.whole:
-            cut = zip(self.own, self._starts, self.extent, strict=True)
+            cut = zip(self.own, self.starts, self.extent, strict=True)
             parts.append("[" + ", ".join(_spell(*each) for each in cut) + "]")
         if not self.in_order:
             if self.shape != self.extent:
@@ -294,12 +299,8 @@ class View:
         return (*order, *(axis for axis in range(len(common)) if axis not in order))
 
     @property
-    def _starts(self) -> Shape:
-        return tuple(0 for _ in self.own) if self.part is None else tuple(start for start, _ in self.part)
-
-    @property
     def _box(self) -> Box:
-        return tuple(slice(start, start + n) for start, n in zip(self._starts, self.extent, strict=True))
+        return tuple(slice(start, start + n) for start, n in zip(self.starts, self.extent, strict=True))
 
     @staticmethod
     def _check(received: Shape, expected: Shape, what: str) -> None:

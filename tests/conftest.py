@@ -1,6 +1,6 @@
 """Fixtures: Horovod workers shared by all tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from pool import Pool, PoolOf
@@ -30,3 +30,20 @@ def workers() -> Iterator[PoolOf]:
 def keras_workers() -> Iterator[PoolOf]:
     """The same on TensorFlow's Horovod; they end with the module, since TensorFlow takes much memory."""
     yield from _pools("horovod.tensorflow")
+
+
+@pytest.fixture(scope="module")
+def mixed_workers() -> Iterator[Callable[[str], Pool]]:
+    """mixed_workers("tk"): workers by rank, t on PyTorch's Horovod and k on TensorFlow's. One set of them is up."""
+    pools: dict[str, Pool] = {}
+
+    def of(kinds: str) -> Pool:
+        for other, pool in pools.items():
+            if other != kinds:
+                pool.close()
+        horovod = {"t": "horovod.torch", "k": "horovod.tensorflow"}
+        return pools.setdefault(kinds, Pool(len(kinds), [horovod[kind] for kind in kinds]))
+
+    yield of
+    for pool in pools.values():
+        pool.close()

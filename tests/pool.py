@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,15 @@ class Failed(Exception):
 
 
 class Pool:
-    """`size` workers; call `run`."""
+    """`size` workers; call `run`.
 
-    def __init__(self, size: int, horovod: str = "horovod.torch", **variables: str) -> None:
+    horovod: the module of it that each worker uses: the same for all, or one by rank.
+    """
+
+    def __init__(self, size: int, horovod: str | Sequence[str] = "horovod.torch", **variables: str) -> None:
         self.size = size
-        self._variables = {"POOL_HOROVOD": horovod, **variables}
+        self._horovod = [horovod] * size if isinstance(horovod, str) else horovod
+        self._variables = variables
         self._workers: list[subprocess.Popen[bytes]] = []
         self._stack = ExitStack()
 
@@ -83,8 +87,10 @@ class Pool:
     def _start(self) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._logs = [folder / f"worker{rank}.log" for rank in range(self.size)]
-        for env, log in zip(self._stack.enter_context(environments(self.size)), self._logs, strict=True):
+        started = zip(self._stack.enter_context(environments(self.size)), self._logs, self._horovod, strict=True)
+        for env, log, horovod in started:
             env |= {
+                "POOL_HOROVOD": horovod,
                 "HOROVOD_STALL_CHECK_TIME_SECONDS": str(STALL_WARNING_S),
                 "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(STALL_SHUTDOWN_S),
                 "OMP_NUM_THREADS": "1",

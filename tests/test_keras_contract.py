@@ -690,7 +690,6 @@ ONLY_KERAS = {
     "from_config": "state_dict",
     # ours
     "broadcast": "construction is a collective in PyTorch",
-    "start": "broadcast, for SlowMoCallback",
     "engine": "for SlowMoCallback",
 }
 SETTINGS_OF_ONE = {"base_optimizer": "inner_optimizer", "model": "broadcast and apply take variables"}

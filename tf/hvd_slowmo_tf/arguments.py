@@ -9,6 +9,8 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.parameter_map import ParameterMap
+from hvd_slowmo_tf.inner import Inner
 
 
 def check_inner(inner: Any) -> None:
@@ -27,17 +29,22 @@ def check_inner(inner: Any) -> None:
             )
 
 
-def check_together(innermost: Any, config: SlowMoConfig) -> None:
+def check_together(inner: Inner, config: SlowMoConfig, parameter_map: ParameterMap | None) -> None:
     """Refuse what this optimizer can't do."""
+    if parameter_map is not None and inner.taken["use_ema"]:
+        raise ValueError(
+            "use_ema keeps a moving average that the workers average too, and other frameworks have none: it can't be "
+            "used with a parameter_map."
+        )
     resets = config.buffers == "reset" or config.nonfinite == "exclude"
-    if resets and isinstance(innermost, keras.optimizers.ScheduleFreeAdamW):
+    if resets and isinstance(inner.innermost, keras.optimizers.ScheduleFreeAdamW):
         raise ValueError(
             "ScheduleFreeAdamW keeps parameters among its buffers: they can't be reset, as buffers='reset' and "
             "nonfinite='exclude' do. Use buffers='average'."
         )
 
 
-def check_settings(config: Any, name: Any, process_set: Any) -> None:
+def check_settings(config: Any, name: Any, process_set: Any, parameter_map: Any) -> None:
     """Refuse arguments that are something else altogether, and what can't work together."""
     if not isinstance(config, SlowMoConfig):
         raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
@@ -45,6 +52,8 @@ def check_settings(config: Any, name: Any, process_set: Any) -> None:
         raise TypeError(f"`name` must be a string. Received: {name!r}")
     if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.-]*", name):
         raise ValueError(f"`name` may have letters, digits, '_', '.' and '-' only. Received: {name!r}")
+    if parameter_map is not None and not isinstance(parameter_map, ParameterMap):
+        raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
     if config.gradients == "node" and process_set is not None:
         raise ValueError("gradients='node' works on all ranks only: give no process_set.")
     refuse_strategies()

@@ -22,7 +22,8 @@ class SlowMoCallback(keras.callbacks.Callback):
     - After an epoch's batches, before validation and before other callbacks see the model: `SlowMo.join`. Workers may
       have different numbers of batches. Where the epoch is a multiple of tau nothing changes.
     - Training and validation metrics become the workers' means, weighted by samples, before other callbacks see them:
-      ReduceLROnPlateau and EarlyStopping decide alike everywhere.
+      ReduceLROnPlateau and EarlyStopping decide alike everywhere. In a job with workers of another framework, which
+      have no such metrics, they stay each worker's own.
     - A worker that ends its training early (fewer epochs, an EarlyStopping of its own) ends the others' after the epoch
       that they are in.
     - XLA, which can't compile the exchange, is switched off for this model's training.
@@ -90,7 +91,7 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._end_of_batches()
-        if logs is not None and not self._left:
+        if logs is not None and not self._left and not self.model.optimizer.engine.mixed:
             self._average(logs)
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -98,18 +99,11 @@ class SlowMoCallback(keras.callbacks.Callback):
             self.model.optimizer.join(leaving=True)
 
     def _begin(self) -> None:
-        model = self.model
-        statistics = [
-            v
-            for layer in model._flatten_layers()
-            if layer.trainable  # what belongs to a frozen layer stays as it is
-            for v in layer._non_trainable_variables
-        ]
-        metrics = {id(v) for metric in model.metrics for v in metric.variables}
-        variables = [v for v in model.variables if id(v) not in metrics]
-        model.optimizer.start(variables, [v for v in statistics if id(v) not in metrics])
+        self.model.optimizer.broadcast(self.model)
         self._begun = True
-        engine = model.optimizer.engine
+        engine = self.model.optimizer.engine
+        if engine.mixed:  # the others have no epochs that could be compared
+            return
         epochs = engine.gather("epoch", self._epoch)
         if len(set(epochs)) > 1 and engine.comm.rank == 0:
             logger.warning(
@@ -139,7 +133,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._in_epoch = False
         if not self._begun:
             # No batch and no variables: the others wait in their start, and must hear of it.
-            self.model.optimizer.start([], [])
+            self.model.optimizer.broadcast([])
         self._count = self._samples()
         joined = self.model.optimizer.join()
         if joined.left:

@@ -12,14 +12,17 @@ from hvd_slowmo.comm import Comm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph
 from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo.joining import catch_up
 from hvd_slowmo.ledger import RATES
 from hvd_slowmo.machine import Machine, Observed
 from hvd_slowmo.results import Metrics, metrics_of
+from hvd_slowmo.starting import Groups
 from hvd_slowmo_tf.effects import KeptComm
 from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.ops import TracedOps
+from hvd_slowmo_tf.planning import Plan
 from hvd_slowmo_tf.state import State
-from hvd_slowmo_tf.store import TfStore, lay_out
+from hvd_slowmo_tf.store import TfStore
 
 
 def once(work: Callable[[], Any]) -> Any:
@@ -37,7 +40,8 @@ class Engine:
         comm: the workers.
         node: those of this worker's node, for gradients="node".
         graph: over a gossip base.
-        statistics: the model's variables that are averaged beside the trained ones.
+        plan: what travels.
+        groups: the parameter groups that all workers have in common; None for one.
         observing: whether outer steps measure.
     """
 
@@ -49,7 +53,8 @@ class Engine:
         comm: Comm,
         node: Comm | None,
         graph: Graph | None,
-        statistics: Sequence[Any],
+        plan: Plan,
+        groups: Groups | None,
         observing: bool,
     ) -> None:
         config: SlowMoConfig = optimizer.config
@@ -57,15 +62,12 @@ class Engine:
         self.optimizer = optimizer
         self.inner = inner
         self.state = state
-        self.statistics = list(statistics)
         self.variables = list(optimizer._trainable_variables)
         self._observing = observing
         self._explain = comm.link.explain if hasattr(comm, "link") else None
         self.comm = KeptComm(comm, timed=observing)
         self._node = None if node is None else KeptComm(node, timed=observing)
-        averaged = inner.buffers if config.buffers == "average" and config.tau is not None else ()
-        moving = optimizer._model_variables_moving_average if optimizer.use_ema else ()
-        self.plan = lay_out(self.variables, [*statistics, *moving], averaged)
+        self.plan, self.graph, self.groups = plan, graph, groups
         self.ops = TracedOps(optimizer.name, (comm.size, RATES + self.plan.layout.groups))
         for kept in filter(None, (self.comm, self._node)):
             kept.reserve(3 * len(self.plan.layout.chunks) + 4)
@@ -74,7 +76,6 @@ class Engine:
         self.machine = Machine(
             config, self.plan.layout, self.ops, store, self.comm, optimizer.name, observe=observing, graph=graph
         )
-        self.facts = {"config": config.facts(), "parameters": self.plan.layout.describe()}
         self.of_all = GradientMean(self.plan.layout, self.ops, store, self.comm, optimizer.name)
         self.of_node = self.of_all
         if self._node is not None:
@@ -83,6 +84,10 @@ class Engine:
             self._measured_at = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._measured = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
             self._marks = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
+            # Since the last join: whether a worker was done before this one, and who trained last.
+            self._uneven = tf.Variable(False, trainable=False)
+            self._source = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.mixed = False  # whether there are workers of other frameworks, once all have started
         self.traces = 0
         # The rows of an embedding's gradient are as many as the batch has: one trace for all numbers of them.
         self.step = tf.function(self._step, autograph=False, reduce_retracing=True)
@@ -169,7 +174,8 @@ class Engine:
 
     def _update(self, grads: list[Any], came: Any = None) -> None:
         machine, state, optimizer = self.machine, self.state, self.optimizer
-        rates = tf.reshape(keras.ops.cast(optimizer._get_current_learning_rate(), "float64"), [1])
+        rate = keras.ops.cast(optimizer._get_current_learning_rate(), "float64")
+        rates = tf.fill([self.plan.layout.groups], rate)  # one group here, whatever others have
         if self.comm.size == 1:  # no broadcast has taken the first anchor
             tf.cond(tf.equal(state.read().step, 0), machine.take_anchor, lambda: None)
         now = machine.plan(state.read())
@@ -183,7 +189,7 @@ class Engine:
         self.ops.cond(now.outer, self.after_outer, lambda: None)
 
     def base_step(self, grads: list[Any], rates: Any) -> None:
-        """The inner optimizer's step at these rates."""
+        """The inner optimizer's step; it has one rate, whatever the others have."""
         self.inner.set_rate(rates[0])
         self.inner.optimizer.apply(grads, self.variables)
 
@@ -211,10 +217,20 @@ class Engine:
 
     def exchange(self, exchange: GradientMean, grads: list[Any], live: int, leaving: Any, rates: Any) -> Any:
         """Gradients averaged over the workers, dense and one for each variable; how many have each; who took part."""
-        self._store.set_gradients(grads)
+        self._store.set_gradients(self.variables, grads)
         exchange.send_rest(live, leaving, rates)
         attendance = exchange.finish()
-        return self._store.gradients(), self._store.counts, attendance
+        training = attendance.live > 0
+        self._source.assign(tf.where(training, attendance.source, self._source))
+        self._uneven.assign(self._uneven | (training & (attendance.live < exchange.size)))
+        return self._store.gradients(self.variables), self._store.counts(self.variables), attendance
+
+    def catch_up(self, exchange: GradientMean) -> None:
+        """All workers of an exchange are done."""
+        comm = self.comm if exchange is self.of_all else self._node
+        assert comm is not None, "gradients='node' comes with the node's workers"
+        catch_up(self.machine, self.ops, comm, self._uneven.read_value(), self._source.read_value(), comm is self.comm)
+        self._uneven.assign(False)
 
     def _averaged(self, grads: list[Any], rates: Any, now: Any) -> tuple[list[Any], Any, Any]:
         own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]

@@ -67,12 +67,12 @@ class _Once:
         """Give zeros, and take the step that the others take, with their gradients and their rates."""
         engine = self._engine
         nothing: list[Any] = [None] * len(engine.variables)
-        rates = tf.zeros([1], tf.float64)
+        rates = tf.zeros([engine.plan.layout.groups], tf.float64)
         averaged, counts, attendance = engine.exchange(exchange, nothing, 0, self._leaving, rates)
 
         def done() -> Any:
+            engine.catch_up(exchange)
             if exchange is engine.of_all:
-                engine.machine.average_statistics()
                 return tf.constant(True), tf.constant(False), attendance.leaving
             return tf.constant(False), tf.constant(True), left
 

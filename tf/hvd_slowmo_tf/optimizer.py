@@ -14,16 +14,18 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from hvd_slowmo.comm import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph, agreed_graph
+from hvd_slowmo.parameter_map import ParameterMap
 from hvd_slowmo.results import Joined, Metrics
+from hvd_slowmo.starting import Groups
 from hvd_slowmo.topology import consecutive_nodes
 from hvd_slowmo_tf.arguments import check_inner, check_settings, check_together, refuse_strategies
 from hvd_slowmo_tf.comm import workers
 from hvd_slowmo_tf.engine import Engine, once
 from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.joining import make_join
-from hvd_slowmo_tf.start import start
+from hvd_slowmo_tf.planning import entries_of, lay_out, mapped, parts_of
+from hvd_slowmo_tf.start import Prepared, start
 from hvd_slowmo_tf.state import State
-from hvd_slowmo_tf.store import lay_out
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="SlowMo")
@@ -48,6 +50,9 @@ class SlowMo(keras.optimizers.Optimizer):
         process_set: the Horovod process set that trains together. None: all ranks. Not part of a saved model.
         name: prefix of the collectives' names; a second optimizer in one process takes another.
         metrics: measure at every outer step what `metrics()` tells; costs about as much as the outer update itself.
+        parameter_map: train together with workers of another framework: which parameter is which there. Every worker
+            gives the same one; `ParameterMap()` for models with the same layers in the same order. Not part of a saved
+            model.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -65,16 +70,18 @@ class SlowMo(keras.optimizers.Optimizer):
         process_set: Any = None,
         name: str = "slowmo",
         metrics: bool = False,
+        parameter_map: ParameterMap | None = None,
     ) -> None:
-        check_settings(config, name, process_set)
+        check_settings(config, name, process_set, parameter_map)
         check_inner(inner_optimizer)
         inner = Inner(inner_optimizer)
-        check_together(inner.innermost, config)
+        check_together(inner, config, parameter_map)
         keras.optimizers.Optimizer.__init__(self, name=name, **inner.taken)
         self.inner_optimizer = inner_optimizer
         self.config = config
         self._process_set = process_set
         self._observing = metrics
+        self._map = parameter_map
         self._inside = _Inside(inner)
 
     @classmethod
@@ -133,7 +140,9 @@ class SlowMo(keras.optimizers.Optimizer):
             if self.config.base != "local":  # the graph is one of this job's workers; nothing is exchanged for that
                 inside.graph = Graph(self.config, self._connect().size, self._likely_nodes())
                 vectors, weights = (*vectors, *inside.graph.vectors), inside.graph.size
-            inside.state = State(self.add_variable, lay_out(variables, (), ()).layout, vectors, weights)
+            # With a map the entries have another order and other shapes, which changes no chunk's length.
+            layout = lay_out(entries_of(variables, ()), (), None, self._map is not None).layout
+            inside.state = State(self.add_variable, layout, vectors, weights)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """One step: the inner optimizer's, and the outer step where it is due.
@@ -218,39 +227,43 @@ class SlowMo(keras.optimizers.Optimizer):
         """Inner steps (updates) completed since construction, or since the run that was resumed began."""
         return int(self._inside.state.now.step) if self.built else 0
 
-    def broadcast(self, variables: Sequence[Any]) -> None:
+    def broadcast(self, variables: Any) -> None:
         """Bring all workers to one start. A collective, before the first gradient is taken.
 
         The workers compare their settings and variables. If none has made a step, or rank 0 alone has (it has loaded a
         checkpoint), all get rank 0's variables and optimizer state. If all are at the same step, each has restored its
         own file and is left as it is.
 
+        With workers of another framework all start at step 0. The optimizer's state and what the map does not show come
+        from the first worker that has Keras, all else from rank 0.
+
         Args:
             variables: all of the model's, `model.variables`. Floating-point variables that the optimizer does not train
                 (BatchNorm's statistics) are averaged at outer steps and joins too; leave out frozen layers', or they
-                travel as well. The state of seed generators stays each worker's own.
+                travel as well. The state of seed generators stays each worker's own. Or the model itself, of which the
+                statistics of frozen layers are left out; with a parameter_map it is needed.
 
         Raises:
             TypeError, ValueError: on every rank, if settings, variables or steps differ.
         """
-        self.start(variables, variables)
-
-    def start(self, variables: Sequence[Any], statistics: Sequence[Any]) -> None:
-        """As `broadcast`; statistics: those among the variables that are averaged, if they are not trained."""
+        model = variables if isinstance(variables, keras.Model) else None
         inside = self._inside
         comm = self._connect()
-        given = list(variables)
-        start(comm, self, given, lambda: self._settle(given, list(statistics)), self._take_graph)
+        given, statistics = parts_of(model) if model is not None else (list(variables),) * 2
+        job = start(
+            comm, self, given, lambda: self._prepare(given, statistics, model), self._agreed_graph, self._assembled
+        )
         inside.started, inside.left = True, ()
+        self.engine.mixed = job.mixed
 
-    def join(self, variables: Sequence[Any] | None = None, *, leaving: bool = False) -> Joined:
+    def join(self, variables: Any = None, *, leaving: bool = False) -> Joined:
         """Wait for workers with more data, and leave all with the workers' mean. A collective.
 
         At the end of an epoch, before evaluating and before saving on rank 0. See the PyTorch adapter's; here
         `iterations` too become those of the worker with the most steps.
 
         Args:
-            variables: None, or those that were given to `broadcast`, which is checked.
+            variables: None, or those that were given to `broadcast`, which is checked; or the model.
             leaving: this worker stops for good; the others find its rank in `Joined.left`.
 
         Returns:
@@ -262,7 +275,8 @@ class SlowMo(keras.optimizers.Optimizer):
         self._refuse_within_average("join()")
         self._refuse_if_left()
         engine = self._ready()
-        known = {id(v) for found in engine.plan.variables for v in found}
+        variables = None if isinstance(variables, keras.Model) else variables
+        known = {id(v) for v in engine.plan.variables}
         lacking = [v.path for v in variables or () if tf.as_dtype(v.dtype).is_floating and id(v) not in known]
         if lacking:
             raise ValueError(f"broadcast() was not given {', '.join(lacking)}: join() can't average what it lacks.")
@@ -287,7 +301,7 @@ class SlowMo(keras.optimizers.Optimizer):
         self._refuse_within_average("averaged_parameters()")
         self._refuse_if_left()
         engine = self._ready()
-        held = [v for found in engine.plan.variables for v in found]
+        held = engine.plan.variables
         own = [v.numpy() for v in held]
         self._inside.averaging = True
         try:
@@ -322,7 +336,7 @@ class SlowMo(keras.optimizers.Optimizer):
         assert found is not None, "there is one once the workers have started"
         return found
 
-    def _settle(self, variables: Sequence[Any], statistics: Sequence[Any]) -> Engine:
+    def _prepare(self, variables: Sequence[Any], statistics: Sequence[Any], model: Any) -> Prepared:
         """Build, and lay out what travels."""
         if not variables:
             raise ValueError(
@@ -332,6 +346,8 @@ class SlowMo(keras.optimizers.Optimizer):
         odd = [v for v in variables if not isinstance(v, keras.Variable)]
         if odd:
             raise TypeError(f"`variables` must be Keras variables, model.variables. Received: {type(odd[0]).__name__}")
+        if self._map is not None and model is None:
+            raise ValueError("with a parameter_map the layers must be known: call broadcast(model).")
         self.build([v for v in variables if v.trainable])
         given = {id(v) for v in variables}
         lacking = [v.path for v in self._trainable_variables if id(v) not in given]
@@ -339,23 +355,52 @@ class SlowMo(keras.optimizers.Optimizer):
             raise ValueError(
                 f"`variables` lacks what the optimizer trains: {', '.join(lacking)}. Give model.variables."
             )
-        trained = {id(v) for v in self._trainable_variables}
-        floating = [v for v in statistics if id(v) not in trained and tf.as_dtype(v.dtype).is_floating]
-        engine = self._inside.engine
-        if engine is None or [id(v) for v in floating] != [id(v) for v in engine.statistics]:
-            engine = self._assemble(floating)
-        return engine
+        return self._prepared(statistics, model)
 
-    def _assemble(self, statistics: Sequence[Any]) -> Engine:
-        inside = self._inside
+    def _prepared(self, statistics: Sequence[Any], model: Any = None) -> Prepared:
+        """What travels, for an optimizer that is built."""
+        if self._map is not None and model is not None:
+            placed = mapped(model, self._map, self._trainable_variables)
+        else:
+            trained = {id(v) for v in self._trainable_variables}
+            floating = [v for v in statistics if id(v) not in trained and tf.as_dtype(v.dtype).is_floating]
+            moving = self._model_variables_moving_average if self.use_ema else ()
+            placed = entries_of(self._trainable_variables, [*floating, *moving])
+        return Prepared(
+            self._map, self._inside.state, placed, lay_out(placed, self._buffers, None, self._map is not None)
+        )
+
+    @property
+    def _buffers(self) -> Sequence[Any]:
+        """The inner optimizer's that are averaged."""
+        averaged = self.config.buffers == "average" and self.config.tau is not None
+        return self._inside.inner.buffers if averaged else ()
+
+    def _assembled(self, prepared: Prepared, graph: Graph | None, groups: Groups | None) -> Engine:
+        """What is traced; that of before, traces and all, where nothing has changed."""
+        inside, plan = self._inside, prepared.plan
+        if self._map is None:
+            groups = None
+        if groups is not None:
+            plan = lay_out(prepared.placed, self._buffers, groups, one_device=True)
+            inside.state.regroup(len(groups.own), self._variables)
+        before = inside.engine
+        if (
+            before is not None
+            and before.graph is graph
+            and before.groups == groups
+            and [id(v) for v in before.plan.variables] == [id(v) for v in plan.variables]
+        ):
+            return before
         inside.engine = Engine(
             self,
             inside.inner,
             inside.state,
             self._connect(),
             inside.node,
-            inside.graph,
-            statistics,
+            graph,
+            plan,
+            groups,
             observing=self._observing,
         )
         inside.join = make_join(inside.engine)
@@ -374,16 +419,14 @@ class SlowMo(keras.optimizers.Optimizer):
         size, node = self._connect().size, self._inside.node
         return None if node is None or size == 1 else consecutive_nodes(size, node.size)
 
-    def _take_graph(self, engine: Engine) -> Engine:
-        """The graph that all workers have; the engine with it. A collective."""
-        inside, comm = self._inside, self._connect()
-        if inside.graph is None:
-            return engine
-        graph = agreed_graph(self.config, comm, inside.node, self.name)
-        if graph.digest != inside.graph.digest:  # ranks are not consecutive within nodes
-            inside.graph = graph
-            engine = self._assemble(engine.statistics)
-        return engine
+    def _agreed_graph(self) -> Graph | None:
+        """The graph that all workers have. A collective."""
+        inside = self._inside
+        if inside.graph is not None:
+            graph = agreed_graph(self.config, self._connect(), inside.node, self.name)
+            if graph.digest != inside.graph.digest:  # ranks are not consecutive within nodes
+                inside.graph = graph
+        return inside.graph
 
     def _ready(self) -> Engine:
         """The engine, where all is well for a trace or a call of one."""
@@ -392,7 +435,7 @@ class SlowMo(keras.optimizers.Optimizer):
         with tf.init_scope():
             comm = self._connect()
             if comm.size == 1:
-                return inside.engine or self._assemble(())
+                return inside.engine or self._assembled(self._prepared(()), inside.graph, None)
         if not inside.started:
             raise ValueError(
                 f"{comm.size} workers, and they have not been brought to one start. Give fit() a SlowMoCallback(), or "

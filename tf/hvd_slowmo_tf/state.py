@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+import tensorflow as tf
+
 from hvd_slowmo.layout import Layout
 from hvd_slowmo.machine import Observed, Progress
 
@@ -20,7 +23,7 @@ class State:
     """
 
     def __init__(self, add_variable: Callable[..., Any], layout: Layout, vectors: Sequence[str], weights: int) -> None:
-        # Keras has one group of parameters.
+        # Keras has one group of parameters; see `regroup`.
         lengths = {"rates": 1, "gamma": 1, "observed": len(Observed._fields), "w": weights, "arriving": weights}
         self.scalars = [
             add_variable(
@@ -42,6 +45,20 @@ class State:
             ]
             for vector in vectors
         }
+
+    def regroup(self, groups: int, variables: list[Any]) -> None:
+        """Have rates for so many groups, where workers of another framework have several.
+
+        variables: the optimizer's, among which the new ones take the places of the old.
+        """
+        for field in ("rates", "gamma"):
+            at = Progress._fields.index(field)
+            old = self.scalars[at]
+            if old.shape != (groups,):
+                with tf.init_scope():
+                    new = keras.Variable(tf.zeros([groups], tf.float64), dtype="float64", trainable=False, name=field)
+                self.scalars[at] = new
+                variables[next(n for n, v in enumerate(variables) if v is old)] = new
 
     def read(self) -> Progress:
         """In a trace."""
