@@ -147,6 +147,7 @@ def run(problem: Problem, chunk_bytes: int | None = None, **options: Any) -> lis
     for step in range(problem.steps):
         mine.step(step, step)
         history.append({"x": mine.flat()})
+    mine.join()  # PyTorch's last messages of OSGP would wait for Keras' next step
     return history
 
 
