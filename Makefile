@@ -14,7 +14,7 @@ BIN := .venv/bin
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all test-fast test-install lint clean
+.PHONY: help setup demo demo-mixed bench test test-all test-fast test-install lint clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +25,9 @@ setup:  ## set .venv up: packages, this checkout, Horovod (minutes the first tim
 demo: setup  ## train a classifier with SlowMo on four workers of this machine; FRAMEWORK=tf: with Keras
 	$(if $(DEMO_$(FRAMEWORK)),,$(error FRAMEWORK is "$(FRAMEWORK)"; it must be torch or tf))
 	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python $(DEMO_$(FRAMEWORK)) $(ARGS)
+
+demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
+	@$(QUIET) $(BIN)/python examples/digits_mixed.py $(ARGS)
 
 bench: setup  ## what a step costs, beside what else one could use; loopback and 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)

@@ -74,11 +74,21 @@ STYLES = {
 }
 
 
-def parse(description: str | None, rank: int = 0, arguments: Sequence[str] | None = None, seeds: int = 15) -> Namespace:
-    """The options, the same in every framework but for the default of --seeds. The help is printed on rank 0 only."""
+def parse(
+    description: str | None,
+    rank: int = 0,
+    arguments: Sequence[str] | None = None,
+    seeds: int = 15,
+    methods: Sequence[str] = DEFAULT,
+    more: Callable[[Callable[..., Any]], None] = lambda add: None,
+) -> Namespace:
+    """The options, the same in every framework but for some defaults. The help is printed on rank 0 only.
+
+    more: adds options of an example's own.
+    """
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD", help=", ".join(METHODS))
+    add("--methods", nargs="+", choices=METHODS, default=list(methods), metavar="METHOD", help=", ".join(METHODS))
     add("--seeds", type=int, default=seeds, help="number of runs of each method, each with a seed of its own")
     add("--first-seed", type=int, default=0, help="the seed of the first run; the next ones follow it")
     add("--epochs", type=int, default=10, help="passes of every worker over its share of the training data")
@@ -102,6 +112,7 @@ def parse(description: str | None, rank: int = 0, arguments: Sequence[str] | Non
     add("--out", type=Path, default=Path("results"), help="directory for the results and the picture")
     add("--logdir", type=Path, help="write what every outer step measured to TensorBoard files in this directory")
     add("--quick", action="store_true", help="one run of SlowMo alone")
+    more(add)
     with redirect_stdout(StringIO() if rank else sys.stdout):
         args = parser.parse_args(arguments)
     if args.quick:
@@ -162,6 +173,7 @@ class Run:
     accuracy: list[float] = field(default_factory=list)  # of the workers' mean model on the test data, %
     ms_per_step: float = 0.0  # training only, mean over the workers
     mb_sent: float = 0.0  # 10^6 bytes handed to Horovod by each worker, start and evaluation not counted
+    ms_between: float = 0.0  # per step that averages nothing, where that is measured
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -140,6 +140,20 @@ def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.workers
+def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
+    output = horovodrun(2, ROOT / "examples" / "digits_mixed.py", "--quick", "--out", tmp_path)
+    line = re.search(r"slowmo, mixed +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
+    assert line, output
+    assert float(line[1]) > 80
+    right = re.findall(r"rank \d, (PyTorch|Keras) +(\d+) of 360 test images right", output)
+    assert [name for name, _ in right] == ["PyTorch", "Keras"]
+    assert right[0][1] == right[1][1]
+    assert "The workers classify 360 of 360 test images alike." in output
+    assert (tmp_path / "digits_mixed.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+@pytest.mark.workers
 @pytest.mark.parametrize("name", ["minimal_torch", "minimal_keras", "custom_loop_keras"])
 def test_small_examples_learn_under_horovodrun(name: str) -> None:
     output = horovodrun(2, ROOT / "examples" / f"{name}.py")
