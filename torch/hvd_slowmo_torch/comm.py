@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,8 @@ class HorovodComm:
         splits = torch.tensor([len(x) if weight else 0 for weight in weights], dtype=torch.int32)
         if self._host_only:
             sent = sent.cpu()
-        return Push(self._hvd.alltoall_async(sent, splits, name=name, process_set=self._set), len(x), x.device)
+        handle = self._begun(self._hvd.alltoall_async, sent, splits, name=name)
+        return Push(handle, len(x), x.device)
 
     def wait(self, handle: Sum | Push) -> torch.Tensor:
         if isinstance(handle, Push):
@@ -68,7 +69,7 @@ class HorovodComm:
 
     def _submit(self, name: str, x: torch.Tensor) -> Any:
         self._link.refuse_if_broken()
-        return self._hvd.allreduce_async_(x, op=self._hvd.Sum, name=name, process_set=self._set)
+        return self._begun(self._hvd.allreduce_async_, x, op=self._hvd.Sum, name=name)
 
     def gather(self, name: str, item: Any) -> list[Any]:
         self._link.refuse_if_broken()
@@ -77,6 +78,15 @@ class HorovodComm:
         lengths = self._finish(self._hvd.allgather_async(length, name=f"{name}.length", process_set=self._set))
         everything = self._finish(self._hvd.allgather_async(sent, name=name, process_set=self._set))
         return [pickle.loads(part.numpy().tobytes()) for part in torch.split(everything, lengths.tolist())]
+
+    def _begun(self, begin: Callable[..., int], *tensors: torch.Tensor, **options: Any) -> int:
+        """A handle. Horovod may have noticed already that another worker is gone."""
+        from horovod.common.exceptions import HorovodInternalError
+
+        try:
+            return begin(*tensors, **options, process_set=self._set)
+        except HorovodInternalError as error:
+            raise self._link.explain(error) from error
 
     def _finish(self, pending: int) -> Any:
         from horovod.common.exceptions import HorovodInternalError
