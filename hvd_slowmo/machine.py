@@ -371,14 +371,19 @@ class Machine:
         gamma = progress.rates / self._ops.where(progress.covered > 0, progress.covered, 1)
         coefficients = momentum(self.config, self._ops, gamma, progress.gamma)
         w = self.gossip.weight(_mass(progress))
+        seen = progress.observed * 0
         for chunk in self.layout.chunks if self.config.vectors else ():
-            for block in self._blocks[chunk.index] if chunk.rule == "slow" else ():
-                self._update(block, self._store.read("model", block), coefficients, w)
+            if chunk.rule == "slow":
+                if self._observing:  # there is no mean: of the parameters here
+                    seen = seen + self._observe(chunk, self._store.read("model", chunk))
+                for block in self._blocks[chunk.index]:
+                    self._update(block, self._store.read("model", block), coefficients, w)
         self._begin_block(progress.step)
         return progress._replace(
             covered=progress.covered * 0,
             rates=progress.rates * 0,
             gamma=next_gamma(self._ops, gamma, progress.gamma),
+            observed=seen,
         )
 
     def _observe(self, chunk: Chunk, mean: Any) -> Any:

@@ -460,6 +460,16 @@ def test_weights_with_the_optimizers_state_go_on_in_the_middle_of_a_block(tmp_pa
         model.load_weights(tmp_path / "some.weights.h5")
 
 
+def test_a_state_with_other_shapes_is_refused_before_anything_changes():
+    model, optimizer = net(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
+    fit(model, optimizer, range(3))
+    store = {str(number): v.numpy() for number, v in enumerate(optimizer._variables)}
+    last = len(store) - 1
+    with pytest.raises(ValueError, match=r"has shape \(5,\) in the file and .* here"):
+        optimizer.load_own_variables({**store, "0": store["0"] + 1, str(last): np.zeros(5)})
+    assert all(np.array_equal(v.numpy(), store[str(number)]) for number, v in enumerate(optimizer._variables))
+
+
 class Stop(Exception):
     pass
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
@@ -193,8 +194,15 @@ class SlowMo(keras.optimizers.Optimizer):
                 f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(self._variables)}. "
                 "Load it with the settings and the model of the run that is resumed."
             )
-        for number, v in enumerate(self._variables):
-            v.assign(store[str(number)])
+        values = [np.asarray(store[str(number)]) for number in range(len(self._variables))]
+        for v, value in zip(self._variables, values, strict=True):  # before any of them changes
+            if tuple(v.shape) != value.shape:
+                raise ValueError(
+                    f"{v.path} has shape {value.shape} in the file and {tuple(v.shape)} here. Load it with the "
+                    "settings and the model of the run that is resumed, over a gossip base with as many workers too."
+                )
+        for v, value in zip(self._variables, values, strict=True):
+            v.assign(value)
 
     def get_config(self) -> dict[str, Any]:
         rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
