@@ -1,4 +1,4 @@
-"""The contract of keras.optimizers: every optimizer. On one worker Local SGD with tau = 1 is the bare one to the bit."""
+"""The contract of keras.optimizers: every optimizer. On one worker Local SGD with tau 1 is the bare one to the bit."""
 
 import keras
 import numpy as np

@@ -72,11 +72,9 @@ def test_what_is_not_finite_raises_and_nothing_is_written(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_keras_on_another_backend_is_a_clear_error(backend):
-    pytest.importorskip(backend)
-    environment = {**os.environ, "KERAS_BACKEND": backend}
+def test_keras_on_another_backend_is_a_clear_error():
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
     command = [sys.executable, "-c", "import hvd_slowmo.tf"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert f"ImportError: hvd_slowmo.tf needs Keras on TensorFlow, and Keras runs on '{backend}' here" in done.stderr
+    assert "ImportError: hvd_slowmo.tf needs Keras on TensorFlow, and Keras runs on 'torch' here" in done.stderr
