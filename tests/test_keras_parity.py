@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 import hvd_slowmo.tf
+import hvd_slowmo.torch
 from hvd_slowmo.tf import SlowMo
 
 # Keras turns bfloat16 and h5 files into NumPy in a way that NumPy 2 warns of, whatever the optimizer.
@@ -49,26 +50,24 @@ SETTINGS_OF_ONE = {"base_optimizer": "inner_optimizer", "model": "broadcast and 
 
 
 def test_the_adapters_have_the_same_settings_and_methods_but_for_a_table():
-    torch_door = pytest.importorskip("hvd_slowmo.torch")
-
     def public(kind):
         return {name for name in vars(kind) if not name.startswith("_") and name != "__getstate__"}
 
-    here, there = public(SlowMo), public(torch_door.SlowMo)
+    here, there = public(SlowMo), public(hvd_slowmo.torch.SlowMo)
     assert here - there == ONLY_KERAS.keys()
     assert there - here == ONLY_PYTORCH.keys() & (there - here)
     assert not (there - here) - ONLY_PYTORCH.keys()
     ours = dict(inspect.signature(SlowMo.__init__).parameters)
-    theirs = dict(inspect.signature(torch_door.SlowMo.__init__).parameters)
+    theirs = dict(inspect.signature(hvd_slowmo.torch.SlowMo.__init__).parameters)
     assert ours.keys() - theirs.keys() == {"inner_optimizer"}
     assert theirs.keys() - ours.keys() == SETTINGS_OF_ONE.keys()
     for name in ours.keys() & theirs.keys():
         assert ours[name].default == theirs[name].default, name
         assert ours[name].kind == theirs[name].kind, name
     for name in here & there:
-        mine, other = getattr(SlowMo, name), getattr(torch_door.SlowMo, name)
+        mine, other = getattr(SlowMo, name), getattr(hvd_slowmo.torch.SlowMo, name)
         if callable(mine) and name != "over":
             extra = inspect.signature(mine).parameters.keys() ^ inspect.signature(other).parameters.keys()
             assert extra <= {"variables", "scaler"}, name  # GradScaler is PyTorch's way
-    doors = set(hvd_slowmo.tf.__all__) ^ set(torch_door.__all__)
+    doors = set(hvd_slowmo.tf.__all__) ^ set(hvd_slowmo.torch.__all__)
     assert doors == {"SlowMoCallback"}
