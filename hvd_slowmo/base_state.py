@@ -25,8 +25,8 @@ ALIKE: dict[str, tuple[str, ...]] = {
 OTHER = {"momentum": "velocity", "velocity": "momentum"}
 
 Buffers = dict[str, dict[str, NDArray[Any]]]
-"""Per buffer, arrays by the adapter's names of the parameters. Those of an alike kind have the parameter's shape, "steps"
-are scalars; of any other kind names and shapes are the adapter's own."""
+"""Per buffer, arrays by the adapter's names of the parameters. Those of an alike kind have the parameter's shape,
+"steps" are scalars; of any other kind names and shapes are the adapter's own."""
 
 
 class Carried:

@@ -33,7 +33,7 @@ def checksum(array: NDArray[Any]) -> str:
     """Of type, shape and every byte."""
     array = np.asarray(array, order="C")
     digest = hashlib.blake2b(json.dumps([str(array.dtype), array.shape]).encode(), digest_size=16)
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -49,7 +49,7 @@ def write(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
     sums = {name: checksum(array) for name, array in arrays.items()}
     text = _dump({"format": FORMAT, "facts": facts, "arrays": sums, "id": identity(facts, sums)})
     given = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    _atomically(path, lambda temporary: save_file(given, temporary, metadata={_KEY: text}))
+    atomically(path, lambda temporary: save_file(given, temporary, metadata={_KEY: text}))
 
 
 def identity(facts: Mapping[str, Any], sums: Mapping[str, str]) -> str:
@@ -156,8 +156,9 @@ def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _atomically(path: Path, work: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def atomically(path: Path, work: Callable[[Path], object]) -> None:
+    """Let `work` write a file beside `path`, of the same suffix, which then takes its place on the disk."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         work(temporary)
         _to_disk(temporary)

@@ -18,7 +18,8 @@ from hvd_slowmo.comm import Comm
 from hvd_slowmo.handshake import agreed
 from hvd_slowmo.safefile import Arrays, SnapshotError, checksum, identity, read, write
 from hvd_slowmo.schedule import workers_equal
-from hvd_slowmo.snapshot_state import OF_THIS_WORKER, Side, at_rest, collect, facts_of, prepare
+from hvd_slowmo.snapshot_state import OF_THIS_WORKER, Named, Side, at_rest, collect, facts_of, prepare
+from hvd_slowmo.wire import describe
 
 AnyPath = str | os.PathLike[str]
 
@@ -94,7 +95,9 @@ def save(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
 
     def write_common() -> tuple[bool, dict[str, Any]]:
         if comm.rank == 0:
-            write(target, facts, {key: x for key, x in arrays.items() if key in common or (alike and _equal_there(key))})
+            write(
+                target, facts, {key: x for key, x in arrays.items() if key in common or (alike and _equal_there(key))}
+            )
         return True, {}
 
     agreed(comm, f"{name}.save", write_common, {})
@@ -195,10 +198,13 @@ def _check(side: Side, comm: Comm, saved: Mapping[str, Any]) -> None:
     for key, value in own["config"].items():
         if saved["config"].get(key) != value:
             raise SnapshotError(
-                f"the checkpoint was saved with {key}={saved['config'].get(key)!r}, this optimizer has {key}={value!r}. "
-                "Resume with the settings of the run that is resumed."
+                f"the checkpoint was saved with {key}={saved['config'].get(key)!r}, this optimizer has "
+                f"{key}={value!r}. Resume with the settings of the run that is resumed."
             )
-    _check_model(side, own, saved)
+    check_model(side.named, saved)
+    if saved["trained"] != own["trained"]:
+        odd = sorted(set(saved["trained"]) ^ set(own["trained"]))
+        raise SnapshotError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
     if saved["vectors"] != own["vectors"]:
         raise SnapshotError(
             f"the checkpoint has {', '.join(saved['vectors']) or 'nothing'} beside the model, this optimizer keeps "
@@ -210,26 +216,27 @@ def _check(side: Side, comm: Comm, saved: Mapping[str, Any]) -> None:
         raise SnapshotError("the checkpoint was saved with another topology: its function gives another graph now.")
 
 
-def _check_model(side: Side, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    if saved["naming"] != own["naming"]:
-        why = saved["why"] or side.named.why
+def check_model(named: Named, saved: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model, by its facts.
+
+    Raises:
+        SnapshotError: with the first tensor that differs.
+    """
+    if saved["naming"] != named.naming:
         raise SnapshotError(
-            f"the checkpoint has its tensors by {_naming(saved['naming'])}, here they are by {_naming(own['naming'])}: "
-            f"{why} A ParameterMap for both makes the names the same."
+            f"the checkpoint has its tensors by {_naming(saved['naming'])}, here they are by {_naming(named.naming)}: "
+            f"{saved['why'] or named.why} A ParameterMap for both makes the names the same."
         )
-    for number, (a, b) in enumerate(zip(saved["entries"], own["entries"], strict=False)):
+    own = describe(named.entries)
+    for number, (a, b) in enumerate(zip(saved["entries"], own, strict=False)):
         if a != b:
             raise SnapshotError(
                 f"the checkpoint is of another model: its tensor {number} is {_spell(a)}, here it is {_spell(b)}."
             )
-    if len(saved["entries"]) != len(own["entries"]):
+    if len(saved["entries"]) != len(own):
         raise SnapshotError(
-            f"the checkpoint is of another model: it has {len(saved['entries'])} tensors, here there are "
-            f"{len(own['entries'])}."
+            f"the checkpoint is of another model: it has {len(saved['entries'])} tensors, here there are {len(own)}."
         )
-    if saved["trained"] != own["trained"]:
-        odd = sorted(set(saved["trained"]) ^ set(own["trained"]))
-        raise SnapshotError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
 
 
 def _check_resize(comm: Comm, saved: Mapping[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """A worker's whole state as named arrays in the wire's orientation, and back: the same names in every framework.
 
-    model/ENTRY                                     parameters and statistics
-    anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   what SlowMo keeps beside them
-    progress/FIELD                                  the scalars; those of a parameter group with a value per parameter
-    base/BUFFER/ENTRY                               the base optimizer's buffers
-    rest/FRAMEWORK/NAME                             what one framework alone has
+model/ENTRY                                     parameters and statistics
+anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   what SlowMo keeps beside them
+progress/FIELD                                  the scalars; those of a parameter group with a value per parameter
+base/BUFFER/ENTRY                               the base optimizer's buffers
+rest/FRAMEWORK/NAME                             what one framework alone has
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Side(Protocol):
     graph: tells gossip's topologies apart; None over another base.
     kind: of the base optimizer: one of `base_state.ALIKE`, otherwise the framework and the class, "torch.RMSprop", and
         only that class can read its buffers.
+    keeps: names of the buffers that one of an alike kind keeps with its settings, in this framework's form.
     form: in which units this framework's SGD keeps its momentum, see `hvd_slowmo.base_state`.
     carried: kept with the optimizer.
     """
@@ -63,12 +64,13 @@ class Side(Protocol):
     framework: str
     config: SlowMoConfig
     named: Named
-    groups: Mapping[str, int]
+    groups: dict[str, int]
     rates: NDArray[Any]
     progress: Progress
-    vectors: Sequence[str]
+    vectors: list[str]
     graph: str | None
     kind: str
+    keeps: list[str]
     form: str
     carried: Carried
 
@@ -282,9 +284,9 @@ def _base(side: Side, facts: Mapping[str, Any], given: Arrays, rates: NDArray[An
     changed = []
     for entry in trained(side):
         for key in ALIKE[own]:
-            value = found.pop(f"base/{key}/{entry.name}", None)
-            if value is not None:
-                _put(buffers.setdefault(key, {}), entry, key, value)
+            buffer = found.pop(f"base/{key}/{entry.name}", None)
+            if buffer is not None:
+                _put(buffers.setdefault(key, {}), entry, key, buffer)
     if found:
         raise SnapshotError(f"the checkpoint holds {min(found)}, which is no buffer of this optimizer.")
     if own == SGD:
@@ -292,6 +294,12 @@ def _base(side: Side, facts: Mapping[str, Any], given: Arrays, rates: NDArray[An
             rate = float(rates[side.groups[name]])
             buffers.setdefault(side.form, {})[name] = converted(name, value, side.form, rate)
             changed.append((name, value, rate))
+    if set(buffers) != set(side.keeps):
+        raise SnapshotError(
+            f"the base optimizer has {', '.join(sorted(buffers))} in the checkpoint, and keeps "
+            f"{', '.join(sorted(side.keeps)) or 'nothing'} here. Give it the settings of the run that is resumed "
+            "(momentum, amsgrad)."
+        )
     return _Base(buffers, changed)
 
 

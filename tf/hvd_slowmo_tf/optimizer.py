@@ -352,8 +352,11 @@ class SlowMo(keras.optimizers.Optimizer):
 
     def _side(self, model: Any, parameter_map: ParameterMap | None) -> KerasSide:
         inside = self._inside
-        found = model if model is not None else inside.model() if inside.model else inside.given
-        if not found:
+        found = model
+        if found is None and inside.model is not None:
+            found = inside.model()
+        found = inside.given if found is None else found
+        if isinstance(found, list) and not found:
             raise ValueError("give the Keras model: optimizer.save(path, model), optimizer.load(path, model).")
         if isinstance(found, keras.Model):
             self.build(found.trainable_variables)

@@ -67,6 +67,7 @@ class KerasSide:
         self.vectors = [*state.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
         self.rates = np.array([float(optimizer._get_current_learning_rate())])
         self.kind = _kind(inner.innermost)
+        self.keeps = [*_buffers(inner.innermost, self.kind), *(["steps"] if self.kind == ADAM else [])]
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         if vector in self._flats:
@@ -114,12 +115,6 @@ class KerasSide:
         if self.kind not in ALIKE:
             return self._prepare_own(buffers.get("variables", {}))
         places = _buffers(self._inner.innermost, self.kind)
-        unknown = set(buffers) - set(places) - {"steps"}
-        if unknown:
-            raise SnapshotError(
-                f"the checkpoint has {', '.join(sorted(unknown))} of the base optimizer, and this one keeps none. Give "
-                "it the settings of the run that is resumed (momentum, amsgrad)."
-            )
         iterations = step if buffers else 0
         if self.kind == ADAM and buffers:
             iterations = self._common_step(buffers.get("steps", {}))
@@ -188,6 +183,15 @@ def _variables(model: Any) -> list[Any]:
     return [v for v in model.variables if id(v) not in metrics]
 
 
+def named_variables(model: Any, parameter_map: ParameterMap | None) -> tuple[Named, dict[str, Any]]:
+    """A Keras model's tensors on the wire or, if they can't be put there and no map was given, by their order.
+
+    Returns:
+        The names, and the variables by the entries' own names.
+    """
+    return _named(model, _variables(model), model.trainable_variables, parameter_map)
+
+
 def _named(
     model: Any, given: Sequence[Any], trained: Sequence[Any], parameter_map: ParameterMap | None
 ) -> tuple[Named, dict[str, Any]]:
@@ -242,6 +246,8 @@ def _buffers(innermost: Any, kind: str) -> dict[str, Sequence[Any]]:
     """Variables per buffer, in the order of what is trained."""
     if kind == SGD:
         return {"velocity": innermost.momentums} if innermost.momentums else {}
+    if kind != ADAM:
+        return {}
     found = {"moment1": innermost._momentums, "moment2": innermost._velocities}
     return {**found, "moment2_max": innermost._velocity_hats} if innermost.amsgrad else found
 

@@ -21,7 +21,7 @@ from hvd_slowmo.snapshot_state import Named
 from hvd_slowmo.wire import View, WireEntry
 from hvd_slowmo_torch import base as base_state
 from hvd_slowmo_torch.describe import entries_torch
-from hvd_slowmo_torch.weights import tensors_of
+from hvd_slowmo_torch.weights import array_of, tensors_of
 
 _KEYS = {
     SGD: {"momentum": "momentum_buffer"},
@@ -76,9 +76,10 @@ class TorchSide:
             raise ValueError(f"the ParameterMap leaves out what is trained: {', '.join(sorted(lacking))}.")
         self.rates = np.array([float(group["lr"]) for group in base.param_groups])
         self.kind = _kind(base)
+        self.keeps = _keeps(base, self.kind)
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
-        return _array(self._tensor(vector, own))
+        return array_of(self._tensor(vector, own))
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
         with torch.no_grad():
@@ -100,7 +101,7 @@ class TorchSide:
             for key, theirs in _KEYS[self.kind].items():
                 value = state.get(theirs)
                 if value is not None:
-                    array = np.asarray(int(value), dtype=np.int64) if key == "steps" else _array(value)
+                    array = np.asarray(int(value), dtype=np.int64) if key == "steps" else array_of(value)
                     found.setdefault(key, {})[own] = array
         return found
 
@@ -109,7 +110,7 @@ class TorchSide:
         for own, state in self._states().items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    found.setdefault(key, {})[own] = _array(value)
+                    found.setdefault(key, {})[own] = array_of(value)
                 elif value is not None:
                     raise ValueError(
                         f"{type(self._base).__name__} keeps {key!r} as {type(value).__name__}, and a checkpoint holds "
@@ -118,7 +119,9 @@ class TorchSide:
         return found
 
     def _states(self) -> dict[str, dict[str, Any]]:
-        return {own: self._base.state[self._tensors[own]] for own in self.groups if self._tensors[own] in self._base.state}
+        return {
+            own: self._base.state[self._tensors[own]] for own in self.groups if self._tensors[own] in self._base.state
+        }
 
     def prepare_base(self, buffers: Buffers, step: int) -> Callable[[], None]:
         base, keys = self._base, _KEYS.get(self.kind, {})
@@ -148,7 +151,7 @@ class TorchSide:
     def rest(self) -> Arrays:
         on_wire = {entry.own for entry in self.named.entries}
         kept = self._model.state_dict(keep_vars=True)
-        return {own: _array(x) for own, x in self._tensors.items() if own not in on_wire and own in kept}
+        return {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in kept}
 
     def finish(self, progress: Progress, rates: NDArray[Any], rest: Mapping[str, NDArray[Any]]) -> None:
         for own, value in rest.items():
@@ -187,7 +190,10 @@ def _kind(base: Optimizer) -> str:
     return f"torch.{type(base).__name__}"
 
 
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    found = tensor.detach()
-    array: NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).cpu().numpy()
-    return array
+def _keeps(base: Optimizer, kind: str) -> list[str]:
+    groups = base.param_groups
+    if kind == SGD:
+        return ["momentum"] if any(group["momentum"] for group in groups) else []
+    if kind == ADAM:
+        return ["moment1", "moment2", "steps", *(["moment2_max"] if any(g["amsgrad"] for g in groups) else [])]
+    return []
