@@ -109,7 +109,7 @@ class KerasSide:
     def _own_variables(self) -> dict[str, Any]:
         innermost = self._inner.innermost
         kept = [v for v in innermost.variables if v is not innermost._learning_rate]
-        return {f"{number}.{v.name}": v for number, v in enumerate(kept)}
+        return {str(number): v for number, v in enumerate(kept)}  # their names have numbers that Keras counts up
 
     def prepare_base(self, buffers: Buffers, step: int) -> Callable[[], None]:
         if self.kind not in ALIKE:
@@ -146,7 +146,9 @@ class KerasSide:
             return self._inner.reset
         for name, v in own.items():
             if name not in values or values[name].shape != tuple(v.shape):
-                raise SnapshotError(f"the checkpoint's base optimizer has no {name!r} of shape {tuple(v.shape)}.")
+                raise SnapshotError(
+                    f"the checkpoint lacks the base optimizer's variable {name} of shape {tuple(v.shape)}."
+                )
 
         def commit() -> None:
             for name, v in own.items():
