@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hvd_slowmo.safefile import Arrays
     from hvd_slowmo.snapshot_state import Named
 
-_TORCH, _KERAS = (".pt", ".pth", ".bin"), (".keras", ".weights.h5")
+_TORCH, _KERAS, _PLAIN, _OWN = (".pt", ".pth", ".bin"), (".keras", ".weights.h5"), ".safetensors", ".slowmo"
 
 
 def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,11 +21,11 @@ def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "convert",
         help="turn a checkpoint or a file of weights into weights of another format",
-        description="SOURCE is a checkpoint of SlowMo.save, or weights as TARGET. TARGET is weights, by its suffix: "
-        ".pt, .pth or .bin (a PyTorch state_dict), .keras or .weights.h5, .safetensors. Plain .safetensors have "
-        "PyTorch's names with --torch, otherwise those of the wire; both are read. The state of the training is not "
-        "converted: a checkpoint can be loaded in either framework as it is. Functions are looked up in the current "
-        "directory too.",
+        description="SOURCE is a checkpoint of SlowMo.save, or weights in any format of TARGET. The suffix of TARGET "
+        "says which: .pt, .pth or .bin (a PyTorch state_dict), .keras or .weights.h5, .safetensors, or .slowmo, with "
+        "which SlowMo.load begins a training. Plain .safetensors have PyTorch's names with --torch, otherwise those of "
+        "the wire; both are read. The state of the training is left out: either framework can load a checkpoint as it "
+        "is. Functions are looked up in the current directory too.",
     )
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET")
@@ -137,7 +137,14 @@ class _Conversion:
         elif name.endswith(_KERAS):
             model = self._to_keras(values)
             atomically(self._target, model.save if name.endswith(".keras") else model.save_weights)
-        elif name.endswith(".safetensors"):
+        elif name.endswith(_OWN):
+            from hvd_slowmo.snapshot import write_weights
+
+            named = self._of_torch or self._of_keras
+            if named is None:
+                raise Wrong(f"{self._target} needs the model: give --torch or --keras MODULE:FUNCTION.")
+            write_weights(self._target, named, values)
+        elif name.endswith(_PLAIN):
             from safetensors.numpy import save_file
 
             if self._torch is not None:
@@ -147,7 +154,7 @@ class _Conversion:
             given = {key: value.copy(order="C") for key, value in values.items()}
             atomically(self._target, lambda path: save_file(given, path))
         else:
-            raise Wrong(f"the suffix of {self._target} must be one of {', '.join((*_TORCH, *_KERAS, '.safetensors'))}.")
+            raise Wrong(f"the suffix of {self._target} must be one of {', '.join((*_TORCH, *_KERAS, _PLAIN, _OWN))}.")
 
     def _loaded_by_torch(self) -> dict[str, Any]:
         import pickle

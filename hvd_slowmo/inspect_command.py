@@ -39,9 +39,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     except (SnapshotError, OSError) as error:
         print(f"hvd-slowmo inspect: {error}", file=sys.stderr)
         return 1
-    everything = {**next(iter(workers.values()), {}), **common}
-    print(f"{path}: {_position(facts, int(everything['progress/step']))}\n")
-    print(_table(("setting", "value"), [(key, repr(value)) for key, value in facts["config"].items()]))
+    if facts["config"] is None:
+        print(f"{path}: weights alone, with which a training can begin")
+    else:
+        everything = {**next(iter(workers.values()), {}), **common}
+        print(f"{path}: {_position(facts, int(everything['progress/step']))}\n")
+        print(_table(("setting", "value"), [(key, repr(value)) for key, value in facts["config"].items()]))
     rows = [(*_row(name, value), "all workers") for name, value in common.items()]
     for rank, arrays in workers.items():
         rows += [(*_row(name, value), f"rank {rank}") for name, value in arrays.items()]

@@ -14,11 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.handshake import agreed
 from hvd_slowmo.safefile import Arrays, SnapshotError, checksum, identity, read, write
 from hvd_slowmo.schedule import workers_equal
-from hvd_slowmo.snapshot_state import OF_THIS_WORKER, Named, Side, at_rest, collect, facts_of, prepare
+from hvd_slowmo.snapshot_state import OF_THIS_WORKER, Named, Side, at_rest, beginning, collect, facts_of, prepare
 from hvd_slowmo.wire import describe
 
 AnyPath = str | os.PathLike[str]
@@ -119,11 +121,30 @@ def load(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
 
     def prepared() -> tuple[Callable[[], None], dict[str, Any]]:
         contents = read_checkpoint(Path(path), comm.rank, comm.size)
-        side = make()
-        _check(side, comm, contents.facts)
-        return prepare(side, contents.facts, {**contents.common, **contents.own}), {"checkpoint": contents.id}
+        side, facts = make(), contents.facts
+        if facts["config"] is None:
+            check_model(side.named, facts)
+            arrays = beginning(side, contents.common)
+        else:
+            _check(side, comm, facts)
+            arrays = {**contents.common, **contents.own}
+        return prepare(side, facts, arrays), {"checkpoint": contents.id}
 
     agreed(comm, f"{name}.load", prepared, {})()
+
+
+def write_weights(path: Path, named: Named, values: Mapping[str, NDArray[Any]]) -> None:
+    """Write a checkpoint of a model's weights alone, with which a training can begin.
+
+    Args:
+        values: by the names of the entries.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    facts = {"config": None, "naming": named.naming, "why": named.why, "entries": describe(named.entries)}
+    arrays = {f"model/{entry.name}": values[entry.name] for entry in named.entries}
+    write(path, {**facts, "workers": 1, "files": {}, "lost": []}, arrays)
 
 
 def read_checkpoint(path: Path, rank: int, size: int) -> Contents:

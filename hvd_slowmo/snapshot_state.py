@@ -162,6 +162,24 @@ def _collected_base(side: Side, entries: Sequence[WireEntry]) -> Arrays:
     }
 
 
+def beginning(side: Side, weights: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The state of a training that begins with these weights, as `collect` gives it.
+
+    Args:
+        weights: the model's, "model/ENTRY".
+    """
+    found, entries = dict(weights), trained(side)
+    for vector in side.vectors:
+        for entry in entries if vector not in IN_FLIGHT else ():
+            like, value = side.read(vector, entry.own), weights[f"model/{entry.name}"]
+            start = np.zeros_like(value) if vector == "v" else value
+            found[f"{vector}/{entry.name}"] = start.astype(like.dtype)
+    for field, value in side.progress._asdict().items():
+        if field not in OF_GOSSIP:
+            found[f"progress/{field}"] = np.zeros(len(entries)) if field in PER_GROUP else np.zeros_like(value)
+    return found | {"progress/learning_rate": np.array([side.rates[side.groups[e.own]] for e in entries])}
+
+
 def prepare(side: Side, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
     """What makes a worker continue from a state whose facts fit it; nothing is changed before it is called.
 

@@ -13,6 +13,7 @@ from torch_training import same
 import keras
 from keras import layers as kl
 
+from hvd_slowmo import safefile
 from hvd_slowmo.cli import main
 from hvd_slowmo.comm import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
@@ -88,6 +89,38 @@ def test_weights_go_around_all_formats_to_the_bit(folder, capsys):
     theirs = ours(torch.tensor(x).permute(0, 3, 1, 2)).detach().numpy()
     np.testing.assert_allclose(model.predict(x, verbose=0), theirs, atol=1e-5)
     assert isinstance(model.layers[0], kl.Conv2D)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_training_begins_with_weights(folder, capsys):
+    from convert_command_models import ours, theirs
+    from test_snapshot_frameworks import files
+
+    from hvd_slowmo.tf import SlowMo as KerasSlowMo
+
+    convert("weights.pt", "start.slowmo", *TORCH)
+    convert("start.slowmo", "again.keras", *KERAS)
+    convert("again.keras", "other.slowmo", *KERAS)
+    assert files(folder / "start.slowmo") == files(folder / "other.slowmo")
+    assert main(["inspect", "start.slowmo"]) == 0
+    assert "weights alone" in capsys.readouterr().out
+    model = ours()
+    optimizer = SlowMo.over(SoloComm(), torch.optim.Adam(model.parameters(), 0.125), model, SlowMoConfig(tau=2))
+    for _ in range(3):
+        optimizer.step()
+    optimizer.load("start.slowmo")
+    assert optimizer.steps == 0
+    assert not optimizer.base.state
+    assert all(torch.equal(p, torch.load("weights.pt")[name]) for name, p in model.named_parameters())
+    optimizer.save("a")
+    keras_model = theirs()
+    other = KerasSlowMo(keras.optimizers.Adam(0.125), SlowMoConfig(tau=2))
+    other.load("start.slowmo", keras_model)
+    other.save("b", keras_model)
+    a, b = (safefile.read(folder / name) for name in "ab")
+    assert a[0] == b[0]
+    assert same({k: x for k, x in a[1].items() if "rest/" not in k}, b[1])
+    assert same(a[1]["anchor/0.conv.weight"], a[1]["model/0.conv.weight"])
 
 
 def test_what_can_not_be_converted_is_said(folder, capsys):
