@@ -30,7 +30,7 @@ KINDS = {
     "anchor": "the anchor",
     "v": "the slow momentum",
     "average": "the moving average of the weights",
-    "push": "push-sum numerators",
+    "push": "push-sum weights and numerators",
     "sent": "messages in flight",
     "progress": "the position",
     "base": "the base optimizer's buffers",
@@ -201,7 +201,7 @@ def _lost(everyone: Sequence[tuple[int, Mapping[str, str]]], common: set[str], a
     unneeded = {f"progress/{field}" for field in OF_THIS_WORKER}
     own = {key for _, sums in everyone for key in sums if key not in common}
     own = {key for key in own - unneeded if not key.startswith("rest/") and not (alike and _equal_there(key))}
-    kinds = {key.split("/")[0] for key in own} | (set() if still else {"sent"})
+    kinds = {key.split("/")[0] for key in own} | (set() if still else {"push"})
     return [kind for kind in KINDS if kind in kinds]
 
 
@@ -233,7 +233,7 @@ def _check(side: Side, comm: Comm, saved: Mapping[str, Any]) -> None:
         )
     if saved["workers"] != comm.size:
         _check_resize(comm, saved)
-    elif saved["graph"] != own["graph"]:
+    elif "push" in saved["lost"] and saved["graph"] != own["graph"]:
         raise SnapshotError("the checkpoint was saved with another topology: its function gives another graph now.")
 
 

@@ -60,3 +60,30 @@ def refused(framework: str, path: Path) -> list[str]:
         one.load(path / "checkpoint")
         one.advance(range(3, 6))
         return said
+
+
+def fitted(path: Path) -> list[bool]:
+    """Under `fit`, saved by a callback in the middle of a block; the resumed run equals the one that went on."""
+    import keras
+    from keras_fit_jobs import data, hvd, network
+
+    from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+
+    class Save(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.optimizer.save(path / f"{epoch}")
+
+    def compiled() -> Any:
+        keras.utils.set_random_seed(hvd.rank())
+        model = network()
+        model.compile(SlowMo(keras.optimizers.Adam(0.01), SlowMoConfig(tau=3)), "mse")
+        return model
+
+    x, y = data(16, hvd.rank())
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    first = compiled()
+    first.fit(x, y, epochs=3, callbacks=[SlowMoCallback(), Save()], **options)
+    again = compiled()
+    again.optimizer.load(path / "0", again)
+    again.fit(x, y, epochs=3, initial_epoch=1, callbacks=[SlowMoCallback()], **options)
+    return [np.array_equal(a.numpy(), b.numpy()) for a, b in zip(first.weights, again.weights, strict=True)]

@@ -36,3 +36,6 @@ def test_keras_in_the_middle_of_a_block(keras_workers, tmp_path):
     check_refused(
         keras_workers(2).run("snapshot_jobs:refused", framework="tensorflow", path=tmp_path, limit=120), tmp_path
     )
+    for equal in keras_workers(2).run("snapshot_jobs:fitted", path=tmp_path, limit=120):
+        assert equal
+        assert all(equal)
