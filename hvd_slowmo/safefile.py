@@ -37,16 +37,19 @@ def checksum(array: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+def write(
+    path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], sums: Mapping[str, str] | None = None
+) -> None:
     """Write a file; whoever reads `path` meanwhile finds the old one or the new one, whole.
 
     Args:
         facts: JSON types.
+        sums: the arrays' checksums, among others', where they are known already.
 
     Raises:
         OSError: it can't be written; what was there before still is.
     """
-    sums = {name: checksum(array) for name, array in arrays.items()}
+    sums = {name: checksum(array) if sums is None else sums[name] for name, array in arrays.items()}
     text = _dump({"format": FORMAT, "facts": facts, "arrays": sums, "id": identity(facts, sums)})
     given = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     atomically(path, lambda temporary: save_file(given, temporary, metadata={_KEY: text}))
@@ -160,7 +163,10 @@ def atomically(path: Path, work: Callable[[Path], object]) -> None:
     """Let `work` write a file beside `path`, of the same suffix, which then takes its place on the disk."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user wants files to be; the library makes them private
         work(temporary)
+        temporary.chmod(mode)
         _to_disk(temporary)
         os.replace(temporary, path)
     finally:

@@ -65,16 +65,16 @@ def save(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
         ValueError: on every worker, if something can't be saved or written on one; the checkpoint that was there before
             is whole then.
     """
-    target = Path(path)
 
-    def gathered() -> tuple[tuple[Side, dict[str, Any], Arrays], dict[str, Any]]:
+    def gathered() -> tuple[tuple[Path, Side, dict[str, Any], Arrays], dict[str, Any]]:
+        target = Path(path)
         if target.is_dir() or not target.parent.is_dir():
             raise SnapshotError(f"`path` must be of a file, in a folder that there is. Received: {target}")
         side = make()
         facts = facts_of(side)
-        return (side, facts, collect(side)), {"path": str(target), **facts}
+        return (target, side, facts, collect(side)), {"path": str(target), **facts}
 
-    side, facts, arrays = agreed(comm, f"{name}.save", gathered, {})
+    target, side, facts, arrays = agreed(comm, f"{name}.save", gathered, {})
     sums = {key: checksum(value) for key, value in arrays.items()}
     step = int(side.progress.step)
     everyone = comm.gather(f"{name}.save.sums", (step, sums))
@@ -83,7 +83,7 @@ def save(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
         raise ValueError(f"{name}: the workers are not at the same step: {here}. Save after the same one, or join().")
     first = everyone[0][1]
     common = {key for key in first if all(each.get(key) == first[key] for _, each in everyone)}
-    written = agreed(comm, f"{name}.save", lambda: (_write_own(target, comm, arrays, common), {}), {})
+    written = agreed(comm, f"{name}.save", lambda: (_write_own(target, comm, arrays, sums, common), {}), {})
     ids = comm.gather(f"{name}.save.files", written)
     # Workers of two frameworks are equal up to rounding there: each has its own, and rank 0's serves everybody.
     alike = workers_equal(side.config, step, int(side.progress.since))
@@ -97,9 +97,8 @@ def save(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
 
     def write_common() -> tuple[bool, dict[str, Any]]:
         if comm.rank == 0:
-            write(
-                target, facts, {key: x for key, x in arrays.items() if key in common or (alike and _equal_there(key))}
-            )
+            there = common | {key for key in arrays if alike and _equal_there(key)}
+            write(target, facts, {key: value for key, value in arrays.items() if key in there}, sums)
         return True, {}
 
     agreed(comm, f"{name}.save", write_common, {})
@@ -180,14 +179,14 @@ def read_worker(path: Path, rank: int, id_: str) -> Arrays:
     return arrays
 
 
-def _write_own(target: Path, comm: Comm, arrays: Arrays, common: set[str]) -> str:
+def _write_own(target: Path, comm: Comm, arrays: Arrays, sums: Mapping[str, str], common: set[str]) -> str:
     """Write what this worker alone has; its identity, or nothing if there is nothing."""
     own = {key: value for key, value in arrays.items() if key not in common}
     if not own:
         return ""
     facts = {"rank": comm.rank, "workers": comm.size}
-    id_ = identity(facts, {key: checksum(value) for key, value in own.items()})
-    write(worker_file(target, comm.rank, id_), facts, own)
+    id_ = identity(facts, {key: sums[key] for key in own})
+    write(worker_file(target, comm.rank, id_), facts, own, sums)
     return id_
 
 

@@ -331,7 +331,6 @@ class SlowMo(keras.optimizers.Optimizer):
             ValueError: on every rank, if one can't save or the ranks are not at the same step; a checkpoint that was
                 there before is whole then.
         """
-        self._refuse_within_average("save()")
         self._refuse_if_left()
         snapshot.save(lambda: self._side(model, parameter_map), self._connect(), self.name, path)
 
@@ -346,12 +345,12 @@ class SlowMo(keras.optimizers.Optimizer):
         Raises:
             ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.
         """
-        self._refuse_within_average("load()")
         self._refuse_if_left()
         snapshot.load(lambda: self._side(model, parameter_map), self._connect(), self.name, path)
 
     def _side(self, model: Any, parameter_map: ParameterMap | None) -> KerasSide:
         inside = self._inside
+        self._refuse_within_average("save() or load()")
         found = model
         if found is None and inside.model is not None:
             found = inside.model()

@@ -538,7 +538,6 @@ class SlowMo(Optimizer):
             ValueError: on every rank, if one can't save or the ranks are not at the same step; a checkpoint that was
                 there before is whole then.
         """
-        self._refuse_within_average("save()")
         self._refuse_if_left()
         snapshot.save(lambda: self._side(parameter_map), self._comm, self._name, path)
 
@@ -548,11 +547,11 @@ class SlowMo(Optimizer):
         Raises:
             ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.
         """
-        self._refuse_within_average("load()")
         self._refuse_if_left()
         snapshot.load(lambda: self._side(parameter_map), self._comm, self._name, path)
 
     def _side(self, parameter_map: ParameterMap | None) -> TorchSide:
+        self._refuse_within_average("save() or load()")
         return TorchSide(
             self._model,
             self.base,
