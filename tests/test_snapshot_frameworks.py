@@ -130,6 +130,42 @@ def test_what_one_framework_alone_names_is_refused_by_the_other(tmp_path):
         optimizer.load(tmp_path / "keras")
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.arange(2.0))
+        self.out = nn.Linear(2, 3)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Scale(keras.layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=shape[-1:], name="scale")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_explicit_pairs_and_a_schedule(tmp_path):
+    model = Scaled()
+    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(model.parameters(), lr=0.5), model, SlowMoConfig(tau=2))
+    for _ in range(3):
+        model.scale.grad = torch.ones(2)
+        optimizer.step()
+    paired = ParameterMap({"scale": "net/scaled/scale"}, orient={"net/out/kernel": ()})
+    optimizer.save(tmp_path / "a", parameter_map=paired)
+    theirs = keras.Sequential([keras.Input((2,)), Scale(name="scaled"), kl.Dense(3, name="out")], name="net")
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([3], [0.5, 0.25])
+    other = KerasSlowMo(keras.optimizers.SGD(schedule), SlowMoConfig(tau=2))
+    with pytest.raises(SnapshotError, match=r"by the names of a ParameterMap, here .* keras alone: .*Scale is not a"):
+        other.load(tmp_path / "a", theirs)
+    other.load(tmp_path / "a", theirs, parameter_map=paired)
+    np.testing.assert_array_equal(theirs.layers[0].scale.numpy(), model.scale.detach().numpy())
+    assert float(other.learning_rate) == 0.5
+    assert int(other.iterations) == 3
+
+
+@pytest.mark.slow
 def test_kept_by_keras_alone(tmp_path):
     """Dropout's generators, a moving average of the weights, a loss scale, an optimizer that PyTorch does not have."""
 
