@@ -248,16 +248,17 @@ class SlowMo(keras.optimizers.Optimizer):
         """
         self.start(variables, variables)
 
-    def belong_to(self, model: Any) -> None:
-        """`save` and `load` are about this model unless they are given one; for the callback."""
-        self._inside.model = weakref.ref(model)
+    def start(self, variables: Sequence[Any], statistics: Sequence[Any], model: Any = None) -> None:
+        """As `broadcast`, for the callback.
 
-    def start(self, variables: Sequence[Any], statistics: Sequence[Any]) -> None:
-        """As `broadcast`; statistics: those among the variables that are averaged, if they are not trained."""
+        Args:
+            statistics: those among the variables that are averaged, if they are not trained.
+            model: what `save` and `load` are about unless they are given one.
+        """
         inside = self._inside
         comm = self._connect()
         given = list(variables)
-        inside.given = given
+        inside.given, inside.model = given, None if model is None else weakref.ref(model)
         start(comm, self, given, lambda: self._settle(given, list(statistics)), self._take_graph)
         inside.started, inside.left = True, ()
 
