@@ -16,7 +16,7 @@ from keras import layers as kl
 from keras_models import fit
 from keras_training import doubles
 
-from hvd_slowmo import ParameterMap, safefile
+from hvd_slowmo import ParameterMap, safefile, snapshot
 from hvd_slowmo.comm import SoloComm, ThreadWorld
 from hvd_slowmo.safefile import SnapshotError
 from hvd_slowmo.tf import SlowMo as KerasSlowMo
@@ -65,6 +65,37 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
         a, b, c = (files(tmp_path / name / x) for x in "abc")
         assert a == c, "there and back"
         assert a == b, "either framework writes the very same files"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [5, 6])
+def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
+    """In the middle of a block each goes on with its own state, also where ranks have changed their framework."""
+    config, base = {"tau": 3, "buffers": "reset"}, CASES["momentum"][1]
+
+    def side(worker):
+        given = [] if isinstance(worker, TorchWorker) else [worker.model]
+        return lambda: worker.optimizer._side(*given, None)
+
+    def work(comm):
+        kinds = (TorchWorker, KerasWorker)
+        worker = kinds[comm.rank](config, base, rank=comm.rank)
+        worker.advance(range(steps))
+        snapshot.save(side(worker), comm, "both", tmp_path / "a")
+        whole = worker.advance(range(steps, steps + 4))
+        told = []
+        for kind in (kinds[comm.rank], kinds[1 - comm.rank]):
+            other = kind(config, base, rank=comm.rank)
+            snapshot.load(side(other), comm, "both", tmp_path / "a")
+            told.append(apart(whole, other.advance(range(steps, steps + 4))))
+        return told
+
+    with doubles():
+        for same_kind, other_kind in ThreadWorld(2).run(work):
+            assert same_kind == 0
+            assert other_kind < 1e-9
+    facts, _, _ = safefile.read(tmp_path / "a")
+    assert facts["lost"] == (["model", "anchor", "v", "base"] if steps == 5 else [])
 
 
 def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
