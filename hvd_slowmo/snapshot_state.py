@@ -78,7 +78,7 @@ class Side(Protocol):
         """A whole tensor; bfloat16 as float32. vector: "model" or one of `vectors`."""
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
-        """Set it, in place."""
+        """Set it, in place; what is read afterwards has it, the training once `finish` is called."""
 
     def base(self) -> Buffers:
         """The base optimizer's buffers; nothing in them where they are as before the first step.

@@ -58,7 +58,7 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
             assert again.optimizer.steps == other.optimizer.steps == END
         return told
 
-    with doubles():
+    with doubles(200):  # tensors lie across chunks
         for told in ThreadWorld(2).run(work):
             assert max(told.values()) < 1e-9
     for name in ("TorchWorker", "KerasWorker"):

@@ -60,7 +60,9 @@ class KerasSide:
             raise ValueError(f"the optimizer trains what the model or its ParameterMap lacks: {', '.join(lacking)}.")
         self._trained = [own[id(v)] for v in optimizer._trainable_variables]
         self.groups = dict.fromkeys(self._trained, 0)
-        self._flats = _flats(optimizer._trainable_variables, self._trained, state)
+        self._places = _places(optimizer._trainable_variables, self._trained, state)
+        self._flats: dict[int, NDArray[Any]] = {}  # by id of a flat variable
+        self._changed: dict[int, Any] = {}
         self._averages: dict[str, Any] = {}
         if optimizer.use_ema:
             self._averages = dict(zip(self._trained, optimizer._model_variables_moving_average, strict=True))
@@ -70,17 +72,27 @@ class KerasSide:
         self.keeps = [*_buffers(inner.innermost, self.kind), *(["steps"] if self.kind == ADAM else [])]
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
-        if vector in self._flats:
-            flat, start, stop = self._flats[vector][own]
-            return flat.numpy()[start:stop].reshape(self._variables[own].shape)  # type: ignore[no-any-return]
-        return _array(self._whole(vector, own))
+        if vector not in self._places:
+            return _array(self._whole(vector, own))
+        parts = [self._flat(v)[start:stop] for v, start, stop in self._places[vector][own]]
+        joined: NDArray[Any] = np.concatenate(parts).reshape(self._variables[own].shape)
+        return joined
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
-        if vector in self._flats:
-            flat, start, stop = self._flats[vector][own]
-            flat._value[start:stop].assign(value.reshape(-1))
-        else:
+        if vector not in self._places:
             self._whole(vector, own).assign(value)
+            return
+        flat = value.reshape(-1)
+        for v, start, stop in self._places[vector][own]:
+            self._flat(v)[start:stop] = flat[: stop - start]
+            self._changed[id(v)] = v
+            flat = flat[stop - start :]
+
+    def _flat(self, v: Any) -> NDArray[Any]:
+        """A flat variable's values. They are assigned whole, in `finish`: one that is assigned in part gets slow."""
+        if id(v) not in self._flats:
+            self._flats[id(v)] = v.numpy().copy()
+        return self._flats[id(v)]
 
     def _whole(self, vector: str, own: str) -> Any:
         return self._averages[own] if vector == _AVERAGE else self._variables[own]
@@ -166,6 +178,8 @@ class KerasSide:
         return {"loss_scale.step_counter": scaler.step_counter, "loss_scale.dynamic_scale": scaler.dynamic_scale}
 
     def finish(self, progress: Progress, rates: NDArray[Any], rest: Mapping[str, NDArray[Any]]) -> None:
+        for v in self._changed.values():
+            v.assign(self._flat(v))
         others = {**self._others, **self._scaler()}
         for name, value in rest.items():
             others[name].assign(value)
@@ -221,19 +235,21 @@ def _named(
     return Named(tuple(found), "keras", why), variables
 
 
-def _flats(trained: Sequence[Any], own: Sequence[str], state: State) -> dict[str, dict[str, tuple[Any, int, int]]]:
-    """Per vector and trained variable, where it is: a flat variable, from, to."""
+def _places(
+    trained: Sequence[Any], own: Sequence[str], state: State
+) -> dict[str, dict[str, list[tuple[Any, int, int]]]]:
+    """Per vector and trained variable, where its elements are, in their order: flat variables, from, to."""
     plan = lay_out(trained, (), ())
     names = {id(v): name for v, name in zip(trained, own, strict=True)}
-    places = [
-        (names[id(v)], number, start, start + entry.size)
-        for number, (segment, variables) in enumerate(zip(plan.layout.segments, plan.variables, strict=True))
-        for v, entry, start in zip(variables, segment.entries, segment.offsets, strict=False)
-    ]
-    return {
-        vector: {name: (flats[number], start, stop) for name, number, start, stop in places}
-        for vector, flats in state.vectors.items()
+    places: dict[str, dict[str, list[tuple[Any, int, int]]]] = {
+        vector: {n: [] for n in own} for vector in state.vectors
     }
+    for number, chunk in enumerate(plan.layout.chunks):
+        for entry, start, stop, at in plan.layout.spans(chunk):
+            name = names[id(plan.variables[chunk.segment][entry])]
+            for vector, flats in state.vectors.items():
+                places[vector][name].append((flats[number], at, at + stop - start))
+    return places
 
 
 def _kind(innermost: Any) -> str:
