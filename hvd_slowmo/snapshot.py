@@ -34,7 +34,6 @@ KINDS = {
     "sent": "messages in flight",
     "progress": "the position",
     "base": "the base optimizer's buffers",
-    "rest": "what one framework alone has",
 }
 """What the first parts of the arrays' names mean."""
 

@@ -19,7 +19,7 @@ from hvd_slowmo.wire import View, WireEntry
 from hvd_slowmo_tf.describe import entries_keras
 from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.state import State
-from hvd_slowmo_tf.store import common_path, lay_out
+from hvd_slowmo_tf.store import common_path, lay_out, wire_dtype
 
 _AVERAGE = "average"  # the moving average of the weights
 
@@ -75,7 +75,9 @@ class KerasSide:
         if vector not in self._places:
             return _array(self._whole(vector, own))
         parts = [self._flat(v)[start:stop] for v, start, stop in self._places[vector][own]]
-        joined: NDArray[Any] = np.concatenate(parts).reshape(self._variables[own].shape)
+        v = self._variables[own]
+        nothing = np.empty(0, wire_dtype(tf.as_dtype(v.dtype)).name)
+        joined: NDArray[Any] = (np.concatenate(parts) if parts else nothing).reshape(v.shape)
         return joined
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
