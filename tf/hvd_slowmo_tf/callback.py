@@ -107,7 +107,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         ]
         metrics = {id(v) for metric in model.metrics for v in metric.variables}
         variables = [v for v in model.variables if id(v) not in metrics]
-        model.optimizer.start(variables, [v for v in statistics if id(v) not in metrics])
+        model.optimizer.start(variables, [v for v in statistics if id(v) not in metrics], model)
         self._begun = True
         engine = model.optimizer.engine
         epochs = engine.gather("epoch", self._epoch)

@@ -37,7 +37,7 @@ def lay_out(parameters: Sequence[Any], statistics: Sequence[Any], buffers: Seque
             if not own.is_floating:
                 raise TypeError(f"{v.path} has type {own.name}; SlowMo averages real floating-point variables only.")
             wire = tf.float64 if rule == "mean" else wire_dtype(own)
-            entry = Entry(_common_path(v.path), tuple(v.shape), own.name)
+            entry = Entry(common_path(v.path), tuple(v.shape), own.name)
             tensors.append(Tensor(rule, entry, wire.name, wire.size, native(v).device, v))
     laid, places = arrange(tensors, 1)
     if all(chunk.rule != "slow" for chunk in laid.chunks):
@@ -55,7 +55,7 @@ def native(variable: Any) -> Any:
     return getattr(variable, "_value", variable)
 
 
-def _common_path(path: str) -> str:
+def common_path(path: str) -> str:
     """Without the numbers that Keras gives names that it has seen before: workers may have built other models too."""
     return re.sub(r"_\d+(?=/|$)", "", path)
 
