@@ -16,7 +16,6 @@ nothing else; --batch-size and --shrink make computation longer and messages sho
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -31,7 +30,6 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 TAU = turns.TAU
-MESSAGE = "the message alone"
 Wrap = Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]
 
 
@@ -96,58 +94,12 @@ METHODS: dict[str, Wrap] = {
     "no communication": lambda model, base: base,
     "Horovod DistributedOptimizer": horovod,
     "PyTorch PostLocalSGD": post_local,
-    "ours: Local SGD": ours(SlowMoConfig.local_sgd(TAU), "local"),
-    "ours: SlowMo": ours(SlowMoConfig(tau=TAU), "slowmo"),
-    "ours: AR-SGD": ours(SlowMoConfig.ar_sgd(), "all"),
-    "ours: SGP": ours(SlowMoConfig.sgp(), "sgp"),
-    "ours: OSGP": ours(SlowMoConfig.osgp(), "osgp"),
 }
 
 
-def over_gossip(tau: int) -> dict[str, Wrap]:
-    """Asked for by name: blocks of 48 steps take long on a slow network, and every method takes memory for a model."""
-    return {
-        "ours: D-PSGD": ours(SlowMoConfig.dpsgd(), "dpsgd"),
-        "ours: SlowMo over AR-SGD": ours(SlowMoConfig(tau=TAU, gradients="all"), "slowmo.all"),
-        "ours: SlowMo over D-PSGD": ours(SlowMoConfig(tau=tau, base="dpsgd"), "slowmo.dpsgd"),
-        "ours: SlowMo over SGP": ours(SlowMoConfig(tau=tau, base="sgp"), "slowmo.sgp"),
-        "ours: SlowMo over OSGP": ours(SlowMoConfig(tau=tau, base="sgp", overlap=True), "slowmo.osgp"),
-        "ours: SlowMo over SGP, noaverage": ours(SlowMoConfig(tau=tau, base="sgp", average=False), "slowmo.alone"),
-    }
-
-
-def block_of(name: str, tau_gossip: int) -> int:
-    """The least number of steps in which a method does everything that it does."""
-    if name in ("ours: SGP", "ours: OSGP", "ours: D-PSGD", "ours: AR-SGD", "no communication", MESSAGE):
-        return 1
-    return tau_gossip if name in over_gossip(tau_gossip) and not name.endswith("AR-SGD") else TAU
-
-
-def compare(times: dict[str, list[float]]) -> None:
-    """What the gossip methods are held against, as medians of the ratios within a round."""
-
-    def ratio(name: str, other: Callable[[int], float]) -> str:
-        found = [seconds / other(number) for number, seconds in enumerate(times[name])]
-        return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-
-    alone, sent = times["no communication"], times.get(MESSAGE)
-    if sent is not None:
-        for name in ("ours: SGP", "ours: OSGP"):
-            if name in times:
-                print(f"  {name} / (computation + message):    {ratio(name, lambda n: alone[n] + sent[n])}")
-                print(f"  {name} / max(computation, message):  {ratio(name, lambda n: max(alone[n], sent[n]))}")
-    for base in ("SGP", "OSGP", "D-PSGD", "AR-SGD"):
-        mine, below = f"ours: SlowMo over {base}", f"ours: {base}"
-        if mine in times and below in times:
-            print(f"  {mine} / {below}:    {ratio(mine, lambda n: times[below][n])}", flush=True)  # noqa: B023
-
-
 def main() -> None:
-    parser = turns.options(__doc__, METHODS, [*over_gossip(48), MESSAGE])
+    parser = turns.options(__doc__, METHODS)
     parser.add_argument("--batch-size", type=int, default=32, help="per worker and step (default: %(default)s)")
-    parser.add_argument("--pause", type=float, help="milliseconds of waiting in place of forward and backward")
-    parser.add_argument("--tau-gossip", type=int, default=48, help="tau over gossip (default: %(default)s)")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the layers' widths (default: %(default)s)")
     parser.add_argument("--store", default=None, help="a new file for PyTorch's process group (default: a local port)")
     args = parser.parse_args()
     hvd.init()
@@ -155,16 +107,14 @@ def main() -> None:
     if "PyTorch PostLocalSGD" in args.methods:
         where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
         dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
-    wraps = {**METHODS, **over_gossip(args.tau_gossip)}
+    wraps = {**METHODS, **{name: ours(config, mark) for name, (config, mark) in turns.ours(args.tau_gossip).items()}}
 
     def make(name: str) -> turns.Step:
-        if name == MESSAGE:
+        if name == turns.MESSAGE:
             return message(args.shrink)
         return training(wraps[name], args.batch_size, args.shrink, args.pause)
 
-    times = turns.run(hvd, args, make, hvd.barrier, lambda name: block_of(name, args.tau_gossip))
-    if hvd.rank() == 0:
-        compare(times)
+    turns.run(hvd, args, make, hvd.barrier)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -23,7 +24,7 @@ import turns
 
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 
-TAU = turns.TAU
+TAPE = "Horovod DistributedGradientTape"
 Wrap = Callable[[keras.optimizers.Optimizer], keras.optimizers.Optimizer]
 
 
@@ -34,7 +35,27 @@ def network(width: int = 4096) -> keras.Model:
     return keras.Sequential([keras.Input((width // 2,)), *layers])
 
 
-def training(wrap: Wrap, tape_of: Callable[[Any], Any] = lambda tape: tape, width: int = 4096) -> turns.Step:
+def waiting(milliseconds: float) -> Callable[[Any], Any]:
+    """The identity, after a while: nothing that TensorFlow would keep in order with the exchange, nor fold."""
+
+    def wait(x: Any) -> Any:
+        time.sleep(milliseconds / 1e3)
+        return x
+
+    return lambda x: tf.ensure_shape(tf.numpy_function(wait, [x], x.dtype, stateful=False), x.shape)
+
+
+def message(width: int) -> turns.Step:
+    """What a step over the topology "exponential" sends, without computation."""
+    x = tf.random.normal((network(width).count_params(),))
+    splits = tf.one_hot((hvd.rank() + 1) % hvd.size(), hvd.size(), on_value=x.shape[0], off_value=0, dtype=tf.int32)
+    send = tf.function(lambda: hvd.alltoall(x + tf.random.uniform(()), splits, name="message")[0][0])
+    return lambda: send().numpy()
+
+
+def training(
+    wrap: Wrap, tape_of: Callable[[Any], Any] = lambda tape: tape, width: int = 4096, pause: float | None = None
+) -> turns.Step:
     model = network(width)
     optimizer = wrap(keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True))
     if isinstance(optimizer, SlowMo):
@@ -46,9 +67,10 @@ def training(wrap: Wrap, tape_of: Callable[[Any], Any] = lambda tape: tape, widt
     x = tf.random.normal((32, width // 2), seed=hvd.rank())
     y = tf.random.uniform((32,), maxval=74, dtype=tf.int32, seed=hvd.rank())
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    gradients = [tf.random.normal(v.shape, stddev=1e-3) for v in model.trainable_variables]
 
     @tf.function
-    def step() -> Any:
+    def step(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:
             loss = loss_of(y, model(x, training=True))
         tape = tape_of(tape)
@@ -56,20 +78,28 @@ def training(wrap: Wrap, tape_of: Callable[[Any], Any] = lambda tape: tape, widt
         optimizer.apply(tape.gradient(loss, variables), model.trainable_variables)
         return loss
 
-    return lambda: step().numpy()
+    @tf.function
+    def paused(x: Any) -> Any:  # a device computes, and the host's cores are free
+        late = waiting(pause or 0.0)(x)[0, 0]
+        with tf.control_dependencies([late]):
+            mine = [tf.identity(g) for g in gradients]
+        optimizer.apply(mine, model.trainable_variables)
+        return late
+
+    return (lambda: step(x, y).numpy()) if pause is None else lambda: paused(x).numpy()
 
 
-def ours(config: SlowMoConfig, name: str) -> Wrap:
-    return lambda base: SlowMo(base, config, name=name)
+def horovod_tape(**options: Any) -> turns.Step:
+    return training(lambda base: base, hvd.DistributedGradientTape, **options)
 
 
-METHODS: dict[str, Callable[[], turns.Step]] = {
-    turns.ALONE: lambda: training(lambda base: base),
-    "Horovod DistributedGradientTape": lambda: training(lambda base: base, hvd.DistributedGradientTape),
-    "ours, Keras: Local SGD": lambda: training(ours(SlowMoConfig.local_sgd(TAU), "local")),
-    "ours, Keras: SlowMo": lambda: training(ours(SlowMoConfig(tau=TAU), "slowmo")),
-    "ours, Keras: AR-SGD": lambda: training(ours(SlowMoConfig.ar_sgd(), "all")),
-}
+def ours(config: SlowMoConfig, name: str, **options: Any) -> turns.Step:
+    return training(lambda base: SlowMo(base, config, name=name), **options)
+
+
+def methods(tau_gossip: int) -> dict[str, Callable[..., turns.Step]]:
+    mine = {name: partial(ours, *setting) for name, setting in turns.ours(tau_gossip).items()}
+    return {turns.ALONE: partial(training, lambda base: base), TAPE: horovod_tape, **mine}
 
 
 def barrier() -> None:
@@ -79,7 +109,7 @@ def barrier() -> None:
 def inner(repeats: int = 2000) -> None:
     """What stays of SlowMo where no outer step comes: its branches and counters, with a small model."""
     plain = training(lambda base: base, width=128)
-    wrapped = training(ours(SlowMoConfig(tau=10**9), "inner"), width=128)
+    wrapped = ours(SlowMoConfig(tau=10**9), "inner", width=128)
     extra = []
     for number in range(10):
         seconds = []
@@ -99,7 +129,7 @@ def inner(repeats: int = 2000) -> None:
 def memory() -> None:
     """Floating-point elements kept beside the parameters and the inner optimizer's own."""
     model = network(128)
-    optimizer = SlowMo(keras.optimizers.SGD(0.01, momentum=0.9), SlowMoConfig(tau=TAU))
+    optimizer = SlowMo(keras.optimizers.SGD(0.01, momentum=0.9), SlowMoConfig(tau=turns.TAU))
     optimizer.build(model.trainable_variables)
     inner_ones = {id(v) for v in optimizer.inner_optimizer.variables}
     kept = sum(v.value.shape.num_elements() for v in optimizer.variables if id(v) not in inner_ones)
@@ -108,16 +138,23 @@ def memory() -> None:
 
 
 def main() -> None:
-    parser = turns.options(__doc__, METHODS)
+    parser = turns.options(__doc__, [turns.ALONE, TAPE])
     parser.add_argument("--inner", action="store_true", help="one worker: the cost of an inner step, and the memory")
     args = parser.parse_args()
     hvd.init()
     tf.config.threading.set_intra_op_parallelism_threads(1)
+    width = 4096 // args.shrink
+
+    def make(name: str) -> turns.Step:
+        if name == turns.MESSAGE:
+            return message(width)
+        return methods(args.tau_gossip)[name](width=width, pause=args.pause)
+
     if args.inner:
         inner()
         memory()
     else:
-        turns.run(hvd, args, lambda name: METHODS[name](), barrier)
+        turns.run(hvd, args, make, barrier)
 
 
 if __name__ == "__main__":

@@ -11,31 +11,62 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hvd_slowmo import SlowMoConfig
+
 TAU = 12
 ALONE = "no communication"  # the method that the others are compared with
+MESSAGE = "the message alone"  # what a step over the topology "exponential" sends, without computation
+USUAL = ("ours: Local SGD", "ours: SlowMo", "ours: AR-SGD", "ours: SGP", "ours: OSGP")
 Step = Callable[[], None]
 
 
-def options(description: str | None, methods: Iterable[str], further: Iterable[str] = ()) -> ArgumentParser:
-    """further: methods that are measured only where they are asked for."""
+def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
+    """Our methods: settings, and a name for their collectives."""
+    return {
+        "ours: Local SGD": (SlowMoConfig.local_sgd(TAU), "local"),
+        "ours: SlowMo": (SlowMoConfig(tau=TAU), "slowmo"),
+        "ours: AR-SGD": (SlowMoConfig.ar_sgd(), "all"),
+        "ours: SGP": (SlowMoConfig.sgp(), "sgp"),
+        "ours: OSGP": (SlowMoConfig.osgp(), "osgp"),
+        "ours: D-PSGD": (SlowMoConfig.dpsgd(), "dpsgd"),
+        "ours: SlowMo over AR-SGD": (SlowMoConfig(tau=TAU, gradients="all"), "slowmo.all"),
+        "ours: SlowMo over D-PSGD": (SlowMoConfig(tau=tau_gossip, base="dpsgd"), "slowmo.dpsgd"),
+        "ours: SlowMo over SGP": (SlowMoConfig(tau=tau_gossip, base="sgp"), "slowmo.sgp"),
+        "ours: SlowMo over OSGP": (SlowMoConfig(tau=tau_gossip, base="sgp", overlap=True), "slowmo.osgp"),
+        "ours: SlowMo over SGP, noaverage": (SlowMoConfig(tau=tau_gossip, base="sgp", average=False), "slowmo.alone"),
+    }
+
+
+def block_of(name: str, tau_gossip: int) -> int:
+    """The least number of steps in which a method does everything that it does."""
+    config, _ = ours(tau_gossip).get(name, (None, ""))
+    return (config.tau or 1) if config is not None else TAU if name == "PyTorch PostLocalSGD" else 1
+
+
+def options(description: str | None, methods: Iterable[str]) -> ArgumentParser:
+    """methods: those that are not ours."""
+    usual = [*methods, *USUAL]
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=TAU, help="steps per method and round (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", default=list(methods), choices=[*methods, *further], metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=usual, choices=[*methods, *ours(1), MESSAGE], metavar="METHOD")
+    parser.add_argument("--pause", type=float, help="milliseconds of waiting in place of forward and backward")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the layers' widths (default: %(default)s)")
+    parser.add_argument("--tau-gossip", type=int, default=48, help="tau over gossip (default: %(default)s)")
     parser.add_argument("--label", default="loopback", help="what to call this network (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="append the figures to this file, a line of JSON each")
     return parser
 
 
 def measure(
-    steps: dict[str, Step], rounds: int, count: int, barrier: Step, tells: bool, block_of: Callable[[str], int]
+    steps: dict[str, Step], rounds: int, count: int, barrier: Step, tells: bool, blocks: dict[str, int]
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first round warms up
         for name, step in steps.items():
             barrier()
             started = time.perf_counter()
-            whole = -(-count // block_of(name)) * block_of(name)
+            whole = -(-count // blocks[name]) * blocks[name]
             for _ in range(whole):
                 step()
             barrier()
@@ -46,26 +77,18 @@ def measure(
     return times
 
 
-def run(
-    hvd: Any,
-    args: Namespace,
-    make: Callable[[str], Step],
-    barrier: Step,
-    block_of: Callable[[str], int] = lambda name: 1,
-) -> dict[str, list[float]]:
-    """Measure `args.methods`, tell on rank 0, and return the seconds per step of each round.
-
-    hvd: horovod.torch or horovod.tensorflow. block_of: in how many steps a method does all that it does.
-    """
+def run(hvd: Any, args: Namespace, make: Callable[[str], Step], barrier: Step) -> None:
+    """Measure `args.methods`, and tell on rank 0. hvd: horovod.torch or horovod.tensorflow."""
     names = [ALONE, *(name for name in args.methods if name != ALONE)]
     steps = {name: make(name) for name in names}
-    times = measure(steps, args.rounds, args.steps, barrier, hvd.rank() == 0, block_of)
+    blocks = {name: block_of(name, args.tau_gossip) for name in steps}
+    times = measure(steps, args.rounds, args.steps, barrier, hvd.rank() == 0, blocks)
     if hvd.rank() == 0:
         rounds = f"median of {args.rounds} rounds of {args.steps} steps or whole blocks"
         print(f"\n{args.label}, {hvd.size()} workers; {rounds}")
         for name, seconds in times.items():
             _tell(name, seconds, times[ALONE], hvd.size(), args)
-    return times
+        _compare(times)
 
 
 def _tell(name: str, seconds: list[float], alone: list[float], workers: int, args: Namespace) -> None:
@@ -76,3 +99,22 @@ def _tell(name: str, seconds: list[float], alone: list[float], workers: int, arg
         with args.out.open("a") as file:
             row = {"network": args.label, "workers": workers, "method": name, "s": median, "ratio": ratio}
             file.write(json.dumps(row) + "\n")
+
+
+def _compare(times: dict[str, list[float]]) -> None:
+    """What the gossip methods are held against, as medians of the ratios within a round."""
+
+    def ratio(name: str, others: Iterable[float]) -> str:
+        found = [seconds / other for seconds, other in zip(times[name], others, strict=True)]
+        return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+    if MESSAGE in times:
+        both = list(zip(times[ALONE], times[MESSAGE], strict=True))
+        for name in ("ours: SGP", "ours: OSGP"):
+            if name in times:
+                print(f"  {name} / (computation + message):    {ratio(name, map(sum, both))}")
+                print(f"  {name} / max(computation, message):  {ratio(name, map(max, both))}")
+    for base in ("SGP", "OSGP", "D-PSGD", "AR-SGD"):
+        mine, below = f"ours: SlowMo over {base}", f"ours: {base}"
+        if mine in times and below in times:
+            print(f"  {mine} / {below}:    {ratio(mine, times[below])}", flush=True)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from hvd_slowmo.convert_command import add_convert
+from hvd_slowmo.inspect_command import add_inspect
 from hvd_slowmo.installer.console import add_doctor, add_install_horovod
 from hvd_slowmo.map_command import add_map
 from hvd_slowmo.topology_command import add_topology
@@ -17,6 +19,8 @@ _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser
     add_doctor,
     add_topology,
     add_map,
+    add_inspect,
+    add_convert,
 )
 
 

@@ -95,15 +95,18 @@ def agreed_graph(config: SlowMoConfig, comm: Comm, node: Comm | None, name: str)
 
 
 class Gossip:
-    """The mixing of one worker."""
+    """The mixing of one worker. block: elements to mix at once, see `Machine`; None: a chunk."""
 
-    def __init__(self, graph: Graph, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str) -> None:
+    def __init__(
+        self, graph: Graph, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str, block: int | None = None
+    ) -> None:
         self.graph = graph
         self._ops = ops
         self._store = store
         self._comm = comm
         self._name = name
         self._chunks = [chunk for chunk in layout.chunks if chunk.rule == "slow"]
+        self._blocks = {chunk.index: tuple(chunk.blocks(block)) for chunk in self._chunks}
         self._parts = parts(graph.array)
         self._period = len(graph.array)
         self._departed: list[Any] | None = None  # collectives under way, where they can be kept between two steps
@@ -146,7 +149,7 @@ class Gossip:
 
     def launch(self, mass: Mass, delivers: Any) -> None:
         """As `depart`, where a collective can be under way between two steps: it is waited for when it is mixed."""
-        if self.graph.overlap and mass.flight > 0 and delivers:
+        if self.graph.overlap and self._departed is None and mass.flight > 0 and delivers:
             self._departed = self._send(mass)
 
     def recall(self) -> None:
@@ -158,36 +161,44 @@ class Gossip:
         """Whether all weights are 1 and nothing is on its way; not in a trace."""
         return not mass.flight and bool((mass.w == 1).all())
 
-    def mix(self, mass: Mass, hop: Any, came: Sequence[Any] | None = None) -> Mass:
+    def mix(self, mass: Mass, hop: Any, came: Sequence[Any] | None = None, onward: bool = False) -> Mass:
         """After a base step: mix with others.
 
         Args:
             mass: the weights before.
             hop: the number of this step, from the end of the warm-up.
             came: what `depart` has brought.
+            onward: nothing follows in this step, and the next one mixes: with overlap, each message may leave as soon
+                as it is set aside.
         """
         kept, sent = self._of(hop)
         w = self._ops.reshape(mass.w, (-1, 1))
         if self.graph.overlap:
             w, arriving = mixed_late(kept, sent, w, self._ops.reshape(mass.arriving, (-1, 1)))
             after = Mass(self._ops.reshape(w, (-1,)), self._ops.reshape(arriving, (-1,)), hop + 1)
-            self._mix_late(mass, after, kept[self._comm.rank, 0], came)
+            self._mix_late(mass, after, kept[self._comm.rank, 0], came, onward)
             return after
         after = mass._replace(w=self._ops.reshape(mixed(kept, sent, w), (-1,))) if self.graph.weighted else mass
         self._mix_now(mass, after, kept[self._comm.rank, 0], hop)
         return after
 
-    def _mix_late(self, mass: Mass, after: Mass, kept: Any, came: Sequence[Any] | None) -> None:
+    def _mix_late(self, mass: Mass, after: Mass, kept: Any, came: Sequence[Any] | None, onward: bool) -> None:
         departed, self._departed = self._departed, None
         if departed is not None:
             arrivals: Iterator[Any] = map(self._comm.wait, departed)
         else:
             arrivals = iter(self._delivered(mass, True) if came is None else came)
+        following = []
         for chunk in self._chunks:
-            x = self._moved(chunk, mass)
             arrived = next(arrivals)  # waited for only now
-            self._store.write("sent", chunk, x)
-            self._show(chunk, x * self._ops.like(kept, x) + arrived, after)
+            for block in self._blocks[chunk.index]:
+                x = self._moved(block, mass)
+                self._store.write("sent", block, x)
+                self._show(block, x * self._ops.like(kept, x) + chunk.cut(arrived, block), after)
+            if onward:
+                following.append(self._set_out(chunk, after))
+        if onward:
+            self._departed = following
 
     def _delivered(self, mass: Mass, delivers: Any) -> list[Any]:
         """What comes of the last step's messages; zeros where there are none or the coming step mixes none."""
@@ -202,19 +213,25 @@ class Gossip:
 
     def _send(self, mass: Mass) -> list[Any]:
         """Begin to send what the last step has set aside, all chunks of it."""
-        return [self._push(chunk, self._store.read("sent", chunk), mass.flight - 1) for chunk in self._chunks]
+        return [self._set_out(chunk, mass) for chunk in self._chunks]
+
+    def _set_out(self, chunk: Chunk, mass: Mass) -> Any:
+        return self._push(chunk, self._store.read("sent", chunk), mass.flight - 1)
 
     def _mix_now(self, mass: Mass, after: Mass, kept: Any, hop: Any) -> None:
         def start(chunk: Chunk) -> tuple[Any, Any]:
             x = self._moved(chunk, mass)
-            return self._push(chunk, x, hop), x * self._ops.like(kept, x)
+            return self._push(chunk, x, hop), x
 
         following = start(self._chunks[0])
         for chunk, behind in zip(self._chunks, [*self._chunks[1:], None], strict=True):
-            handle, mine = following
+            handle, x = following
             if behind is not None:
                 following = start(behind)  # travels while this one is mixed
-            self._show(chunk, mine + self._comm.wait(handle), after)
+            arrived = self._comm.wait(handle)
+            for block in self._blocks[chunk.index]:
+                mine = chunk.cut(x, block)
+                self._show(block, mine * self._ops.like(kept, x) + chunk.cut(arrived, block), after)
 
     def _show(self, chunk: Chunk, x: Any, after: Mass) -> None:
         if self.graph.weighted:

@@ -88,6 +88,10 @@ class Chunk:
                 stop = min(start + (length or piece.size), piece.stop)
                 yield Chunk(self.index, self.segment, self.rule, start, stop, group=piece.group)
 
+    def cut(self, values: Any, block: Chunk) -> Any:
+        """Of this chunk's values, those of a block of it."""
+        return values[block.start - self.start : block.stop - self.start]
+
 
 @dataclass(frozen=True)
 class Layout:

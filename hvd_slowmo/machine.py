@@ -103,7 +103,7 @@ class Machine:
         self._ops = ops
         self._store = store
         self._comm = comm
-        self.gossip = None if graph is None else Gossip(graph, layout, ops, store, comm, name)
+        self.gossip = None if graph is None else Gossip(graph, layout, ops, store, comm, name, block)
 
     def start(self) -> Progress:
         """Everybody gets rank 0's vectors; the first anchor is taken, before the first inner step."""
@@ -161,7 +161,9 @@ class Machine:
             rates=progress.rates + rates,
         )
         done = ops.cond(now.begin, lambda: self._begin(done, source), lambda: done)
-        done = self._mix(done, now, progress.step, came)
+        # Where no meeting follows, nothing in this step can take back what is set aside: it may leave at once.
+        onward = ops.holds and not (now.outer or now.check) and self.plan(done).mix
+        done = self._mix(done, now, progress.step, came, onward)
 
         def outer() -> Progress:
             met = self._meet(done, done.step, live=live, counts=live, alone=not self.config.average)
@@ -252,14 +254,16 @@ class Machine:
         self._begin_block(progress.step)
         return progress._replace(since=progress.since * 0, covered=progress.covered * 0, rates=progress.rates * 0)
 
-    def _mix(self, progress: Progress, now: Plan, clock: Any, came: Sequence[Any] | None = None) -> Progress:
+    def _mix(
+        self, progress: Progress, now: Plan, clock: Any, came: Sequence[Any] | None = None, onward: bool = False
+    ) -> Progress:
         """After the base step with this number: gossip, where the base has it."""
         if self.gossip is None:
             return progress
         gossip, hop = self.gossip, clock - self.config.warmup_steps
 
         def mixed() -> Progress:
-            return progress._replace(**gossip.mix(_mass(progress), hop, came)._asdict())
+            return progress._replace(**gossip.mix(_mass(progress), hop, came, onward)._asdict())
 
         return self._ops.cond(now.mix, mixed, lambda: progress)
 
@@ -345,7 +349,7 @@ class Machine:
                 seen = seen + self._observe(chunk, total)
             if chunk.rule == "slow" and self.config.vectors:
                 for block in self._blocks[chunk.index]:
-                    part = total[block.start - chunk.start : block.stop - chunk.start]
+                    part = chunk.cut(total, block)
                     self._update(block, self._divide(part, divisor), coefficients)
             else:
                 self._store.write("model", chunk, self._divide(total, divisor))
@@ -367,14 +371,19 @@ class Machine:
         gamma = progress.rates / self._ops.where(progress.covered > 0, progress.covered, 1)
         coefficients = momentum(self.config, self._ops, gamma, progress.gamma)
         w = self.gossip.weight(_mass(progress))
+        seen = progress.observed * 0
         for chunk in self.layout.chunks if self.config.vectors else ():
-            for block in self._blocks[chunk.index] if chunk.rule == "slow" else ():
-                self._update(block, self._store.read("model", block), coefficients, w)
+            if chunk.rule == "slow":
+                if self._observing:  # there is no mean: of the parameters here
+                    seen = seen + self._observe(chunk, self._store.read("model", chunk))
+                for block in self._blocks[chunk.index]:
+                    self._update(block, self._store.read("model", block), coefficients, w)
         self._begin_block(progress.step)
         return progress._replace(
             covered=progress.covered * 0,
             rates=progress.rates * 0,
             gamma=next_gamma(self._ops, gamma, progress.gamma),
+            observed=seen,
         )
 
     def _observe(self, chunk: Chunk, mean: Any) -> Any:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hvd_slowmo.given import Wrong, given_map, looking_here, made
 
 if TYPE_CHECKING:
     from hvd_slowmo.comparing import Difference
-    from hvd_slowmo.parameter_map import ParameterMap
     from hvd_slowmo.wire import WireEntry
-
-
-class _Wrong(Exception):
-    """What the user gave, and why it can't be used."""
 
 
 def add_map(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,14 +39,12 @@ def add_map(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _map(arguments: argparse.Namespace) -> int:
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        return _show(arguments)
-    except (_Wrong, ImportError, ValueError, TypeError) as error:
+        with looking_here():
+            return _show(arguments)
+    except (Wrong, ImportError, ValueError, TypeError) as error:
         print(f"hvd-slowmo map: {error}", file=sys.stderr)
         return 1
-    finally:
-        sys.path.remove(str(Path.cwd()))
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -64,8 +57,8 @@ def _show(arguments: argparse.Namespace) -> int:
     from hvd_slowmo.parameter_map import pair
     from hvd_slowmo_tf.describe import entries_keras
 
-    torch_model, keras_model = _made(arguments.torch), _made(arguments.keras)
-    parameter_map = _given_map(arguments.map)
+    torch_model, keras_model = made(arguments.torch), made(arguments.keras)
+    parameter_map = given_map(arguments.map)
     ours, theirs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
     pairs = list(pair(ours, theirs))
     print(_table(pairs))
@@ -91,43 +84,6 @@ def _verdict(output: Difference, gradients: Sequence[Difference]) -> int:
         # Gradients flow backwards: the layers behind the last that differs agree.
         print(f"The gradients differ by more than rounding; the last to differ, in wire order: {apart[-1].name}.")
     return 1
-
-
-def _made(text: str) -> Any:
-    """What the function named by "module:function" gives."""
-    function = _found(text)
-    if not callable(function):
-        raise _Wrong(f"{text} is not a function.")
-    return function()
-
-
-def _given_map(text: str | None) -> ParameterMap | None:
-    from hvd_slowmo.parameter_map import ParameterMap
-
-    if text is None:
-        return None
-    found = _found(text)
-    found = found if isinstance(found, ParameterMap) else found() if callable(found) else found
-    if not isinstance(found, ParameterMap):
-        raise _Wrong(f"{text} is no ParameterMap, and gives none.")
-    return found
-
-
-def _found(text: str) -> Any:
-    module, colon, name = text.partition(":")
-    if not colon or not module or not name:
-        raise _Wrong(f"give module:function. Received: {text}")
-    try:
-        loaded = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise _Wrong(f"there is no module {error.name} in {Path.cwd()} or among those installed.") from None
-    if name not in vars(loaded):
-        from hvd_slowmo.parameter_map import nearest
-
-        raise _Wrong(f"{module} has no {name}. {nearest(name, [n for n in vars(loaded) if not n.startswith('_')])}")
-    return vars(loaded)[name]
 
 
 def _table(pairs: Sequence[tuple[WireEntry, WireEntry]]) -> str:
@@ -162,9 +118,9 @@ def _batch(keras_model: Any, arguments: argparse.Namespace) -> list[Any]:
         try:
             shapes = [tuple(int(n) for n in text.split(",") if n) for text in arguments.input]
         except ValueError:
-            raise _Wrong(f"--input must be like 28,28,1. Received: {' '.join(arguments.input)}") from None
+            raise Wrong(f"--input must be like 28,28,1. Received: {' '.join(arguments.input)}") from None
     if not shapes or any(n is None for shape in shapes for n in shape):
-        raise _Wrong(f"the Keras model's input has no fixed shape ({shapes or 'none'}). Give it: --input 28,28,1")
+        raise Wrong(f"the Keras model's input has no fixed shape ({shapes or 'none'}). Give it: --input 28,28,1")
     rows = _indices(keras_model)
     batch = []
     for number, shape in enumerate(shapes):

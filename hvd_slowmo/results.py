@@ -17,7 +17,11 @@ class Joined(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What `SlowMo.metrics` tells of an outer step; norms and products are over all parameters."""
+    """What `SlowMo.metrics` tells of an outer step; norms and products are over all parameters.
+
+    Without the average (noaverage) they are of this worker's own Delta and v, and the divergence, which nobody
+    knows, stays 0.
+    """
 
     step: int  # inner steps completed, this outer step included
     divergence: float  # of the outer step before this one: mean over workers of |x_i - mean|^2 / |mean|^2

@@ -50,6 +50,44 @@ def test_a_script_that_forgets_init_is_told_so(tmp_path):
     assert "Horovod has not been initialized, and this is one of 2 workers. Call hvd.init() first." in result.stderr
 
 
+REPEATED = """
+import copy, time
+import horovod.torch as hvd, torch
+import hvd_slowmo.layout, hvd_slowmo.torch as slowmo
+hvd.init()
+hvd_slowmo.layout.CHUNK_BYTES = 4096  # several messages at once
+
+def train(steps, resumed=None):
+    torch.manual_seed(hvd.rank())
+    model = torch.nn.Sequential(torch.nn.Linear(30, 200), torch.nn.ReLU(), torch.nn.Linear(200, 1))
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = slowmo.SlowMo(base, model, slowmo.SlowMoConfig(tau=6, gradients="all"))
+    if resumed:
+        model.load_state_dict(resumed[0])
+        optimizer.load_state_dict(resumed[1])
+    for k in range(optimizer.steps, steps):
+        x = torch.randn(16, 30, generator=torch.Generator().manual_seed(100 * hvd.rank() + k))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        if (k + hvd.rank()) % 3 == 0:
+            time.sleep(0.003)  # what is ready at once differs from run to run
+        optimizer.step()
+    return copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+whole, again = train(40), train(40, train(10))
+print("bitwise", all(torch.equal(whole[0][name], again[0][name]) for name in whole[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_averaged_gradients_of_three_repeat_to_the_bit_where_horovod_fuses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")
+    result = horovodrun(tmp_path, REPEATED, "-np", "3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("bitwise True") == 3, result.stdout
+
+
 NODES = """
 import horovod.torch as hvd, torch
 import hvd_slowmo.torch as slowmo

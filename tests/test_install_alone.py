@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.workers, pytest.mark.install]
 
 # Beside the framework: what the examples need.
 PACKAGES = {
-    "torch": ("torch", "numpy", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
-    "tf": ("tensorflow-cpu", "keras", "numpy", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
+    "torch": ("torch", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
+    "tf": ("tensorflow-cpu", "keras", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
 }
 NAMES = {"torch": "PyTorch", "tf": "TensorFlow"}
 JOBS = {"torch": "digits_torch.py", "tf": "digits_keras.py"}

@@ -4,12 +4,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch
 from keras_models import batch, fit, held, loop, net, same, with_statistics
 from keras_training import GraphComm, Worker, doubles
 from problems import Problem
+from torch_training import Model, advance
 
 from hvd_slowmo.comm import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo.torch import SlowMo as Other
 
 pytestmark = [pytest.mark.slow]
 
@@ -248,11 +251,6 @@ def test_statistics_are_averaged_at_outer_steps_and_joins_and_seeds_are_left_alo
 
 @pytest.mark.slow
 def test_metrics_equal_the_pytorch_adapters():
-    torch = pytest.importorskip("torch")
-    from torch_training import Model, advance
-
-    from hvd_slowmo.torch import SlowMo as Other
-
     problem = Problem({"tau": 3, "alpha": 0.75}, steps=9)
 
     def theirs(comm):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,7 +345,6 @@ def test_the_star_moves_weights() -> None:
 
 
 def test_weights_run_on_torch() -> None:
-    torch = pytest.importorskip("torch")
     parts = pushsum.parts(topology("star", 4))
     w, arriving = np.ones((4, 1)), np.zeros((4, 1))
     w_torch, arriving_torch = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
@@ -357,7 +357,8 @@ def test_weights_run_on_torch() -> None:
 
 @pytest.mark.slow  # for TensorFlow's import
 def test_weights_run_traced() -> None:
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     array = topology("star", 4)
     parts = pushsum.parts(array)
 
@@ -457,7 +458,6 @@ def test_command_names_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["exponential", "-m", "12"], ["star", "-m", "1"], ["ring", "-m", "40"]])
 def test_command_draws(capsys: pytest.CaptureFixture[str], tmp_path: Any, arguments: list[str]) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "a.png"
     assert f"drawn into {path}" in shown(capsys, *arguments, "--out", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -72,3 +72,15 @@ def test_local_sgd_has_a_divergence_and_no_momentum():
     last = results[0][0][-1]
     assert last.divergence > 0
     assert (last.delta_norm, last.v_norm, last.cosine) == (0.0, 0.0, 0.0)
+
+
+def test_without_the_average_they_are_the_workers_own():
+    config = {"tau": 3, "beta": 0.5, "base": "sgp", "average": False}
+    results = ThreadWorld(3).run(lambda comm: work(comm, Problem(config, steps=6)))
+    for seen, _, held in results:
+        first, second = seen[2], seen[5]
+        assert first.delta_norm == pytest.approx(np.linalg.norm(held[2]["v"]))  # v' = Delta in the first block
+        assert (first.v_norm, first.divergence) == (0.0, 0.0)
+        assert second.v_norm == pytest.approx(first.delta_norm)
+        assert 0 < abs(second.cosine) <= 1
+    assert results[0][0][2].delta_norm != results[1][0][2].delta_norm

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from hvd_slowmo import snapshot
+from hvd_slowmo.base_state import Carried
 from hvd_slowmo.comm import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph, agreed_graph
@@ -24,6 +28,7 @@ from hvd_slowmo_tf.engine import Engine, once
 from hvd_slowmo_tf.inner import Inner
 from hvd_slowmo_tf.joining import make_join
 from hvd_slowmo_tf.planning import entries_of, lay_out, mapped, parts_of
+from hvd_slowmo_tf.snapshot import KerasSide
 from hvd_slowmo_tf.start import Prepared, start
 from hvd_slowmo_tf.state import State
 
@@ -202,8 +207,15 @@ class SlowMo(keras.optimizers.Optimizer):
                 f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(self._variables)}. "
                 "Load it with the settings and the model of the run that is resumed."
             )
-        for number, v in enumerate(self._variables):
-            v.assign(store[str(number)])
+        values = [np.asarray(store[str(number)]) for number in range(len(self._variables))]
+        for v, value in zip(self._variables, values, strict=True):  # before any of them changes
+            if tuple(v.shape) != value.shape:
+                raise ValueError(
+                    f"{v.path} has shape {value.shape} in the file and {tuple(v.shape)} here. Load it with the "
+                    "settings and the model of the run that is resumed, over a gossip base with as many workers too."
+                )
+        for v, value in zip(self._variables, values, strict=True):
+            v.assign(value)
 
     def get_config(self) -> dict[str, Any]:
         rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
@@ -250,6 +262,7 @@ class SlowMo(keras.optimizers.Optimizer):
         inside = self._inside
         comm = self._connect()
         given, statistics = parts_of(model) if model is not None else (list(variables),) * 2
+        inside.given, inside.model = given, None if model is None else weakref.ref(model)
         job = start(
             comm, self, given, lambda: self._prepare(given, statistics, model), self._agreed_graph, self._assembled
         )
@@ -311,6 +324,56 @@ class SlowMo(keras.optimizers.Optimizer):
             self._inside.averaging = False
             for v, value in zip(held, own, strict=True):
                 v.assign(value)
+
+    def save(self, path: snapshot.AnyPath, model: Any = None, *, parameter_map: ParameterMap | None = None) -> None:
+        """Write the whole job's state, the model's included, to a file that PyTorch can read too. A collective.
+
+        docs/checkpoints.md says what is in the files. `load` on as many workers is a resume to the bit.
+
+        Args:
+            path: the same on every rank, in a folder that all ranks see. What only one rank has goes beside it.
+            model: the Keras model. None: the one that SlowMoCallback trains or, in a loop of one's own, the variables
+                that were given to `broadcast`, by their order, which PyTorch can't read.
+            parameter_map: None for the automatic one or, where there is none, the order of the variables.
+
+        Raises:
+            ValueError: on every rank, if one can't save or the ranks are not at the same step; a checkpoint that was
+                there before is whole then.
+        """
+        self._refuse_if_left()
+        snapshot.save(lambda: self._side(model, parameter_map), self._connect(), self.name, path)
+
+    def load(self, path: snapshot.AnyPath, model: Any = None, *, parameter_map: ParameterMap | None = None) -> None:
+        """Continue from a checkpoint of `save`, of either framework: the model's values too. A collective.
+
+        Before `fit`, or after `broadcast` in a loop of one's own.
+
+        Args:
+            model, parameter_map: as in `save`.
+
+        Raises:
+            ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.
+        """
+        self._refuse_if_left()
+        snapshot.load(lambda: self._side(model, parameter_map), self._connect(), self.name, path)
+
+    def _side(self, model: Any, parameter_map: ParameterMap | None) -> KerasSide:
+        inside = self._inside
+        self._refuse_within_average("save() or load()")
+        found = model
+        if found is None and inside.model is not None:
+            found = inside.model()
+        found = inside.given if found is None else found
+        if isinstance(found, list) and not found:
+            raise ValueError("give the Keras model: optimizer.save(path, model), optimizer.load(path, model).")
+        if isinstance(found, keras.Model):
+            self.build(found.trainable_variables)
+        graph = None if inside.graph is None else inside.graph.digest
+        if inside.engine is None and self._map is not None:
+            raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
+        plan = self._prepared(()).plan if inside.engine is None else inside.engine.plan
+        workers, known = self._connect().size, parameter_map or self._map
+        return KerasSide(self, inside.inner, inside.state, found, plan, workers, graph, inside.carried, known)
 
     @property
     def bytes_sent(self) -> int:
@@ -470,6 +533,9 @@ class _Inside:
         self.graph: Graph | None = None  # over a gossip base
         self.engine: Engine | None = None
         self.join: Any = None
+        self.model: Any = None  # a weak reference to the one that SlowMoCallback trains
+        self.given: list[Any] = []  # the variables of the start
+        self.carried = Carried()  # of the checkpoint that was loaded last
         self.started = False
         self.averaging = False  # within averaged_parameters()
         self.left: tuple[int, ...] = ()  # ranks that have left for good

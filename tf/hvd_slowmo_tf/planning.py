@@ -50,7 +50,7 @@ def entries_of(parameters: Sequence[Any], statistics: Sequence[Any]) -> Placed:
 
 def _entries(rule: str, variables: Sequence[Any]) -> Placed:
     return [
-        (WireEntry(_common_path(v.path), rule, tuple(v.shape), _own(v), View.same(tuple(v.shape)), v.path), v)
+        (WireEntry(common_path(v.path), rule, tuple(v.shape), _own(v), View.same(tuple(v.shape)), v.path), v)
         for v in variables
     ]
 
@@ -141,6 +141,6 @@ def _own(v: Any) -> str:
     return name
 
 
-def _common_path(path: str) -> str:
+def common_path(path: str) -> str:
     """Without the numbers that Keras gives names that it has seen before: workers may have built other models too."""
     return re.sub(r"_\d+(?=/|$)", "", path)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hvd_slowmo import snapshot
+from hvd_slowmo.base_state import Carried
 from hvd_slowmo.comm import Comm, MeteredComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph, agreed_graph
@@ -32,6 +34,7 @@ from hvd_slowmo_torch.backward import BackwardMean
 from hvd_slowmo_torch.comm import workers
 from hvd_slowmo_torch.fast import outer_update_
 from hvd_slowmo_torch.planning import Plan, entries_of, groups_of, lay_out
+from hvd_slowmo_torch.snapshot import TorchSide
 from hvd_slowmo_torch.start import hand_out_rest, hand_over
 from hvd_slowmo_torch.store import TorchStore
 
@@ -135,6 +138,7 @@ class SlowMo(Optimizer):
         self._source = 0  # a worker that took part in the last exchange of gradients
         self._uneven = False  # whether one did not, which was in its join
         self._graph: Graph | None = None  # over a gossip base
+        self._carried = Carried()  # of the checkpoint that was loaded last
         entries, self._groups, plan = self._agreed_plan()
         if config.base != "local":
             self._graph = agreed_graph(config, comm, node, name)
@@ -172,6 +176,7 @@ class SlowMo(Optimizer):
 
     def _build(self, plan: Plan) -> None:
         vectors = self.config.vectors if self._graph is None else (*self.config.vectors, *self._graph.vectors)
+        self._plan = plan
         self._store = TorchStore(plan, self.base, vectors)
         self._ops = ops = EagerOps(torch.from_numpy, lambda tensor: tensor.numpy())
         on_cpu = all(segment.device == "cpu" for segment in plan.layout.segments)
@@ -537,11 +542,57 @@ class SlowMo(Optimizer):
         saved = checkpoint.check(state_dict, self.config, self._machine.layout, self._comm)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != checkpoint.KEY})
         with torch.no_grad():
-            self._machine.recall()
-            self._progress = checkpoint.restore(saved, self._store.vectors)
-        self._prepare()
+            self._settle(checkpoint.restore(saved, self._store.vectors))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def save(self, path: snapshot.AnyPath, *, parameter_map: ParameterMap | None = None) -> None:
+        """Write the whole job's state, the model's included, to a file that Keras can read too. A collective.
+
+        docs/checkpoints.md says what is in the files. `load` on as many workers is a resume to the bit.
+
+        Args:
+            path: the same on every rank, in a folder that all ranks see. What only one rank has goes beside it.
+            parameter_map: None for the optimizer's own, the automatic one or, where there is none, PyTorch's own names,
+                which Keras can't read.
+
+        Raises:
+            ValueError: on every rank, if one can't save or the ranks are not at the same step; a checkpoint that was
+                there before is whole then.
+        """
+        self._refuse_if_left()
+        snapshot.save(lambda: self._side(parameter_map), self._comm, self._name, path)
+
+    def load(self, path: snapshot.AnyPath, *, parameter_map: ParameterMap | None = None) -> None:
+        """Continue from a checkpoint of `save`, of either framework: the model's values too. A collective.
+
+        Raises:
+            ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.
+        """
+        self._refuse_if_left()
+        snapshot.load(lambda: self._side(parameter_map), self._comm, self._name, path)
+
+    def _side(self, parameter_map: ParameterMap | None) -> TorchSide:
+        self._refuse_within_average("save() or load()")
+        return TorchSide(
+            self._model,
+            self.base,
+            self.config,
+            self._plan,
+            self._groups,
+            self._store.vectors,
+            self._progress,
+            None if self._graph is None else self._graph.digest,
+            self._carried,
+            parameter_map or self._map,
+            self._settle,
+        )
+
+    def _settle(self, progress: Progress) -> None:
+        """Go on from this position: the vectors are there already."""
+        self._machine.recall()
+        self._progress = progress
+        self._prepare()
 
 
 def _given(result: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:

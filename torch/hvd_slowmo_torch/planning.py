@@ -26,10 +26,21 @@ Slot = Callable[[], torch.Tensor]
 
 
 class Place(NamedTuple):
-    """Where a tensor of the layout is: its elements are a stretch of the slot's, from `offset` on."""
+    """Where a tensor of the layout is: what of the slot's tensor, which PyTorch calls `own`, the view shows.
+
+    The wire has PyTorch's orientation, so that is always one stretch of the flattened tensor.
+    """
 
     slot: Slot
-    offset: int
+    view: View
+    own: str
+
+    @property
+    def offset(self) -> int:
+        """Where the stretch begins."""
+        offset = self.view.offset
+        assert offset is not None, "the wire has PyTorch's orientation"
+        return offset
 
 
 @dataclass(frozen=True)
@@ -128,10 +139,8 @@ def lay_out(
         if mean and id(module) in norms and tensor.is_floating_point():
             statistics.append(slot)
         wire = torch.float64 if mean else wire_dtype(tensor.dtype, entry.own)
-        offset = entry.view.offset
-        assert offset is not None, "the wire has PyTorch's orientation"
         laid = Entry(entry.name, entry.shape, _spell(tensor.dtype), 0 if mean else next(numbers))
-        tensors.append(_tensor(entry.rule, laid, wire, tensor, Place(slot, offset)))
+        tensors.append(_tensor(entry.rule, laid, wire, tensor, Place(slot, entry.view, entry.own)))
     if config.buffers == "average" and config.tau is not None:
         tensors += _buffers(model, base)
     laid_out, places = arrange(tensors, len(groups.own))
@@ -147,7 +156,7 @@ def _buffers(model: nn.Module, base: Optimizer) -> Iterator[Tensor[Place]]:
             name = f"{names[id(p)]} ({key})"
             slot = partial(base_state.state_tensor, base, p, key, tuple(like.shape), like.dtype, like.device)
             entry = Entry(name, tuple(like.shape), _spell(like.dtype))
-            yield _tensor("base", entry, wire_dtype(like.dtype, name), like, Place(slot, 0))
+            yield _tensor("base", entry, wire_dtype(like.dtype, name), like, Place(slot, View.same(entry.shape), name))
 
 
 def _tensor(rule: str, entry: Entry, wire: torch.dtype, tensor: torch.Tensor, place: Place) -> Tensor[Place]:

@@ -119,14 +119,14 @@ class TorchStore:
                 if old is not None:
                     flat[:length] = before.vectors[vector][old]  # type: ignore[assignment]
                 if vector == "anchor":
-                    new = [slot().detach().reshape(-1).to(flat.dtype) for slot, _ in self._places[number]]
+                    new = [slot().detach().reshape(-1).to(flat.dtype) for slot, *_ in self._places[number]]
                     flat[length:] = torch.cat(new)[length:]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         """One for each trained entry."""
         for segment, places in zip(self.layout.segments, self._places, strict=True):
             if segment.rule == "slow":
-                yield from (slot() for slot, _ in places)
+                yield from (slot() for slot, *_ in places)
 
     def _flat(self, vector: str, chunk: Chunk) -> torch.Tensor:
         whole = self.vectors[vector][chunk.segment]

@@ -40,8 +40,13 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _array(tensor: torch.Tensor, gradient: bool) -> NDArray[Any]:
-    found = tensor.grad if gradient else tensor
-    found = torch.zeros_like(tensor) if found is None else found.detach()
+def array_of(tensor: torch.Tensor) -> NDArray[Any]:
+    """A tensor's values, in its own memory where that is possible. bfloat16 comes as float32."""
+    found = tensor.detach()
     array: NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).cpu().numpy()
     return array
+
+
+def _array(tensor: torch.Tensor, gradient: bool) -> NDArray[Any]:
+    found = tensor.grad if gradient else tensor
+    return array_of(torch.zeros_like(tensor) if found is None else found)
