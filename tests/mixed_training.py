@@ -6,6 +6,7 @@ Keras keeps two of the parameters in another orientation than PyTorch; a job's w
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,28 @@ def epochs(problem: Problem, plan: list[tuple[int, ...]]) -> list[dict[str, Any]
         joined = mine.join()
         history.append({"x": mine.flat(), "step": mine.optimizer.steps, "behind": joined.behind})
     return history
+
+
+def resumed(
+    problem: Problem, path: Path, stop: int, **options: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The training with a checkpoint after `stop` steps, and again from there: what a worker held after each step."""
+
+    def go_on(mine: Any) -> list[dict[str, Any]]:
+        history = []
+        for step in range(stop, problem.steps):
+            mine.step(step, step)
+            history.append({"x": mine.flat()})
+        mine.join()
+        return history
+
+    mine = worker(problem, **options)
+    for step in range(stop):
+        mine.step(step, step)
+    mine.optimizer.save(path)
+    whole, again = go_on(mine), worker(problem, **options)
+    again.optimizer.load(path)
+    return whole, go_on(again)
 
 
 def averaged(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

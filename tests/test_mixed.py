@@ -1,5 +1,7 @@
 """One job of PyTorch and Keras workers: equal to one framework's, to the reference, and to each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from problems import ADAM, ALONE, LOCAL_SGD, NESTEROV, Problem, distance
@@ -117,6 +119,16 @@ def test_join_with_uneven_data(mixed_workers, config):
         for a, b in zip(mine, other, strict=True):
             assert (a["step"], a["behind"]) == (b["step"], b["behind"])
             assert np.abs(a["x"] - b["x"]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["slowmo", "osgp, slowmo", "warm-up"])
+def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
+    """In the middle of a block, or of a flight: to the bit, on the workers that it comes from."""
+    problem = replace({**CORE, **OTHERS}[name], steps=12)
+    asked = {"problem": problem, "path": tmp_path / "x", "stop": 5, "split": name == "slowmo"}
+    for whole, again in mixed_workers("tk").run("mixed_training:resumed", **asked):
+        for a, b in zip(whole, again, strict=True):
+            assert np.array_equal(a["x"], b["x"])
 
 
 def test_averaged_parameters(mixed_workers):
