@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvd_slowmo.comm import Comm, SoloComm
+from hvd_slowmo.hosts import hosts_by_rendezvous
 
 # What launchers tell a worker about the number of its fellows: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
 _WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -68,20 +69,23 @@ class Workers:
     def init(self) -> None:
         """`hvd.init()`, with the workers of each node registered as a process set, for gradients="node".
 
-        Static process sets, which Horovod takes at its start only: dynamic ones slow every collective down. So Horovod
-        is started once to learn who is where, and once more with the sets.
+        Static process sets, which Horovod takes at its start only: dynamic ones slow every collective down. Where the
+        workers can't learn before that who is where, Horovod is started once for it, and once more with the sets.
 
         Raises:
             ImportError: Horovod is not installed for this framework.
+            TimeoutError: a worker has not come.
         """
         hvd = importlib.import_module(self._module)
-        hvd.init()
         # horovodrun's name for the host: "nodes" may be several names of one machine.
         host = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
-        comm = SoloComm() if hvd.size() == 1 else self._comm(hvd.global_process_set)
-        hosts = comm.gather("slowmo.hosts", host)
+        hosts = None if hvd.is_initialized() else hosts_by_rendezvous(host)
+        if hosts is None:
+            hvd.init()
+            comm = SoloComm() if hvd.size() == 1 else self._comm(hvd.global_process_set)
+            hosts = comm.gather("slowmo.hosts", host)
+            hvd.shutdown()
         nodes = [[rank for rank, other in enumerate(hosts) if other == each] for each in dict.fromkeys(hosts)]
-        hvd.shutdown()
         # One worker needs no set, and all of them are the global one.
         self._sets = [hvd.ProcessSet(ranks) for ranks in nodes if 1 < len(ranks) < len(hosts)]
         self._nodes = nodes

@@ -120,3 +120,63 @@ def test_two_nodes_average_gradients_within_and_parameters_between(tmp_path, hos
     for step, values in seen.items():
         assert values[0] == values[1], f"step {step}: a node's workers differ"
         assert (values[2] == values[0]) == (step in ("3", "joined")), f"step {step}: {values}"
+
+
+MIXED_NODES = """
+import os
+rank = int(os.environ["HOROVOD_RANK"])
+config = dict(tau=4, gradients="node", warmup_steps=2)
+batches = [[[float(rank + k), 1.0, 0.5]] for k in range((6, 9, 4, 7)[rank])]
+
+def say(where, total):
+    print("weight", where, rank, total)
+
+if rank % 2:
+    import keras, tensorflow as tf
+    import hvd_slowmo.tf as slowmo
+    slowmo.init()
+    keras.config.set_dtype_policy("float64")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    optimizer = slowmo.SlowMo(keras.optimizers.SGD(2.0**-7), slowmo.SlowMoConfig(**config),
+                              parameter_map=slowmo.ParameterMap())
+    optimizer.broadcast(model)
+    for k, x in enumerate(batches):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(model(tf.constant(x, tf.float64))))
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        say(k, float(model.layers[0].kernel.numpy().sum()))
+    optimizer.join()
+    say("joined", float(model.layers[0].kernel.numpy().sum()))
+else:
+    import torch
+    import hvd_slowmo.torch as slowmo
+    slowmo.init()
+    model = torch.nn.Linear(3, 2).double()
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=2.0**-7), model, slowmo.SlowMoConfig(**config),
+                              parameter_map=slowmo.ParameterMap())
+    for k, x in enumerate(batches):
+        optimizer.zero_grad()
+        model(torch.tensor(x).double()).square().sum().backward()
+        optimizer.step()
+        say(k, model.weight.sum().item())
+    optimizer.join()
+    say("joined", model.weight.sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_two_nodes_of_both_frameworks_with_uneven_data(tmp_path):
+    """A PyTorch and a Keras worker on each: gradients averaged within, parameters between, all of it in a join too."""
+    result = horovodrun(tmp_path, MIXED_NODES, "-np", "4", "-H", "localhost:2,127.0.0.1:2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    seen: dict[str, dict[int, float]] = {}
+    for line in result.stdout.splitlines():
+        if "weight" in line:
+            _, step, rank, value = line.split(":", 1)[1].split()
+            seen.setdefault(step, {})[int(rank)] = float(value)
+    for step in ("0", "1", "2", "3", "joined"):
+        values = seen[step]
+        assert values[0] == pytest.approx(values[1], rel=1e-13), f"step {step}: a node's workers differ"
+        equal = values[2] == pytest.approx(values[0], rel=1e-13)
+        assert equal == (step in ("0", "1", "joined")), f"step {step}: {values}"
