@@ -38,8 +38,8 @@ test: setup  ## run all tests
 test-all: setup  ## run all tests, those with more sizes and settings too
 	@$(BIN)/python -m pytest -m "not install" $(ARGS)
 
-test-fast: setup  ## run the tests that take no more than a few seconds
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test-fast: setup  ## run the tests that take no more than a few seconds, on several cores
+	@$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-install: setup  ## run the tests that make environments of one framework each, from nothing (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)
