@@ -30,7 +30,6 @@ class TorchWorker:
     def __init__(
         self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
     ) -> None:
-        import torch
         from torch_training import BASES, Model, horovod_rank
 
         from hvd_slowmo.torch import SlowMo, SlowMoConfig
@@ -46,7 +45,6 @@ class TorchWorker:
             self.optimizer = SlowMo(base, self.model, config, parameter_map=parameter_map)
         else:
             self.optimizer = SlowMo.over(TorchComm(comm), base, self.model, config, parameter_map=parameter_map)
-        self._torch = torch
 
     def flat(self) -> np.ndarray:
         return self.model.flat()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from problems import chunks_of
+from problems import Problem, chunks_of, distance
 from torch import nn
 
 # isort: split
@@ -11,6 +11,8 @@ from torch import nn
 import keras
 import tensorflow as tf
 from keras import layers as kl
+from keras_training import doubles
+from mixed_training import KerasWorker, TorchWorker
 
 from hvd_slowmo import ParameterMap, SlowMoConfig
 from hvd_slowmo.comm import SoloComm, ThreadWorld
@@ -24,6 +26,8 @@ from hvd_slowmo_torch import planning as torch_planning
 from hvd_slowmo_torch.store import TorchStore
 
 CONFIG = SlowMoConfig(tau=3)
+# See test_keras_threads.py.
+tf.config.threading.set_inter_op_parallelism_threads(16)
 
 
 class Torch(nn.Module):
@@ -182,3 +186,25 @@ def test_what_the_keras_adapter_refuses_with_a_map():
     optimizer.build(model.layers[0].variables)
     with pytest.raises(ValueError, match=r"must train what the model does, and that differs for .*dense_.*/kernel"):
         optimizer.broadcast(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"tau": 3}, {"tau": 3, "base": "sgp"}, pytest.param({"tau": 3, "warmup_steps": 2}, marks=pytest.mark.slow)],
+)
+def test_both_start_the_same_collectives_in_the_same_order(config):
+    """ThreadWorld refuses what Horovod would forgive: other names, lengths or types in any place."""
+    problem = Problem(config, steps=7)
+
+    def work(comm):
+        mine = (TorchWorker, KerasWorker)[comm.rank](problem, comm)
+        history = [{"x": mine.flat()}]
+        for step in range(problem.steps):
+            mine.step(step, step)
+            history.append({"x": mine.flat()})
+        mine.join()
+        return history
+
+    with doubles(40):
+        histories = ThreadWorld(2).run(work)
+    assert distance(histories, problem) < 1e-12
