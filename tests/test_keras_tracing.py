@@ -1,5 +1,7 @@
 """The contract of keras.optimizers: one trace, and what is in it."""
 
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +9,9 @@ from keras_contract import SGD
 from keras_models import fit, held, net, sentences, step_of, words
 from problems import chunks_of
 
+from hvd_slowmo.comm import SoloComm
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo_tf.effects import KeptComm
 
 # Keras turns bfloat16 and h5 files into NumPy in a way that NumPy 2 warns of, whatever the optimizer.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -60,3 +64,21 @@ def test_xla_compiles_a_worker_alone(config):
     fit(compiled, SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config)), range(5), compiled={"jit_compile": True})
     for a, b in zip(held(compiled), held(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Slow(SoloComm):
+    """One of two workers; each of its sums takes 50 ms more than the one before."""
+
+    size = 2
+
+    def wait(self, handle):
+        time.sleep(0.05)
+        return handle
+
+
+def test_seconds_waited_for_several_at_once_are_counted_once():
+    comm = KeptComm(Slow(), timed=True)
+    started = time.time()
+    for handle in [comm.start_sum(f"{number}", tf.zeros([3])) for number in range(3)]:
+        comm.wait(handle)
+    assert 0.15 <= float(comm.counters[1]) <= time.time() - started

@@ -42,6 +42,7 @@ class KeptComm:
         with tf.init_scope():
             self._sent = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self._last = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # when a wait has ended, s
             self._result = tf.Variable(0.0, dtype=tf.float64, trainable=False)
 
     @property
@@ -86,7 +87,10 @@ class KeptComm:
         with tf.control_dependencies([result]):
             self._sent.assign_add(handle.size)
             if self._timed:
-                self._seconds.assign_add(tf.timestamp() - handle.ready)
+                now = tf.timestamp()
+                # Several may be on their way at a time: what has been counted for one is not waited for twice.
+                self._seconds.assign_add(tf.maximum(now - tf.maximum(handle.ready, self._last), 0.0))
+                self._last.assign(now)
         return tf.ensure_shape(result, [handle.elements])
 
     def gather(self, name: str, item: Any) -> list[Any]:
