@@ -1,4 +1,4 @@
-"""The end of a join where gradients are averaged, the same in every framework."""
+"""A join, the same in every framework: what a worker that is done takes part in until all are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,38 @@ from typing import Any
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.machine import Machine
 from hvd_slowmo.ops import Ops
+
+
+def take_part(
+    ops: Ops,
+    due: Callable[[Any], Any],
+    exchange: Callable[[Any], tuple[Any, Any, Any]],
+    meet: Callable[[], tuple[Any, Any]],
+    nobody: Any,
+) -> Any:
+    """Answer the others' exchanges in the order in which the schedule has them, until the join is over.
+
+    Args:
+        due: whether the others exchange gradients next; given whether this node's workers are all done, who then
+            exchange none any more.
+        exchange: takes part in that; given who leaves as far as is known, returns that, whether the join goes on, and
+            whether this node's workers are all done: (going, node_done, left).
+        meet: takes part in the next meeting, `Machine.idle`: (going, left).
+        nobody: float64 (workers,), zeros.
+
+    Returns:
+        Who leaves, float64 (workers,).
+    """
+
+    def met(node_done: Any) -> tuple[Any, Any, Any]:
+        going, left = meet()
+        return going, node_done, left
+
+    def once(going: Any, node_done: Any, left: Any) -> tuple[Any, Any, Any]:
+        return ops.cond(due(node_done), lambda: exchange(left), lambda: met(node_done))
+
+    _, _, left = ops.loop(lambda going, *_: going, once, (True, False, nobody))
+    return left
 
 
 def catch_up(

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_slowmo.gradients import GradientMean
+from hvd_slowmo.joining import take_part
 from hvd_slowmo_tf.engine import Engine
 
 
@@ -17,12 +18,12 @@ def make_join(engine: Engine) -> Callable[[Any], Any]:
     def join(leaving: Any) -> Any:
         engine.traces += 1
         optimizer, state = engine.optimizer, engine.state
-        start = (tf.constant(False), tf.constant(False), tf.zeros([engine.comm.size], tf.float64))
         once = _Once(engine, leaving)
         # Micro-batches that wait for an update stay this worker's own.
         count = optimizer.gradient_accumulation_steps or 1
         waiting = optimizer._iterations._value % count
-        _, _, left = tf.while_loop(lambda over, *_: ~over, once.take_part, start, parallel_iterations=1)
+        nobody = tf.zeros([engine.comm.size], tf.float64)
+        left = take_part(engine.ops, once.due, once.exchange, once.meet, nobody)
         optimizer._iterations.assign(state.read().step * count + waiting)
         return left
 
@@ -30,33 +31,31 @@ def make_join(engine: Engine) -> Callable[[Any], Any]:
 
 
 class _Once:
-    """One pass of the loop: a meeting, or an exchange of gradients where the schedule has one.
-
-    Loop variables: whether the join is over, whether this node's workers are all done, and who leaves.
-    """
+    """One pass of the loop: a meeting, or an exchange of gradients where the schedule has one."""
 
     def __init__(self, engine: Engine, leaving: Any) -> None:
         self._engine = engine
         self._leaving = leaving
 
-    def take_part(self, over: Any, node_done: Any, left: Any) -> Any:
+    def due(self, node_done: Any) -> Any:
         engine = self._engine
         if not engine.averages_gradients:
-            return self._meet(node_done)
+            return False
         now = engine.machine.plan(engine.state.read())
         due = tf.convert_to_tensor(now.average_gradients) & ~node_done
         if engine.of_node.size == 1:  # nobody to exchange gradients with, but all
             due &= tf.convert_to_tensor(now.all_gradients)
-        return tf.cond(due, lambda: self._exchange(now, left), lambda: self._meet(node_done))
+        return due
 
-    def _meet(self, node_done: Any) -> Any:
+    def meet(self) -> Any:
         after, over, left = self._engine.machine.idle(self._engine.state.read(), self._leaving)
         self._engine.state.write(after)
         self._engine.ops.cond(over, lambda: None, self._after_outer)
-        return over, node_done, left
+        return ~over, left
 
-    def _exchange(self, now: Any, left: Any) -> Any:
+    def exchange(self, left: Any) -> Any:
         engine = self._engine
+        now = engine.machine.plan(engine.state.read())
         return engine.ops.cond(
             now.all_gradients,
             lambda: self._follow(engine.of_all, now, left),
@@ -73,8 +72,8 @@ class _Once:
         def done() -> Any:
             engine.catch_up(exchange)
             if exchange is engine.of_all:
-                return tf.constant(True), tf.constant(False), attendance.leaving
-            return tf.constant(False), tf.constant(True), left
+                return tf.constant(False), tf.constant(False), attendance.leaving
+            return tf.constant(True), tf.constant(True), left
 
         def step() -> Any:
             engine.counted_base_step(nothing, averaged, counts, attendance.rates)
@@ -82,7 +81,7 @@ class _Once:
             engine.state.write(after)
             engine.ops.cond(now.outer, engine.after_outer, lambda: None)
             self._move_average()
-            return tf.constant(False), tf.constant(False), left
+            return tf.constant(True), tf.constant(False), left
 
         return tf.cond(tf.equal(attendance.live, 0), done, step)
 

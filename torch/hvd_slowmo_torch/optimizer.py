@@ -20,7 +20,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.gossip import Graph, agreed_graph
 from hvd_slowmo.gradients import Attendance, GradientMean
 from hvd_slowmo.handshake import agreed
-from hvd_slowmo.joining import catch_up
+from hvd_slowmo.joining import catch_up, take_part
 from hvd_slowmo.machine import Machine, Observed, Progress
 from hvd_slowmo.ops import EagerOps
 from hvd_slowmo.parameter_map import ParameterMap
@@ -386,20 +386,16 @@ class SlowMo(Optimizer):
         before = self.steps
         self._joining, self._leaving = 1, int(leaving)
         try:
-            over, node_done, left = False, False, None
-            while not over:
-                if self._gradients.due and not node_done:
-                    ended, left = self._join_gradients(scaler)
-                    over = ended and self._gradients.exchange is self._of_all
-                    node_done = ended and not over
-                    if ended:
-                        self._catch_up(self._comm if over else self._node)
-                else:
-                    over, left = self._join_block()
+            left = take_part(
+                self._ops,
+                lambda node_done: self._gradients.due and not node_done,
+                partial(self._join_gradients, scaler),
+                self._join_block,
+                np.zeros(self._comm.size),
+            )
         finally:
             self._joining = self._leaving = 0
             self._prepare()
-        assert left is not None, "the loop ends with a meeting"
         self._left = tuple(rank for rank, gone in zip(self._comm.ranks, left, strict=True) if gone)
         return Joined(self.steps - before, self._left)
 
@@ -415,14 +411,16 @@ class SlowMo(Optimizer):
     @torch.no_grad()
     def _join_block(self) -> tuple[bool, Any]:
         self._progress, over, left = self._machine.idle(self._progress, self._leaving)
-        return bool(over), left
+        return not over, left
 
-    def _join_gradients(self, scaler: torch.amp.GradScaler | None) -> tuple[bool, Any]:
+    def _join_gradients(self, scaler: torch.amp.GradScaler | None, left: Any) -> tuple[bool, bool, Any]:
         """Give zeros, and take the step that the others take, with their gradients and their rates."""
         self.zero_grad()
         self._average_gradients()
         if not self._attendance.live:
-            return True, self._attendance.leaving
+            everyone = self._gradients.exchange is self._of_all
+            self._catch_up(self._comm if everyone else self._node)
+            return (False, False, self._attendance.leaving) if everyone else (True, True, left)
         own = [group["lr"] for group in self.param_groups]
         for number, group in enumerate(self.param_groups):
             common = self._groups.common(number)
@@ -439,7 +437,7 @@ class SlowMo(Optimizer):
             for group, rate in zip(self.param_groups, own, strict=True):
                 group["lr"] = rate
         self.zero_grad()
-        return False, None
+        return True, False, left
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
