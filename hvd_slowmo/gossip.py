@@ -157,6 +157,11 @@ class Gossip:
         self._recalled += self._departed or []
         self._departed = None
 
+    @property
+    def under_way(self) -> bool:
+        """Whether messages have been handed over whose result has not been taken, so that others must send theirs."""
+        return bool(self._departed or self._recalled)
+
     def at_rest(self, mass: Mass) -> bool:
         """Whether all weights are 1 and nothing is on its way; not in a trace."""
         return not mass.flight and bool((mass.w == 1).all())

@@ -88,7 +88,10 @@ def facts_of(
 
     With a map the wire decides, whatever the framework; without one, names and order are the framework's own.
     """
-    facts: dict[str, Any] = {"parameter_map": None if parameter_map is None else parameter_map.describe()}
+    facts: dict[str, Any] = {
+        "config": config.facts(),
+        "parameter_map": None if parameter_map is None else parameter_map.describe(),
+    }
     if parameter_map is None:
         facts["framework, of workers without a parameter_map"] = framework
     elif config.buffers == "average" and config.tau is not None:
@@ -96,7 +99,6 @@ def facts_of(
         facts["framework, which buffers='average' needs to be one, since it averages what base optimizers keep"] = (
             framework
         )
-    facts["config"] = config.facts()
     if parameter_map is None:
         facts["parameters"] = layout.describe()
     else:

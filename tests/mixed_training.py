@@ -185,6 +185,26 @@ def resumed(
     return whole, go_on(again)
 
 
+def rolled_back(problem: Problem, path: Path) -> tuple[str, bool]:
+    """A load while PyTorch's messages are on their way, and after a join: what is said, and whether all is back."""
+    mine = worker(problem)
+    for step in range(4):
+        mine.step(step, step)
+    mine.join()
+    mine.optimizer.save(path)
+    there = mine.flat()
+    for step in range(4, 6):
+        mine.step(step, step)
+    said = ""
+    try:
+        mine.optimizer.load(path)
+    except ValueError as error:
+        said = str(error)
+    mine.join()
+    mine.optimizer.load(path)
+    return said, bool((mine.flat() == there).all())
+
+
 def averaged(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """After two steps: own values, those within averaged_parameters(), and those behind it."""
     mine = worker(problem)

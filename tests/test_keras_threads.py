@@ -304,6 +304,42 @@ def test_gradients_averaged_within_nodes():
     assert world.run(work) == [[7.5, 5.0], [7.5, 5.0], [5.5, 5.0], [5.5, 5.0]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("lengths", "base"), [((2, 2, 4, 4), "local"), ((2, 2, 6, 6), "sgp")], ids=str)
+def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, base):
+    """A worker that is done meets all first, then its node; both frameworks alike."""
+    config = SlowMoConfig(tau=4, beta=0.5, gradients="node", warmup_steps=4, base=base)
+
+    def joined(comm, node):
+        given = variables([8.0, -1.0])
+        optimizer = SlowMo.over(GraphComm(comm), SGD(0.25), config, node=GraphComm(node))
+        optimizer.broadcast(given)
+        for _ in range(lengths[comm.rank]):
+            optimizer.apply([given[0].value - float(comm.rank)], given)
+        optimizer.join()
+        return given[0].numpy()
+
+    def theirs(comm, node):
+        model = torch.nn.ParameterList([torch.tensor([8.0, -1.0], dtype=torch.float64)])
+        optimizer = Other.over(comm, torch.optim.SGD(model.parameters(), lr=0.25), model, config, node=node)
+        for _ in range(lengths[comm.rank]):
+            optimizer.zero_grad()
+            (0.5 * (model[0] - float(comm.rank)).square().sum()).backward()
+            optimizer.step()
+        optimizer.join()
+        return model[0].detach().numpy().copy()
+
+    results = []
+    for work in (joined, theirs):
+        world, nodes = ThreadWorld(4), [ThreadWorld(2), ThreadWorld(2)]
+        results += world.run(
+            lambda comm, work=work, nodes=nodes: work(comm, nodes[comm.rank // 2].member(comm.rank % 2))
+        )
+    assert results[0][0] > 1
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=1e-12)
+
+
 def test_fit_needs_the_callback():
     def work(comm):
         with pytest.raises(ValueError, match="Give fit\\(\\) a SlowMoCallback"):

@@ -131,6 +131,13 @@ def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
             assert np.array_equal(a["x"], b["x"])
 
 
+def test_a_load_while_messages_are_on_their_way_is_refused_on_all(mixed_workers, tmp_path):
+    problem = Problem({"tau": None, **OSGP})
+    for said, back in mixed_workers("tk").run("mixed_training:rolled_back", problem=problem, path=tmp_path / "x"):
+        assert "call join() on every worker before load()" in said
+        assert back
+
+
 def test_averaged_parameters(mixed_workers):
     results = mixed_workers("tk").run("mixed_training:averaged", problem=Problem({"tau": 9}))
     mean = np.mean([own for own, _, _ in results], axis=0)

@@ -84,9 +84,10 @@ class Engine:
             self._measured_at = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._measured = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
             self._marks = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
-            # Since the last join: whether a worker was done before this one, and who trained last.
-            self._uneven = tf.Variable(False, trainable=False)
-            self._source = tf.Variable(0, dtype=tf.int64, trainable=False)
+            # Since the last join, of all and of a node: whether a worker was done before others; one that was not, its
+            # rank in there.
+            self._uneven = {each: tf.Variable(False, trainable=False) for each in (self.of_all, self.of_node)}
+            self._source = {each: tf.Variable(0, dtype=tf.int64, trainable=False) for each in self._uneven}
         self.mixed = False  # whether there are workers of other frameworks, once all have started
         self.traces = 0
         # The rows of an embedding's gradient are as many as the batch has: one trace for all numbers of them.
@@ -221,16 +222,20 @@ class Engine:
         exchange.send_rest(live, leaving, rates)
         attendance = exchange.finish()
         training = attendance.live > 0
-        self._source.assign(tf.where(training, attendance.source, self._source))
-        self._uneven.assign(self._uneven | (training & (attendance.live < exchange.size)))
+        source, uneven = self._source[exchange], self._uneven[exchange]
+        source.assign(tf.where(training, attendance.source, source))
+        uneven.assign(uneven | (training & (attendance.live < exchange.size)))
+        for other in self._uneven.keys() - {exchange}:  # the warm-up is over: all begin again from one start
+            self._uneven[other].assign(False)
         return self._store.gradients(self.variables), self._store.counts(self.variables), attendance
 
     def catch_up(self, exchange: GradientMean) -> None:
         """All workers of an exchange are done."""
         comm = self.comm if exchange is self.of_all else self._node
         assert comm is not None, "gradients='node' comes with the node's workers"
-        catch_up(self.machine, self.ops, comm, self._uneven.read_value(), self._source.read_value(), comm is self.comm)
-        self._uneven.assign(False)
+        source, uneven = self._source[exchange].read_value(), self._uneven[exchange].read_value()
+        catch_up(self.machine, self.ops, comm, uneven, source, comm is self.comm)
+        self._uneven[exchange].assign(False)
 
     def _averaged(self, grads: list[Any], rates: Any, now: Any) -> tuple[list[Any], Any, Any]:
         own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]

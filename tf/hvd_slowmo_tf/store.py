@@ -36,9 +36,10 @@ class TfStore:
             self._sharing.setdefault(id(place.variable), []).append(place.view)
         self._gradients: dict[int, Any] = {}
         self._averaged: dict[int, Any] = {}
-        # What is not whole yet: stretches of a tensor by where they begin, and parts of a variable by their views.
+        # What is not whole yet: stretches of a tensor by where they begin, and parts of a variable by their places. What
+        # a trace that was given up has left is overwritten by the next one.
         self._stretches: dict[tuple[str, int], dict[int, Any]] = {}
-        self._parts: dict[tuple[str, int], list[tuple[View, Any]]] = {}
+        self._parts: dict[tuple[str, int], dict[int, tuple[View, Any]]] = {}
         self._counts: Any = None
         with tf.init_scope():
             self._nothing = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -107,12 +108,12 @@ class TfStore:
         v, view = place
         if len(self._sharing[id(v)]) == 1:
             return _turned_back(flat, view)
-        parts = self._parts.setdefault((vector, id(v)), [])
-        parts.append((view, _turned_back(flat, view)))
+        parts = self._parts.setdefault((vector, id(v)), {})
+        parts[id(place)] = view, _turned_back(flat, view)
         if len(parts) < len(self._sharing[id(v)]):
             return None
         del self._parts[vector, id(v)]
-        return _pasted(parts, 0)
+        return _pasted(list(parts.values()), 0)
 
     def written(self, chunk: Chunk, anchor: Any) -> Any:
         own = tf.as_dtype(self.layout.segments[chunk.segment].entries[0].dtype)

@@ -568,7 +568,18 @@ class SlowMo(Optimizer):
             ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.
         """
         self._refuse_if_left()
-        snapshot.load(lambda: self._side(parameter_map), self._comm, self._name, path)
+
+        def side() -> TorchSide:
+            gossip = self._machine.gossip
+            if self._mixed and gossip is not None and gossip.under_way:
+                # Keras sends in its next step, and after a load that is another message.
+                raise ValueError(
+                    "this worker's messages are on their way, and those of Keras workers are not yet. In a job of both "
+                    "frameworks over OSGP, call join() on every worker before load()."
+                )
+            return self._side(parameter_map)
+
+        snapshot.load(side, self._comm, self._name, path)
 
     def _side(self, parameter_map: ParameterMap | None) -> TorchSide:
         self._refuse_within_average("save() or load()")
