@@ -36,8 +36,8 @@ class TfStore:
             self._sharing.setdefault(id(place.variable), []).append(place.view)
         self._gradients: dict[int, Any] = {}
         self._averaged: dict[int, Any] = {}
-        # What is not whole yet: stretches of a tensor by where they begin, and parts of a variable by their places. What
-        # a trace that was given up has left is overwritten by the next one.
+        # What is not whole yet: stretches of a tensor by where they begin, and parts of a variable by their places.
+        # What a trace that was given up has left is overwritten by the next one.
         self._stretches: dict[tuple[str, int], dict[int, Any]] = {}
         self._parts: dict[tuple[str, int], dict[int, tuple[View, Any]]] = {}
         self._counts: Any = None
