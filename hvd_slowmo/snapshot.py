@@ -37,6 +37,8 @@ KINDS = {
 }
 """What the first parts of the arrays' names mean."""
 
+_RATES = ("progress/learning_rate", "progress/rates")
+
 _CURES = {
     "base": "Buffers are common with buffers='reset' or 'average', right after an outer step.",
     "": "Save right after an outer step or join(), with average=True.",
@@ -190,8 +192,11 @@ def _write_own(target: Path, comm: Comm, arrays: Arrays, sums: Mapping[str, str]
 
 
 def _equal_there(name: str) -> bool:
-    """Whether workers that hold the same state hold this array alike, whatever the base optimizer keeps."""
-    return name.split("/")[0] in ("model", "anchor", "v", "average")
+    """Whether workers that hold the same state hold this array alike, whatever the base optimizer keeps.
+
+    Learning rates too: Keras rounds them to float32, and a script may give each worker its own.
+    """
+    return name.split("/")[0] in ("model", "anchor", "v", "average") or name in _RATES
 
 
 def _lost(everyone: Sequence[tuple[int, Mapping[str, str]]], common: set[str], alike: bool, still: bool) -> list[str]:

@@ -333,6 +333,26 @@ def test_workers_that_are_equal_up_to_rounding_keep_their_own_and_any_one_serves
     assert all(same(each["x"], before[0]) for each in loaded(tmp_path / "checkpoint", 3))
 
 
+def test_rates_that_are_equal_up_to_rounding_or_differ_are_those_of_rank_0_for_another_number(tmp_path):
+    for rates in ((0.1, float(np.float32(0.1))), (0.1, 0.2)):
+
+        def work(comm, rates=rates):
+            model, optimizer = build(RESET, comm, comm.rank)
+            advance(RESET, model, optimizer, comm.rank, range(4))
+            for group in optimizer.param_groups:
+                group["lr"] = rates[comm.rank]
+            optimizer.save(tmp_path / "checkpoint")
+
+        def rate(comm):
+            _, optimizer = build(RESET, comm, comm.rank)
+            optimizer.load(tmp_path / "checkpoint")
+            return optimizer.param_groups[0]["lr"]
+
+        ThreadWorld(2).run(work)
+        assert ThreadWorld(2).run(rate) == list(rates), "as many workers have their own"
+        assert ThreadWorld(3).run(rate) == [0.1] * 3
+
+
 def test_a_failure_of_one_is_an_error_of_all_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint"
     before = saved(path, 2, 3)
