@@ -280,6 +280,60 @@ def test_other_optimizers_resume_in_pytorch(tmp_path):
         optimizer.save(tmp_path / "other")
 
 
+class Unmade(torch.optim.Optimizer):
+    """It can't be made anew from its defaults, and can't be stepped elsewhere."""
+
+    def __init__(self, parameters, lr, scale):
+        self.scale = scale
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("sum", torch.zeros_like(p)).add_(p.grad)
+                p.data -= group["lr"] * self.scale * self.state[p]["sum"]
+
+
+def test_an_optimizer_that_can_not_be_made_anew_leaves_all_as_it_was(tmp_path):
+    model, optimizer = one(base=lambda p: Unmade(p, 0.1, 0.5))
+    optimizer.save(tmp_path / "start")
+    train(model, optimizer, 4)
+    optimizer.save(tmp_path / "trained")
+    train(model, optimizer, 1)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match="need to make a new Unmade"):
+        optimizer.load(tmp_path / "start")
+    assert same(before, dict(model.state_dict()))
+    assert optimizer.steps == 5
+    optimizer.load(tmp_path / "trained")
+    assert optimizer.steps == 4
+    again, optimizer = one(base=lambda p: Unmade(p, 0.1, 0.5))
+    optimizer.load(tmp_path / "start")
+    optimizer.load(tmp_path / "trained")
+    train(again, optimizer, 1)
+    assert same(before, dict(again.state_dict()))
+
+
+OPTIONS = {
+    "more": ({}, {"centered": True}, "has square_avg, step of 0.weight in the checkpoint, and keeps grad_avg, square"),
+    "fewer": ({"momentum": 0.5}, {}, "has momentum_buffer, square_avg, step of .*, and keeps square_avg, step here"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_other_optimizers_with_other_options_are_refused(what, tmp_path):
+    first, second, message = OPTIONS[what]
+    model, optimizer = one(base=lambda p: torch.optim.RMSprop(p, lr=0.1, **first))
+    train(model, optimizer, 3)
+    optimizer.save(tmp_path / "other")
+    model, optimizer = one(base=lambda p: torch.optim.RMSprop(p, lr=0.1, **second))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(SnapshotError, match=message):
+        optimizer.load(tmp_path / "other")
+    assert same(before, dict(model.state_dict()))
+    assert not optimizer.base.state
+
+
 AVERAGED = Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.875})
 MAINTAINED = Problem({"tau": 4}, options={"momentum": 0.875})
 AR_SGD = Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options={"momentum": 0.5})
