@@ -1,5 +1,7 @@
 """`hvd-slowmo inspect` and `hvd-slowmo convert`."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch_training import same
 import keras
 from keras import layers as kl
 
-from hvd_slowmo import safefile
+from hvd_slowmo import safefile, snapshot
 from hvd_slowmo.cli import main
 from hvd_slowmo.comm import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
@@ -272,3 +274,23 @@ def test_inspect_shows_what_is_there(folder, capsys):
     (folder / "checkpoint").write_bytes((folder / "checkpoint").read_bytes()[:-1])
     assert main(["inspect", "checkpoint"]) == 1
     assert "damaged" in capsys.readouterr().err
+
+
+def test_inspect_holds_one_files_arrays_at_a_time(folder, monkeypatch):
+    saved(folder / "own", 2, 3)
+    held = []
+
+    def watched(real):
+        def read(path, *arguments):
+            assert not [each for each in held if each() is not None]
+            found = real(path, *arguments)
+            arrays = found if isinstance(found, dict) else found[1]
+            held.extend(weakref.ref(value) for value in arrays.values())
+            return found
+
+        return read
+
+    monkeypatch.setattr(snapshot, "read_worker", watched(snapshot.read_worker))
+    monkeypatch.setattr(safefile, "read", watched(safefile.read))
+    assert main(["inspect", "own"]) == 0
+    assert len(held) > 8
