@@ -5,6 +5,7 @@ The same content gives the same bytes. Nothing in a file is ever executed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,9 @@ FORMAT = 1
 """Version of what is in the files. A reader refuses newer ones."""
 
 _KEY = "hvd_slowmo"  # one key only: the library writes several in no fixed order
+
+TEMPORARY = r"\.\d+\."
+"""What a file is called in front of its name while it is written, as a regular expression."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -187,7 +191,16 @@ def atomically(path: Path, work: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _to_disk(path.parent)  # the name too is on the disk then
+    _folder_to_disk(path.parent)  # the name too is on the disk then
+
+
+def _folder_to_disk(path: Path) -> None:
+    try:
+        _to_disk(path)
+    except OSError as error:
+        # Some network and FUSE file systems can't do that for a folder, and keep names by ways of their own.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _to_disk(path: Path) -> None:
