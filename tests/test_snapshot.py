@@ -1,6 +1,11 @@
 """Checkpoints that no framework owns: what is in them, what is refused, and that nothing is touched then."""
 
+import contextlib
+import errno
+import functools
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -490,6 +495,37 @@ def test_momentum_in_the_units_of_both_frameworks():
         converted("x", m, "momentum", 0.0)
 
 
+def test_a_rate_comes_back_as_it_was_given_where_it_was_only_rounded():
+    carried, single = Carried(), float(np.float32(0.1))
+    carried.taken_rate("x", 0.1)
+    assert carried.rate("x", single, np.dtype("float32")) == 0.1
+    assert carried.rate("x", single, np.dtype("float64")) == single
+    carried.taken_rate("x", single)
+    assert carried.rate("x", 0.1, np.dtype("float64")) == 0.1
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_rate_that_a_script_has_set_is_saved(tensor, tmp_path):
+    def made(rate):
+        return one(base=lambda p: torch.optim.SGD(p, lr=torch.tensor(rate) if tensor else rate))[1]
+
+    given, then = (0.1, 0.2) if tensor else (float(np.float32(0.1)), 0.1)
+    first = made(0.5)
+    safe = tmp_path / "checkpoint"
+    first.save(safe)
+    facts, arrays, _ = safefile.read(safe)
+    arrays["progress/learning_rate"][:] = given  # as Keras has it, or as another PyTorch has that takes no tensor
+    safefile.write(safe, facts, arrays)
+    optimizer = made(0.5)
+    optimizer.load(safe)
+    optimizer.save(safe)
+    assert safefile.read(safe)[1]["progress/learning_rate"][0] == given
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(then) if tensor else then
+    optimizer.save(safe)
+    assert safefile.read(safe)[1]["progress/learning_rate"][0] == (float(np.float32(then)) if tensor else then)
+
+
 def test_arrays_without_elements_and_without_axes(tmp_path):
     arrays = {"a": np.zeros((0, 3)), "b": np.array(2.5), "c": np.arange(6.0).reshape(2, 3).T}
     safefile.write(tmp_path / "file", {"x": [0.1, None]}, arrays)
@@ -503,3 +539,34 @@ def test_files_have_the_rights_that_new_files_have(tmp_path):
     (tmp_path / "plain").touch()
     safefile.write(tmp_path / "file", {}, {})
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_killed_saves_left_is_removed_by_the_next(tmp_path):
+    ours = [".123.checkpoint", ".4.checkpoint.rank1-0123456789abcdef"]
+    theirs = [".123.checkpoint2", ".123.other", ".x.checkpoint", "123.checkpoint", ".4.checkpoint.rank1-0123.old"]
+    for name in ours + theirs:
+        (tmp_path / name).touch()
+    saved(tmp_path / "checkpoint", 2, 3)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert not names & set(ours)
+    assert set(theirs) < names
+
+
+def test_file_systems_that_can_not_bring_a_folder_to_the_disk(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor, folder, file):
+        error = folder if stat.S_ISDIR(os.fstat(descriptor).st_mode) else file
+        if error:
+            raise OSError(error, os.strerror(error))
+        real(descriptor)
+
+    for folder, file, passes in (
+        (errno.EINVAL, 0, True),
+        (errno.ENOTSUP, 0, True),
+        (errno.EIO, 0, False),
+        (0, errno.EINVAL, False),
+    ):
+        monkeypatch.setattr(os, "fsync", functools.partial(fsync, folder=folder, file=file))
+        with contextlib.nullcontext() if passes else pytest.raises(OSError, match=os.strerror(folder or file)):
+            safefile.write(tmp_path / "file", {}, {})

@@ -70,7 +70,9 @@ class KerasSide:
         if optimizer.use_ema:
             self._averages = dict(zip(self._trained, optimizer._model_variables_moving_average, strict=True))
         self.vectors = [*state.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
-        self.rates = np.full(plan.layout.groups, float(optimizer._get_current_learning_rate()))
+        rate = array_of(optimizer._get_current_learning_rate())
+        self.rates = np.full(plan.layout.groups, float(rate))
+        self.rate_types = [rate.dtype] * plan.layout.groups
         self.kind = _kind(inner.innermost)
         self.keeps = [*_buffers(inner.innermost, self.kind), *(["steps"] if self.kind == ADAM else [])]
 

@@ -78,7 +78,9 @@ class TorchSide:
         lacking = set(self.groups) - {entry.own for entry in self.named.entries}
         if lacking:
             raise ValueError(f"the ParameterMap leaves out what is trained: {', '.join(sorted(lacking))}.")
-        self.rates = np.array([float(base.param_groups[own]["lr"]) for own in groups.own])
+        rates = [base.param_groups[own]["lr"] for own in groups.own]
+        self.rates = np.array(list(map(float, rates)))
+        self.rate_types = [array_of(x).dtype if isinstance(x, torch.Tensor) else np.dtype(float) for x in rates]
         self.kind = _kind(base)
         self.keeps = _keeps(base, self.kind)
 
