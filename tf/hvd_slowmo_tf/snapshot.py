@@ -196,6 +196,9 @@ class KerasSide:
         optimizer = self._optimizer
         if isinstance(optimizer._learning_rate, keras.Variable):  # a schedule follows the count of steps
             optimizer._learning_rate.assign(rates[0])
+        if optimizer.gradient_accumulation_steps:  # micro-batches of the training that was here before
+            for v in optimizer._accumulated_gradients:
+                v.assign(np.zeros(v.shape))
         optimizer._iterations.assign(progress.step * (optimizer.gradient_accumulation_steps or 1))
         self._state.write(progress)
         self._state.workers.assign(self._workers)
