@@ -54,12 +54,14 @@ class Carried:
         """The learning rate of a parameter."""
         self._rates[own] = rate
 
-    def rate(self, own: str, rate: float) -> float:
-        """The learning rate as it was given, if it is still that one in float32, which Keras keeps it in."""
+    def rate(self, own: str, rate: float, dtype: np.dtype[Any]) -> float:
+        """The learning rate as it was given, if it is still that one.
+
+        Args:
+            dtype: in which it is kept here.
+        """
         given = self._rates.get(own)
-        if given is not None and np.float32(given) == np.float32(rate):
-            return given
-        return rate
+        return rate if given is None or dtype.type(given) != dtype.type(rate) else given
 
     def buffers(self, form: str, now: Mapping[str, NDArray[Any]]) -> Buffers:
         """Momentum in the form in which it was given where it has not changed since, in its own elsewhere."""

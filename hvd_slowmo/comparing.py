@@ -93,7 +93,7 @@ def compare(
     trained = keras_model.trainable_variables
     found = tape.gradient(total, [v.value for v in trained], unconnected_gradients="zero")
     gradients = {v.path: tf.convert_to_tensor(g) for v, g in zip(trained, found, strict=True)}
-    their_gradients = read_keras(keras_model, [e for e in keras_entries if e.name in names], gradients)
+    their_gradients = read_keras(gradients, [e for e in keras_entries if e.name in names])
     theirs = _first(theirs.numpy()) if output_transposed else theirs.numpy()
     outputs = _difference("output", ours.detach().numpy(), theirs)
     overall = max((float(np.abs(g).max(initial=0)) for g in our_gradients.values()), default=0.0)

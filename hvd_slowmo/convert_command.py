@@ -88,7 +88,7 @@ class _Conversion:
             self._fill_torch(self._loaded_by_torch())
             return self._from_torch()
         if name.endswith(_KERAS):
-            self._needed(self._of_keras, "--keras", self._source).load_weights(self._source)
+            self._fill_keras()
             return self._from_keras()
         return self._read_checkpoint() if is_snapshot(self._source) else self._read_plain()
 
@@ -123,7 +123,7 @@ class _Conversion:
         for entry in named.entries:
             if values[entry.name].shape != entry.shape:
                 raise Wrong(f"{entry.name} has shape {values[entry.name].shape} in {self._source}, not {entry.shape}.")
-        return values
+        return {e.name: values[e.name].astype(_stored(e.dtype), copy=False) for e in named.entries}
 
     def _write(self, values: Arrays) -> None:
         from hvd_slowmo.safefile import atomically
@@ -157,23 +157,32 @@ class _Conversion:
             raise Wrong(f"the suffix of {self._target} must be one of {', '.join((*_TORCH, *_KERAS, _PLAIN, _OWN))}.")
 
     def _loaded_by_torch(self) -> dict[str, Any]:
-        import pickle
-
         import torch
 
         try:
-            state = torch.load(self._source, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise Wrong(f"{self._source} is no file of PyTorch with tensors alone: {error}") from error
-        if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+            state = torch.load(self._source, map_location="cpu", weights_only=True)
+        except Exception as error:  # of a damaged file it raises whatever the bytes lead to
+            raise Wrong(f"{self._source} is no file of PyTorch with tensors alone: {_spell(error)}") from error
+        tensors = isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
+        if not tensors or not all(isinstance(name, str) for name in state):
             raise Wrong(f"{self._source} is no state_dict of a model: not all it has are tensors.")
-        return state
+        found: dict[str, Any] = state
+        return found
 
     def _fill_torch(self, state: dict[str, Any]) -> None:
         try:
             self._needed(self._of_torch, "--torch", self._source).load_state_dict(state)
         except RuntimeError as error:
             raise Wrong(f"{self._source} is of another model: {error}") from error
+
+    def _fill_keras(self) -> None:
+        model = self._needed(self._of_keras, "--keras", self._source)
+        try:
+            model.load_weights(self._source)
+        except Exception as error:  # of a damaged file Keras lets through whatever the libraries raise
+            raise Wrong(
+                f"{self._source} does not fill the Keras model: it is damaged, or of another model: {_spell(error)}"
+            ) from error
 
     def _from_torch(self) -> Arrays:
         from hvd_slowmo_torch.weights import read_torch
@@ -191,15 +200,17 @@ class _Conversion:
         return state
 
     def _from_keras(self) -> Arrays:
+        from hvd_slowmo_tf.weights import read_keras
+
         assert self._of_keras is not None, "the model has been filled"
-        return {e.name: e.view.to_wire(self._variables[e.own].numpy()) for e in self._of_keras.entries}
+        return read_keras(self._variables, self._of_keras.entries)
 
     def _to_keras(self, values: Arrays) -> Any:
+        from hvd_slowmo_tf.weights import write_keras
+
         model = self._needed(self._of_keras, "--keras", self._target)
         assert self._of_keras is not None, "there is one where there is a model"
-        for entry in self._of_keras.entries:
-            variable = self._variables[entry.own]
-            variable.assign(entry.view.to_own(values[entry.name], variable.numpy()))
+        write_keras(self._variables, self._of_keras.entries, values)
         return model
 
     def _needed(self, named: Named | None, option: str, file: Path) -> Any:
@@ -212,3 +223,12 @@ def _tensor(value: Any) -> Any:
     import torch
 
     return torch.tensor(value)
+
+
+def _stored(dtype: str) -> str:
+    """The type in which a checkpoint has values of this one."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def _spell(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -24,11 +24,11 @@ def copy_to_keras(torch_model: Any, keras_model: Any, parameter_map: ParameterMa
 
     # isort: split
     from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_tf.weights import write_keras
+    from hvd_slowmo_tf.weights import variables_of, write_keras
 
     ours, theirs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
     list(pair(ours, theirs))
-    write_keras(keras_model, theirs, read_torch(torch_model, ours))
+    write_keras(variables_of(keras_model), theirs, read_torch(torch_model, ours))
 
 
 def copy_to_torch(keras_model: Any, torch_model: Any, parameter_map: ParameterMap | None = None) -> None:
@@ -38,8 +38,8 @@ def copy_to_torch(keras_model: Any, torch_model: Any, parameter_map: ParameterMa
 
     # isort: split
     from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_tf.weights import read_keras
+    from hvd_slowmo_tf.weights import read_keras, variables_of
 
     ours, theirs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
     list(pair(ours, theirs))
-    write_torch(torch_model, ours, read_keras(keras_model, theirs))
+    write_torch(torch_model, ours, read_keras(variables_of(keras_model), theirs))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvd_slowmo.table import table
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from hvd_slowmo.safefile import Arrays
 
 
 def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,39 +29,63 @@ def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from hvd_slowmo.safefile import SnapshotError, read
-    from hvd_slowmo.snapshot import KINDS, read_worker, worker_file
+    from hvd_slowmo.safefile import SnapshotError
 
     path: Path = arguments.file
     try:
-        facts, common, _ = read(path)
-        if "rank" in facts:
-            print(f"{path}: what rank {facts['rank']} of {facts['workers']} alone has.\n")
-            print(_table(("tensor", "type", "shape", "bytes"), [_row(*item) for item in sorted(common.items())]))
-            return 0
-        workers = {rank: read_worker(path, int(rank), id_) for rank, id_ in facts["files"].items()}
+        facts, rows, step = _read(path)
     except (SnapshotError, OSError) as error:
         print(f"hvd-slowmo inspect: {error}", file=sys.stderr)
         return 1
+    if "rank" in facts:
+        print(f"{path}: what rank {facts['rank']} of {facts['workers']} alone has.\n")
+        print(table(("tensor", "type", "shape", "bytes"), [row[:-1] for row in sorted(rows)]))
+        return 0
     if facts["config"] is None:
         print(f"{path}: weights alone, with which a training can begin")
     else:
-        everything = {**next(iter(workers.values()), {}), **common}
-        print(f"{path}: {_position(facts, int(everything['progress/step']))}\n")
-        print(_table(("setting", "value"), [(key, repr(value)) for key, value in facts["config"].items()]))
-    rows = [(*_row(name, value), "all workers") for name, value in common.items()]
-    for rank, arrays in workers.items():
-        rows += [(*_row(name, value), f"rank {rank}") for name, value in arrays.items()]
-    print("\n" + _table(("tensor", "type", "shape", "bytes", "of"), sorted(rows)))
+        print(f"{path}: {_position(facts, step)}\n")
+        print(table(("setting", "value"), [(key, repr(value)) for key, value in facts["config"].items()]))
+    print("\n" + table(("tensor", "type", "shape", "bytes", "of"), sorted(rows)))
+    _show_files(path, facts)
+    return 0
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, ...]], int]:
+    """Facts, a row for each tensor, and the step (0 of weights alone).
+
+    One file's arrays at a time: those of all workers may be more than the memory holds.
+
+    Raises:
+        SnapshotError: a file is damaged or missing.
+    """
+    from hvd_slowmo.safefile import read
+    from hvd_slowmo.snapshot import read_worker
+
+    facts, arrays, _ = read(path)
+    step = int(arrays.get("progress/step", 0))  # in this file: workers save after the same one
+    rows = _rows(arrays, "all workers")
+    del arrays
+    for rank, id_ in facts.get("files", {}).items():
+        rows += _rows(read_worker(path, int(rank), id_), f"rank {rank}")
+    return facts, rows, step
+
+
+def _rows(arrays: Arrays, of: str) -> list[tuple[str, ...]]:
+    return [(*_row(name, value), of) for name, value in arrays.items()]
+
+
+def _show_files(path: Path, facts: Mapping[str, Any]) -> None:
+    from hvd_slowmo.snapshot import KINDS, worker_file
+
     files = [path, *(worker_file(path, int(rank), id_) for rank, id_ in facts["files"].items())]
-    print("\n" + _table(("file", "bytes"), [(file.name, str(file.stat().st_size)) for file in files]))
+    print("\n" + table(("file", "bytes"), [(file.name, str(file.stat().st_size)) for file in files]))
     lost = ", ".join(KINDS[kind] for kind in facts["lost"])
     print(
         f"\nResumes on {facts['workers']} workers only: each has its own {lost}."
         if lost
         else "\nResumes on any number of workers."
     )
-    return 0
 
 
 def _position(facts: Mapping[str, Any], step: int) -> str:
@@ -74,10 +102,3 @@ def _position(facts: Mapping[str, Any], step: int) -> str:
 
 def _row(name: str, value: NDArray[Any]) -> tuple[str, str, str, str]:
     return name, str(value.dtype), "x".join(map(str, value.shape)) or "scalar", str(value.nbytes)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)

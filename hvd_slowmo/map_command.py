@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvd_slowmo.given import Wrong, given_map, looking_here, made
+from hvd_slowmo.table import table
 
 if TYPE_CHECKING:
     from hvd_slowmo.comparing import Difference
@@ -87,15 +88,13 @@ def _verdict(output: Difference, gradients: Sequence[Difference]) -> int:
 
 
 def _table(pairs: Sequence[tuple[WireEntry, WireEntry]]) -> str:
-    rows = [("on the wire", "rule", "shape", "PyTorch", "shape", "Keras", "shape", "orientation in Keras")]
+    head = ("on the wire", "rule", "shape", "PyTorch", "shape", "Keras", "shape", "orientation in Keras")
+    rows = []
     for ours, theirs in pairs:
         place = "" if ours.view.whole else f" {ours.view.orientation}"
         own = (ours.own + place, _shape(ours.view.own), theirs.own, _shape(theirs.view.own), theirs.view.orientation)
         rows.append((ours.name, ours.rule, _shape(ours.shape), *own))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return table(head, rows)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -5,10 +5,11 @@ The same content gives the same bytes. Nothing in a file is ever executed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ FORMAT = 1
 """Version of what is in the files. A reader refuses newer ones."""
 
 _KEY = "hvd_slowmo"  # one key only: the library writes several in no fixed order
+
+TEMPORARY = r"\.\d+\."
+"""What a file is called in front of its name while it is written, as a regular expression."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -87,13 +91,14 @@ def read(path: Path) -> tuple[dict[str, Any], Arrays, str]:
 
 
 def read_plain(path: Path) -> Arrays:
-    """The arrays of any safetensors file.
+    """The arrays of any safetensors file. bfloat16, which NumPy lacks, comes as float32.
 
     Raises:
         SnapshotError: there is no such file, or it is damaged.
     """
     _header(path)
-    return _arrays(path)
+    halves = _bfloat16(path)
+    return {**halves, **_arrays(path, without=halves)}
 
 
 def is_snapshot(path: Path) -> bool:
@@ -134,12 +139,27 @@ def _header(path: Path) -> Any:
     return header
 
 
-def _arrays(path: Path) -> Arrays:
+def _arrays(path: Path, without: Collection[str] = ()) -> Arrays:
     try:
         with safe_open(path, framework="np") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            names = [name for name in opened.keys() if name not in without]  # noqa: SIM118 - it is no mapping
+            return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
+
+
+def _bfloat16(path: Path) -> Arrays:
+    """The bfloat16 tensors of a file whose header has been checked: the upper halves of float32."""
+    found = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        for name, told in json.loads(file.read(length)).items():
+            if name != "__metadata__" and told["dtype"] == "BF16":
+                start, stop = told["data_offsets"]
+                file.seek(8 + length + start)
+                upper = np.frombuffer(file.read(stop - start), "<u2").astype(np.uint32)
+                found[name] = (upper << 16).view(np.float32).reshape(told["shape"])
+    return found
 
 
 def _damaged(path: Path, error: Exception) -> SnapshotError:
@@ -171,7 +191,16 @@ def atomically(path: Path, work: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _to_disk(path.parent)  # the name too is on the disk then
+    _folder_to_disk(path.parent)  # the name too is on the disk then
+
+
+def _folder_to_disk(path: Path) -> None:
+    try:
+        _to_disk(path)
+    except OSError as error:
+        # Some network and FUSE file systems can't do that for a folder, and keep names by ways of their own.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _to_disk(path: Path) -> None:

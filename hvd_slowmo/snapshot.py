@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.comm import Comm
 from hvd_slowmo.handshake import agreed
-from hvd_slowmo.safefile import Arrays, SnapshotError, checksum, identity, read, write
+from hvd_slowmo.safefile import TEMPORARY, Arrays, SnapshotError, checksum, identity, read, write
 from hvd_slowmo.schedule import workers_equal
 from hvd_slowmo.snapshot_state import OF_THIS_WORKER, Named, Side, at_rest, beginning, collect, facts_of, prepare
 from hvd_slowmo.wire import describe
@@ -36,6 +36,11 @@ KINDS = {
     "base": "the base optimizer's buffers",
 }
 """What the first parts of the arrays' names mean."""
+
+_RANK = r"\.rank\d+-[0-9a-f]{16}"
+"""What `worker_file` has behind the common file's name."""
+
+_RATES = ("progress/learning_rate", "progress/rates")
 
 _CURES = {
     "base": "Buffers are common with buffers='reset' or 'average', right after an outer step.",
@@ -190,8 +195,11 @@ def _write_own(target: Path, comm: Comm, arrays: Arrays, sums: Mapping[str, str]
 
 
 def _equal_there(name: str) -> bool:
-    """Whether workers that hold the same state hold this array alike, whatever the base optimizer keeps."""
-    return name.split("/")[0] in ("model", "anchor", "v", "average")
+    """Whether workers that hold the same state hold this array alike, whatever the base optimizer keeps.
+
+    Learning rates too: Keras rounds them to float32, and a script may give each worker its own.
+    """
+    return name.split("/")[0] in ("model", "anchor", "v", "average") or name in _RATES
 
 
 def _lost(everyone: Sequence[tuple[int, Mapping[str, str]]], common: set[str], alike: bool, still: bool) -> list[str]:
@@ -204,11 +212,19 @@ def _lost(everyone: Sequence[tuple[int, Mapping[str, str]]], common: set[str], a
 
 
 def _remove_older(target: Path, listed: set[Path]) -> None:
-    """Files of workers that belong to the checkpoint before, or to one that was never finished."""
-    for file in target.parent.glob(f"{glob.escape(target.name)}.rank*"):
-        if re.fullmatch(r"\.rank\d+-[0-9a-f]{16}", file.name[len(target.name) :]) and file not in listed:
-            with suppress(OSError):  # it does no harm
-                file.unlink()
+    """Files of workers that belong to the checkpoint before, or to one that was never finished.
+
+    Every worker has written its own by now: what is unfinished is of saves that were killed.
+    """
+    name = re.escape(target.name)
+    for pattern, expected in (
+        (f"{glob.escape(target.name)}.rank*", rf"{name}{_RANK}"),
+        (f".*.{glob.escape(target.name)}*", rf"{TEMPORARY}{name}({_RANK})?"),
+    ):
+        for file in target.parent.glob(pattern):
+            if re.fullmatch(expected, file.name) and file not in listed:
+                with suppress(OSError):  # it does no harm
+                    file.unlink()
 
 
 def _check(side: Side, comm: Comm, saved: Mapping[str, Any]) -> None:

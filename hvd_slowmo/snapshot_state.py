@@ -51,6 +51,7 @@ class Side(Protocol):
 
     groups: the parameter group of each tensor that the optimizer trains, by its name.
     rates: float64 (G,), the learning rates in force, one per group.
+    rate_types: in which type each of them is kept.
     progress: with NumPy arrays.
     vectors: what is kept for each trained tensor beside the model.
     graph: tells gossip's topologies apart; None over another base.
@@ -66,6 +67,7 @@ class Side(Protocol):
     named: Named
     groups: dict[str, int]
     rates: NDArray[Any]
+    rate_types: list[np.dtype[Any]]
     progress: Progress
     vectors: list[str]
     graph: str | None
@@ -142,7 +144,8 @@ def collect(side: Side) -> Arrays:
             value = np.array([value[side.groups[e.own]] for e in entries], dtype=np.float64)
         if not (still and field in OF_GOSSIP):
             found[f"progress/{field}"] = np.asarray(value)
-    rates = [side.carried.rate(e.own, float(side.rates[side.groups[e.own]])) for e in entries]
+    places = [(e.own, side.groups[e.own]) for e in entries]
+    rates = [side.carried.rate(own, float(side.rates[group]), side.rate_types[group]) for own, group in places]
     found["progress/learning_rate"] = np.array(rates, dtype=np.float64)
     found |= _collected_base(side, entries)
     return found | {f"rest/{side.framework}/{name}": np.asarray(value) for name, value in side.rest().items()}

@@ -143,9 +143,9 @@ def on_the_wire(model: Any) -> dict[str, np.ndarray]:
 
         return {name: value.copy() for name, value in read_torch(model, entries_torch(model)).items()}
     from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_tf.weights import read_keras
+    from hvd_slowmo_tf.weights import read_keras, variables_of
 
-    return read_keras(model, entries_keras(model))
+    return read_keras(variables_of(model), entries_keras(model))
 
 
 def with_fit(epochs: int) -> tuple[dict[str, np.ndarray], Any]:

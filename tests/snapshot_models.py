@@ -87,20 +87,20 @@ class KerasWorker:
 
         from hvd_slowmo.tf import SlowMo
         from hvd_slowmo_tf.describe import entries_keras
-        from hvd_slowmo_tf.weights import read_keras, write_keras
+        from hvd_slowmo_tf.weights import read_keras, variables_of, write_keras
 
         dense = keras.layers.Dense
         self.model = keras.Sequential([keras.Input((4,)), dense(5, activation="tanh"), dense(3)])
         self.rank = rank if comm is None else comm.rank
         entries = entries_keras(self.model)
-        write_keras(self.model, entries, start(self.rank))
+        write_keras(variables_of(self.model), entries, start(self.rank))
         name, options = base
         if "betas" in options:
             options = {"beta_1": options["betas"][0], "beta_2": options["betas"][1], "epsilon": 2.0**-70}
         inner, settings = getattr(keras.optimizers, name)(RATE, **options), SlowMoConfig(**config)
         self.optimizer = SlowMo(inner, settings) if comm is None else SlowMo.over(GraphComm(comm), inner, settings)
         self.optimizer.broadcast(self.model.variables)
-        self.values = lambda: read_keras(self.model, entries)
+        self.values = lambda: read_keras(variables_of(self.model), entries)
 
     def save(self, path: Any) -> None:
         self.optimizer.save(path, self.model)

@@ -19,7 +19,7 @@ from hvd_slowmo.copying import copy_to_keras, copy_to_torch
 from hvd_slowmo.parameter_map import pair
 from hvd_slowmo.wire import View, describe
 from hvd_slowmo_tf.describe import entries_keras
-from hvd_slowmo_tf.weights import read_keras
+from hvd_slowmo_tf.weights import read_keras, variables_of
 from hvd_slowmo_torch.describe import entries_torch
 from hvd_slowmo_torch.weights import read_torch
 
@@ -232,7 +232,7 @@ def test_both_describe_the_same_and_train_the_same(name):
     for key, value in ours.state_dict().items():
         assert torch.equal(value, start[key]), key
     for e, f in pair(a, b):
-        flat = read_keras(theirs, b)[e.name].reshape(-1)
+        flat = read_keras(variables_of(theirs), b)[e.name].reshape(-1)
         own = np.asarray({v.path: v for v in theirs.variables}[f.own].value)
         assert np.array_equal(flat, read_torch(ours, a)[e.name].reshape(-1))
         assert np.array_equal(f.view.read(own, 1, f.size), flat[1:])

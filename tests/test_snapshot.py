@@ -1,6 +1,11 @@
 """Checkpoints that no framework owns: what is in them, what is refused, and that nothing is touched then."""
 
+import contextlib
+import errno
+import functools
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -280,6 +285,60 @@ def test_other_optimizers_resume_in_pytorch(tmp_path):
         optimizer.save(tmp_path / "other")
 
 
+class Unmade(torch.optim.Optimizer):
+    """It can't be made anew from its defaults, and can't be stepped elsewhere."""
+
+    def __init__(self, parameters, lr, scale):
+        self.scale = scale
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("sum", torch.zeros_like(p)).add_(p.grad)
+                p.data -= group["lr"] * self.scale * self.state[p]["sum"]
+
+
+def test_an_optimizer_that_can_not_be_made_anew_leaves_all_as_it_was(tmp_path):
+    model, optimizer = one(base=lambda p: Unmade(p, 0.1, 0.5))
+    optimizer.save(tmp_path / "start")
+    train(model, optimizer, 4)
+    optimizer.save(tmp_path / "trained")
+    train(model, optimizer, 1)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match="need to make a new Unmade"):
+        optimizer.load(tmp_path / "start")
+    assert same(before, dict(model.state_dict()))
+    assert optimizer.steps == 5
+    optimizer.load(tmp_path / "trained")
+    assert optimizer.steps == 4
+    again, optimizer = one(base=lambda p: Unmade(p, 0.1, 0.5))
+    optimizer.load(tmp_path / "start")
+    optimizer.load(tmp_path / "trained")
+    train(again, optimizer, 1)
+    assert same(before, dict(again.state_dict()))
+
+
+OPTIONS = {
+    "more": ({}, {"centered": True}, "has square_avg, step of 0.weight in the checkpoint, and keeps grad_avg, square"),
+    "fewer": ({"momentum": 0.5}, {}, "has momentum_buffer, square_avg, step of .*, and keeps square_avg, step here"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_other_optimizers_with_other_options_are_refused(what, tmp_path):
+    first, second, message = OPTIONS[what]
+    model, optimizer = one(base=lambda p: torch.optim.RMSprop(p, lr=0.1, **first))
+    train(model, optimizer, 3)
+    optimizer.save(tmp_path / "other")
+    model, optimizer = one(base=lambda p: torch.optim.RMSprop(p, lr=0.1, **second))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(SnapshotError, match=message):
+        optimizer.load(tmp_path / "other")
+    assert same(before, dict(model.state_dict()))
+    assert not optimizer.base.state
+
+
 AVERAGED = Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.875})
 MAINTAINED = Problem({"tau": 4}, options={"momentum": 0.875})
 AR_SGD = Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options={"momentum": 0.5})
@@ -331,6 +390,26 @@ def test_workers_that_are_equal_up_to_rounding_keep_their_own_and_any_one_serves
     assert not same(*before)
     assert all(same(each["x"], mine) for each, mine in zip(loaded(tmp_path / "checkpoint", 2), before, strict=True))
     assert all(same(each["x"], before[0]) for each in loaded(tmp_path / "checkpoint", 3))
+
+
+def test_rates_that_are_equal_up_to_rounding_or_differ_are_those_of_rank_0_for_another_number(tmp_path):
+    for rates in ((0.1, float(np.float32(0.1))), (0.1, 0.2)):
+
+        def work(comm, rates=rates):
+            model, optimizer = build(RESET, comm, comm.rank)
+            advance(RESET, model, optimizer, comm.rank, range(4))
+            for group in optimizer.param_groups:
+                group["lr"] = rates[comm.rank]
+            optimizer.save(tmp_path / "checkpoint")
+
+        def rate(comm):
+            _, optimizer = build(RESET, comm, comm.rank)
+            optimizer.load(tmp_path / "checkpoint")
+            return optimizer.param_groups[0]["lr"]
+
+        ThreadWorld(2).run(work)
+        assert ThreadWorld(2).run(rate) == list(rates), "as many workers have their own"
+        assert ThreadWorld(3).run(rate) == [0.1] * 3
 
 
 def test_a_failure_of_one_is_an_error_of_all_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -416,6 +495,37 @@ def test_momentum_in_the_units_of_both_frameworks():
         converted("x", m, "momentum", 0.0)
 
 
+def test_a_rate_comes_back_as_it_was_given_where_it_was_only_rounded():
+    carried, single = Carried(), float(np.float32(0.1))
+    carried.taken_rate("x", 0.1)
+    assert carried.rate("x", single, np.dtype("float32")) == 0.1
+    assert carried.rate("x", single, np.dtype("float64")) == single
+    carried.taken_rate("x", single)
+    assert carried.rate("x", 0.1, np.dtype("float64")) == 0.1
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_rate_that_a_script_has_set_is_saved(tensor, tmp_path):
+    def made(rate):
+        return one(base=lambda p: torch.optim.SGD(p, lr=torch.tensor(rate) if tensor else rate))[1]
+
+    given, then = (0.1, 0.2) if tensor else (float(np.float32(0.1)), 0.1)
+    first = made(0.5)
+    safe = tmp_path / "checkpoint"
+    first.save(safe)
+    facts, arrays, _ = safefile.read(safe)
+    arrays["progress/learning_rate"][:] = given  # as Keras has it, or as another PyTorch has that takes no tensor
+    safefile.write(safe, facts, arrays)
+    optimizer = made(0.5)
+    optimizer.load(safe)
+    optimizer.save(safe)
+    assert safefile.read(safe)[1]["progress/learning_rate"][0] == given
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(then) if tensor else then
+    optimizer.save(safe)
+    assert safefile.read(safe)[1]["progress/learning_rate"][0] == (float(np.float32(then)) if tensor else then)
+
+
 def test_arrays_without_elements_and_without_axes(tmp_path):
     arrays = {"a": np.zeros((0, 3)), "b": np.array(2.5), "c": np.arange(6.0).reshape(2, 3).T}
     safefile.write(tmp_path / "file", {"x": [0.1, None]}, arrays)
@@ -429,3 +539,34 @@ def test_files_have_the_rights_that_new_files_have(tmp_path):
     (tmp_path / "plain").touch()
     safefile.write(tmp_path / "file", {}, {})
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_killed_saves_left_is_removed_by_the_next(tmp_path):
+    ours = [".123.checkpoint", ".4.checkpoint.rank1-0123456789abcdef"]
+    theirs = [".123.checkpoint2", ".123.other", ".x.checkpoint", "123.checkpoint", ".4.checkpoint.rank1-0123.old"]
+    for name in ours + theirs:
+        (tmp_path / name).touch()
+    saved(tmp_path / "checkpoint", 2, 3)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert not names & set(ours)
+    assert set(theirs) < names
+
+
+def test_file_systems_that_can_not_bring_a_folder_to_the_disk(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor, folder, file):
+        error = folder if stat.S_ISDIR(os.fstat(descriptor).st_mode) else file
+        if error:
+            raise OSError(error, os.strerror(error))
+        real(descriptor)
+
+    for folder, file, passes in (
+        (errno.EINVAL, 0, True),
+        (errno.ENOTSUP, 0, True),
+        (errno.EIO, 0, False),
+        (0, errno.EINVAL, False),
+    ):
+        monkeypatch.setattr(os, "fsync", functools.partial(fsync, folder=folder, file=file))
+        with contextlib.nullcontext() if passes else pytest.raises(OSError, match=os.strerror(folder or file)):
+            safefile.write(tmp_path / "file", {}, {})

@@ -1,10 +1,13 @@
 """`hvd-slowmo inspect` and `hvd-slowmo convert`."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_snapshot import RESET, saved
+from safetensors.torch import save_file as save_torch_file
+from test_snapshot import RESET, damaged, saved
 from torch import nn
 from torch_training import same
 
@@ -13,7 +16,7 @@ from torch_training import same
 import keras
 from keras import layers as kl
 
-from hvd_slowmo import safefile
+from hvd_slowmo import safefile, snapshot
 from hvd_slowmo.cli import main
 from hvd_slowmo.comm import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
@@ -34,6 +37,13 @@ def theirs():
 
 def other():
     return nn.Sequential(nn.Linear(2, 3))
+
+def half():
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).bfloat16()
+
+def theirs_half():
+    layers = [kl.Dense(3, dtype="bfloat16"), kl.Dense(2, dtype="bfloat16")]
+    return keras.Sequential([keras.Input((2,), dtype="bfloat16"), *layers])
 
 same = ParameterMap()
 """
@@ -127,7 +137,11 @@ def test_what_can_not_be_converted_is_said(folder, capsys):
     saved(folder / "own", 2, 3)
     torch.save({"a": 1}, folder / "no.pt")
     torch.save(nn.Linear(2, 2), folder / "code.pt")
+    torch.save({0: torch.ones(1)}, folder / "numbers.pt")
     (folder / "damaged.pt").write_bytes(b"PK")
+    for suffix in ("pt", "keras", "weights.h5", "safetensors"):
+        (folder / f"empty.{suffix}").touch()
+        (folder / f"text.{suffix}").write_text("weights")
     for arguments, message in {
         ("nothing", "a.pt"): "there is no file nothing",
         ("checkpoint", "a.pt"): "a.pt needs the model: give --torch MODULE:FUNCTION",
@@ -139,12 +153,99 @@ def test_what_can_not_be_converted_is_said(folder, capsys):
         ("no.pt", "a.safetensors", *TORCH): "no.pt is no state_dict of a model",
         ("code.pt", "a.safetensors", *TORCH): "code.pt is no file of PyTorch with tensors alone",
         ("damaged.pt", "a.safetensors", *TORCH): "damaged.pt is no file of PyTorch",
+        ("numbers.pt", "a.safetensors", *TORCH): "numbers.pt is no state_dict of a model",
+        **{
+            (f"{what}.{suffix}", "a.safetensors", *TORCH, *KERAS): f"{what}.{suffix} {message}"
+            for what in ("empty", "text")
+            for suffix, message in {
+                "pt": "is no file of PyTorch",
+                "keras": "does not fill the Keras model",
+                "weights.h5": "does not fill the Keras model",
+                "safetensors": "is no checkpoint of hvd-slowmo, or it is damaged",
+            }.items()
+        },
         ("own", "a.safetensors"): "holds no parameters that all workers share",
         ("weights.pt", "a.keras", "--torch", "convert_command_models:other", *KERAS): "has no partner",
     }.items():
         assert main(["convert", *arguments]) == 1, arguments
         assert message in capsys.readouterr().err, arguments
     assert not [file for file in folder.iterdir() if file.name.endswith(("a.pt", "a.keras", "a.safetensors"))]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_damaged_sources_are_one_error_each(folder, capsys):
+    """Or are converted where the format has no checksum of what was hit."""
+    convert("weights.pt", "whole.safetensors", *TORCH)
+    convert("weights.pt", "whole.keras", *TORCH, *KERAS)
+    convert("weights.pt", "whole.weights.h5", *TORCH, *KERAS)
+    (folder / "whole.pt").write_bytes((folder / "weights.pt").read_bytes())
+    (folder / "whole.slowmo").write_bytes((folder / "checkpoint").read_bytes())
+    rng = np.random.default_rng(0)
+    refused = dict.fromkeys(("pt", "keras", "weights.h5", "safetensors", "slowmo"), 0)
+    capsys.readouterr()
+    for suffix, _ in [(suffix, number) for suffix in refused for number in range(24)]:
+        source = folder / f"damaged.{suffix}"
+        source.write_bytes((folder / f"whole.{suffix}").read_bytes())
+        kind = damaged([source], rng)
+        status = main(["convert", source.name, "a.safetensors", *TORCH, *KERAS])
+        told = capsys.readouterr().err
+        assert status == (1 if "hvd-slowmo convert: " in told else 0)
+        assert "Traceback" not in told
+        assert (folder / "a.safetensors").is_file() == (status == 0)
+        assert status or suffix != "slowmo" or kind == "swap", "a checkpoint has checksums of all that it holds"
+        refused[suffix] += status
+        (folder / "a.safetensors").unlink(missing_ok=True)
+    assert min(refused.values()) > 5
+
+
+def test_a_file_from_a_gpu_is_read_without_one(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(torch.load("weights.pt"), folder / "gpu.pt")
+    convert("gpu.pt", "a.safetensors", *TORCH)
+    convert("weights.pt", "b.safetensors", *TORCH)
+    assert same(load_file("a.safetensors"), load_file("b.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_bfloat16_goes_around_all_formats_to_the_bit(folder):
+    """As float32, which NumPy has; weights are published as safetensors in bfloat16."""
+    from convert_command_models import half, theirs_half
+
+    from hvd_slowmo.tf import SlowMo as KerasSlowMo
+
+    torch.manual_seed(1)
+    expected = half().state_dict()
+    save_torch_file(expected, folder / "published.safetensors")
+    options = ("--torch", "convert_command_models:half", "--keras", "convert_command_models:theirs_half")
+    convert("published.safetensors", "a.keras", *options)
+    convert("a.keras", "b.slowmo", *options[2:])
+    convert("a.keras", "c.pt", *options)
+    convert("a.keras", "d.safetensors", *options[2:])
+    convert("d.safetensors", "e.pt", *options)
+    convert("b.slowmo", "f.weights.h5", *options[2:])
+    convert("f.weights.h5", "g.safetensors", *options)
+    for name in ("c.pt", "e.pt"):
+        assert same(torch.load(name), expected)
+    assert all(x.dtype == np.float32 for x in load_file("g.safetensors").values())
+    assert same(load_file("g.safetensors"), {name: x.float().numpy() for name, x in expected.items()})
+    ours, theirs = half(), theirs_half()
+    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(ours.parameters(), 0.125), ours, SlowMoConfig(tau=2))
+    optimizer.load("b.slowmo")
+    assert same(dict(ours.state_dict()), expected)
+    KerasSlowMo(keras.optimizers.SGD(0.125), SlowMoConfig(tau=2)).load("b.slowmo", theirs)
+    np.testing.assert_array_equal(theirs.layers[0].kernel.numpy().T, expected["0.weight"].float().numpy())
+
+
+def test_plain_weights_of_another_precision_begin_a_training(folder):
+    from convert_command_models import other
+
+    model = other()
+    names = {"0.weight": "0.linear.weight", "0.bias": "0.linear.bias"}  # on the wire
+    save_torch_file({names[key]: x.half() for key, x in model.state_dict().items()}, folder / "half.safetensors")
+    convert("half.safetensors", "start.slowmo", "--torch", "convert_command_models:other")
+    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(model.parameters(), 0.1), model, SlowMoConfig(tau=2))
+    optimizer.load("start.slowmo")
 
 
 def test_inspect_shows_what_is_there(folder, capsys):
@@ -173,3 +274,23 @@ def test_inspect_shows_what_is_there(folder, capsys):
     (folder / "checkpoint").write_bytes((folder / "checkpoint").read_bytes()[:-1])
     assert main(["inspect", "checkpoint"]) == 1
     assert "damaged" in capsys.readouterr().err
+
+
+def test_inspect_holds_one_files_arrays_at_a_time(folder, monkeypatch):
+    saved(folder / "own", 2, 3)
+    held = []
+
+    def watched(real):
+        def read(path, *arguments):
+            assert not [each for each in held if each() is not None]
+            found = real(path, *arguments)
+            arrays = found if isinstance(found, dict) else found[1]
+            held.extend(weakref.ref(value) for value in arrays.values())
+            return found
+
+        return read
+
+    monkeypatch.setattr(snapshot, "read_worker", watched(snapshot.read_worker))
+    monkeypatch.setattr(safefile, "read", watched(safefile.read))
+    assert main(["inspect", "own"]) == 0
+    assert len(held) > 8

@@ -1,7 +1,5 @@
 """Checkpoints that go from PyTorch to Keras and back."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,11 @@ from torch_training import same
 # isort: split
 # PyTorch comes first: the other way round its libraries may not load.
 import keras
+import tensorflow as tf
 from keras import layers as kl
 from keras_models import fit
-from keras_training import doubles
+from keras_training import GraphComm, doubles
+from mixed_training import TorchComm
 
 from hvd_slowmo import ParameterMap, safefile, snapshot
 from hvd_slowmo.comm import SoloComm, ThreadWorld
@@ -96,6 +96,45 @@ def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
             assert other_kind < 1e-9
     facts, _, _ = safefile.read(tmp_path / "a")
     assert facts["lost"] == (["model", "anchor", "v", "base"] if steps == 5 else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{"tau": 2, "buffers": "reset"}, {"tau": 3, "gradients": "all"}])
+def test_a_job_of_both_frameworks_in_float32_goes_on_with_another_number_of_workers(config, tmp_path):
+    """0.1 is another number in Keras, where rates have float32."""
+
+    def made(comm):
+        given = SlowMoConfig(**config)
+        if comm.rank != 1:
+            model = nn.Sequential(nn.Linear(4, 3))
+            base = torch.optim.SGD(model.parameters(), lr=0.1)
+            return model, SlowMo.over(TorchComm(comm), base, model, given, parameter_map=ParameterMap())
+        other = keras.Sequential([keras.Input((4,)), kl.Dense(3)])
+        optimizer = KerasSlowMo.over(GraphComm(comm), keras.optimizers.SGD(0.1), given, parameter_map=ParameterMap())
+        optimizer.broadcast(other)
+        return other, optimizer
+
+    def save(comm):
+        model, optimizer = made(comm)
+        for _ in range(4):
+            if comm.rank != 1:
+                model(torch.ones(2, 4)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                gradients = [tf.ones(v.shape) for v in model.trainable_variables]
+                optimizer.apply(gradients, model.trainable_variables)
+        optimizer.save(*([tmp_path / "a"] if comm.rank != 1 else [tmp_path / "a", model]))
+
+    def load(comm):
+        model, optimizer = made(comm)
+        optimizer.load(*([tmp_path / "a"] if comm.rank != 1 else [tmp_path / "a", model]))
+        return optimizer.steps
+
+    ThreadWorld(2).run(save)
+    facts, _, _ = safefile.read(tmp_path / "a")
+    assert facts["lost"] == []
+    assert ThreadWorld(3).run(load) == [4] * 3
 
 
 def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
@@ -221,10 +260,18 @@ def test_kept_by_keras_alone(tmp_path):
         slow.load(tmp_path / "a")
 
 
-def test_micro_batches_that_wait_are_refused(tmp_path):
+def test_micro_batches_that_wait_are_not_saved_and_a_load_drops_them(tmp_path):
     model = keras.Sequential([keras.Input((4,)), kl.Dense(2)])
     optimizer = KerasSlowMo(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), SlowMoConfig(tau=3))
-    fit(model, optimizer, range(3))
+    fit(model, optimizer, range(4))
+    optimizer.save(tmp_path / "a", model)
+    fit(model, optimizer, range(4, 7))
     with pytest.raises(SnapshotError, match="multiple of gradient_accumulation_steps=2 calls"):
-        optimizer.save(tmp_path / "a", model)
-    shutil.rmtree(tmp_path)
+        optimizer.save(tmp_path / "b", model)
+    assert not (tmp_path / "b").exists()
+    ends = []
+    for _ in range(2):  # with what the third of these batches left, and without
+        optimizer.load(tmp_path / "a", model)
+        fit(model, optimizer, range(4, 8))
+        ends.append([v.numpy() for v in model.variables])
+    assert same(*ends)

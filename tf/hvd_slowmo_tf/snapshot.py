@@ -18,8 +18,9 @@ from hvd_slowmo.snapshot_state import Named
 from hvd_slowmo.wire import View, WireEntry
 from hvd_slowmo_tf.describe import entries_keras
 from hvd_slowmo_tf.inner import Inner
-from hvd_slowmo_tf.planning import Plan, common_path, wire_dtype
+from hvd_slowmo_tf.planning import Plan, common_path, parts_of, wire_dtype
 from hvd_slowmo_tf.state import State
+from hvd_slowmo_tf.weights import array_of
 
 _AVERAGE = "average"  # the moving average of the weights
 
@@ -52,7 +53,7 @@ class KerasSide:
         self._optimizer, self._inner, self._state, self._workers = optimizer, inner, state, workers
         self.config, self.graph, self.carried = optimizer.config, graph, carried
         self.progress = state.now
-        given = _variables(model)
+        given = parts_of(model)[0] if isinstance(model, keras.Model) else list(model)
         self.named, self._variables = _named(model, given, optimizer._trainable_variables, parameter_map)
         on_wire = {id(v) for v in self._variables.values()}
         self._others = {f"{n}.{common_path(v.path)}": v for n, v in enumerate(given) if id(v) not in on_wire}
@@ -69,13 +70,15 @@ class KerasSide:
         if optimizer.use_ema:
             self._averages = dict(zip(self._trained, optimizer._model_variables_moving_average, strict=True))
         self.vectors = [*state.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
-        self.rates = np.full(plan.layout.groups, float(optimizer._get_current_learning_rate()))
+        rate = array_of(optimizer._get_current_learning_rate())
+        self.rates = np.full(plan.layout.groups, float(rate))
+        self.rate_types = [rate.dtype] * plan.layout.groups
         self.kind = _kind(inner.innermost)
         self.keeps = [*_buffers(inner.innermost, self.kind), *(["steps"] if self.kind == ADAM else [])]
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         if vector not in self._places:
-            return _array(self._whole(vector, own))
+            return array_of(self._whole(vector, own))
         v = self._variables[own]
         found: NDArray[Any] = np.zeros(tuple(v.shape), wire_dtype(tf.as_dtype(v.dtype)).as_numpy_dtype)
         for view, stretches in self._places[vector].get(own, ()):
@@ -113,11 +116,11 @@ class KerasSide:
             )
         innermost = self._inner.innermost
         if self.kind not in ALIKE:
-            return {"variables": {name: _array(v) for name, v in self._own_variables().items()}}
+            return {"variables": {name: array_of(v) for name, v in self._own_variables().items()}}
         if not int(innermost.iterations):
             return {}
         found = {
-            key: {own: _array(v) for own, v in zip(self._trained, variables, strict=True)}
+            key: {own: array_of(v) for own, v in zip(self._trained, variables, strict=True)}
             for key, variables in _buffers(innermost, self.kind).items()
         }
         if self.kind == ADAM:
@@ -176,7 +179,7 @@ class KerasSide:
         return commit
 
     def rest(self) -> Arrays:
-        return {name: _array(v) for name, v in {**self._others, **self._scaler()}.items()}
+        return {name: array_of(v) for name, v in {**self._others, **self._scaler()}.items()}
 
     def _scaler(self) -> dict[str, Any]:
         scaler = self._inner.optimizer
@@ -193,17 +196,12 @@ class KerasSide:
         optimizer = self._optimizer
         if isinstance(optimizer._learning_rate, keras.Variable):  # a schedule follows the count of steps
             optimizer._learning_rate.assign(rates[0])
+        if optimizer.gradient_accumulation_steps:  # micro-batches of the training that was here before
+            for v in optimizer._accumulated_gradients:
+                v.assign(np.zeros(v.shape))
         optimizer._iterations.assign(progress.step * (optimizer.gradient_accumulation_steps or 1))
         self._state.write(progress)
         self._state.workers.assign(self._workers)
-
-
-def _variables(model: Any) -> list[Any]:
-    """All variables of a model without those of its metrics; or what is a list of variables already."""
-    if not isinstance(model, keras.Model):
-        return list(model)
-    metrics = {id(v) for metric in model.metrics for v in metric.variables}
-    return [v for v in model.variables if id(v) not in metrics]
 
 
 def named_variables(model: Any, parameter_map: ParameterMap | None) -> tuple[Named, dict[str, Any]]:
@@ -212,7 +210,7 @@ def named_variables(model: Any, parameter_map: ParameterMap | None) -> tuple[Nam
     Returns:
         The names, and the variables by the entries' own names.
     """
-    return _named(model, _variables(model), model.trainable_variables, parameter_map)
+    return _named(model, parts_of(model)[0], model.trainable_variables, parameter_map)
 
 
 def _named(
@@ -288,8 +286,3 @@ def _buffers(innermost: Any, kind: str) -> dict[str, Sequence[Any]]:
         return {}
     found = {"moment1": innermost._momentums, "moment2": innermost._velocities}
     return {**found, "moment2_max": innermost._velocity_hats} if innermost.amsgrad else found
-
-
-def _array(variable: Any) -> NDArray[Any]:
-    array: NDArray[Any] = np.asarray(variable.numpy() if hasattr(variable, "numpy") else variable)
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array

@@ -11,24 +11,20 @@ from numpy.typing import NDArray
 from hvd_slowmo.wire import WireEntry
 
 
-def read_keras(
-    model: Any, entries: Sequence[WireEntry], gradients: Mapping[str, Any] | None = None
-) -> dict[str, NDArray[Any]]:
+def read_keras(own: Mapping[str, Any], entries: Sequence[WireEntry]) -> dict[str, NDArray[Any]]:
     """The values of the entries by their names: of the wire's shapes. bfloat16 comes as float32.
 
     Args:
-        gradients: by path, to be read in place of the values.
+        own: variables, or tensors in their place, by the entries' own names.
     """
-    own = {path: v.value for path, v in variables_of(model).items()} if gradients is None else gradients
-    return {entry.name: entry.view.to_wire(_array(own[entry.own])) for entry in entries}
+    return {entry.name: entry.view.to_wire(array_of(own[entry.own])) for entry in entries}
 
 
-def write_keras(model: Any, entries: Sequence[WireEntry], values: Mapping[str, NDArray[Any]]) -> None:
-    """Give the model the values of `read_keras`, or of its like on another framework, in place."""
-    own = variables_of(model)
+def write_keras(own: Mapping[str, Any], entries: Sequence[WireEntry], values: Mapping[str, NDArray[Any]]) -> None:
+    """Give the variables the values of `read_keras`, or of its like on another framework, in place."""
     for entry in entries:
         variable = own[entry.own]
-        variable.assign(entry.view.to_own(values[entry.name], _array(variable.value)))
+        variable.assign(entry.view.to_own(values[entry.name], array_of(variable)))
 
 
 def variables_of(model: Any) -> dict[str, Any]:
@@ -36,6 +32,7 @@ def variables_of(model: Any) -> dict[str, Any]:
     return {variable.path: variable for variable in model.variables}
 
 
-def _array(tensor: Any) -> NDArray[Any]:
-    array: NDArray[Any] = np.asarray(tensor)
+def array_of(variable: Any) -> NDArray[Any]:
+    """A variable's or a tensor's values. bfloat16 comes as float32."""
+    array: NDArray[Any] = np.asarray(variable.numpy() if hasattr(variable, "numpy") else variable)
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array

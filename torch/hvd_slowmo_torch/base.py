@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,14 +25,19 @@ def fresh(base: Optimizer) -> Optimizer:
         return type(base)([dict(group) for group in base.param_groups], **settings)
     except TypeError as error:
         raise ValueError(
-            f"buffers='reset' and nonfinite='exclude' need to make a new {type(base).__name__} to know its buffers "
-            f"before the first step, and that failed: {error}. Use buffers='maintain' and nonfinite='raise'."
+            "buffers='reset', nonfinite='exclude' and a checkpoint of before the first step need to make a new "
+            f"{type(base).__name__} to know its buffers then, and that failed: {error}. Use buffers='maintain' and "
+            "nonfinite='raise'; load into an optimizer without steps."
         ) from error
 
 
 def reset(base: Optimizer) -> None:
     """Bring the state back to what it was before the first step; rates and other settings stay."""
-    state = fresh(base).state
+    replace(base, fresh(base).state)
+
+
+def replace(base: Optimizer, state: Mapping[torch.Tensor, Any]) -> None:
+    """Give it another state."""
     base.state.clear()
     base.state.update(state)
 
@@ -45,21 +51,16 @@ def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor
     Raises:
         ValueError: state that is no floating-point tensor, or no step without a closure.
     """
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    twins = {id(p): torch.zeros_like(p, requires_grad=True) for p in parameters}
-    scratch = copy.deepcopy(base, dict(twins))  # the memo puts the twin wherever a parameter stands
-    for twin in twins.values():
-        twin.grad = torch.zeros_like(twin)
     try:
-        scratch.step()
+        stepped = _stepped(base)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"buffers='average' can't work with {type(base).__name__}, which takes no plain step: {error}. "
             "Use buffers='maintain' or 'reset'."
         ) from error
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for parameter in parameters:
-        for key, value in scratch.state[twins[id(parameter)]].items():
+    for parameter, state in stepped:
+        for key, value in state.items():
             if value is None:
                 continue
             if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
@@ -69,6 +70,26 @@ def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor
                 )
             found.setdefault(key, []).append((parameter, value))
     return found
+
+
+def kept(base: Optimizer) -> dict[int, set[str]] | None:
+    """The names of each parameter's buffers after a step, by the parameter's id; None where no step can tell."""
+    try:
+        stepped = _stepped(base)
+    except Exception:  # a class of the user's own may raise anything
+        return None
+    return {id(p): {key for key, value in state.items() if value is not None} for p, state in stepped}
+
+
+def _stepped(base: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """Each parameter and what a copy keeps for it after one step over zeros."""
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    twins = {id(p): torch.zeros_like(p, requires_grad=True) for p in parameters}
+    scratch = copy.deepcopy(base, dict(twins))  # the memo puts the twin wherever a parameter stands
+    for twin in twins.values():
+        twin.grad = torch.zeros_like(twin)
+    scratch.step()
+    return [(p, scratch.state[twins[id(p)]]) for p in parameters]
 
 
 def state_tensor(

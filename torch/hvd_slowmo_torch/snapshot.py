@@ -15,7 +15,7 @@ from hvd_slowmo.base_state import ADAM, ALIKE, SGD, Buffers, Carried
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.machine import Progress
 from hvd_slowmo.parameter_map import ParameterMap
-from hvd_slowmo.safefile import Arrays
+from hvd_slowmo.safefile import Arrays, SnapshotError
 from hvd_slowmo.snapshot_state import Named
 from hvd_slowmo.starting import Groups
 from hvd_slowmo.wire import View, WireEntry
@@ -78,7 +78,9 @@ class TorchSide:
         lacking = set(self.groups) - {entry.own for entry in self.named.entries}
         if lacking:
             raise ValueError(f"the ParameterMap leaves out what is trained: {', '.join(sorted(lacking))}.")
-        self.rates = np.array([float(base.param_groups[own]["lr"]) for own in groups.own])
+        rates = [base.param_groups[own]["lr"] for own in groups.own]
+        self.rates = np.array(list(map(float, rates)))
+        self.rate_types = [array_of(x).dtype if isinstance(x, torch.Tensor) else np.dtype(float) for x in rates]
         self.kind = _kind(base)
         self.keeps = _keeps(base, self.kind)
 
@@ -137,8 +139,26 @@ class TorchSide:
         }
 
     def prepare_base(self, buffers: Buffers, step: int) -> Callable[[], None]:
-        base, keys = self._base, _KEYS.get(self.kind, {})
-        numbers = {id(p): n for n, p in enumerate(p for group in base.param_groups for p in group["params"])}
+        base = self._base
+        if not buffers:
+            # Without state there is nothing to bring back, whether or not the class can be made anew.
+            start = {} if self.kind in ALIKE or not base.state else base_state.fresh(base).state
+            return lambda: base_state.replace(base, start)
+        states = self._given_states(buffers)
+        if self.kind not in ALIKE:
+            self._check_buffers(buffers)
+
+        def commit() -> None:
+            groups = base.param_groups
+            base.load_state_dict({**base.state_dict(), "state": states})
+            base.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
+
+        return commit
+
+    def _given_states(self, buffers: Buffers) -> dict[int, dict[str, torch.Tensor]]:
+        """As a state_dict has them, by the parameters' numbers."""
+        keys = _KEYS.get(self.kind, {})
+        numbers = {id(p): n for n, p in enumerate(p for group in self._base.param_groups for p in group["params"])}
         states: dict[int, dict[str, torch.Tensor]] = {}
         for key, values in buffers.items():
             for own, value in values.items():
@@ -147,19 +167,20 @@ class TorchSide:
                 scalar = self.kind in ALIKE and key == "steps"
                 tensor = torch.tensor(float(value)) if scalar else torch.tensor(value)
                 states.setdefault(numbers[id(self._tensors[own])], {})[keys.get(key, key)] = tensor
+        return states
 
-        def commit() -> None:
-            if not buffers:
-                if self.kind in ALIKE:
-                    base.state.clear()
-                else:
-                    base_state.reset(base)
-                return
-            groups = base.param_groups
-            base.load_state_dict({**base.state_dict(), "state": states})
-            base.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
-
-        return commit
+    def _check_buffers(self, buffers: Buffers) -> None:
+        """Refuse what the base optimizer would not find, or not know, at its next step."""
+        keeps = base_state.kept(self._base)
+        if keeps is None:
+            return
+        for own in self.groups:
+            given, expected = {key for key in buffers if own in buffers[key]}, keeps[id(self._tensors[own])]
+            if given and given != expected:  # a parameter without a gradient has none yet
+                raise SnapshotError(
+                    f"the base optimizer has {', '.join(sorted(given))} of {own} in the checkpoint, and keeps "
+                    f"{', '.join(sorted(expected)) or 'nothing'} here. Give it the settings of the run that is resumed."
+                )
 
     def rest(self) -> Arrays:
         on_wire = {entry.own for entry in self.named.entries}
