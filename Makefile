@@ -10,6 +10,8 @@ FRAMEWORK ?= torch
 DEMO_torch := examples/digits_torch.py
 DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
+# Processes of pytest; a test of workers starts more. A file's tests stay together, and so do workers that serve them.
+PARALLEL := -n auto --maxprocesses 2 --dist loadfile
 # The launcher imports TensorFlow where it is installed, which has much to say about itself.
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
@@ -33,13 +35,13 @@ bench: setup  ## what a step costs, beside what else one could use; loopback and
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest -m "not install and not thorough" $(ARGS)
+	@$(BIN)/python -m pytest -m "not install and not thorough" $(PARALLEL) $(ARGS)
 
 test-all: setup  ## run all tests, those with more sizes and settings too
-	@$(BIN)/python -m pytest -m "not install" $(ARGS)
+	@$(BIN)/python -m pytest -m "not install" $(PARALLEL) $(ARGS)
 
-test-fast: setup  ## run the tests that take no more than a few seconds, on several cores
-	@$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+test-fast: setup  ## run the tests that take no more than a few seconds
+	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-install: setup  ## run the tests that make environments of one framework each, from nothing (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)

@@ -154,7 +154,14 @@ def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("name", ["minimal_torch", "minimal_keras", "custom_loop_keras"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minimal_keras",
+        pytest.param("minimal_torch", marks=pytest.mark.thorough),
+        pytest.param("custom_loop_keras", marks=pytest.mark.thorough),
+    ],
+)
 def test_small_examples_learn_under_horovodrun(name: str) -> None:
     output = horovodrun(2, ROOT / "examples" / f"{name}.py")
     found = re.findall(r"test accuracy (\d+\.\d) %", output)

@@ -8,7 +8,11 @@ from torch_training import same
 from hvd_slowmo.topology import out_degree, topology
 
 TOLERANCE = 1e-12
-SIZES = [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4, 5))]
+SIZES = [
+    2,
+    *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)),
+    pytest.param(5, marks=[pytest.mark.slow, pytest.mark.thorough]),
+]
 pytestmark = pytest.mark.workers
 
 

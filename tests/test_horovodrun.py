@@ -33,7 +33,13 @@ def horovodrun(tmp_path, text, *options):
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("options", [("-np", "2"), ("-np", "4", "-H", "localhost:2,127.0.0.1:2")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("-np", "2"), marks=pytest.mark.thorough),
+        ("-np", "4", "-H", "localhost:2,127.0.0.1:2"),
+    ],
+)
 def test_a_script_under_horovodrun(tmp_path, options):
     result = horovodrun(tmp_path, SCRIPT.format(init="hvd.init()"), *options)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -107,7 +113,9 @@ print("weight", "joined", hvd.rank(), model.weight.double().sum().item())
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("hosts", ["localhost:2,127.0.0.1:2", "localhost:2,127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "hosts", [pytest.param("localhost:2,127.0.0.1:2", marks=pytest.mark.thorough), "localhost:2,127.0.0.1:1"]
+)
 def test_two_nodes_average_gradients_within_and_parameters_between(tmp_path, hosts):
     size = sum(int(host.split(":")[1]) for host in hosts.split(","))
     result = horovodrun(tmp_path, NODES, "-np", str(size), "-H", hosts)
@@ -166,6 +174,7 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.thorough
 def test_two_nodes_of_both_frameworks_with_uneven_data(tmp_path):
     """A PyTorch and a Keras worker on each: gradients averaged within, parameters between, all of it in a join too."""
     result = horovodrun(tmp_path, MIXED_NODES, "-np", "4", "-H", "localhost:2,127.0.0.1:2")

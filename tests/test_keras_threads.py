@@ -305,7 +305,11 @@ def test_gradients_averaged_within_nodes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lengths", "base"), [((2, 2, 4, 4), "local"), ((2, 2, 6, 6), "sgp")], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "base"),
+    [((2, 2, 4, 4), "local"), pytest.param((2, 2, 6, 6), "sgp", marks=pytest.mark.thorough)],
+    ids=str,
+)
 def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, base):
     """A worker that is done meets all first, then its node; both frameworks alike."""
     config = SlowMoConfig(tau=4, beta=0.5, gradients="node", warmup_steps=4, base=base)

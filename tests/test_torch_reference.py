@@ -62,7 +62,14 @@ def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4, 8))])
+@pytest.mark.parametrize(
+    "size",
+    [
+        2,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4)),
+        pytest.param(8, marks=[pytest.mark.slow, pytest.mark.thorough]),
+    ],
+)
 def test_horovod_workers_equal_the_reference(workers, size):
     for name, problem in PROBLEMS.items():
         histories = workers(size).run("torch_training:run", problem=problem, chunk_bytes=40)
