@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from hvd_slowmo.given import Wrong, given_map, looking_here, made
 
 if TYPE_CHECKING:
     from hvd_slowmo.safefile import Arrays
-    from hvd_slowmo.snapshot_state import Named
+    from hvd_slowmo_tf.files import KerasFiles
+    from hvd_slowmo_torch.files import TorchFiles
+
+T = TypeVar("T")
 
 _TORCH, _KERAS, _PLAIN, _OWN = (".pt", ".pth", ".bin"), (".keras", ".weights.h5"), ".safetensors", ".slowmo"
 
@@ -54,27 +57,24 @@ class _Conversion:
         if not self._source.is_file():
             raise Wrong(f"there is no file {self._source}.")
         parameter_map = given_map(arguments.map)
-        self._torch: Any = None
-        self._keras: Any = None
-        self._of_torch: Named | None = None
-        self._of_keras: Named | None = None
+        self._torch: TorchFiles | None = None
+        self._keras: KerasFiles | None = None
         if arguments.torch is not None:  # PyTorch first: the other way round its libraries may not load
-            from hvd_slowmo_torch.snapshot import named
+            from hvd_slowmo_torch.files import TorchFiles
 
-            self._torch = made(arguments.torch)
-            self._of_torch = named(self._torch, parameter_map)
+            self._torch = TorchFiles(made(arguments.torch), parameter_map)
         if arguments.keras is not None:
-            from hvd_slowmo_tf.snapshot import named_variables
+            from hvd_slowmo_tf.files import KerasFiles
 
-            self._keras = made(arguments.keras)
-            self._of_keras, self._variables = named_variables(self._keras, parameter_map)
+            self._keras = KerasFiles(made(arguments.keras), parameter_map)
+        self._named = [files.named for files in (self._torch, self._keras) if files is not None]
 
     def run(self) -> int:
         """Convert; how many tensors there are."""
         from hvd_slowmo.parameter_map import pair
 
-        if self._of_torch is not None and self._of_keras is not None:
-            list(pair(self._of_torch.entries, self._of_keras.entries))
+        if len(self._named) == 2:
+            list(pair(*(named.entries for named in self._named)))
         values = self._read()
         self._write(values)
         return len(values)
@@ -85,11 +85,9 @@ class _Conversion:
 
         name = self._source.name
         if name.endswith(_TORCH):
-            self._fill_torch(self._loaded_by_torch())
-            return self._from_torch()
+            return _needed(self._torch, "--torch", self._source).read(self._source)
         if name.endswith(_KERAS):
-            self._fill_keras()
-            return self._from_keras()
+            return _needed(self._keras, "--keras", self._source).read(self._source)
         return self._read_checkpoint() if is_snapshot(self._source) else self._read_plain()
 
     def _read_checkpoint(self) -> Arrays:
@@ -102,7 +100,7 @@ class _Conversion:
                 f"{self._source} holds no parameters that all workers share: each had its own. Convert a checkpoint "
                 "from right after an outer step or join()."
             )
-        for named in filter(None, (self._of_torch, self._of_keras)):
+        for named in self._named:
             check_model(named, facts)
         return {entry[0]: arrays[f"model/{entry[0]}"] for entry in facts["entries"]}
 
@@ -110,125 +108,50 @@ class _Conversion:
         from hvd_slowmo.safefile import read_plain
 
         values = read_plain(self._source)
-        named = self._of_torch or self._of_keras
-        if named is None:
+        if not self._named:
             raise Wrong(f"{self._source} has names and arrays only. Give the model: --torch or --keras.")
-        lacking = [entry.name for entry in named.entries if entry.name not in values]
+        entries = self._named[0].entries
+        lacking = [entry.name for entry in entries if entry.name not in values]
         if lacking and self._torch is not None and not set(lacking) & set(values):
-            self._fill_torch({name: _tensor(value) for name, value in values.items()})
-            return self._from_torch()
-        if lacking or len(values) != len(named.entries):
-            odd = lacking or sorted(set(values) - {entry.name for entry in named.entries})
+            return self._torch.read_arrays(values, self._source)
+        if lacking or len(values) != len(entries):
+            odd = lacking or sorted(set(values) - {entry.name for entry in entries})
             raise Wrong(f"{self._source} is of another model: see {', '.join(odd[:3])}.")
-        for entry in named.entries:
+        for entry in entries:
             if values[entry.name].shape != entry.shape:
                 raise Wrong(f"{entry.name} has shape {values[entry.name].shape} in {self._source}, not {entry.shape}.")
-        return {e.name: values[e.name].astype(_stored(e.dtype), copy=False) for e in named.entries}
+        return {e.name: values[e.name].astype(_stored(e.dtype), copy=False) for e in entries}
 
     def _write(self, values: Arrays) -> None:
-        from hvd_slowmo.safefile import atomically
-
         name = self._target.name
         if name.endswith(_TORCH):
-            state = self._to_torch(values)
-            import torch
-
-            atomically(self._target, lambda path: torch.save(state, path))
+            _needed(self._torch, "--torch", self._target).write(values, self._target)
         elif name.endswith(_KERAS):
-            model = self._to_keras(values)
-            atomically(self._target, model.save if name.endswith(".keras") else model.save_weights)
+            _needed(self._keras, "--keras", self._target).write(values, self._target)
         elif name.endswith(_OWN):
             from hvd_slowmo.snapshot import write_weights
 
-            named = self._of_torch or self._of_keras
-            if named is None:
+            if not self._named:
                 raise Wrong(f"{self._target} needs the model: give --torch or --keras MODULE:FUNCTION.")
-            write_weights(self._target, named, values)
+            write_weights(self._target, self._named[0], values)
         elif name.endswith(_PLAIN):
             from safetensors.numpy import save_file
 
-            if self._torch is not None:
-                from hvd_slowmo_torch.weights import array_of
+            from hvd_slowmo.safefile import atomically
 
-                values = {key: array_of(x).copy() for key, x in self._to_torch(values).items()}
+            values = values if self._torch is None else self._torch.arrays(values)
             given = {key: value.copy(order="C") for key, value in values.items()}
             atomically(self._target, lambda path: save_file(given, path))
         else:
             raise Wrong(f"the suffix of {self._target} must be one of {', '.join((*_TORCH, *_KERAS, _PLAIN, _OWN))}.")
 
-    def _loaded_by_torch(self) -> dict[str, Any]:
-        import torch
 
-        try:
-            state = torch.load(self._source, map_location="cpu", weights_only=True)
-        except Exception as error:  # of a damaged file it raises whatever the bytes lead to
-            raise Wrong(f"{self._source} is no file of PyTorch with tensors alone: {_spell(error)}") from error
-        tensors = isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
-        if not tensors or not all(isinstance(name, str) for name in state):
-            raise Wrong(f"{self._source} is no state_dict of a model: not all it has are tensors.")
-        found: dict[str, Any] = state
-        return found
-
-    def _fill_torch(self, state: dict[str, Any]) -> None:
-        try:
-            self._needed(self._of_torch, "--torch", self._source).load_state_dict(state)
-        except RuntimeError as error:
-            raise Wrong(f"{self._source} is of another model: {error}") from error
-
-    def _fill_keras(self) -> None:
-        model = self._needed(self._of_keras, "--keras", self._source)
-        try:
-            model.load_weights(self._source)
-        except Exception as error:  # of a damaged file Keras lets through whatever the libraries raise
-            raise Wrong(
-                f"{self._source} does not fill the Keras model: it is damaged, or of another model: {_spell(error)}"
-            ) from error
-
-    def _from_torch(self) -> Arrays:
-        from hvd_slowmo_torch.weights import read_torch
-
-        assert self._of_torch is not None, "the model has been filled"
-        return read_torch(self._torch, self._of_torch.entries)
-
-    def _to_torch(self, values: Arrays) -> dict[str, Any]:
-        from hvd_slowmo_torch.weights import write_torch
-
-        model = self._needed(self._of_torch, "--torch", self._target)
-        assert self._of_torch is not None, "there is one where there is a model"
-        write_torch(model, self._of_torch.entries, values)
-        state: dict[str, Any] = model.state_dict()
-        return state
-
-    def _from_keras(self) -> Arrays:
-        from hvd_slowmo_tf.weights import read_keras
-
-        assert self._of_keras is not None, "the model has been filled"
-        return read_keras(self._variables, self._of_keras.entries)
-
-    def _to_keras(self, values: Arrays) -> Any:
-        from hvd_slowmo_tf.weights import write_keras
-
-        model = self._needed(self._of_keras, "--keras", self._target)
-        assert self._of_keras is not None, "there is one where there is a model"
-        write_keras(self._variables, self._of_keras.entries, values)
-        return model
-
-    def _needed(self, named: Named | None, option: str, file: Path) -> Any:
-        if named is None:
-            raise Wrong(f"{file} needs the model: give {option} MODULE:FUNCTION.")
-        return self._torch if option == "--torch" else self._keras
-
-
-def _tensor(value: Any) -> Any:
-    import torch
-
-    return torch.tensor(value)
+def _needed(files: T | None, option: str, file: Path) -> T:
+    if files is None:
+        raise Wrong(f"{file} needs the model: give {option} MODULE:FUNCTION.")
+    return files
 
 
 def _stored(dtype: str) -> str:
     """The type in which a checkpoint has values of this one."""
     return "float32" if dtype == "bfloat16" else dtype
-
-
-def _spell(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

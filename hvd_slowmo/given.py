@@ -17,6 +17,11 @@ class Wrong(Exception):
     """What the user gave, and why it can't be used."""
 
 
+def spell_error(error: Exception) -> str:
+    """An error of a library, where its words alone may say little."""
+    return f"{type(error).__name__}: {error}"
+
+
 @contextmanager
 def looking_here() -> Iterator[None]:
     """Modules are looked up in the current directory too."""
