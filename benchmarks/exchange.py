@@ -28,7 +28,7 @@ SIZES = (2048 * 4096, 4096, 4096 * 4032, 4032, 4032 * 74, 74)
 class Idle(torch.optim.SGD):
     """A base optimizer that does nothing."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch overloads it
         pass
 
 

@@ -36,7 +36,7 @@ def clock(work: Callable[[], object], device: str) -> float:
 class Idle(torch.optim.SGD):
     """A base optimizer that does nothing: what is left is the wrapper."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch overloads it
         pass
 
 

@@ -162,7 +162,7 @@ class Machine:
         )
         done = ops.cond(now.begin, lambda: self._begin(done, source), lambda: done)
         # Where no meeting follows, nothing in this step can take back what is set aside: it may leave at once.
-        onward = ops.holds and not (now.outer or now.check) and self.plan(done).mix
+        onward = self.gossip is not None and ops.holds and not (now.outer or now.check) and self.plan(done).mix
         done = self._mix(done, now, progress.step, came, onward)
 
         def outer() -> Progress:

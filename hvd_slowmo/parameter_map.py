@@ -166,7 +166,7 @@ class _Found:
                 if match:
                     self._met.add(text)
                     captured = iter(match.groups())
-                    full = re.sub(r"\*", lambda _, c=captured: next(c), torch_name)  # type: ignore[misc]
+                    full = "".join(part if part != "*" else next(captured) for part in re.split(r"(\*)", torch_name))
                     hits.append((text, tensor, (index, *map(_natural, match.groups()), part.role), full))
         if not hits:
             return None

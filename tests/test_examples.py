@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-import digits_common as common  # noqa: E402
+import digits_common as common  # noqa: E402 - it is found through that path
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

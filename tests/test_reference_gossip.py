@@ -177,7 +177,7 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
         left = list(batches)
         while any(left):
             if tau and clock >= warmup and (clock - warmup) % tau == 0 and buffers != "maintain":
-                buffer = [np.zeros(D) if buffers == "reset" else sum(buffer) / m] * m  # type: ignore[assignment]
+                buffer = [np.zeros(D) if buffers == "reset" else sum(buffer) / m] * m
             live = [i for i in range(m) if left[i]]
             g = {i: gradient(i, had[i], x[i] / w[i]) for i in live}
             if clock < warmup:
@@ -444,8 +444,8 @@ def test_noaverage_without_messages_is_each_alone(name: str) -> None:
     c: dict[str, Any] = {"base": base, "base_options": options, "tau": 3, "beta": 0.6, "alpha": 0.9, "steps": 20}
     history = run_gossip(x0, gradient, topology=np.eye(3)[np.newaxis], average=False, lr=wavy, **c)
     for i in range(3):
-        one = run(x0, lambda _, step, x, i=i: gradient(i, step, x), workers=1,  # type: ignore[misc]
-                  lr=lambda _, step, group, i=i: wavy(i, step, group), **c)  # type: ignore[misc]  # fmt: skip
+        one = run(x0, lambda _, step, x, i=i: gradient(i, step, x), workers=1,
+                  lr=lambda _, step, group, i=i: wavy(i, step, group), **c)  # fmt: skip
         for a, b in zip(history, one, strict=True):
             close(a.z[i], b.x[0])
             close(a.v[i], b.v)

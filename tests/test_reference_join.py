@@ -285,7 +285,10 @@ def merged(gradient: Gradient, epochs: Epochs, warmup: int | None = None) -> tup
             live = [i for i, n in enumerate(batches) if k < n]
             rounds.append([(i, had[i] + k) for i in live if warmup is None or i == 0 or len(rounds) < warmup])
         had = [a + n for a, n in zip(had, batches, strict=True)]
-    one: Gradient = lambda worker, step, x: np.mean([gradient(i, own, x) for i, own in rounds[step]], axis=0)  # noqa: E731
+
+    def one(worker: int, step: int, x: np.ndarray) -> np.ndarray:
+        return np.mean([gradient(i, own, x) for i, own in rounds[step]], axis=0)
+
     return one, np.cumsum([max(batches) for batches in epochs]).tolist()
 
 
