@@ -10,6 +10,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+PARTS = ("checkpoint", "cli", "comm", "core", "installer", "interop", "topology", "wire")
 
 
 def read_version() -> str:
@@ -35,7 +36,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["hvd_slowmo", "hvd_slowmo.installer", "hvd_slowmo_torch", "hvd_slowmo_tf"],
+    packages=[
+        "hvd_slowmo",
+        *(f"hvd_slowmo.{part}" for part in PARTS),
+        "hvd_slowmo_torch",
+        "hvd_slowmo_torch.interop",
+        "hvd_slowmo_tf",
+        "hvd_slowmo_tf.interop",
+    ],
     package_dir={"hvd_slowmo_torch": "torch/hvd_slowmo_torch", "hvd_slowmo_tf": "tf/hvd_slowmo_tf"},
     package_data={"hvd_slowmo": ["py.typed"], "hvd_slowmo_torch": ["py.typed"], "hvd_slowmo_tf": ["py.typed"]},
     install_requires=["numpy>=1.24", "safetensors>=0.4.3"],
@@ -43,7 +51,7 @@ setup(
         "torch": ["torch>=2.1"],
         "tf": ["tensorflow>=2.16", "keras>=3.3"],
     },
-    entry_points={"console_scripts": ["hvd-slowmo = hvd_slowmo.cli:main"]},
+    entry_points={"console_scripts": ["hvd-slowmo = hvd_slowmo.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

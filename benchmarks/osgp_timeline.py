@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from hvd_slowmo_torch.comm import HorovodComm, Push
+from hvd_slowmo_torch.horovod import HorovodComm, Push
 
 LOOK_S = 0.002
 LANES = {"forward": "#56B4E9", "backward": "#0072B2", "step(), waits included": "#009E73", "message": "#D55E00"}

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import SoloComm
+from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 

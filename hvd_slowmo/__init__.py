@@ -10,7 +10,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.version import __version__
 
 if TYPE_CHECKING:
-    from hvd_slowmo.parameter_map import ParameterMap
+    from hvd_slowmo.wire.parameter_map import ParameterMap
 
 __all__ = ["ParameterMap", "SlowMoConfig", "__version__"]
 
@@ -18,7 +18,7 @@ __all__ = ["ParameterMap", "SlowMoConfig", "__version__"]
 def __getattr__(name: str) -> Any:
     """ParameterMap, at first use: it needs NumPy, and `hvd-slowmo doctor` must run without it."""
     if name == "ParameterMap":
-        from hvd_slowmo.parameter_map import ParameterMap
+        from hvd_slowmo.wire.parameter_map import ParameterMap
 
         return ParameterMap
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

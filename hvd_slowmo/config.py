@@ -13,7 +13,7 @@ GRADIENTS = ("local", "node", "all")
 NONFINITE = ("raise", "exclude")
 BASES = ("local", "sgp", "dpsgd")
 TOPOLOGIES = ("exponential", "bipartite", "complete", "ring", "full", "star")
-"""The names in `hvd_slowmo.graphs`, which needs NumPy; settings do without."""
+"""The names in `hvd_slowmo.topology.graphs`, which needs NumPy; settings do without."""
 _FUNCTION = "function "
 
 

@@ -9,10 +9,11 @@ if keras.config.backend() != "tensorflow":
     )
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.parameter_map import ParameterMap
-from hvd_slowmo.results import Joined, Metrics
+from hvd_slowmo.core.join import Joined
+from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callback import SlowMoCallback
-from hvd_slowmo_tf.comm import workers
+from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.optimizer import SlowMo
 
 init = workers.init

@@ -1,9 +1,10 @@
 """The PyTorch door: `import hvd_slowmo.torch as slowmo`."""
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.parameter_map import ParameterMap
-from hvd_slowmo.results import Joined, Metrics
-from hvd_slowmo_torch.comm import workers
+from hvd_slowmo.core.join import Joined
+from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_torch.horovod import workers
 from hvd_slowmo_torch.optimizer import SlowMo
 
 init = workers.init

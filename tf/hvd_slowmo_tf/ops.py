@@ -1,4 +1,4 @@
-"""`hvd_slowmo.ops.Ops` in a TensorFlow trace.
+"""`hvd_slowmo.core.ops.Ops` in a TensorFlow trace.
 
 A trace can't raise ValueError nor log. What is wrong or worth a warning is kept in variables, and told in plain words
 where Python runs again: `explained` around a call, `Notes.tell` after it.
@@ -84,7 +84,7 @@ class TracedOps:
 
     def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str], guarded: T) -> T:
         self._complaint.describe, self._complaint.always = describe, True
-        words = f"{self.name}: the workers can't go on; a row per worker (see hvd_slowmo/ledger.py):"
+        words = f"{self.name}: the workers can't go on; a row per worker (see hvd_slowmo/core/ledger.py):"
 
         def fail() -> Any:
             with tf.control_dependencies([self._complaint.keep(table)]):

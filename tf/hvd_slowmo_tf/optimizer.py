@@ -13,24 +13,25 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from hvd_slowmo import snapshot
-from hvd_slowmo.base_state import Carried
-from hvd_slowmo.comm import Comm, SoloComm
+from hvd_slowmo.checkpoint import job as snapshot
+from hvd_slowmo.checkpoint.inner_state import Carried
+from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.gossip import Graph, agreed_graph
-from hvd_slowmo.parameter_map import ParameterMap
-from hvd_slowmo.results import Joined, Metrics
-from hvd_slowmo.starting import Groups
-from hvd_slowmo.topology import consecutive_nodes
-from hvd_slowmo_tf.arguments import check_inner, check_settings, check_together, refuse_strategies
-from hvd_slowmo_tf.comm import workers
-from hvd_slowmo_tf.engine import Engine, once
-from hvd_slowmo_tf.inner import Inner
-from hvd_slowmo_tf.joining import make_join
-from hvd_slowmo_tf.planning import entries_of, lay_out, mapped, parts_of
-from hvd_slowmo_tf.snapshot import KerasSide
-from hvd_slowmo_tf.start import Prepared, start
-from hvd_slowmo_tf.state import State
+from hvd_slowmo.core.join import Joined
+from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.mixing import Graph, agreed_graph
+from hvd_slowmo.core.startup import Groups
+from hvd_slowmo.topology.checks import consecutive_nodes
+from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_tf.checkpoint import KerasSide
+from hvd_slowmo_tf.checks import check_inner, check_settings, check_together, refuse_strategies
+from hvd_slowmo_tf.horovod import workers
+from hvd_slowmo_tf.inner_optimizer import Inner
+from hvd_slowmo_tf.layout import entries_of, lay_out, mapped, parts_of
+from hvd_slowmo_tf.startup import Prepared, start
+from hvd_slowmo_tf.traced_join import make_join
+from hvd_slowmo_tf.traced_step import Engine, once
+from hvd_slowmo_tf.variables import State
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="SlowMo")
@@ -93,7 +94,7 @@ class SlowMo(keras.optimizers.Optimizer):
     def over(
         cls, comm: Comm, inner_optimizer: Any, config: SlowMoConfig, *, node: Comm | None = None, **settings: Any
     ) -> SlowMo:
-        """As the constructor, over any `hvd_slowmo.comm.Comm` on tensors of a trace.
+        """As the constructor, over any `hvd_slowmo.comm.protocol.Comm` on tensors of a trace.
 
         node: the workers of this one's node, for gradients="node".
         """

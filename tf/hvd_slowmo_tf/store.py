@@ -7,14 +7,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_slowmo.layout import Chunk
-from hvd_slowmo.wire import View
-from hvd_slowmo_tf.inner import Inner
-from hvd_slowmo_tf.planning import Place, Plan, native
+from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.wire.views import View
+from hvd_slowmo_tf.inner_optimizer import Inner
+from hvd_slowmo_tf.layout import Place, Plan, native
 
 
 class TfStore:
-    """`hvd_slowmo.machine.Store` on Keras variables.
+    """`hvd_slowmo.core.machine.Store` on Keras variables.
 
     No variable is ever assigned in part: from then on TensorFlow would copy the whole of it whenever it is read, by the
     model's layers too. Stretches are kept until all of a variable are there; until then it has its old values.

@@ -1,11 +1,11 @@
-"""The outer update in place: fewer passes over memory of `hvd_slowmo.outer.outer_update`, which is its oracle."""
+"""The outer update in place: fewer passes over memory of the core's `outer_update`, which is its oracle."""
 
 from __future__ import annotations
 
 import torch
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.outer import Momentum, outer_update
+from hvd_slowmo.core.outer_update import Momentum, outer_update
 
 
 def outer_update_(

@@ -13,29 +13,30 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hvd_slowmo import snapshot
-from hvd_slowmo.base_state import Carried
-from hvd_slowmo.comm import Comm, MeteredComm
+from hvd_slowmo.checkpoint import job as snapshot
+from hvd_slowmo.checkpoint.inner_state import Carried
+from hvd_slowmo.comm.protocol import Comm, MeteredComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.gossip import Graph, agreed_graph
-from hvd_slowmo.gradients import Attendance, GradientMean
-from hvd_slowmo.handshake import agreed
-from hvd_slowmo.joining import catch_up, take_part
-from hvd_slowmo.machine import Machine, Observed, Progress
-from hvd_slowmo.ops import EagerOps
-from hvd_slowmo.parameter_map import ParameterMap
-from hvd_slowmo.results import Joined, Metrics, metrics_of
-from hvd_slowmo.starting import Groups, Position, facts_of, meet
-from hvd_slowmo.wire import WireEntry
-from hvd_slowmo_torch import checkpoint
+from hvd_slowmo.core.gradient_average import Attendance, GradientMean
+from hvd_slowmo.core.handshake import agreed
+from hvd_slowmo.core.join import Joined, catch_up, take_part
+from hvd_slowmo.core.machine import Machine
+from hvd_slowmo.core.metrics import Metrics, metrics_of
+from hvd_slowmo.core.mixing import Graph, agreed_graph
+from hvd_slowmo.core.ops import EagerOps
+from hvd_slowmo.core.progress import Observed, Progress
+from hvd_slowmo.core.startup import Groups, Position, facts_of, meet
+from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo_torch import state_dict as checkpoint
 from hvd_slowmo_torch.amp import scaled_step
-from hvd_slowmo_torch.arguments import check_base, check_types
-from hvd_slowmo_torch.backward import BackwardMean
-from hvd_slowmo_torch.comm import workers
+from hvd_slowmo_torch.checkpoint import TorchSide
+from hvd_slowmo_torch.checks import check_base, check_types
 from hvd_slowmo_torch.fast import outer_update_
-from hvd_slowmo_torch.planning import Plan, entries_of, groups_of, lay_out
-from hvd_slowmo_torch.snapshot import TorchSide
-from hvd_slowmo_torch.start import hand_out_rest, hand_over
+from hvd_slowmo_torch.gradient_hooks import BackwardMean
+from hvd_slowmo_torch.horovod import workers
+from hvd_slowmo_torch.layout import Plan, entries_of, groups_of, lay_out
+from hvd_slowmo_torch.startup import hand_out_rest, hand_over
 from hvd_slowmo_torch.store import TorchStore
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
@@ -103,7 +104,7 @@ class SlowMo(Optimizer):
         metrics: bool = False,
         parameter_map: ParameterMap | None = None,
     ) -> SlowMo:
-        """As the constructor, over any `hvd_slowmo.comm.Comm`: workers as threads, or a transport of one's own.
+        """As the constructor, over any `Comm`: workers as threads, or a transport of one's own.
 
         node: the workers of this one's node, for gradients="node".
         """
@@ -531,7 +532,7 @@ class SlowMo(Optimizer):
         every rank the parameters of rank 0.
 
         Raises:
-            ValueError: it does not fit; nothing was changed. See `hvd_slowmo_torch.checkpoint.check`.
+            ValueError: it does not fit; nothing was changed. See `hvd_slowmo_torch.state_dict.check`.
         """
         self._refuse_within_average("load_state_dict()")
         state_dict = state_dict.copy()

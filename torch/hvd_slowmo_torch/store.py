@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hvd_slowmo.layout import Chunk, Segment
-from hvd_slowmo_torch import base as base_state
-from hvd_slowmo_torch.planning import Plan
+from hvd_slowmo.core.layout import Chunk, Segment
+from hvd_slowmo_torch import inner_optimizer as base_state
+from hvd_slowmo_torch.layout import Plan
 
 
 class TorchStore:
-    """`hvd_slowmo.machine.Store` on PyTorch tensors. Call it under torch.no_grad()."""
+    """`hvd_slowmo.core.machine.Store` on PyTorch tensors. Call it under torch.no_grad()."""
 
     def __init__(self, plan: Plan, base: Optimizer, vectors: tuple[str, ...]) -> None:
         self.layout = plan.layout

@@ -1,0 +1,1 @@
+"""Checkpoints of a whole job, in files that every framework reads."""

@@ -1,0 +1,1 @@
+"""The `hvd-slowmo` command: a file per subcommand."""

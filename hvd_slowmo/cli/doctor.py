@@ -1,0 +1,37 @@
+"""The subcommand `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from hvd_slowmo.installer.doctor import Level, examine
+
+
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `doctor` to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is installed, and what keeps it from training",
+        description="Examines the frameworks and Horovod of this environment. The exit status is 1 if a user could not "
+        "train here, and 0 otherwise.",
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    problems = warnings = 0
+    for finding in examine(os.environ):
+        problems += finding.level is Level.PROBLEM
+        warnings += finding.level is Level.WARNING
+        first, *more = [*finding.text.splitlines(), *([f"Cure: {finding.cure}"] if finding.cure else [])]
+        print(f"{finding.level.value:<8} {first}")
+        for line in more:
+            print(f"{'':<8} {line}")
+        sys.stdout.flush()
+    if problems:
+        print(f"\nProblems: {problems}. Training would not work here until they are cured.")
+        return 1
+    print("\nTraining works here." + (f" Warnings: {warnings}." if warnings else ""))
+    return 0

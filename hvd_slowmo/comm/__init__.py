@@ -1,0 +1,1 @@
+"""Collectives: the protocol that the core needs, threads as workers, and Horovod."""

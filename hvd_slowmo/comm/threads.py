@@ -1,0 +1,147 @@
+"""Threads as workers: many workers in one process, stricter than Horovod."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from hvd_slowmo.comm.protocol import Comm
+
+T = TypeVar("T")
+
+
+class WorldError(RuntimeError):
+    """The workers of a ThreadWorld did not do the same, or one of them failed; raised on every worker."""
+
+
+class ThreadWorld:
+    """m workers as threads of one process.
+
+    Stricter than Horovod: every worker must start the same collectives in the same order, with the same names, shapes
+    and types. The first difference, a worker that fails and a worker that ends while others wait all raise WorldError
+    on every worker that takes part in a collective from then on: nothing ever hangs.
+
+    Args:
+        size: number of workers, m >= 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"`size` must be a positive integer. Received: size={size!r}")
+        self.size = size
+        self._changed = threading.Condition()
+        self._rounds: dict[int, dict[int, tuple[tuple[Any, ...], Any]]] = {}  # number of the collective -> by rank
+        self._taken: dict[int, int] = {}  # how many workers have read a round's result
+        self._counts = [0] * size  # collectives that each worker has started
+        self._ended: dict[int, str] = {}
+        self._failure: str | None = None
+
+    def run(self, work: Callable[[Comm], T], *, return_exceptions: bool = False) -> list[T | BaseException]:
+        """work(comm) on every worker at once; the results by rank.
+
+        Raises:
+            The error that came first, unless return_exceptions=True: then errors stand in their worker's place.
+        """
+        results: list[Any] = [None] * self.size
+        errors: list[tuple[int, BaseException]] = []
+
+        def worker(rank: int) -> None:
+            ending = "ended"
+            try:
+                results[rank] = work(self.member(rank))
+            except BaseException as error:  # whatever a worker's code raises must reach the caller, not a thread's log
+                results[rank] = error
+                errors.append((rank, error))
+                ending = f"failed with {type(error).__name__}: {error}"
+            with self._changed:
+                self._ended[rank] = ending
+                self._changed.notify_all()
+
+        threads = [threading.Thread(target=worker, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors and not return_exceptions:
+            raise errors[0][1]
+        return results
+
+    def member(self, rank: int) -> Comm:
+        """The Comm of one worker, for worlds beside the one that runs: the workers of a node, say."""
+        return _ThreadComm(self, rank)
+
+    def submit(self, rank: int, signature: tuple[Any, ...], item: Any) -> int:
+        """Enter a worker's next collective; returns its number."""
+        with self._changed:
+            number = self._counts[rank]
+            self._counts[rank] += 1
+            entries = self._rounds.setdefault(number, {})
+            for other, (expected, _) in sorted(entries.items()):
+                if signature != expected and self._failure is None:
+                    (a, its), (b, theirs) = sorted([(other, expected), (rank, signature)])
+                    self._failure = f"collective {number}: rank {a} started {_spell(its)}, rank {b} {_spell(theirs)}"
+            entries[rank] = (signature, item)
+            self._changed.notify_all()
+            return number
+
+    def collect(self, number: int) -> list[Any]:
+        """All workers' items of a collective, by rank, once all have come."""
+        with self._changed:
+            entries = self._rounds[number]
+
+            def over() -> bool:
+                return bool(self._failure) or len(entries) == self.size or any(r not in entries for r in self._ended)
+
+            self._changed.wait_for(over)
+            if self._failure is None and len(entries) < self.size:
+                rank = next(r for r in sorted(self._ended) if r not in entries)
+                name = next(iter(entries.values()))[0]
+                self._failure = f"rank {rank} {self._ended[rank]} while others wait in {_spell(name)}"
+                self._changed.notify_all()
+            if self._failure is not None:
+                raise WorldError(self._failure)
+            self._taken[number] = self._taken.get(number, 0) + 1
+            if self._taken[number] == self.size:
+                del self._rounds[number], self._taken[number]
+            return [entries[rank][1] for rank in range(self.size)]
+
+
+def _spell(signature: tuple[Any, ...]) -> str:
+    return " ".join(str(part) for part in signature)
+
+
+class _ThreadComm:
+    """One worker's end of a ThreadWorld."""
+
+    def __init__(self, world: ThreadWorld, rank: int) -> None:
+        self._world = world
+        self.rank = rank
+        self.size = world.size
+        self.ranks = range(world.size)
+
+    def start_sum(self, name: str, x: Any) -> tuple[int, Any]:
+        # A copy, as on a network: a worker that writes to x too early must not change what the others see.
+        return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0), x
+
+    def start_push(self, name: str, x: Any, weights: Any) -> tuple[int, Any]:
+        sent = [x * float(weight) if weight else None for weight in weights]
+        return self._world.submit(self.rank, ("push", repr(name), tuple(x.shape), str(x.dtype)), (sent, x * 0)), None
+
+    def wait(self, handle: tuple[int, Any]) -> Any:
+        number, x = handle
+        parts = self._world.collect(number)
+        if x is None:  # what each worker has sent to this one
+            came = [sent[self.rank] for sent, _ in parts if sent[self.rank] is not None]
+            return sum(came, start=parts[self.rank][1])
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        x[...] = total  # in place, as Horovod's: who uses the memory of x too early must be found out
+        return x
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        # As bytes, as on a network: what a worker does to its item later must not reach the others.
+        number = self._world.submit(self.rank, ("gather", repr(name)), pickle.dumps(item))
+        return [pickle.loads(sent) for sent in self._world.collect(number)]

@@ -1,0 +1,1 @@
+"""The algorithm, once, on any framework."""

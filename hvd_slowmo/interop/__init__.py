@@ -1,0 +1,1 @@
+"""What needs both frameworks: comparing and copying models."""

@@ -1,0 +1,1 @@
+"""Gossip topologies and push-sum weights: linear algebra on small arrays."""

@@ -1,0 +1,1 @@
+"""How a framework's tensors become those that travel, and which is which in another framework."""

@@ -1,0 +1,73 @@
+"""Horovod as the core's `Comm`, within TensorFlow's traces.
+
+Tensors travel under the names that horovod.torch gives them. TensorFlow has names in a tf.function only, and there the
+node's, without the scopes around it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_slowmo.comm.horovod import Link, Workers
+
+
+class HorovodComm:
+    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted."""
+
+    def __init__(self, process_set: Any) -> None:
+        import horovod.tensorflow as hvd
+
+        self._hvd = hvd
+        self._set = process_set
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
+        self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
+        self.link = Link(hvd.rank())
+        self._gathers: dict[str, Any] = {}  # per name, what gathers under it
+
+    def start_sum(self, name: str, x: Any) -> Any:
+        options = {"op": self._hvd.Sum, "process_set": self._set, "ignore_name_scope": True}
+        return self._hvd.allreduce(x, name=f"allreduce.{name}", **options)
+
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
+        shares = tf.boolean_mask(weights, weights > 0)
+        sent = tf.reshape(tf.cast(shares, x.dtype)[:, tf.newaxis] * x, [-1])
+        splits = tf.cast(weights > 0, tf.int32) * x.shape[0]
+        options = {"process_set": self._set, "ignore_name_scope": True}
+        came, _ = self._hvd.alltoall(sent, splits, name=f"alltoall.{name}", **options)
+        return tf.reduce_sum(tf.reshape(came, [-1, x.shape[0]]), axis=0)
+
+    def wait(self, handle: Any) -> Any:
+        return handle
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        self.link.refuse_if_broken()
+        sent = np.frombuffer(pickle.dumps(item), dtype=np.uint8)
+        lengths = self._gathered(f"{name}.length", np.array([len(sent)], dtype=np.int64))
+        everything = self._gathered(name, sent)
+        return [pickle.loads(part.tobytes()) for part in np.split(everything, np.cumsum(lengths)[:-1])]
+
+    def _gathered(self, name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        def gather(x: Any) -> Any:
+            options = {"process_set": self._set, "ignore_name_scope": True}
+            return self._hvd.allgather(x, name=f"allgather.{name}", **options)
+
+        if name not in self._gathers:
+            # Without get_concrete_function TensorFlow would warn: a function of many names looks like one that is
+            # traced at every call.
+            traced = tf.function(gather, input_signature=[tf.TensorSpec([None], values.dtype)], autograph=False)
+            self._gathers[name] = traced.get_concrete_function()
+        try:
+            result: np.ndarray[Any, Any] = self._gathers[name](tf.constant(values)).numpy()
+        except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
+            raise self.link.explain(error) from error
+        return result
+
+
+workers = Workers("horovod.tensorflow", "TensorFlow", "hvd_slowmo.tf", HorovodComm)

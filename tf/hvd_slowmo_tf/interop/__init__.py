@@ -1,0 +1,1 @@
+"""A Keras model as other frameworks see it."""

@@ -1,0 +1,163 @@
+"""In which order the features of each tensor of a Keras graph stand, compared with PyTorch's.
+
+Keras keeps the channels of a feature map last and PyTorch first, so a flattened one has another order, and with it the
+rows of the kernel that takes it. Orders are followed through the graph of a Sequential or functional model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from hvd_slowmo_tf.interop import layer_types as kinds
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a tensor's elements.
+
+    kind: "same" as PyTorch's; "channels": a feature map, which PyTorch has channels first; "flat": a flattened feature
+        map of shape `dims`, channels last; "axes": of several axes whose order in PyTorch is not known, the last one
+        the same; "unknown": nothing is known, for the reason `why`.
+    """
+
+    kind: str
+    dims: tuple[int, ...] = ()
+    why: str = ""
+
+
+SAME, CHANNELS, AXES = Order("same"), Order("channels"), Order("axes")
+_HIDDEN = Order("unknown", why="they may be a flattened feature map, and in a subclassed model that can't be found out")
+
+
+def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
+    """Write into `orders`, per id of a layer, the order of what it takes at each of its calls.
+
+    Layers within models without a graph (subclassed ones) are left out.
+
+    Returns:
+        The orders of the model's outputs; nothing for a model without a graph.
+    """
+    graph = kinds.graph(model)
+    if graph is not None:
+        return _through(graph, input_orders(graph), orders)
+    has_maps = any(isinstance(layer, (*kinds.SPATIAL, keras.layers.Flatten)) for layer in model._flatten_layers())
+    for layer in kinds.children(model):
+        inner = kinds.graph(layer)
+        if inner is not None:
+            given = [
+                _HIDDEN if has_maps and len(tensor.shape) == 2 else order
+                for tensor, order in zip(inner._inputs, input_orders(inner), strict=True)
+            ]
+            _through(inner, given, orders)
+        else:
+            follow(layer, orders)
+    return []
+
+
+def input_orders(graph: Any) -> list[Order]:
+    """The orders of a graph's inputs, by the layers that take them.
+
+    Without one that says it, a batch of images has channels, and three axes may be a sequence or a feature map.
+    """
+    orders = []
+    for tensor in graph._inputs:
+        rank = len(tensor.shape)
+        guess = SAME if rank <= 2 else AXES if rank == 3 else CHANNELS
+        orders.append((_by_takers(graph, tensor) or guess) if rank > 2 else guess)
+    return orders
+
+
+def feature_maps(model: Any) -> tuple[list[bool], list[bool]]:
+    """Which inputs and outputs are feature maps, channels first in PyTorch; nothing for models without a graph."""
+    graph = kinds.graph(model)
+    inputs = input_orders(graph) if graph is not None else []
+    return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {})]
+
+
+def _by_takers(graph: Any, tensor: Any) -> Order | None:
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            place = next((n for n, given in enumerate(node.input_tensors) if given is tensor), None)
+            if node.is_input or place is None:
+                continue
+            inner = kinds.graph(node.operation)
+            if inner is not None:
+                found = _by_takers(inner, inner._inputs[place])
+            elif isinstance(node.operation, kinds.SPATIAL):
+                return CHANNELS if node.operation.data_format == "channels_last" else SAME
+            elif isinstance(node.operation, kinds.OF_SEQUENCES):
+                return SAME
+            else:
+                elementwise = isinstance(node.operation, kinds.ELEMENTWISE)
+                found = _by_takers(graph, node.outputs[0]) if elementwise else None
+            if found is not None:
+                return found
+    return None
+
+
+def _through(graph: Any, inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
+    known = {id(tensor): order for tensor, order in zip(graph._inputs, inputs, strict=True)}
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input:
+                continue
+            given = [known.get(id(tensor), SAME) for tensor in node.input_tensors]
+            shapes = [tuple(tensor.shape) for tensor in node.input_tensors]
+            orders.setdefault(id(node.operation), []).append(given[0])
+            inner = kinds.graph(node.operation)
+            if inner is not None:
+                results = _through(inner, given, orders)
+            else:
+                results = [_after(node.operation, given, shapes)] * len(node.outputs)
+            known.update({id(tensor): order for tensor, order in zip(node.outputs, results, strict=True)})
+    return [known.get(id(tensor), SAME) for tensor in graph._outputs]
+
+
+def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) -> Order:
+    """The order of what an operation gives."""
+    order, shape = given[0], shapes[0]
+    name = type(operation).__name__
+    if isinstance(operation, kinds.SPATIAL):
+        return CHANNELS if operation.data_format == "channels_last" else SAME
+    if isinstance(operation, kinds.OF_SEQUENCES) or name.startswith("Global"):
+        return SAME
+    if isinstance(operation, (keras.layers.Dense, keras.layers.EinsumDense)):
+        return order if len(shape) > 2 else SAME
+    if isinstance(operation, kinds.ELEMENTWISE) or name in kinds.ELEMENTWISE_OPERATIONS:
+        return order if all(each == order for each in given) else _lost(operation, "its inputs have several orders")
+    if isinstance(operation, keras.layers.Concatenate):
+        last = operation.axis in (-1, len(shape) - 1)
+        kept = all(each == order for each in given) and order.kind in ("same", "channels", "axes")
+        return order if kept and (last or order.kind != "channels") else _lost(operation, "it joins feature maps")
+    if isinstance(operation, keras.layers.Flatten):
+        if operation.data_format == "channels_first" and order == SAME and len(shape) > 2:
+            return _flat((*shape[2:], shape[1]))  # Keras puts the channels last first
+        return _flattened(operation, order, shape)
+    if isinstance(operation, keras.layers.Reshape) and len(operation.target_shape) == 1:
+        return _flattened(operation, order, shape)
+    if isinstance(operation, keras.layers.Reshape) and order == SAME:
+        return SAME
+    return _lost(operation, "what it does to the order of features is not known")
+
+
+def _flattened(operation: Any, order: Order, shape: tuple[Any, ...]) -> Order:
+    if len(shape) <= 2 or order.kind in ("same", "unknown"):
+        return order
+    if None in shape[1:]:
+        return _lost(operation, f"it flattens a shape that is not fixed, {shape}")
+    if order == AXES and min(math.prod(shape[1:-1]), shape[-1]) > 1:
+        return _lost(operation, f"it flattens {shape[1:]}, which may be a sequence or a feature map")
+    return _flat(shape[1:])
+
+
+def _flat(dims: tuple[int, ...]) -> Order:
+    # With one channel, or of one place, both orders are the same.
+    return SAME if dims[-1] == 1 or math.prod(dims[:-1]) == 1 else Order("flat", tuple(dims))
+
+
+def _lost(operation: Any, why: str) -> Order:
+    return Order("unknown", why=f"{type(operation).__name__} {operation.name!r} comes before: {why}")

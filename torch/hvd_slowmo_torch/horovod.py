@@ -1,0 +1,103 @@
+"""Horovod as the core's `Comm`."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hvd_slowmo.comm.horovod import Link, Workers
+from hvd_slowmo_torch.host_staging import CudaCopies, Outbox, Sum
+
+# Between two looks at an unfinished collective. Horovod's own `synchronize` looks without a pause and takes the core
+# that its communication thread, or another worker on a full machine, needs; see benchmarks/waiting.py.
+_PAUSE_S = 0.0002
+
+
+class Push(NamedTuple):
+    """A message under way, and others to come."""
+
+    handle: int
+    length: int
+    device: torch.device
+
+
+class HorovodComm:
+    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted."""
+
+    def __init__(self, process_set: Any) -> None:
+        import horovod.torch as hvd
+
+        self._hvd = hvd
+        self._set = process_set
+        # Without NCCL, Horovod takes tensors in host memory only.
+        self._host_only = not hvd.nccl_built()
+        self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
+        self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
+        self._link = Link(hvd.rank())
+
+    def start_sum(self, name: str, x: torch.Tensor) -> Sum:
+        self._link.refuse_if_broken()
+        return self._outbox.put(name, x)
+
+    def start_push(self, name: str, x: torch.Tensor, weights: Any) -> Push:
+        self._link.refuse_if_broken()
+        # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
+        shares = [x * float(weight) for weight in weights if weight]
+        sent = torch.cat(shares) if len(shares) > 1 else shares[0] if shares else x[:0]
+        splits = torch.tensor([len(x) if weight else 0 for weight in weights], dtype=torch.int32)
+        if self._host_only:
+            sent = sent.cpu()
+        handle = self._begun(self._hvd.alltoall_async, sent, splits, name=name)
+        return Push(handle, len(x), x.device)
+
+    def wait(self, handle: Sum | Push) -> torch.Tensor:
+        if isinstance(handle, Push):
+            came: torch.Tensor = self._finish(handle.handle)[0].view(-1, handle.length)
+            return (came[0] if len(came) == 1 else came.sum(dim=0)).to(handle.device)
+        self._outbox.advance()
+        while handle.handle is None:  # its copy to host memory is under way
+            time.sleep(_PAUSE_S)
+            self._outbox.advance()
+        self._finish(handle.handle)
+        return self._outbox.take(handle)
+
+    def _submit(self, name: str, x: torch.Tensor) -> Any:
+        self._link.refuse_if_broken()
+        return self._begun(self._hvd.allreduce_async_, x, op=self._hvd.Sum, name=name)
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        self._link.refuse_if_broken()
+        sent = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        length = torch.tensor([len(sent)], dtype=torch.int64)
+        lengths = self._finish(self._hvd.allgather_async(length, name=f"{name}.length", process_set=self._set))
+        everything = self._finish(self._hvd.allgather_async(sent, name=name, process_set=self._set))
+        return [pickle.loads(part.numpy().tobytes()) for part in torch.split(everything, lengths.tolist())]
+
+    def _begun(self, begin: Callable[..., int], *tensors: torch.Tensor, **options: Any) -> int:
+        """A handle. Horovod may have noticed already that another worker is gone."""
+        from horovod.common.exceptions import HorovodInternalError
+
+        try:
+            return begin(*tensors, **options, process_set=self._set)
+        except HorovodInternalError as error:
+            raise self._link.explain(error) from error
+
+    def _finish(self, pending: int) -> Any:
+        from horovod.common.exceptions import HorovodInternalError
+
+        try:
+            while not self._hvd.poll(pending):
+                self._outbox.advance()
+                time.sleep(_PAUSE_S)
+            return self._hvd.synchronize(pending)
+        except HorovodInternalError as error:
+            raise self._link.explain(error) from error
+
+
+workers = Workers("horovod.torch", "PyTorch", "hvd_slowmo.torch", HorovodComm)

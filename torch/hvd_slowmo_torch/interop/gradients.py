@@ -1,0 +1,39 @@
+"""PyTorch's half of `hvd_slowmo.interop.compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo_torch.interop.weights import read_torch
+
+Array = NDArray[Any]
+
+
+def outputs_and_gradients(
+    model: Any, entries: Sequence[WireEntry], inputs: Sequence[Array], seed: int
+) -> tuple[Array, Array, dict[str, Array]]:
+    """The outputs of a batch, random weights of their shape, and the gradients of the sum that these make of them.
+
+    Mode and gradients of the model are afterwards as they were.
+    """
+    was_training = model.training
+    model.eval()
+    before = {name: p.grad for name, p in model.named_parameters()}
+    try:
+        model.zero_grad(set_to_none=True)
+        outputs = model(*map(torch.from_numpy, inputs))
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs  # recurrent layers give their states too
+        weights = np.random.default_rng(seed).standard_normal(tuple(outputs.shape)).astype(str(outputs.dtype)[6:])
+        (outputs * torch.from_numpy(weights)).sum().backward()
+        gradients = read_torch(model, entries, gradients=True)
+    finally:
+        model.train(was_training)
+        for name, p in model.named_parameters():
+            p.grad = before[name]
+    return outputs.detach().numpy(), weights, gradients
