@@ -1,20 +1,31 @@
-"""What a user can set: one frozen dataclass, its checks, and the field's named methods as presets."""
+"""Settings: one frozen dataclass, its checks, and the field's named methods as presets."""
 
 from __future__ import annotations
 
 import math
 import operator
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-BUFFERS = ("maintain", "reset", "average")
-GRADIENTS = ("local", "node", "all")
-NONFINITE = ("raise", "exclude")
-BASES = ("local", "sgp", "dpsgd")
-TOPOLOGIES = ("exponential", "bipartite", "complete", "ring", "full", "star")
-"""The names in `hvd_slowmo.topology.graphs`, which needs NumPy; settings do without."""
-_FUNCTION = "function "
+from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip, Topology
+
+InnerState = Literal["maintain", "reset", "average"]
+Gradients = Literal["local", "node", "all"]
+Nonfinite = Literal["raise", "exclude"]
+
+# Names under which users of other libraries may look for a setting.
+_OTHER_NAMES = {
+    "base": "gossip=SGP(...) or gossip=DPSGD(...)",
+    "topology": "gossip=SGP(topology=...) or gossip=DPSGD(topology=...)",
+    "overlap": "gossip=SGP(overlap=True)",
+    "buffers": "inner_state",
+    **dict.fromkeys(("period", "sync_every", "local_steps", "slowmo_frequency", "slowmo_freq", "H"), "tau"),
+    **dict.fromkeys(("lr", "slow_lr", "outer_lr", "slowmo_lr", "block_lr"), "alpha"),
+    **dict.fromkeys(("momentum", "slow_momentum", "slowmo_factor", "slowmo_momentum", "block_momentum"), "beta"),
+    "start_localSGD_iter": "warmup_steps",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,28 +37,30 @@ class SlowMoConfig:
         alpha: slow learning rate, > 0 (the paper: 1).
         beta: slow momentum, in [0, 1) (the paper: 0.4 to 0.8).
         nesterov: Nesterov form of the outer step (BMUF, DiLoCo); Algorithm 1 itself has none.
-        scale_by_lr: carry the momentum in units of the base optimizer's rate, as Algorithm 1 does (line 7 divides by
+        scale_by_lr: carry the momentum in units of the inner learning rate, as Algorithm 1 does (line 7 divides by
             gamma). False: heavy-ball momentum on the outer gradient, whatever the rate does (BMUF, DiLoCo).
-        buffers: what happens to the base optimizer's buffers when a block begins (Algorithm 1, line 2): "maintain",
+        inner_state: treatment of the inner optimizer's state when a block begins (Algorithm 1, line 2): "maintain",
             "reset" (as before the first step) or "average" (over the workers).
-        base: what happens to parameters between outer steps: "local" (nothing), "sgp" (stochastic gradient push) or
-            "dpsgd": workers mix theirs with some others' after every step (gossip).
-        topology: over a gossip base, who sends to whom: a name (see `hvd_slowmo.topology`), an array (period, m, m) or
-            (m, m), or a function of m that returns one. None: "exponential" for SGP; for D-PSGD "bipartite", or "ring"
-            where m is odd. With gradients="node" m is the number of nodes.
-        overlap: over "sgp": what is sent at a step is mixed one step later, while computation goes on (OSGP).
-        average: False, over a gossip base: each worker takes outer steps of its own, from its own parameters
-            (noaverage).
-        gradients: over whom gradients are averaged at every step: "local" (nobody), "node" (the workers of one machine;
-            the paper's workers are such nodes) or "all" (every worker: AR-SGD).
-        warmup_steps: so many first steps average the gradients of all workers and take no outer step. The first block
-            begins after them.
+        gossip: mixing of parameters between outer steps: None (Local SGD), `SGP(...)` or `DPSGD(...)`.
+        average: average the parameters at every outer step (Algorithm 1, line 6). False, with gossip only: each worker
+            takes the outer step from its own parameters (noaverage).
+        gradients: average gradients at every step over nobody ("local"), over the workers of one machine ("node"; the
+            paper's workers are such nodes) or over all workers ("all": AR-SGD).
+        warmup_steps: number of first steps, >= 0, that average the gradients of all workers and take no outer step.
+            The first block begins after them.
+        nonfinite: reaction to parameters that are not finite on some worker: "raise" a ValueError on every worker, or
+            "exclude" that worker from the average; it then takes the others' result.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of its range; the message says what was received.
 
     Warns:
         UserWarning: a setting that can have no effect beside the others.
+
+    Example:
+        >>> config = SlowMoConfig(tau=12, beta=0.5, inner_state="reset", warmup_steps=100)
+        >>> config.vectors
+        ('anchor', 'v')
     """
 
     tau: int | None = 12
@@ -55,60 +68,59 @@ class SlowMoConfig:
     beta: float = 0.5
     nesterov: bool = False
     scale_by_lr: bool = True
-    buffers: str = "maintain"
-    base: str = "local"
-    topology: Any = None
-    overlap: bool = False
+    inner_state: InnerState = "maintain"
+    gossip: Gossip | None = None
     average: bool = True
-    gradients: str = "local"
+    gradients: Gradients = "local"
     warmup_steps: int = 0
-    nonfinite: str = "raise"
+    nonfinite: Nonfinite = "raise"
+
+    def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
+        """Refuse a setting that other libraries know by another name, and say which one it is here."""
+        for name in settings.keys() & _OTHER_NAMES.keys():
+            raise TypeError(f"SlowMoConfig has no setting `{name}`. Use {_OTHER_NAMES[name]}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.tau is not None:
             self._set("tau", _integer("tau", self.tau, 1, "a positive integer or None"))
         self._set("alpha", _real("alpha", self.alpha, lambda a: a > 0, "a finite number > 0"))
         self._set("beta", _real("beta", self.beta, lambda b: 0 <= b < 1, "a number in [0, 1)"))
-        for name in ("nesterov", "scale_by_lr", "overlap", "average"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` must be True or False. Received: {name}={getattr(self, name)!r}")
-        _one_of("buffers", self.buffers, BUFFERS)
-        _one_of("base", self.base, BASES)
-        _one_of("gradients", self.gradients, GRADIENTS)
-        _one_of("nonfinite", self.nonfinite, NONFINITE)
+        for name in ("nesterov", "scale_by_lr", "average"):
+            _check_flag(name, getattr(self, name))
+        _one_of("inner_state", self.inner_state, get_args(InnerState))
+        _one_of("gradients", self.gradients, get_args(Gradients))
+        _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
         self._set("warmup_steps", _integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         self._check_gossip()
-        for complaint in self._without_effect():
-            warnings.warn(complaint, UserWarning, stacklevel=3)
+        for warning in self._without_effect():
+            warnings.warn(warning, UserWarning, stacklevel=3)
 
     def _check_gossip(self) -> None:
-        """Refuse what can't work over this base."""
-        if isinstance(self.topology, str):
-            _known(self.topology)
-        elif not (self.topology is None or callable(self.topology)):
-            self._set("topology", _plain(self.topology))  # settings are compared and stored
-        if self.base == "local":
-            given = {"topology": self.topology is not None, "overlap": self.overlap, "average": not self.average}
-            for name in (name for name, set_ in given.items() if set_):
+        """Refuse settings that can't work with the gossip method, or without one."""
+        if self.gossip is None:
+            if not self.average:
                 raise ValueError(
-                    f"`{name}` is for a gossip base. Received: base='local', {name}={getattr(self, name)!r}. "
-                    "Use base='sgp' or base='dpsgd'."
+                    "`average=False` needs gossip between the outer steps. Received: gossip=None, average=False. "
+                    "Use gossip=SGP() or gossip=DPSGD()."
                 )
             return
-        if self.overlap and self.base == "dpsgd":
-            raise ValueError("`overlap` is for base='sgp' (OSGP): what is late has a weight there, and not in D-PSGD.")
+        if not isinstance(self.gossip, (SGP, DPSGD)):
+            raise TypeError(f"`gossip` must be None, SGP(...) or DPSGD(...). Received: gossip={self.gossip!r}")
         if self.gradients == "all":
             raise ValueError(
-                "gradients='all' keeps all workers equal, and there is nothing to gossip. Received: "
-                f"base={self.base!r}. Use base='local', or gradients='node' for gossip between nodes."
+                "gradients='all' keeps all workers equal, which leaves nothing to gossip. Received: "
+                f"gossip={self.gossip!r}. Use gossip=None, or gradients='node' for gossip between nodes."
             )
         if self.nonfinite == "exclude":
             raise ValueError(
-                f"nonfinite='exclude' can't work over base={self.base!r}: what is not finite has travelled by the time "
-                "the workers meet. Use nonfinite='raise'."
+                f"nonfinite='exclude' can't work with gossip={self.gossip!r}: values that are not finite have "
+                "travelled by the time the workers meet. Use nonfinite='raise'."
             )
-        if not self.average and self.buffers == "average":
-            raise ValueError("average=False exchanges nothing when a block begins: use buffers='maintain' or 'reset'.")
+        if not self.average and self.inner_state == "average":
+            raise ValueError(
+                "average=False exchanges nothing when a block begins: use inner_state='maintain' or 'reset'."
+            )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this stores the normalised value
@@ -116,79 +128,148 @@ class SlowMoConfig:
     def _without_effect(self) -> list[str]:
         if self.tau is None:
             neutral = {"alpha": 1.0, "beta": 0.0}
-            idle = [
+            unused = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "buffers", "average")
+                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:
-                idle.append(f"warmup_steps={self.warmup_steps}")
-            found = [f"tau=None takes no outer step, so {', '.join(idle)} has no effect."] if idle else []
-            if self.gradients != "all" and self.base == "local":
+                unused.append(f"warmup_steps={self.warmup_steps}")
+            found = [f"tau=None takes no outer step, so {', '.join(unused)} has no effect."] if unused else []
+            if self.gradients != "all" and self.gossip is None:
                 among = "workers" if self.gradients == "local" else "nodes"
                 found.append(f"tau=None with gradients={self.gradients!r}: after the warm-up the {among} never meet.")
             return found
-        idle = []
+        unused = []
         if self.beta == 0:
-            idle += ["nesterov=True"] if self.nesterov else []
-            idle += ["scale_by_lr=False"] if not self.scale_by_lr else []
-        return [f"beta=0 carries no momentum, so {' and '.join(idle)} has no effect."] if idle else []
+            unused += ["nesterov=True"] if self.nesterov else []
+            unused += ["scale_by_lr=False"] if not self.scale_by_lr else []
+        return [f"beta=0 carries no momentum, so {' and '.join(unused)} has no effect."] if unused else []
 
     @property
-    def vectors(self) -> tuple[str, ...]:
-        """The vectors that the outer step keeps beside the model: Local SGD needs none, beta = 0 only the anchor."""
+    def vectors(self) -> tuple[Literal["anchor", "v"], ...]:
+        """Names of the vectors that the outer step keeps beside the model.
+
+        Local SGD needs none, beta = 0 only the anchor.
+        """
         if self.tau is None or (self.alpha == 1 and self.beta == 0):
             return ()
         return ("anchor",) if self.beta == 0 else ("anchor", "v")
 
     def facts(self) -> dict[str, Any]:
-        """All settings as plain values, for comparing and storing; a topology that is a function by its name only."""
+        """Return all settings in JSON types, for comparing and storing; a topology function by its name only.
+
+        Example:
+            >>> SlowMoConfig.sgp().facts()["gossip"]
+            {'method': 'sgp', 'topology': None, 'overlap': False}
+        """
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        if callable(self.topology):
-            found["topology"] = f"{_FUNCTION}{getattr(self.topology, '__qualname__', type(self.topology).__name__)}"
+        if self.gossip is not None:
+            found["gossip"] = self.gossip.facts()
         return found
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> SlowMoConfig:
+        """Return the configuration with these `facts()`.
+
+        Raises:
+            ValueError: the facts are of a topology function, of which only the name was stored.
+
+        Example:
+            >>> config = SlowMoConfig.osgp(tau=8)
+            >>> SlowMoConfig.from_facts(config.facts()) == config
+            True
+        """
+        gossip = facts.get("gossip")
+        if gossip is None:
+            return cls(**facts)
+        settings = dict(gossip)
+        method: Any = METHODS[settings.pop("method")]
+        return cls(**{**facts, "gossip": method(**settings)})
 
     # Presets: the table "special cases" of docs/algorithm.md. Each takes any further setting by keyword.
 
     @classmethod
     def local_sgd(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Local SGD (Stich 2019): the plain mean of the parameters every tau steps."""
+        """Return Local SGD (Stich 2019): the plain mean of the parameters every tau steps.
+
+        Example:
+            >>> SlowMoConfig.local_sgd(tau=12).beta
+            0.0
+        """
         return cls(**{"tau": tau, "alpha": 1.0, "beta": 0.0, **settings})
 
     @classmethod
     def bmuf(
         cls, tau: int, block_lr: float = 1.0, block_momentum: float = 0.5, nesterov: bool = False, **settings: Any
     ) -> SlowMoConfig:
-        """Blockwise model-update filtering (Chen and Huo 2016), classical or Nesterov."""
+        """Return blockwise model-update filtering (Chen and Huo 2016), classical or Nesterov.
+
+        Args:
+            tau: inner steps per block.
+            block_lr: the paper's zeta, alpha here.
+            block_momentum: the paper's eta, beta here.
+            nesterov: the Nesterov form.
+
+        Example:
+            >>> SlowMoConfig.bmuf(tau=16, block_momentum=0.9).scale_by_lr
+            False
+        """
         momentum = {"nesterov": nesterov, "scale_by_lr": block_momentum == 0}
         return cls(**{"tau": tau, "alpha": block_lr, "beta": block_momentum, **momentum, **settings})
 
     @classmethod
     def lookahead(cls, tau: int, alpha: float = 0.5, **settings: Any) -> SlowMoConfig:
-        """Lookahead (Zhang et al. 2019): a step of length alpha towards the fast weights; usually on one worker."""
+        """Return Lookahead (Zhang et al. 2019): a step of length alpha towards the fast weights.
+
+        Example:
+            >>> SlowMoConfig.lookahead(tau=5).vectors
+            ('anchor',)
+        """
         return cls(**{"tau": tau, "alpha": alpha, "beta": 0.0, **settings})
 
     @classmethod
     def diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """DiLoCo (Douillard et al. 2023): outer Nesterov SGD(0.7, momentum 0.9) over AdamW, whose state is kept."""
-        paper = {"alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False, "buffers": "maintain"}
+        """Return DiLoCo (Douillard et al. 2023): outer Nesterov SGD(0.7, 0.9) over AdamW with maintained state.
+
+        Example:
+            >>> config = SlowMoConfig.diloco(tau=500)
+            >>> config.alpha, config.beta, config.nesterov
+            (0.7, 0.9, True)
+        """
+        paper = {"alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False, "inner_state": "maintain"}
         return cls(**{"tau": tau, **paper, **settings})
 
     @classmethod
-    def sgp(cls, **settings: Any) -> SlowMoConfig:
-        """Stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo."""
-        return cls(**{"base": "sgp", **cls._alone(settings), **settings})
+    def sgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
+        """Return stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo.
+
+        Example:
+            >>> SlowMoConfig.sgp().tau is None
+            True
+        """
+        return cls(**{"gossip": SGP(topology=topology), **cls._alone(settings), **settings})
 
     @classmethod
-    def osgp(cls, **settings: Any) -> SlowMoConfig:
-        """SGP that overlaps communication with computation: what is sent arrives one step later."""
-        return cls(**{"base": "sgp", "overlap": True, **cls._alone(settings), **settings})
+    def osgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
+        """Return SGP with overlap: each message is mixed one step late and travels beside the computation.
+
+        Example:
+            >>> SlowMoConfig.osgp(tau=48, beta=0.6).gossip
+            SGP(topology=None, overlap=True)
+        """
+        return cls(**{"gossip": SGP(topology=topology, overlap=True), **cls._alone(settings), **settings})
 
     @classmethod
-    def dpsgd(cls, **settings: Any) -> SlowMoConfig:
-        """Decentralized parallel SGD (Lian et al. 2017) alone; with tau=... below SlowMo."""
-        return cls(**{"base": "dpsgd", **cls._alone(settings), **settings})
+    def dpsgd(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
+        """Return decentralized parallel SGD (Lian et al. 2017) alone; with tau=... below SlowMo.
+
+        Example:
+            >>> SlowMoConfig.dpsgd().gossip
+            DPSGD(topology=None)
+        """
+        return cls(**{"gossip": DPSGD(topology=topology), **cls._alone(settings), **settings})
 
     @staticmethod
     def _alone(settings: dict[str, Any]) -> dict[str, Any]:
@@ -196,41 +277,13 @@ class SlowMoConfig:
 
     @classmethod
     def ar_sgd(cls, **settings: Any) -> SlowMoConfig:
-        """AR-SGD: gradients averaged over all workers at every step, no outer step."""
+        """Return AR-SGD: gradients averaged over all workers at every step, no outer step.
+
+        Example:
+            >>> SlowMoConfig.ar_sgd().gradients
+            'all'
+        """
         return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
-
-
-def _known(name: str) -> None:
-    """Refuse what is no topology's name."""
-    if name.startswith(_FUNCTION):
-        raise ValueError(
-            f"these settings were stored with a topology that is a {name}, and only its name was. Make the config "
-            "anew, with the function itself; in Keras load the model with compile=False and compile it again."
-        )
-    if name not in TOPOLOGIES:
-        raise ValueError(
-            f"`topology` must be one of {', '.join(map(repr, TOPOLOGIES))}, an array (period, m, m), or a function of "
-            f"m. Received: topology={name!r}"
-        )
-
-
-def _plain(array: Any) -> tuple[Any, ...]:
-    """An array as nested tuples of numbers."""
-    values = array.tolist() if hasattr(array, "tolist") else array
-
-    def nested(value: Any) -> Any:
-        return tuple(map(nested, value)) if isinstance(value, (list, tuple)) else float(value)
-
-    try:
-        found = nested(values)
-    except (TypeError, ValueError):
-        found = None
-    if not isinstance(found, tuple):
-        raise TypeError(
-            "`topology` must be None, a name, an array of numbers or a function of the number of workers. Received: "
-            f"topology={array!r}"
-        )
-    return found
 
 
 def _integer(name: str, value: Any, least: int, allowed: str) -> int:
@@ -245,7 +298,7 @@ def _integer(name: str, value: Any, least: int, allowed: str) -> int:
     return number
 
 
-def _real(name: str, value: Any, valid: Any, allowed: str) -> float:
+def _real(name: str, value: Any, valid: Callable[[float], bool], allowed: str) -> float:
     if isinstance(value, (bool, str)):
         raise TypeError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
     try:
@@ -255,6 +308,11 @@ def _real(name: str, value: Any, valid: Any, allowed: str) -> float:
     if not (math.isfinite(number) and valid(number)):
         raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
     return number
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

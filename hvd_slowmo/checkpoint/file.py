@@ -29,7 +29,7 @@ TEMPORARY = r"\.\d+\."
 Arrays = dict[str, NDArray[Any]]
 
 
-class SnapshotError(ValueError):
+class CheckpointError(ValueError):
     """A checkpoint that can't be read, or does not fit; nothing has been changed."""
 
 
@@ -68,25 +68,25 @@ def read(path: Path) -> tuple[dict[str, Any], Arrays, str]:
     """Facts, arrays and identity of a file, all of it checked.
 
     Raises:
-        SnapshotError: there is no such file; it is truncated, altered, of another kind, or of a newer version.
+        CheckpointError: there is no such file; it is truncated, altered, of another kind, or of a newer version.
     """
     header = _header(path)
     if not isinstance(header, dict) or "format" not in header:
         raise _foreign(path)
     if header["format"] != FORMAT:
-        raise SnapshotError(
+        raise CheckpointError(
             f"{path} has format {header['format']!r}, this version of hvd-slowmo reads format {FORMAT}. Read it with "
             "the version that wrote it, or a newer one."
         )
     facts, sums = header.get("facts"), header.get("arrays")
     if not isinstance(facts, dict) or not isinstance(sums, dict) or header.get("id") != identity(facts, sums):
-        raise SnapshotError(f"{path} has been altered: its header does not agree with its checksum. {_CURE}")
+        raise CheckpointError(f"{path} has been altered: its header does not agree with its checksum. {_CURE}")
     arrays = _arrays(path)
     if arrays.keys() != sums.keys():
-        raise SnapshotError(f"{path} has been altered: it does not hold the tensors that it lists. {_CURE}")
+        raise CheckpointError(f"{path} has been altered: it does not hold the tensors that it lists. {_CURE}")
     for name, array in arrays.items():
         if checksum(array) != sums[name]:
-            raise SnapshotError(f"{path} has been altered: {name!r} does not agree with its checksum. {_CURE}")
+            raise CheckpointError(f"{path} has been altered: {name!r} does not agree with its checksum. {_CURE}")
     return facts, arrays, header["id"]
 
 
@@ -94,7 +94,7 @@ def read_plain(path: Path) -> Arrays:
     """The arrays of any safetensors file. bfloat16, which NumPy lacks, comes as float32.
 
     Raises:
-        SnapshotError: there is no such file, or it is damaged.
+        CheckpointError: there is no such file, or it is damaged.
     """
     _header(path)
     halves = _bfloat16(path)
@@ -105,7 +105,7 @@ def is_snapshot(path: Path) -> bool:
     """Whether a safetensors file says that it is a checkpoint.
 
     Raises:
-        SnapshotError: it can't be read.
+        CheckpointError: it can't be read.
     """
     return isinstance(_header(path), dict)
 
@@ -116,7 +116,7 @@ _CURE = "Use another checkpoint, or a copy of this one."
 def _header(path: Path) -> Any:
     """What we have written beside the arrays; None if there is nothing of the kind."""
     if not path.is_file():
-        raise SnapshotError(f"there is no file {path}.")
+        raise CheckpointError(f"there is no file {path}.")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -135,7 +135,7 @@ def _header(path: Path) -> Any:
     except ValueError as error:
         raise _damaged(path, error) from error
     if len(metadata) > 1 or _dump(header) != metadata[_KEY]:
-        raise SnapshotError(f"{path} has been altered: its header is not as it was written. {_CURE}")
+        raise CheckpointError(f"{path} has been altered: its header is not as it was written. {_CURE}")
     return header
 
 
@@ -162,14 +162,14 @@ def _bfloat16(path: Path) -> Arrays:
     return found
 
 
-def _damaged(path: Path, error: Exception) -> SnapshotError:
-    return SnapshotError(
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
         f"{path} is no checkpoint of hvd-slowmo, or it is damaged (truncated or altered): {error}. {_CURE}"
     )
 
 
-def _foreign(path: Path) -> SnapshotError:
-    return SnapshotError(
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(
         f"{path} is a safetensors file of something else, no checkpoint of hvd-slowmo. Plain weights are loaded into "
         "the model before the training begins, see `hvd-slowmo convert`."
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import SnapshotError
+from hvd_slowmo.checkpoint.file import CheckpointError
 
 SGD, ADAM = "sgd", "adam"
 ALIKE: dict[str, tuple[str, ...]] = {
@@ -80,12 +80,12 @@ def converted(own: str, value: NDArray[Any], form: str, rate: float) -> NDArray[
     """A momentum in the units of `form`, from the other ones.
 
     Raises:
-        SnapshotError: the rate is 0, which either loses the momentum or can't tell it.
+        CheckpointError: the rate is 0, which either loses the momentum or can't tell it.
     """
     if not value.any():
         return np.zeros_like(value)
     if rate == 0:
-        raise SnapshotError(
+        raise CheckpointError(
             f"the momentum of {own} can't be carried over between PyTorch and Keras at a learning rate of 0: Keras "
             "keeps it times the rate. Save at another step, or where buffers='reset' has begun a block."
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import TEMPORARY, Arrays, SnapshotError, checksum, identity, read, write
+from hvd_slowmo.checkpoint.file import TEMPORARY, Arrays, CheckpointError, checksum, identity, read, write
 from hvd_slowmo.checkpoint.state import OF_THIS_WORKER, Named, Side, at_rest, beginning, collect, facts_of, prepare
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.handshake import agreed
@@ -73,7 +73,7 @@ def save(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
     def gathered() -> tuple[tuple[Path, Side, dict[str, Any], Arrays], dict[str, Any]]:
         target = Path(path)
         if target.is_dir() or not target.parent.is_dir():
-            raise SnapshotError(f"`path` must be of a file, in a folder that there is. Received: {target}")
+            raise CheckpointError(f"`path` must be of a file, in a folder that there is. Received: {target}")
         side = make()
         facts = facts_of(side)
         return (target, side, facts, collect(side)), {"path": str(target), **facts}
@@ -154,11 +154,11 @@ def read_checkpoint(path: Path, rank: int, size: int) -> Contents:
     """The common file and, for a job of as many workers as have saved it, one worker's.
 
     Raises:
-        SnapshotError: a file is missing, damaged, foreign, newer, or another checkpoint's.
+        CheckpointError: a file is missing, damaged, foreign, newer, or another checkpoint's.
     """
     facts, common, id_ = read(path)
     if "rank" in facts:
-        raise SnapshotError(f"{path} is what rank {facts['rank']} alone has. Give the checkpoint that it belongs to.")
+        raise CheckpointError(f"{path} is what rank {facts['rank']} alone has. Give the checkpoint that it belongs to.")
     own = facts["files"].get(str(rank)) if size == facts["workers"] else None
     return Contents(facts, common, {} if own is None else read_worker(path, rank, own), id_)
 
@@ -172,14 +172,14 @@ def read_worker(path: Path, rank: int, id_: str) -> Arrays:
     """The arrays of `worker_file`.
 
     Raises:
-        SnapshotError: as `read_checkpoint`.
+        CheckpointError: as `read_checkpoint`.
     """
     file = worker_file(path, rank, id_)
     if not file.is_file():
-        raise SnapshotError(f"{file} is missing: it belongs to {path}, which can't be loaded without it.")
+        raise CheckpointError(f"{file} is missing: it belongs to {path}, which can't be loaded without it.")
     _, arrays, found = read(file)
     if found != id_:
-        raise SnapshotError(f"{file} is not the file that belongs to {path}: its content is another.")
+        raise CheckpointError(f"{file} is not the file that belongs to {path}: its content is another.")
     return arrays
 
 
@@ -232,44 +232,44 @@ def _check(side: Side, comm: Comm, saved: Mapping[str, Any]) -> None:
     own = facts_of(side)
     for key, value in own["config"].items():
         if saved["config"].get(key) != value:
-            raise SnapshotError(
+            raise CheckpointError(
                 f"the checkpoint was saved with {key}={saved['config'].get(key)!r}, this optimizer has "
                 f"{key}={value!r}. Resume with the settings of the run that is resumed."
             )
     check_model(side.named, saved)
     if saved["trained"] != own["trained"]:
         odd = sorted(set(saved["trained"]) ^ set(own["trained"]))
-        raise SnapshotError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
+        raise CheckpointError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
     if saved["vectors"] != own["vectors"]:
-        raise SnapshotError(
+        raise CheckpointError(
             f"the checkpoint has {', '.join(saved['vectors']) or 'nothing'} beside the model, this optimizer keeps "
             f"{', '.join(own['vectors']) or 'nothing'}."
         )
     if saved["workers"] != comm.size:
         _check_resize(comm, saved)
     elif "push" in saved["lost"] and saved["graph"] != own["graph"]:
-        raise SnapshotError("the checkpoint was saved with another topology: its function gives another graph now.")
+        raise CheckpointError("the checkpoint was saved with another topology: its function gives another graph now.")
 
 
 def check_model(named: Named, saved: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another model, by its facts.
 
     Raises:
-        SnapshotError: with the first tensor that differs.
+        CheckpointError: with the first tensor that differs.
     """
     if saved["naming"] != named.naming:
-        raise SnapshotError(
+        raise CheckpointError(
             f"the checkpoint has its tensors by {_naming(saved['naming'])}, here they are by {_naming(named.naming)}: "
             f"{saved['why'] or named.why} A ParameterMap for both makes the names the same."
         )
     own = describe(named.entries)
     for number, (a, b) in enumerate(zip(saved["entries"], own, strict=False)):
         if a != b:
-            raise SnapshotError(
+            raise CheckpointError(
                 f"the checkpoint is of another model: its tensor {number} is {_spell(a)}, here it is {_spell(b)}."
             )
     if len(saved["entries"]) != len(own):
-        raise SnapshotError(
+        raise CheckpointError(
             f"the checkpoint is of another model: it has {len(saved['entries'])} tensors, here there are {len(own)}."
         )
 
@@ -279,7 +279,7 @@ def _check_resize(comm: Comm, saved: Mapping[str, Any]) -> None:
     if lost:
         cures = [_CURES[""]] if lost != ["base"] else []
         cures += [_CURES["base"]] if "base" in lost else []
-        raise SnapshotError(
+        raise CheckpointError(
             f"the checkpoint is one of {saved['workers']} workers, this job has {comm.size}, and each of those has its "
             f"own {', '.join(KINDS[kind] for kind in lost)}, which would be lost. {' '.join(cures)}"
         )

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import Arrays, SnapshotError
+from hvd_slowmo.checkpoint.file import Arrays, CheckpointError
 from hvd_slowmo.checkpoint.inner_state import ADAM, ALIKE, OTHER, SGD, Buffers, Carried, converted
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.progress import Observed, Progress
-from hvd_slowmo.wire.tensors import WireEntry, describe
+from hvd_slowmo.wire.tensors import TensorSpec, describe
 
 PER_GROUP = ("rates", "gamma")
 OF_GOSSIP = ("w", "arriving", "flight")
@@ -41,7 +41,7 @@ class Named:
     why: in the latter case, why they can't be put on the wire.
     """
 
-    entries: tuple[WireEntry, ...]
+    entries: tuple[TensorSpec, ...]
     naming: str = "wire"
     why: str = ""
 
@@ -121,7 +121,7 @@ def facts_of(side: Side) -> dict[str, Any]:
     return result
 
 
-def trained(side: Side) -> list[WireEntry]:
+def trained(side: Side) -> list[TensorSpec]:
     """The entries that the optimizer trains."""
     return [entry for entry in side.named.entries if entry.own in side.groups]
 
@@ -151,7 +151,7 @@ def collect(side: Side) -> Arrays:
     return found | {f"rest/{side.framework}/{name}": np.asarray(value) for name, value in side.rest().items()}
 
 
-def _collected_base(side: Side, entries: Sequence[WireEntry]) -> Arrays:
+def _collected_base(side: Side, entries: Sequence[TensorSpec]) -> Arrays:
     buffers, kind = side.base(), side.kind
     if kind == SGD and side.form in buffers:
         buffers = side.carried.buffers(side.form, buffers[side.form])
@@ -191,7 +191,7 @@ def prepare(side: Side, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[A
         arrays: of this worker, as `collect` gives them.
 
     Raises:
-        SnapshotError: something is missing, too much, or of another shape or type.
+        CheckpointError: something is missing, too much, or of another shape or type.
     """
     given = dict(arrays)
     writes = _vectors(side, given)
@@ -202,7 +202,7 @@ def prepare(side: Side, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[A
     commit_base = side.prepare_base(base.buffers, int(progress.step))
     rest = _rest(side, given)
     if given:
-        raise SnapshotError(f"the checkpoint holds {', '.join(sorted(given)[:3])}, which has no place in this job.")
+        raise CheckpointError(f"the checkpoint holds {', '.join(sorted(given)[:3])}, which has no place in this job.")
 
     def commit() -> None:
         for vector, entry, value in writes:
@@ -218,7 +218,7 @@ def prepare(side: Side, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[A
     return commit
 
 
-def _vectors(side: Side, given: Arrays) -> list[tuple[str, WireEntry, NDArray[Any]]]:
+def _vectors(side: Side, given: Arrays) -> list[tuple[str, TensorSpec, NDArray[Any]]]:
     found = []
     wanted = [("model", entry) for entry in side.named.entries]
     flying = any(name.split("/")[0] in IN_FLIGHT for name in given)
@@ -233,16 +233,16 @@ def _taken(given: Arrays, name: str, like: NDArray[Any]) -> NDArray[Any]:
     """An array of the checkpoint, which must be like this one."""
     value = given.pop(name, None)
     if value is None:
-        raise SnapshotError(f"the checkpoint has no {name!r}.")
+        raise CheckpointError(f"the checkpoint has no {name!r}.")
     if (value.shape, value.dtype) != (like.shape, like.dtype):
-        raise SnapshotError(
+        raise CheckpointError(
             f"the checkpoint's {name!r} is {value.dtype} of shape {value.shape}, here it is {like.dtype} of shape "
             f"{like.shape}."
         )
     return value
 
 
-def _progress(side: Side, entries: Sequence[WireEntry], given: Arrays) -> Progress:
+def _progress(side: Side, entries: Sequence[TensorSpec], given: Arrays) -> Progress:
     own = side.progress
     rest = {"w": np.ones_like(own.w), "arriving": np.zeros_like(own.arriving), "flight": np.int64(0)}
     absent = {"observed": np.zeros(len(Observed._fields)), "excluded": np.int64(0)}
@@ -261,15 +261,15 @@ def _progress(side: Side, entries: Sequence[WireEntry], given: Arrays) -> Progre
     return Progress(**{**values, **scalar})
 
 
-def _per_group(side: Side, entries: Sequence[WireEntry], values: NDArray[Any], what: str) -> NDArray[Any]:
+def _per_group(side: Side, entries: Sequence[TensorSpec], values: NDArray[Any], what: str) -> NDArray[Any]:
     """The value of each parameter group of this optimizer, of values per trained entry."""
     result = np.zeros(len(side.rates))
-    first: dict[int, tuple[WireEntry, float]] = {}
+    first: dict[int, tuple[TensorSpec, float]] = {}
     for entry, value in zip(entries, values, strict=True):
         group = side.groups[entry.own]
         other, expected = first.setdefault(group, (entry, float(value)))
         if float(value) != expected:
-            raise SnapshotError(
+            raise CheckpointError(
                 f"{other.name} and {entry.name} were in parameter groups of their own ({what} {expected:g} and "
                 f"{float(value):g}), here they are in one. Give this optimizer groups as the run that is resumed had "
                 "them; Keras has one for all."
@@ -291,7 +291,7 @@ def _base(side: Side, facts: Mapping[str, Any], given: Arrays, rates: NDArray[An
     if not found:
         return _Base({}, [])
     if facts["base"] != own:
-        raise SnapshotError(
+        raise CheckpointError(
             f"the base optimizer's buffers in the checkpoint are those of {_spell(facts['base'])}, this one is "
             f"{_spell(own)}, which can't take them. Use the optimizer of the run that is resumed, or begin a new "
             "training from the weights alone (hvd-slowmo convert)."
@@ -309,14 +309,14 @@ def _base(side: Side, facts: Mapping[str, Any], given: Arrays, rates: NDArray[An
             if buffer is not None:
                 _put(buffers.setdefault(key, {}), entry, key, buffer)
     if found:
-        raise SnapshotError(f"the checkpoint holds {min(found)}, which is no buffer of this optimizer.")
+        raise CheckpointError(f"the checkpoint holds {min(found)}, which is no buffer of this optimizer.")
     if own == SGD:
         for name, value in buffers.pop(OTHER[side.form], {}).items():
             rate = float(rates[side.groups[name]])
             buffers.setdefault(side.form, {})[name] = converted(name, value, side.form, rate)
             changed.append((name, value, rate))
     if set(buffers) != set(side.keeps):
-        raise SnapshotError(
+        raise CheckpointError(
             f"the base optimizer has {', '.join(sorted(buffers))} in the checkpoint, and keeps "
             f"{', '.join(sorted(side.keeps)) or 'nothing'} here. Give it the settings of the run that is resumed "
             "(momentum, amsgrad)."
@@ -324,10 +324,10 @@ def _base(side: Side, facts: Mapping[str, Any], given: Arrays, rates: NDArray[An
     return _Base(buffers, changed)
 
 
-def _put(buffer: dict[str, NDArray[Any]], entry: WireEntry, key: str, value: NDArray[Any]) -> None:
+def _put(buffer: dict[str, NDArray[Any]], entry: TensorSpec, key: str, value: NDArray[Any]) -> None:
     shape = () if key == "steps" else entry.shape
     if value.shape != shape:
-        raise SnapshotError(f"the checkpoint's base/{key}/{entry.name} has shape {value.shape}, here it is {shape}.")
+        raise CheckpointError(f"the checkpoint's base/{key}/{entry.name} has shape {value.shape}, here it is {shape}.")
     if key == "steps":
         buffer[entry.own] = value
     else:

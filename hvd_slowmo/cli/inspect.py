@@ -29,12 +29,12 @@ def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from hvd_slowmo.checkpoint.file import SnapshotError
+    from hvd_slowmo.checkpoint.file import CheckpointError
 
     path: Path = arguments.file
     try:
         facts, rows, step = _read(path)
-    except (SnapshotError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         print(f"hvd-slowmo inspect: {error}", file=sys.stderr)
         return 1
     if "rank" in facts:
@@ -57,7 +57,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, ...]], int]:
     One file's arrays at a time: those of all workers may be more than the memory holds.
 
     Raises:
-        SnapshotError: a file is damaged or missing.
+        CheckpointError: a file is damaged or missing.
     """
     from hvd_slowmo.checkpoint.file import read
     from hvd_slowmo.checkpoint.job import read_worker

@@ -12,7 +12,7 @@ from hvd_slowmo.cli.table import table
 
 if TYPE_CHECKING:
     from hvd_slowmo.interop.compare import Difference
-    from hvd_slowmo.wire.tensors import WireEntry
+    from hvd_slowmo.wire.tensors import TensorSpec
 
 
 def add_map(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -87,7 +87,7 @@ def _verdict(output: Difference, gradients: Sequence[Difference]) -> int:
     return 1
 
 
-def _table(pairs: Sequence[tuple[WireEntry, WireEntry]]) -> str:
+def _table(pairs: Sequence[tuple[TensorSpec, TensorSpec]]) -> str:
     head = ("on the wire", "rule", "shape", "PyTorch", "shape", "Keras", "shape", "orientation in Keras")
     rows = []
     for ours, theirs in pairs:

@@ -1,20 +1,19 @@
-"""Comm, the protocol of collectives, and two forms of it that need no network.
+"""Comm, the protocol of collectives, and the forms of it that need no network.
 
-Tensors are matched between workers by name. Names are constant from step to step (Horovod caches what it has seen),
-and how many collectives there are, in which order, depends on the step count and on the results of earlier ones only.
+Tensors are matched between workers by name. Names are constant from step to step (Horovod caches the responses to names
+that it has seen), and the number and the order of collectives depend on the step count and on the results of earlier
+ones only.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
-
-T = TypeVar("T")
+from typing import Any, Protocol
 
 
 class Comm(Protocol):
-    """What the state machine needs of a network. Tensors are the adapter's own, 1-D, of any floating type."""
+    """Collectives of the workers that train together. Tensors are the adapter's own, 1-D, of any floating type."""
 
     @property
     def rank(self) -> int:
@@ -22,35 +21,43 @@ class Comm(Protocol):
 
     @property
     def size(self) -> int:
-        """How many workers train together."""
+        """Number of workers that train together."""
 
     @property
     def ranks(self) -> Sequence[int]:
-        """What users call these workers: their global ranks, which differ from 0 .. size - 1 in a process set."""
+        """Global ranks of these workers, which users know; they differ from 0 .. size - 1 in a process set."""
+
+    @property
+    def node(self) -> Comm | None:
+        """The workers of this one's node, for gradients="node"; None where they have not been asked for."""
 
     def start_sum(self, name: str, x: Any) -> Any:
-        """Begin the sum of x over the workers; x belongs to the collective until `wait` has returned."""
+        """Start the sum of x over the workers; x belongs to the collective until `wait` has returned."""
 
     def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        """Begin to send weights[i] * x to each worker i whose weight is not 0, and to receive.
+        """Start to send weights[i] * x to each worker i whose weight is not 0, and to receive.
 
-        All workers call it together; x may be changed at once. weights: float64 (size,). The result is the sum of what
-        has come, zeros if nothing has.
+        All workers call it together; x may be changed at once. The result is the sum of the tensors received, zeros if
+        there are none.
+
+        Args:
+            weights: float64 (size,).
         """
 
     def wait(self, handle: Any) -> Any:
-        """The result of what was started; a sum's may lie in the memory of x."""
+        """Return the result of a started collective; a sum's may lie in the memory of x."""
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        """Every worker's item (picklable), by rank. For the start of a training, never within a step."""
+        """Return every worker's item (picklable), by rank. For the start of a job, never within a step."""
 
 
 class SoloComm:
-    """One worker on its own: every sum is what it was, nothing is sent."""
+    """One worker on its own: every sum is its operand, and nothing is sent."""
 
     rank = 0
     size = 1
     ranks = (0,)
+    node: Comm | None = None
 
     def start_sum(self, name: str, x: Any) -> Any:
         return x
@@ -65,8 +72,43 @@ class SoloComm:
         return [item]
 
 
+class ScopedComm:
+    """Another Comm under a name: each collective's name gets the prefix "NAME.".
+
+    Attributes:
+        name: of the optimizer, for messages.
+        node: scoped too.
+
+    Example:
+        >>> ScopedComm(SoloComm(), "slowmo").gather("facts", 3)
+        [3]
+    """
+
+    def __init__(self, comm: Comm, name: str) -> None:
+        self._comm = comm
+        self.name = name
+        self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+        self.node: ScopedComm | None = None if comm.node is None else ScopedComm(comm.node, name)
+
+    def scoped(self, name: str) -> ScopedComm:
+        """Return the same workers under a longer name."""
+        return ScopedComm(self._comm, f"{self.name}.{name}")
+
+    def start_sum(self, name: str, x: Any) -> Any:
+        return self._comm.start_sum(f"{self.name}.{name}", x)
+
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        return self._comm.start_push(f"{self.name}.{name}", x, weights)
+
+    def wait(self, handle: Any) -> Any:
+        return self._comm.wait(handle)
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        return self._comm.gather(f"{self.name}.{name}", item)
+
+
 class MeteredComm:
-    """Another Comm, counted: bytes that this worker has handed over for sums, seconds that it has waited for them.
+    """Another Comm, metered: bytes that this worker has handed over for sums, seconds that it has waited for them.
 
     For tensors that exist, not for a trace.
     """
@@ -74,21 +116,32 @@ class MeteredComm:
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
-        self.bytes_sent = 0
-        self.seconds_waited = 0.0
+        self.node: MeteredComm | None = None if comm.node is None else MeteredComm(comm.node)
+        self._bytes_sent = 0
+        self._seconds_waited = 0.0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed over, to the workers of the node too."""
+        return self._bytes_sent + (0 if self.node is None else self.node.bytes_sent)
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds waited, for the workers of the node too."""
+        return self._seconds_waited + (0.0 if self.node is None else self.node.seconds_waited)
 
     def start_sum(self, name: str, x: Any) -> Any:
-        self.bytes_sent += x.nbytes if self.size > 1 else 0
+        self._bytes_sent += x.nbytes if self.size > 1 else 0
         return self._comm.start_sum(name, x)
 
     def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        self.bytes_sent += x.nbytes * int((weights != 0).sum())
+        self._bytes_sent += x.nbytes * int((weights != 0).sum())
         return self._comm.start_push(name, x, weights)
 
     def wait(self, handle: Any) -> Any:
         started = time.perf_counter()
         result = self._comm.wait(handle)
-        self.seconds_waited += time.perf_counter() - started
+        self._seconds_waited += time.perf_counter() - started
         return result
 
     def gather(self, name: str, item: Any) -> list[Any]:

@@ -25,12 +25,24 @@ class ThreadWorld:
 
     Args:
         size: number of workers, m >= 1.
+        node_size: number of workers per node, for gradients="node"; None: there are no nodes.
+
+    Raises:
+        ValueError: `size` is no positive integer, or `node_size` does not divide it.
+
+    Example:
+        >>> ThreadWorld(3).run(lambda comm: comm.gather("ranks", comm.rank))
+        [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, node_size: int | None = None) -> None:
         if size < 1:
             raise ValueError(f"`size` must be a positive integer. Received: size={size!r}")
+        if node_size is not None and (node_size < 1 or size % node_size):
+            raise ValueError(f"`node_size` must divide `size`. Received: size={size!r}, node_size={node_size!r}")
         self.size = size
+        self._node_size = node_size
+        self._nodes = [] if node_size is None else [ThreadWorld(node_size) for _ in range(size // node_size)]
         self._changed = threading.Condition()
         self._rounds: dict[int, dict[int, tuple[tuple[Any, ...], Any]]] = {}  # number of the collective -> by rank
         self._taken: dict[int, int] = {}  # how many workers have read a round's result
@@ -39,10 +51,10 @@ class ThreadWorld:
         self._failure: str | None = None
 
     def run(self, work: Callable[[Comm], T], *, return_exceptions: bool = False) -> list[T | BaseException]:
-        """work(comm) on every worker at once; the results by rank.
+        """Call work(comm) on every worker at once, and return the results by rank.
 
         Raises:
-            The error that came first, unless return_exceptions=True: then errors stand in their worker's place.
+            Exception: the first error, unless return_exceptions=True: then errors stand in their worker's place.
         """
         results: list[Any] = [None] * self.size
         errors: list[tuple[int, BaseException]] = []
@@ -55,9 +67,7 @@ class ThreadWorld:
                 results[rank] = error
                 errors.append((rank, error))
                 ending = f"failed with {type(error).__name__}: {error}"
-            with self._changed:
-                self._ended[rank] = ending
-                self._changed.notify_all()
+            self.end(rank, ending)
 
         threads = [threading.Thread(target=worker, args=(rank,), daemon=True) for rank in range(self.size)]
         for thread in threads:
@@ -69,11 +79,23 @@ class ThreadWorld:
         return results
 
     def member(self, rank: int) -> Comm:
-        """The Comm of one worker, for worlds beside the one that runs: the workers of a node, say."""
-        return _ThreadComm(self, rank)
+        """Return the Comm of one worker."""
+        if self._node_size is None:
+            return _ThreadComm(self, rank, None)
+        node, place = divmod(rank, self._node_size)
+        return _ThreadComm(self, rank, _ThreadComm(self._nodes[node], place, None))
+
+    def end(self, rank: int, ending: str) -> None:
+        """Note that a worker has ended: those that wait for it, or will, raise WorldError."""
+        with self._changed:
+            self._ended[rank] = ending
+            self._changed.notify_all()
+        if self._node_size is not None:
+            node, place = divmod(rank, self._node_size)
+            self._nodes[node].end(place, ending)
 
     def submit(self, rank: int, signature: tuple[Any, ...], item: Any) -> int:
-        """Enter a worker's next collective; returns its number."""
+        """Enter a worker's next collective, and return its number."""
         with self._changed:
             number = self._counts[rank]
             self._counts[rank] += 1
@@ -87,7 +109,7 @@ class ThreadWorld:
             return number
 
     def collect(self, number: int) -> list[Any]:
-        """All workers' items of a collective, by rank, once all have come."""
+        """Return all workers' items of a collective, by rank, once all have come."""
         with self._changed:
             entries = self._rounds[number]
 
@@ -115,9 +137,10 @@ def _spell(signature: tuple[Any, ...]) -> str:
 class _ThreadComm:
     """One worker's end of a ThreadWorld."""
 
-    def __init__(self, world: ThreadWorld, rank: int) -> None:
+    def __init__(self, world: ThreadWorld, rank: int, node: Comm | None) -> None:
         self._world = world
         self.rank = rank
+        self.node = node
         self.size = world.size
         self.ranks = range(world.size)
 

@@ -1,84 +1,144 @@
-"""Averaging gradients over workers at a step: AR-SGD, and the warm-up of the others.
+"""Averaging gradients over workers at a step: AR-SGD, averages within nodes, and the warm-up of the other methods.
 
-Chunks go in the order in which backward completes gradients, last parameters first, so that an adapter can send them
-while backward still runs. Behind them goes a vector that says who trains, and who has a gradient for which parameter:
-a worker in a join sends zeros and counts nothing, and a parameter without a gradient on any worker keeps none.
+Chunks go in the order in which backward completes gradients, last parameters first, so an adapter can send them while
+backward still runs. The last message is a vector with the attendance: who trains, and who has a gradient for which
+parameter. A worker in a join sends zeros and counts as none; a parameter without a gradient on any worker keeps none.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.layout import Layout
+from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.core import names
 from hvd_slowmo.core.ledger import own_row
-from hvd_slowmo.core.ops import Ops
-from hvd_slowmo.core.store import Store
+from hvd_slowmo.core.progress import Scalar, Vector
+from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo.core.store import GradientSource
+
+
+class Presence(NamedTuple):
+    """One worker's part of an attendance.
+
+    Attributes:
+        training: 1, or 0 in a join: then there are no gradients here.
+        leaving: 1 if this worker joins for the last time.
+        rates: float64 (G,): its learning rates.
+    """
+
+    training: Scalar
+    leaving: Scalar
+    rates: Vector
 
 
 class Attendance(NamedTuple):
-    """Who took part in an exchange of gradients."""
+    """The workers that took part in one exchange of gradients."""
 
-    live: Any  # how many workers train
-    leaving: Any  # (workers,): 1 for those that join for the last time
-    source: Any  # the first worker that trains
-    rates: Any  # (G,): its learning rates
+    training: Scalar  # number of workers that train
+    leaving: Vector  # (workers,): 1 for those that join for the last time
+    first: Scalar  # rank of the first worker that trains
+    rates: Vector  # (G,): its learning rates
 
 
-class GradientMean:
-    """Exchanges of gradients, one per step: `send_next` any number of times, `send_rest`, `finish`."""
+class GradientAverage:
+    """Exchanges of gradients among some workers, one per step: `send_next` any number of times, `send_rest`, `finish`.
 
-    def __init__(self, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str) -> None:
-        self.chunks = [chunk for chunk in reversed(layout.chunks) if chunk.rule == "slow"]
-        self._groups = layout.groups
-        self._ops = ops
-        self._store = store
-        self._comm = comm
-        self._name = name
-        self._sent: list[Any] = []
-        self._flags: Any = None
+    It remembers from one join to the next whether a worker has been behind, and whom to catch up from.
 
-    @property
-    def size(self) -> int:
-        """How many workers average."""
-        return self._comm.size
+    Args:
+        runtime: of this worker.
+        comm: the workers that average.
+    """
+
+    def __init__(self, runtime: Runtime, comm: ScopedComm) -> None:
+        self.comm = comm
+        self.chunks = list(reversed(runtime.layout.parameter_chunks))
+        self._ops = runtime.ops
+        self._groups = runtime.layout.group_count
+        self._handles: list[Any] = []
+        self._attendance: Any = None
+        self.stragglers = runtime.ops.cell(False)  # whether a worker was done before others, since the last join
+        self.catch_up_from = runtime.ops.cell(0)  # rank in `comm` of a worker that was not
+        self.other: GradientAverage | None = None  # the exchange of the other phase, if there are two
 
     @property
     def sent(self) -> int:
-        """How many chunks are on their way."""
-        return len(self._sent)
+        """Number of chunks in flight."""
+        return len(self._handles)
 
-    def send_next(self) -> None:
+    def send_next(self, source: GradientSource) -> None:
         """Start the next chunk; its gradients are complete."""
-        chunk = self.chunks[len(self._sent)]
-        gradient = self._store.read("gradient", chunk)
-        self._sent.append(self._comm.start_sum(f"{self._name}.gradient.{chunk.index}", gradient))
+        chunk = self.chunks[len(self._handles)]
+        self._handles.append(self.comm.start_sum(names.gradient(chunk.index), source.read(chunk)))
 
-    def send_rest(self, live: int, leaving: int, rates: Any) -> None:
-        """Start what has not been sent. Nothing waits here: other exchanges of this worker may begin before `finish`.
+    def send_rest(self, source: GradientSource, presence: Presence) -> None:
+        """Start all that has not been sent. Other exchanges of this worker may begin before `finish`."""
+        while len(self._handles) < len(self.chunks):
+            self.send_next(source)
+        row = own_row(
+            self._ops,
+            self.comm.rank,
+            self.comm.size,
+            (presence.training, presence.leaving, self.comm.rank),
+            presence.rates,
+        )
+        self._attendance = self.comm.start_sum(names.PRESENT, self._ops.pack([*row, source.present()]))
 
-        Args:
-            live: 1, or 0 in a join: then there are no gradients here.
-            leaving: 1 if this worker joins for the last time.
-            rates: float64 (G,): this worker's learning rates.
-        """
-        while len(self._sent) < len(self.chunks):
-            self.send_next()
-        row = own_row(self._ops, self._comm.rank, self._comm.size, (live, leaving, self._comm.rank), rates)
-        flags = self._ops.pack([*row, self._store.present()])
-        self._flags = self._comm.start_sum(f"{self._name}.present", flags)
-
-    def finish(self) -> Attendance:
+    def finish(self, source: GradientSource) -> Attendance:
         """Set every gradient to the mean over the workers that train."""
-        sent, self._sent = self._sent, []
-        ops, size, width = self._ops, self._comm.size, 3 + self._groups
-        everyone = ops.unpack(self._comm.wait(self._flags))
+        handles, self._handles = self._handles, []
+        ops, size, width = self._ops, self.comm.size, 3 + self._groups
+        everyone = ops.unpack(self.comm.wait(self._attendance))
         table = ops.reshape(everyone[: size * width], (size, width))
-        first = ops.row_of_most(table, 0)
-        found = Attendance(ops.total(table[:, 0]), table[:, 1], ops.integer(first[2]), first[3:])
-        self._store.admit(everyone[size * width :])
-        count = ops.where(found.live > 0, found.live, 1.0)
-        for chunk, handle in zip(self.chunks, sent, strict=True):
-            total = self._comm.wait(handle)
-            self._store.write("gradient", chunk, total / ops.like(count, total))
-        return found
+        first = ops.argmax_row(table, 0)
+        attendance = Attendance(ops.sum(table[:, 0]), table[:, 1], ops.to_int(first[2]), first[3:])
+        source.admit(everyone[size * width :])
+        count = ops.where(attendance.training > 0, attendance.training, 1.0)
+        for chunk, handle in zip(self.chunks, handles, strict=True):
+            total = self.comm.wait(handle)
+            source.write(chunk, total / ops.cast_like(count, total))
+        self._remember(attendance)
+        return attendance
+
+    def exchange(self, source: GradientSource, presence: Presence) -> Attendance:
+        """Average all gradients at once."""
+        self.send_rest(source, presence)
+        return self.finish(source)
+
+    def forget(self) -> None:
+        """Begin anew: all workers are equal."""
+        self.stragglers.set(False)
+
+    def _remember(self, attendance: Attendance) -> None:
+        anyone = attendance.training > 0
+        self.catch_up_from.set(self._ops.to_int(self._ops.where(anyone, attendance.first, self.catch_up_from.get())))
+        self.stragglers.set(self.stragglers.get() | (anyone & (attendance.training < self.comm.size)))
+        if self.other is not None:  # the warm-up has begun or ended: all begin there from equal parameters
+            self.other.forget()
+
+
+class GradientAverages:
+    """The exchanges that a configuration has: among all workers and, with gradients="node", among a node's.
+
+    Args:
+        runtime: of this worker; `runtime.comm.node` are the node's workers.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.ever = runtime.config.gradients != "local" or runtime.config.warmup_steps > 0  # whether some step has one
+        self.of_all = GradientAverage(runtime, runtime.comm)
+        self.of_node = self.of_all
+        if runtime.comm.node is not None:
+            self.of_node = GradientAverage(runtime, runtime.comm.node)
+            self.of_all.other, self.of_node.other = self.of_node, self.of_all
+
+    def of(self, plan: StepPlan) -> GradientAverage:
+        """Return the exchange of a step; not in a trace."""
+        return self.of_all if plan.all_gradients else self.of_node
+
+    def due(self, plan: StepPlan) -> Scalar:
+        """Return whether a step exchanges gradients with anybody."""
+        if self.of_node.comm.size > 1:
+            return plan.average_gradients
+        return plan.average_gradients & plan.all_gradients if self.of_all.comm.size > 1 else False

@@ -1,7 +1,7 @@
-"""Before anything is exchanged: do the workers mean the same?
+"""The handshake: before anything is exchanged, the workers compare their settings and models.
 
-A difference that would train the wrong thing raises on every worker, naming the rank and the first thing that differs;
-one that is only unusual (another framework version) warns.
+A difference that would train the wrong thing raises on every worker, naming the rank and the first difference; a merely
+unusual one (another framework version) warns.
 """
 
 from __future__ import annotations
@@ -12,62 +12,62 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.comm.protocol import ScopedComm
 
 T = TypeVar("T")
 
 logger = logging.getLogger("hvd_slowmo")
 
-WIRE = 2
+WIRE = 3
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 
-def agree(comm: Comm, name: str, facts: Mapping[str, Any], remarks: Mapping[str, Any], error: str | None) -> None:
+def agree(comm: ScopedComm, facts: Mapping[str, Any], remarks: Mapping[str, Any], error: str | None) -> None:
     """Compare every worker's facts with rank 0's. A collective.
 
     Args:
-        facts: what must be equal, in the order in which it is compared; JSON types.
-        remarks: what may differ with a warning.
-        error: what already went wrong on this worker; it takes part all the same, so that the others hear of it.
+        facts: must be equal; compared in their order; JSON types.
+        remarks: may differ, with a warning.
+        error: of this worker, if there has been one already; it takes part all the same, so that the others hear of it.
 
     Raises:
         ValueError: on every worker, if one of them has an error or a fact differs.
     """
     facts = {"wire version of hvd-slowmo": WIRE, **facts}
-    mine = json.dumps([facts, remarks, error], default=str)
-    digests = comm.gather(f"{name}.digest", hashlib.sha256(mine.encode()).hexdigest() + ("" if error is None else "!"))
+    own = json.dumps([facts, remarks, error], default=str)
+    digests = comm.gather("digest", hashlib.sha256(own.encode()).hexdigest() + ("" if error is None else "!"))
     if len(set(digests)) == 1 and error is None:
         return
     # Only now the long form travels: all workers see the same digests, so all of them come here.
-    everyone = [json.loads(text) for text in comm.gather(f"{name}.facts", mine)]
+    everyone = [json.loads(text) for text in comm.gather("facts", own)]
     failed = [f"rank {r}: {each[2]}" for r, each in zip(comm.ranks, everyone, strict=True) if each[2] is not None]
     if failed:
-        raise ValueError(error if error is not None and len(failed) == 1 else f"{name}: {'; '.join(failed)}")
+        raise ValueError(error if error is not None and len(failed) == 1 else f"{comm.name}: {'; '.join(failed)}")
     first = everyone[0]
     for rank, each in zip(comm.ranks, everyone, strict=True):
         for key, expected in first[0].items():
             difference = _difference(key, expected, each[0].get(key))
             if difference is not None:
                 raise ValueError(
-                    f"{name}: rank {rank} differs from rank {comm.ranks[0]}: {difference}. "
+                    f"{comm.name}: rank {rank} differs from rank {comm.ranks[0]}: {difference}. "
                     "All workers must be given the same settings and the same model."
                 )
-    known: dict[str, tuple[int, Any]] = {}  # the first worker that has one: frameworks have remarks of their own
+    seen: dict[str, tuple[int, Any]] = {}  # the first worker that has one: frameworks have remarks of their own
     for rank, each in zip(comm.ranks, everyone, strict=True):
         for key, value in each[1].items():
-            other, expected = known.setdefault(key, (rank, value))
+            other, expected = seen.setdefault(key, (rank, value))
             if value != expected and comm.rank == 0:
                 logger.warning(
-                    "%s: %s differs: rank %s has %s, rank %s has %s", name, key, rank, value, other, expected
+                    "%s: %s differs: rank %s has %s, rank %s has %s", comm.name, key, rank, value, other, expected
                 )
 
 
-def agreed(comm: Comm, name: str, make: Callable[[], tuple[T, Mapping[str, Any]]], remarks: Mapping[str, Any]) -> T:
-    """What `make` gives beside its facts, once all workers have compared these. A collective.
+def agreed(comm: ScopedComm, make: Callable[[], tuple[T, Mapping[str, Any]]], remarks: Mapping[str, Any]) -> T:
+    """Return the first half of `make()`, once all workers have compared the second half, its facts. A collective.
 
     Raises:
-        Exception: what `make` raised here.
-        ValueError: what it raised on another worker, or a fact differs.
+        Exception: raised by `make` here.
+        ValueError: `make` has raised on another worker, or a fact differs.
     """
     made: T | None = None
     facts: Mapping[str, Any] = {}
@@ -77,7 +77,7 @@ def agreed(comm: Comm, name: str, make: Callable[[], tuple[T, Mapping[str, Any]]
     except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
         error = caught
     try:
-        agree(comm, name, facts, remarks, None if error is None else str(error))
+        agree(comm, facts, remarks, None if error is None else str(error))
     except ValueError as raised:
         raise (raised if error is None else error) from None
     assert made is not None, "agree() raises where it is missing"
@@ -85,7 +85,7 @@ def agreed(comm: Comm, name: str, make: Callable[[], tuple[T, Mapping[str, Any]]
 
 
 def _difference(key: str, expected: Any, received: Any) -> str | None:
-    """The first difference within two facts, in words: (what) there is `received` instead of `expected`."""
+    """Return the first difference between two facts in words, None if there is none."""
     if expected == received:
         return None
     if isinstance(expected, dict) and isinstance(received, dict):

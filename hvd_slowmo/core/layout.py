@@ -1,57 +1,78 @@
-"""What travels, laid out once: parameters and averaged buffers as flat vectors, cut into chunks.
+"""The layout of the messages: tensors laid end to end as flat vectors, and cut into chunks.
 
-A segment is one flat vector of one type on one device, with a rule. A chunk is a stretch of a segment, one message on
-the wire. Within a chunk, a piece is a stretch of one parameter group: its rate is one number.
+A segment is one flat vector of one type on one device. A chunk is a stretch of a segment: one message. A tile is a
+stretch of a chunk in one parameter group, whose learning rate is one number; tiles are updated one at a time.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-T = TypeVar("T")
+from hvd_slowmo.wire.tensors import Role, TensorSpec
 
 CHUNK_BYTES = 16 * 2**20
 """Length of a message. Long enough that the network's speed counts and not the number of messages (3 to 9 ms each on
-loopback), short enough that the update of one chunk runs while the next travels; see benchmarks/."""
+loopback), short enough that one chunk is updated while the next travels; see benchmarks/."""
 
-RULES = ("slow", "mean", "base")
-"""See `Segment`."""
+TRAVELLING: tuple[Role, ...] = ("parameter", "statistic", "optimizer_state")
+"""Roles of the tensors that are averaged, in the order of their segments."""
+
+ITEMSIZE = {"float32": 4, "float64": 8}
+
+
+class Ref(Protocol):
+    """Where an adapter finds a tensor again."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor as it travels."""
+
+    @property
+    def device(self) -> str:
+        """Its device; tensors of one segment are on one."""
+
+
+R = TypeVar("R", bound=Ref)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a segment."""
+class ParameterGroups:
+    """The parameter groups that all workers have in common.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # the tensor's own; the wire's is the segment's
-    group: int = 0
+    Frameworks and scripts may group the same parameters differently. Two parameters are in one common group if they are
+    in one group on every worker, so that a common group has one learning rate everywhere.
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+    Attributes:
+        of: the common group of each parameter, in wire order.
+        own: this worker's own group, for each common one.
+    """
+
+    of: tuple[int, ...]
+    own: tuple[int, ...]
+
+    @classmethod
+    def single(cls, parameters: int) -> ParameterGroups:
+        """Return one group of all parameters."""
+        return cls((0,) * parameters, (0,))
+
+    def common(self, own: int) -> int | None:
+        """Return a common group with the rates of this worker's own one; None if none of its parameters travels."""
+        return self.own.index(own) if own in self.own else None
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tensors that travel as one flat vector of `dtype` on `device`.
+    """Tensors that travel as one flat vector of `dtype` on `device`; all have one role."""
 
-    rule: "slow" for parameters of one type (outer update), "mean" for statistics (the workers' mean), "base" for the
-        base optimizer's buffers (the mean too, at the beginning of a block only).
-    """
-
-    rule: str
+    role: Role
     dtype: str
-    itemsize: int  # bytes per element on the wire
     device: str
-    entries: tuple[Entry, ...]
+    tensors: tuple[TensorSpec, ...]
 
     @property
     def size(self) -> int:
@@ -60,126 +81,196 @@ class Segment:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each entry begins, and last where the segment ends."""
-        return (0, *accumulate(entry.size for entry in self.entries))
+        """Start of each tensor, and last the end of the segment."""
+        return (0, *accumulate(tensor.size for tensor in self.tensors))
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Elements start .. stop - 1 of a segment; `group` is a piece's one parameter group, None for a whole chunk."""
+class Tile:
+    """Elements start .. stop - 1 of a segment, in one parameter group; `index` is its chunk's."""
 
     index: int
     segment: int
-    rule: str
+    role: Role
     start: int
     stop: int
-    pieces: tuple[Chunk, ...] = field(default=(), repr=False)
-    group: int | None = None
+    group: int
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return self.stop - self.start
 
-    def blocks(self, length: int | None) -> Iterator[Chunk]:
-        """The pieces, cut into blocks of at most `length` elements."""
-        for piece in self.pieces:
-            for start in range(piece.start, piece.stop, length or piece.size):
-                stop = min(start + (length or piece.size), piece.stop)
-                yield Chunk(self.index, self.segment, self.rule, start, stop, group=piece.group)
 
-    def cut(self, values: Any, block: Chunk) -> Any:
-        """Of this chunk's values, those of a block of it."""
-        return values[block.start - self.start : block.stop - self.start]
+@dataclass(frozen=True)
+class Chunk:
+    """Elements start .. stop - 1 of a segment: one message."""
+
+    index: int
+    segment: int
+    role: Role
+    start: int
+    stop: int
+    runs: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)  # (group, start, stop)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    def tiles(self, length: int | None = None) -> Iterator[Tile]:
+        """Yield the chunk in tiles of at most `length` elements; None: as long as the groups allow."""
+        for group, first, last in self.runs:
+            for start in range(first, last, length or last - first):
+                stop = min(start + (length or last - first), last)
+                yield Tile(self.index, self.segment, self.role, start, stop, group)
+
+    def cut(self, values: Any, tile: Tile) -> Any:
+        """Return those of this chunk's values that belong to a tile of it."""
+        return values[tile.start - self.start : tile.stop - self.start]
+
+
+Stretch = Chunk | Tile
+"""Consecutive elements of one segment."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of a model, and their chunks in the order in which they travel."""
+    """All segments of a model, and their chunks in the order in which they travel.
+
+    Attributes:
+        groups: the parameter group of each parameter, in the order of the segments.
+        group_count: number of parameter groups.
+    """
 
     segments: tuple[Segment, ...]
     chunks: tuple[Chunk, ...]
-    groups: int
+    groups: tuple[int, ...]
+    group_count: int
 
-    def spans(self, chunk: Chunk) -> Iterable[tuple[int, int, int, int]]:
-        """The tensors under a chunk: (entry's number, from, to within the tensor, place within the chunk)."""
-        offsets = self.segments[chunk.segment].offsets
-        number = bisect_right(offsets, chunk.start) - 1
-        while offsets[number] < chunk.stop:
-            start, stop = max(chunk.start, offsets[number]), min(chunk.stop, offsets[number + 1])
+    @property
+    def parameter_chunks(self) -> list[Chunk]:
+        """The chunks of parameters, in wire order."""
+        return [chunk for chunk in self.chunks if chunk.role == "parameter"]
+
+    def spans(self, stretch: Stretch) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the tensors under a stretch: (number in the segment, from, to in the tensor, place in the stretch)."""
+        offsets = self.segments[stretch.segment].offsets
+        number = bisect_right(offsets, stretch.start) - 1
+        while offsets[number] < stretch.stop:
+            start, stop = max(stretch.start, offsets[number]), min(stretch.stop, offsets[number + 1])
             if start < stop:
-                yield number, start - offsets[number], stop - offsets[number], start - chunk.start
+                yield number, start - offsets[number], stop - offsets[number], start - stretch.start
             number += 1
 
     def describe(self) -> list[tuple[Any, ...]]:
-        """What workers must agree on, entry by entry, in wire order."""
+        """Return what workers must agree on, tensor by tensor, in wire order."""
+        groups = iter(self.groups)
         return [
-            (segment.rule, entry.name, list(entry.shape), entry.dtype, entry.group)
+            (segment.role, spec.name, list(spec.shape), spec.dtype, next(groups) if segment.role == "parameter" else 0)
             for segment in self.segments
-            for entry in segment.entries
+            for spec in segment.tensors
         ]
 
 
-class Tensor(NamedTuple, Generic[T]):
-    """One tensor that takes part, as an adapter names it."""
+@dataclass(frozen=True)
+class ModelLayout(Generic[R]):
+    """The layout of a model and, per segment, where the adapter finds its tensors."""
 
-    rule: str  # see `Segment`
-    entry: Entry
-    wire: str  # the type in which it travels
-    itemsize: int  # of that type, in bytes
-    device: str
-    place: T  # where the adapter finds it again
+    layout: Layout
+    refs: tuple[tuple[R, ...], ...]
+
+    def refs_of(self, *roles: Role) -> list[R]:
+        """Return the refs of the segments with these roles, in wire order."""
+        pairs = zip(self.layout.segments, self.refs, strict=True)
+        return [ref for segment, refs in pairs if segment.role in roles for ref in refs]
+
+    def regrouped(self, groups: ParameterGroups, specs: Sequence[TensorSpec]) -> ModelLayout[R]:
+        """Return the same layout with other parameter groups; messages stay as they are.
+
+        Args:
+            groups: of the parameters among `specs`.
+            specs: in the order in which they were laid out.
+        """
+        parameters = [id(spec) for spec in specs if spec.role == "parameter"]
+        of = dict(zip(parameters, groups.of, strict=True))
+        segments = self.layout.segments
+        grouped = tuple(of[id(spec)] for segment in segments if segment.role == "parameter" for spec in segment.tensors)
+        stops = [chunk.stop for chunk in self.layout.chunks]
+        return replace(self, layout=_cut(segments, grouped, len(groups.own), stops))
 
 
-def arrange(tensors: Iterable[Tensor[T]], groups: int) -> tuple[Layout, tuple[tuple[T, ...], ...]]:
-    """Which tensors travel together: those of one rule, type and device, in the order given.
+def lay_out(refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK_BYTES) -> ModelLayout[R]:
+    """Lay tensors end to end: those of one role, type and device together, in the order given.
 
     Parameters of different types have segments of their own, whatever their wire types: what is written back is rounded
-    to the parameters' type. Statistics of all types travel together. Segments stand in the order of rules and types, so
-    that the order of the tensors does not change how long the messages are.
+    to the parameters' type. Statistics of all types travel together. Segments stand in the order of roles and types, so
+    that the order of the tensors does not change the length of the messages.
 
-    Returns:
-        The layout, and for each of its segments the places of its tensors.
+    Args:
+        refs: the tensors; frozen ones take no part.
+        groups: of the parameters among them.
+        chunk_bytes: the greatest length of a message.
+
+    Raises:
+        ValueError: no parameter with an element.
     """
-    together: dict[tuple[str, ...], list[Tensor[T]]] = {}
-    for tensor in tensors:
-        own = tensor.wire if tensor.rule == "mean" else tensor.entry.dtype
-        together.setdefault((tensor.rule, tensor.wire, own, tensor.device), []).append(tensor)
-    keys = sorted(together, key=lambda key: (RULES.index(key[0]), *key[1:3]))  # stable: devices in their order
-    filled = [together[key] for key in keys if sum(tensor.entry.size for tensor in together[key])]
-    segments = [Segment(t[0].rule, t[0].wire, t[0].itemsize, t[0].device, tuple(x.entry for x in t)) for t in filled]
-    return layout(segments, groups), tuple(tuple(tensor.place for tensor in found) for found in filled)
-
-
-def layout(segments: Sequence[Segment], groups: int) -> Layout:
-    """Cut segments into chunks of at most CHUNK_BYTES. Segments without an element take no part."""
-    chunks: list[Chunk] = []
-    kept = tuple(segment for segment in segments if segment.size)
-    for number, segment in enumerate(kept):
-        length = max(1, CHUNK_BYTES // segment.itemsize)
-        runs = _runs(segment)
-        for start in range(0, segment.size, length):
-            stop = min(start + length, segment.size)
-            index = len(chunks)
-            pieces = tuple(
-                Chunk(index, number, segment.rule, max(start, a), min(stop, b), group=group)
-                for group, a, b in runs
-                if max(start, a) < min(stop, b)
-            )
-            chunks.append(Chunk(index, number, segment.rule, start, stop, pieces))
-    return Layout(kept, tuple(chunks), groups)
-
-
-def _runs(segment: Segment) -> list[tuple[int, int, int]]:
-    """Stretches of one parameter group: (group, start, stop)."""
-    runs: list[tuple[int, int, int]] = []
-    offset = 0
-    for entry in segment.entries:
-        if not entry.size:
+    numbers = iter(groups.of)
+    together: dict[tuple[Role, str, str, str], list[tuple[R, int]]] = {}
+    for ref in refs:
+        spec = ref.spec
+        if spec.role == "frozen":
             continue
-        if runs and runs[-1][0] == entry.group:
-            runs[-1] = (entry.group, runs[-1][1], offset + entry.size)
+        own = spec.wire_dtype if spec.role == "statistic" else spec.dtype
+        group = next(numbers) if spec.role == "parameter" else 0
+        together.setdefault((spec.role, spec.wire_dtype, own, ref.device), []).append((ref, group))
+    keys = sorted(together, key=lambda key: (TRAVELLING.index(key[0]), *key[1:3]))  # stable: devices in their order
+    keys = [key for key in keys if any(ref.spec.size for ref, _ in together[key])]
+    segments = tuple(
+        Segment(role, dtype, device, tuple(ref.spec for ref, _ in together[role, dtype, own, device]))
+        for role, dtype, own, device in keys
+    )
+    if all(segment.role != "parameter" for segment in segments):
+        raise ValueError("the optimizer has no parameter with an element.")
+    grouped = tuple(group for key in keys if key[0] == "parameter" for _, group in together[key])
+    stops = [
+        min(start + length, segment.size)
+        for segment in segments
+        for length in [max(1, chunk_bytes // ITEMSIZE[segment.dtype])]
+        for start in range(0, segment.size, length)
+    ]
+    refs_by_segment = tuple(tuple(ref for ref, _ in together[key]) for key in keys)
+    return ModelLayout(_cut(segments, grouped, len(groups.own), stops), refs_by_segment)
+
+
+def _cut(segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops: Sequence[int]) -> Layout:
+    """Cut segments into chunks that end at these places within their segments."""
+    chunks: list[Chunk] = []
+    ends, numbers = iter(stops), iter(groups)
+    for number, segment in enumerate(segments):
+        runs = _runs(segment, lambda: next(numbers))
+        start = 0
+        while start < segment.size:
+            stop = next(ends)
+            inside = tuple(
+                (group, max(start, first), min(stop, last))
+                for group, first, last in runs
+                if max(start, first) < min(stop, last)
+            )
+            chunks.append(Chunk(len(chunks), number, segment.role, start, stop, inside))
+            start = stop
+    return Layout(tuple(segments), tuple(chunks), groups, count)
+
+
+def _runs(segment: Segment, next_group: Callable[[], int]) -> list[tuple[int, int, int]]:
+    """Return the stretches of one parameter group: (group, start, stop)."""
+    runs: list[tuple[int, int, int]] = []
+    for spec, offset in zip(segment.tensors, segment.offsets, strict=False):
+        group = next_group() if segment.role == "parameter" else 0
+        if not spec.size:
+            continue
+        if runs and runs[-1][0] == group:
+            runs[-1] = (group, runs[-1][1], offset + spec.size)
         else:
-            runs.append((entry.group, offset, offset + entry.size))
-        offset += entry.size
+            runs.append((group, offset, offset + spec.size))
     return runs

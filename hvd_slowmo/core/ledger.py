@@ -1,8 +1,8 @@
-"""What the workers know of each other when they meet: a table with a row per worker.
+"""The ledger: a table with a row per worker, by which all workers decide alike when they meet.
 
-It travels as one small float64 vector, started together with the first chunk and read before anything is written. A
-worker fills its own row and leaves zeros elsewhere, so that the sum is the table, NaN and all: 0 + NaN stays in its
-row. Everyone decides with the table, never with its own numbers, so that everyone decides alike.
+It travels as one small float64 vector, started together with the first chunk and read before anything is written. Each
+worker fills its own row and leaves zeros elsewhere, so the sum is the table. A NaN stays in its row, since 0 + NaN only
+occurs there. Everyone decides with the table, never with its own numbers.
 """
 
 from __future__ import annotations
@@ -11,90 +11,110 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from hvd_slowmo.core.ops import Ops
+from numpy.typing import NDArray
 
-TRAINING, AVERAGE = 0, 1  # why a worker came: an outer step or a join, or averaged_parameters()
+from hvd_slowmo.core.ops import Ops
+from hvd_slowmo.core.progress import Scalar, Vector
+
+TRAINING, AVERAGE = 0, 1  # the reasons for a meeting: an outer step or a join; averaged_parameters()
 
 
 class Row(NamedTuple):
-    """One worker's row; the sums of rates of its block, one per parameter group, stand behind it."""
+    """One worker's row; the sums of its learning rates, one per parameter group, stand behind it.
 
-    step: Any  # the block's end at which it meets
-    purpose: Any  # TRAINING or AVERAGE
-    live: Any  # 1 while it trains, 0 in a join
-    leaving: Any  # 1: it joins for the last time
-    finite: Any  # 1: all its parameters are finite
-    share: Any  # its weight in the mean: own inner steps since the last average / tau
-    attends: Any  # its weight in plain means: 1, or 0 if it is left out
-    taken: Any  # inner steps that it has completed
-    covered: Any  # inner steps that its sums of rates cover
-    drift: Any  # its squared distance from the mean at the outer step before, where that is measured
+    `columns` reads a whole table in these names.
+    """
+
+    meeting_step: Scalar  # the step at which it meets the others
+    reason: Scalar  # TRAINING or AVERAGE
+    training: Scalar  # 1 while it trains, 0 in a join
+    leaving: Scalar  # 1: it joins for the last time
+    finite: Scalar  # 1: all its parameters are finite
+    weight: Scalar  # its weight in the mean: own inner steps since the last average / tau
+    counted: Scalar  # its weight in plain means: 1, or 0 if it is excluded
+    steps: Scalar  # inner steps that it has completed
+    rate_steps: Scalar  # inner steps that its sums of learning rates cover
+    drift: Scalar  # its squared distance from the mean at the outer step before, where that is measured
 
 
-STEP, PURPOSE, LIVE, LEAVING, FINITE, SHARE, ATTENDS, TAKEN, COVERED, DRIFT = range(len(Row._fields))
 RATES = len(Row._fields)
+"""The column at which the sums of learning rates begin."""
 _SAME_RATE = 1e-6  # relative; sums of equal rates may differ by rounding between frameworks
 
 
 class Verdict(NamedTuple):
-    """What the table says, the same on every worker."""
+    """The conclusion from a ledger, equal on every worker."""
 
-    bad: Any  # bool: nothing may be written, see `complaint`
-    odd: Any  # bool: worth a warning, see `oddity`
-    live: Any  # how many workers train
-    weight: Any  # sum of the workers' shares
-    attendance: Any  # sum of their weights in plain means
-    gamma: Any  # mean rate of the block per parameter group: sum of sums / sum of steps
+    failed: Scalar  # bool: nothing may be written, see `error_text`
+    rates_differ: Scalar  # bool: worth a warning, see `rates_warning`
+    training: Scalar  # number of workers that train
+    weight: Scalar  # sum of the workers' weights
+    counted: Scalar  # sum of their weights in plain means
+    gamma: Vector  # mean learning rate of the block per parameter group: sum of sums / sum of steps
 
 
-def own_row(ops: Ops, rank: int, size: int, row: Sequence[Any], rates: Any) -> list[Any]:
-    """A worker's contribution to a table of rows and rates: its own row between zeros; parts for `Ops.pack`."""
+def columns(table: Any) -> Row:
+    """Return the columns of a table of shape (workers, 10 + groups), NumPy's or traced, by the names of `Row`."""
+    return Row(*(table[:, number] for number in range(RATES)))
+
+
+def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector) -> list[Any]:
+    """Return a worker's contribution to a table, its own row between zeros, as parts for `Ops.pack`."""
     width = len(row) + rates.shape[0]
     before, behind = ops.vector([0.0] * rank * width), ops.vector([0.0] * (size - 1 - rank) * width)
     return [before, *row, rates, behind]
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
-    """Judge a table of shape (workers, 10 + groups); nonfinite is the config's."""
-    rates, live = table[:, RATES:], table[:, LIVE]
-    workers, living, weight = ops.total(live * 0 + 1), ops.total(live), ops.total(table[:, SHARE])
+    """Judge a table of shape (workers, 10 + groups).
+
+    Args:
+        nonfinite: the setting of that name.
+    """
+    column, rates = columns(table), table[:, RATES:]
+    workers, training, weight = ops.sum(column.training * 0 + 1), ops.sum(column.training), ops.sum(column.weight)
     valid = (rates >= 0) & (rates < math.inf)  # false for NaN too
     wrong = (
-        ops.total(ops.where(table[:, STEP] == table[0, STEP], 0.0, 1.0))
-        + ops.total(ops.where(table[:, PURPOSE] == table[0, PURPOSE], 0.0, 1.0))
-        + ops.total(ops.total(ops.where(valid, 0.0, 1.0)))
+        ops.sum(ops.where(column.meeting_step == column.meeting_step[0], 0.0, 1.0))
+        + ops.sum(ops.where(column.reason == column.reason[0], 0.0, 1.0))
+        + ops.sum(ops.sum(ops.where(valid, 0.0, 1.0)))
     )
-    finite = ops.total(table[:, FINITE])
-    # Left out are workers that bring no finite values; somebody must remain whose values count.
-    enough = (finite > 0) & ((living == 0) | (weight > 0)) if nonfinite == "exclude" else finite == workers
-    bad = (wrong > 0) | (ops.where(enough, 0.0, 1.0) > 0)
+    finite = ops.sum(column.finite)
+    # Workers without finite values are excluded; at least one with a weight must remain.
+    enough = (finite > 0) & ((training == 0) | (weight > 0)) if nonfinite == "exclude" else finite == workers
+    failed = (wrong > 0) | (ops.where(enough, 0.0, 1.0) > 0)
     rates = ops.where(valid, rates, 0.0)
-    usual = ops.total(rates * live[:, None]) / ops.where(living > 0, living, 1.0)
+    usual = ops.sum(rates * column.training[:, None]) / ops.where(training > 0, training, 1.0)
     apart = (rates - usual) * (rates - usual) > (_SAME_RATE * usual) * (_SAME_RATE * usual)
-    odd = ops.total(ops.total(ops.where(apart, 1.0, 0.0) * live[:, None])) > 0
-    steps = ops.total(table[:, COVERED])
-    gamma = ops.total(rates) / ops.where(steps > 0, steps, 1.0)
-    return Verdict(bad, odd, living, weight, ops.total(table[:, ATTENDS]), gamma)
+    differ = ops.sum(ops.sum(ops.where(apart, 1.0, 0.0) * column.training[:, None])) > 0
+    steps = ops.sum(column.rate_steps)
+    gamma = ops.sum(rates) / ops.where(steps > 0, steps, 1.0)
+    return Verdict(failed, differ, training, weight, ops.sum(column.counted), gamma)
 
 
-def complaint(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
-    """What is wrong in a table that `verdict` calls bad: the message, naming ranks, and what to do."""
+Words = Callable[[NDArray[Any]], str]
+"""Puts a table into words."""
 
-    def describe(table: Any) -> str:
-        if any(table[:, PURPOSE] != table[0, PURPOSE]):
-            here = [f"rank {r} is {_place(row)}" for r, row in zip(ranks, table, strict=True)]
+
+def error_text(ranks: Sequence[int], name: str) -> Words:
+    """Return the error for a table with a failed verdict: it names the ranks at fault, and says what to do."""
+
+    def describe(table: NDArray[Any]) -> str:
+        column = columns(table)
+        if any(column.reason != column.reason[0]):
+            places = [f"rank {r} is {_place(Row(*row[:RATES]))}" for r, row in zip(ranks, table, strict=True)]
             return (
-                f"{name}: the workers are not in the same place: {', '.join(here)}. "
+                f"{name}: the workers are not in the same place: {', '.join(places)}. "
                 "averaged_parameters() is a collective: call it on every rank, after the same step."
             )
-        if any(table[:, STEP] != table[0, STEP]):
-            steps = [f"rank {r} step {int(s)}" for r, s in zip(ranks, table[:, STEP], strict=True)]
+        if any(column.meeting_step != column.meeting_step[0]):
+            steps = [f"rank {r} step {int(s)}" for r, s in zip(ranks, column.meeting_step, strict=True)]
             return (
                 f"{name}: the workers are not at the same step: {', '.join(steps)}. Call step() equally often on "
                 "every rank or join() after uneven data, and resume from checkpoints of one step."
             )
-        for r, row in zip(ranks, table[:, RATES:], strict=True):
-            for group, rate in enumerate(row):
+        for r, rates in zip(ranks, table[:, RATES:], strict=True):
+            for group, rate in enumerate(rates):
                 if not 0 <= rate < math.inf:
                     return (
                         f"{name}: a learning rate on rank {r} is not a finite number >= 0: the sum over the block in "
@@ -108,26 +128,28 @@ def complaint(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
     return describe
 
 
-def _not_finite(ranks: Sequence[int], name: str, table: Any) -> str:
-    broken = [f"rank {r}" for r, finite in zip(ranks, table[:, FINITE], strict=True) if finite != 1]
+def _not_finite(ranks: Sequence[int], name: str, table: NDArray[Any]) -> str:
+    column = columns(table)
+    broken = [f"rank {r}" for r, finite in zip(ranks, column.finite, strict=True) if finite != 1]
     return (
         f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
-        f"after step {int(table[0, STEP])}"
+        f"after step {int(column.meeting_step[0])}"
     )
 
 
-def _place(row: Any) -> str:
-    if row[PURPOSE] == AVERAGE:
+def _place(row: Row) -> str:
+    if row.reason == AVERAGE:
         return "in averaged_parameters()"
-    return "at an outer step" if row[LIVE] else "in join()"
+    return "at an outer step" if row.training else "in join()"
 
 
-def oddity(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
-    """The warning about learning rates that differ between workers that train."""
+def rates_warning(ranks: Sequence[int], name: str) -> Words:
+    """Return the warning about learning rates that differ between workers that train."""
 
-    def describe(table: Any) -> str:
-        living = [(r, row[RATES:] / row[COVERED]) for r, row in zip(ranks, table, strict=True) if row[LIVE]]
-        seen = [f"rank {r}: {', '.join(f'{rate:.6g}' for rate in rates)}" for r, rates in living]
+    def describe(table: NDArray[Any]) -> str:
+        rows = [(r, Row(*row[:RATES]), row[RATES:]) for r, row in zip(ranks, table, strict=True)]
+        means = [(r, sums / row.rate_steps) for r, row, sums in rows if row.training]
+        seen = [f"rank {r}: {', '.join(f'{rate:.6g}' for rate in rates)}" for r, rates in means]
         return (
             f"{name}: the workers' learning rates differ (mean of the block; {'; '.join(seen)}). The outer step uses "
             "their mean on every worker. Usually this is a mistake: a scheduler driven by each worker's own loss."
@@ -136,11 +158,11 @@ def oddity(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
     return describe
 
 
-def exclusion(ranks: Sequence[int], name: str) -> Callable[[Any], str]:
-    """The warning about workers that are left out of an average."""
+def exclusion_warning(ranks: Sequence[int], name: str) -> Words:
+    """Return the warning about workers that are excluded from an average."""
 
-    def describe(table: Any) -> str:
-        what = _not_finite(ranks, name, table)
-        return f"{what}; left out of the average (nonfinite='exclude'), gets the others' result."
+    def describe(table: NDArray[Any]) -> str:
+        broken = _not_finite(ranks, name, table)
+        return f"{broken}; left out of the average (nonfinite='exclude'), gets the others' result."
 
     return describe

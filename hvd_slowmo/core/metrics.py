@@ -1,18 +1,26 @@
-"""What SlowMo returns to its user."""
+"""Measurements of an outer step: how they are taken, and the form in which users get them."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hvd_slowmo.core.progress import Observed
+from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.core.ledger import columns
+from hvd_slowmo.core.meeting import Meeting
+from hvd_slowmo.core.progress import Observed, Vector
+from hvd_slowmo.core.runtime import Runtime
 
 
 class Metrics(NamedTuple):
-    """What `SlowMo.metrics` tells of an outer step; norms and products are over all parameters.
+    """Measurements of one outer step; norms and products are over all parameters.
 
-    Without the average (noaverage) they are of this worker's own Delta and v, and the divergence, which nobody
-    knows, stays 0.
+    Without the average (noaverage) they are of this worker's own Delta and v, and the divergence stays 0, because no
+    worker knows it.
+
+    Example:
+        >>> Metrics(12, 0.01, 3.0, 4.0, 0.5, 0.2, 4096).cosine
+        0.5
     """
 
     step: int  # inner steps completed, this outer step included
@@ -25,7 +33,7 @@ class Metrics(NamedTuple):
 
 
 def metrics_of(seen: Observed, step: int, seconds_waited: float, bytes_sent: int) -> Metrics:
-    """What an outer step has measured, in a user's terms."""
+    """Return the measurements of an outer step in a user's terms."""
     norms = math.sqrt(seen.delta * seen.v)
     return Metrics(
         step=step,
@@ -36,3 +44,39 @@ def metrics_of(seen: Observed, step: int, seconds_waited: float, bytes_sent: int
         seconds_waited=seconds_waited,
         bytes_sent=bytes_sent,
     )
+
+
+class Observer:
+    """Takes the measurements of one outer step, chunk by chunk; zeros where the runtime does not observe."""
+
+    def __init__(self, runtime: Runtime, observed: Vector) -> None:
+        self._runtime = runtime
+        self._before = Observed(*(observed[i] for i in range(len(Observed._fields))))
+        self._seen = observed * 0
+
+    def chunk(self, chunk: Chunk, mean: Any) -> None:
+        """Measure a chunk of parameters before anything of it is written.
+
+        Args:
+            mean: of the workers; without the average, this worker's own parameters.
+        """
+        ops, store, vectors = self._runtime.ops, self._runtime.store, self._runtime.config.vectors
+        away = store.read("model", chunk) - mean
+        parts = [ops.dot(away, away), ops.dot(mean, mean), 0.0, 0.0, 0.0, 0.0]
+        if vectors:
+            delta = store.read("anchor", chunk) - mean
+            parts[3] = ops.dot(delta, delta)
+            if "v" in vectors:
+                v = store.read("v", chunk)
+                parts[4:] = [ops.dot(v, v), ops.dot(delta, v)]
+        self._seen = self._seen + ops.vector(parts)
+
+    def completed(self, meeting: Meeting | None = None) -> Vector:
+        """Return the measurements, with the divergence of the outer step before, which the ledger completes."""
+        if not self._runtime.observe or meeting is None:
+            return self._seen
+        ops = self._runtime.ops
+        measured = self._before.mean > 0
+        size = ops.where(measured, self._before.mean, 1.0) * self._runtime.comm.size
+        divergence = ops.where(measured, ops.sum(columns(meeting.table).drift) / size, 0.0)
+        return self._seen + ops.vector([0.0, 0.0, divergence, 0.0, 0.0, 0.0])

@@ -1,13 +1,14 @@
-"""Gossip below the outer step: SGP, OSGP and D-PSGD (Assran et al. 2019, Lian et al. 2017).
+"""Mixing of parameters between outer steps: none, or gossip (SGP, OSGP and D-PSGD).
 
-After a base step each worker sends shares of its parameters to some others and adds up what comes. With z the
-parameters that the model shows, x the numerators and w the push-sum weights, z = x / w:
+With gossip each worker sends shares of its parameters to some others after an inner step, and adds up the messages that
+it receives. With z the parameters that the model shows, x the numerators and w the push-sum weights, z = x / w
+(Assran et al. 2019, Algorithm 1; Lian et al. 2017):
 
-    x   <- z_new + (x - x / w)          the base step, taken on z
+    x   <- z_new + (x - x / w)          the inner step, taken on z
     x_i <- p_ii x_i + sum_j p_ij x_j    and w likewise
 
-With overlap (OSGP) the sum is over what was sent one step before. What a worker has sent and nobody has mixed yet it
-keeps itself ("sent"): an average counts it there, and nobody waits for it, so that a state can be saved at any step.
+With overlap (OSGP) the sum is over the messages of one step before. A worker keeps its messages until they have been
+mixed ("sent"): an average counts them there, and nobody waits for them, so a state can be saved at any step.
 
 The weights follow from the graph alone: every worker computes all of them. Where they never leave 1, x is z and is not
 kept.
@@ -15,218 +16,229 @@ kept.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.handshake import agreed
-from hvd_slowmo.core.layout import Chunk, Layout
+from hvd_slowmo.core import names
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import Chunk, Stretch, Tile
 from hvd_slowmo.core.ops import Ops
-from hvd_slowmo.core.store import Store
-from hvd_slowmo.topology.analysis import moves_weights
-from hvd_slowmo.topology.checks import topology
+from hvd_slowmo.core.progress import PushSum, Scalar
+from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.topology.push_sum import carried_over, debiased, in_flight, mixed, mixed_late, parts
 
-
-class Mass(NamedTuple):
-    """Where all workers' weights are. m: number of workers."""
-
-    w: Any  # float64 (m,): push-sum weights
-    arriving: Any  # float64 (m,): weights on their way, by receiver
-    flight: Any  # int64: 1 + the number of the step whose messages nobody has mixed yet; 0: there are none
+Once = Callable[[Scalar, PushSum], PushSum]
+"""The mixing of one step, given its number."""
 
 
-class Graph:
-    """The topology of a configuration, for m workers.
+class Mixing(Protocol):
+    """One worker's mixing between outer steps."""
 
-    Args:
-        config: with a gossip base.
-        size: m.
-        nodes: the ranks of each node's workers, for gradients="node".
+    equal_weights: bool
+    """Whether every worker weighs 1 in an average. Otherwise it weighs its own steps since the last one / tau."""
 
-    Raises:
-        TypeError, ValueError: as `hvd_slowmo.topology.topology`.
-    """
+    def initial(self) -> PushSum:
+        """Return the state at rest: every weight is 1 and no message is in flight."""
 
-    def __init__(self, config: SlowMoConfig, size: int, nodes: Sequence[Sequence[int]] | None = None) -> None:
-        if config.gradients != "node" or size == 1:
-            nodes = None
-        self.array = topology(config.topology, size, symmetric=config.base == "dpsgd", nodes=nodes)
-        self.overlap = config.overlap
-        self.weighted = config.base == "sgp" and (config.overlap or moves_weights(self.array))
-        self.size = size
+    def at_rest(self, state: PushSum) -> bool:
+        """Return whether the state is `initial()`; not in a trace."""
+
+    def contribution(self, chunk: Chunk, state: PushSum) -> Any:
+        """Return this worker's part of the sum over all workers and messages; the sum of the weights is m."""
+
+    def mix(self, state: PushSum, hop: Scalar, arrivals: Sequence[Any] | None, send_at_once: Scalar) -> PushSum:
+        """Mix with others after an inner step.
+
+        Args:
+            state: before.
+            hop: number of this step, from the end of the warm-up.
+            arrivals: result of `exchange_pending`.
+            send_at_once: nothing follows in this step, and the next one mixes: with overlap, each message may leave as
+                soon as it is set aside.
+        """
+
+    def exchange_pending(self, state: PushSum, mixes: Scalar) -> Sequence[Any] | None:
+        """With overlap: exchange the messages of the last step, if the coming one mixes them.
+
+        Returns:
+            Per chunk the messages received, which can be given to `mix`; None where nothing travels ahead.
+        """
+
+    def send_ahead(self, state: PushSum, mixes: Scalar) -> None:
+        """Start what `exchange_pending` does where a collective can be in flight between two steps."""
+
+    def discard_in_flight(self) -> None:
+        """Never mix the messages in flight: another state takes the place of this one. Waits for nothing."""
 
     @property
-    def digest(self) -> str:
-        """Tells graphs apart, also those of functions with one name."""
-        return hashlib.sha256(self.array.tobytes()).hexdigest()[:16]
+    def in_flight(self) -> bool:
+        """Whether messages have been started whose result has not been taken, so that others must send theirs."""
 
-    @property
-    def vectors(self) -> tuple[str, ...]:
-        """What is kept beside the model."""
-        return (*(["push"] if self.weighted else []), *(["sent"] if self.overlap else []))
+    def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
+        """Let the numerators follow an outer step of this worker alone, which has moved z."""
+
+    def repeat(self, ops: Ops, state: PushSum, steps: Sequence[Scalar], once: Once) -> PushSum:
+        """Take part in the others' mixing from one step to another: `once(step, state)` is the mixing of a step."""
 
 
-def agreed_graph(config: SlowMoConfig, comm: Comm, node: Comm | None, name: str) -> Graph:
-    """The graph, the same on all workers, which have agreed on their settings. A collective of the node, then of all.
+class NoMixing:
+    """Workers keep to themselves between outer steps."""
 
-    Args:
-        config: with a gossip base.
-        comm: the workers.
-        node: those of this worker's node, for gradients="node".
-        name: prefix of the collectives' names.
+    equal_weights = False
+    in_flight = False
 
-    Raises:
-        TypeError, ValueError: on every worker: one's topology can't be used, or two have different ones (functions of
-            one name, say).
-    """
-    nodes: list[list[int]] | None = None
-    if node is not None:
-        mine = node.gather(f"{name}.node", comm.rank)
-        nodes = [ranks for ranks, _ in itertools.groupby(sorted(comm.gather(f"{name}.nodes", mine)))]
+    def __init__(self, runtime: Runtime) -> None:
+        self._ops = runtime.ops
+        self._store = runtime.store
 
-    def make() -> tuple[Graph, dict[str, Any]]:
-        graph = Graph(config, comm.size, nodes)
-        return graph, {"topology (digest)": graph.digest}
+    def initial(self) -> PushSum:
+        nothing = self._ops.vector([])
+        return PushSum(nothing, nothing, self._ops.to_int(0.0))
 
-    return agreed(comm, name, make, {})
+    def at_rest(self, state: PushSum) -> bool:
+        return True
+
+    def contribution(self, chunk: Chunk, state: PushSum) -> Any:
+        return self._store.read("model", chunk)
+
+    def mix(self, state: PushSum, hop: Scalar, arrivals: Sequence[Any] | None, send_at_once: Scalar) -> PushSum:
+        return state
+
+    def exchange_pending(self, state: PushSum, mixes: Scalar) -> None:
+        return None
+
+    def send_ahead(self, state: PushSum, mixes: Scalar) -> None:
+        pass
+
+    def discard_in_flight(self) -> None:
+        pass
+
+    def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
+        pass
+
+    def repeat(self, ops: Ops, state: PushSum, steps: Sequence[Scalar], once: Once) -> PushSum:
+        return state
 
 
 class Gossip:
-    """The mixing of one worker. block: elements to mix at once, see `Machine`; None: a chunk."""
+    """Messages to some workers after every step."""
 
-    def __init__(
-        self, graph: Graph, layout: Layout, ops: Ops, store: Store, comm: Comm, name: str, block: int | None = None
-    ) -> None:
-        self.graph = graph
-        self._ops = ops
-        self._store = store
-        self._comm = comm
-        self._name = name
-        self._chunks = [chunk for chunk in layout.chunks if chunk.rule == "slow"]
-        self._blocks = {chunk.index: tuple(chunk.blocks(block)) for chunk in self._chunks}
+    equal_weights = True  # mixing has spread the steps already
+
+    def __init__(self, graph: Graph, runtime: Runtime) -> None:
+        self._graph = graph
+        self._ops = runtime.ops
+        self._store = runtime.store
+        self._comm = runtime.comm
+        self._chunks = runtime.layout.parameter_chunks
+        self._tiles = {chunk.index: tuple(chunk.tiles(runtime.kernels.tile)) for chunk in self._chunks}
         self._parts = parts(graph.array)
         self._period = len(graph.array)
-        self._departed: list[Any] | None = None  # collectives under way, where they can be kept between two steps
-        self._recalled: list[Any] = []  # those whose result nobody wants any more
+        self._handles: list[Any] | None = None  # messages in flight, where they can be kept between two steps
+        self._discarded: list[Any] = []
 
-    def rest(self) -> Mass:
-        """Every weight is 1 and nothing is on its way. Then x is z, whatever "push" holds: x - x / w is 0."""
-        ones, zeros = [1.0] * self.graph.size, [0.0] * self.graph.size
-        return Mass(self._ops.vector(ones), self._ops.vector(zeros), self._ops.integer(0.0))
+    def initial(self) -> PushSum:
+        ones, zeros = [1.0] * self._graph.size, [0.0] * self._graph.size
+        return PushSum(self._ops.vector(ones), self._ops.vector(zeros), self._ops.to_int(0.0))
 
-    def mass(self, chunk: Chunk, mass: Mass) -> Any:
-        """This worker's part of the sum over all workers and messages; the sum of the weights is m."""
-        x = self._moved(chunk, mass)
-        if not self.graph.overlap:
+    def at_rest(self, state: PushSum) -> bool:
+        return not state.in_flight and bool((state.weights == 1).all())
+
+    def contribution(self, chunk: Chunk, state: PushSum) -> Any:
+        x = self._numerator(chunk, state)
+        if not self._graph.overlap:
             return x
-        kept, _ = self._of(mass.flight - 1)
-        share = in_flight(kept[self._comm.rank, 0], 1.0)  # of what was sent
+        kept, _ = self._shares(state.in_flight - 1)
+        share = in_flight(kept[self._comm.rank, 0], 1.0)  # of the vector that was sent
 
-        def with_flight() -> Any:
-            return x + self._store.read("sent", chunk) * self._ops.like(share, x)
+        def with_messages() -> Any:
+            return x + self._store.read("sent", chunk) * self._ops.cast_like(share, x)
 
-        return self._ops.cond(mass.flight > 0, with_flight, lambda: x)
+        return self._ops.cond(state.in_flight > 0, with_messages, lambda: x)
 
-    def weight(self, mass: Mass) -> Any:
-        """This worker's push-sum weight."""
-        return mass.w[self._comm.rank]
+    def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
+        if self._graph.weighted:
+            self._store.write("push", tile, z * self._ops.cast_like(self._weight(state), z))
 
-    def keep(self, block: Chunk, z: Any, w: Any) -> None:
-        """After an outer step of this worker's own, which has moved z: x follows."""
-        if self.graph.weighted:
-            self._store.write("push", block, z * self._ops.like(w, z))
+    def exchange_pending(self, state: PushSum, mixes: Scalar) -> list[Any] | None:
+        return self._exchanged(state, mixes) if self._graph.overlap else None
 
-    def depart(self, mass: Mass, delivers: Any) -> list[Any] | None:
-        """Overlap: begin to send what the last step has set aside, if the coming one mixes it.
+    def send_ahead(self, state: PushSum, mixes: Scalar) -> None:
+        if self._graph.overlap and self._handles is None and state.in_flight > 0 and mixes:
+            self._handles = self._send(state)
 
-        Returns:
-            Per chunk what came, once waited for, which can be given to `mix`; None where nothing travels ahead.
-        """
-        return self._delivered(mass, delivers) if self.graph.overlap else None
-
-    def launch(self, mass: Mass, delivers: Any) -> None:
-        """As `depart`, where a collective can be under way between two steps: it is waited for when it is mixed."""
-        if self.graph.overlap and self._departed is None and mass.flight > 0 and delivers:
-            self._departed = self._send(mass)
-
-    def recall(self) -> None:
-        """Another state takes the place of this one: what has departed is not mixed. Waits for nothing."""
-        self._recalled += self._departed or []
-        self._departed = None
+    def discard_in_flight(self) -> None:
+        self._discarded += self._handles or []
+        self._handles = None
 
     @property
-    def under_way(self) -> bool:
-        """Whether messages have been handed over whose result has not been taken, so that others must send theirs."""
-        return bool(self._departed or self._recalled)
+    def in_flight(self) -> bool:
+        return bool(self._handles or self._discarded)
 
-    def at_rest(self, mass: Mass) -> bool:
-        """Whether all weights are 1 and nothing is on its way; not in a trace."""
-        return not mass.flight and bool((mass.w == 1).all())
-
-    def mix(self, mass: Mass, hop: Any, came: Sequence[Any] | None = None, onward: bool = False) -> Mass:
-        """After a base step: mix with others.
-
-        Args:
-            mass: the weights before.
-            hop: the number of this step, from the end of the warm-up.
-            came: what `depart` has brought.
-            onward: nothing follows in this step, and the next one mixes: with overlap, each message may leave as soon
-                as it is set aside.
-        """
-        kept, sent = self._of(hop)
-        w = self._ops.reshape(mass.w, (-1, 1))
-        if self.graph.overlap:
-            w, arriving = mixed_late(kept, sent, w, self._ops.reshape(mass.arriving, (-1, 1)))
-            after = Mass(self._ops.reshape(w, (-1,)), self._ops.reshape(arriving, (-1,)), hop + 1)
-            self._mix_late(mass, after, kept[self._comm.rank, 0], came, onward)
+    def mix(self, state: PushSum, hop: Scalar, arrivals: Sequence[Any] | None, send_at_once: Scalar) -> PushSum:
+        kept, sent = self._shares(hop)
+        w = self._ops.reshape(state.weights, (-1, 1))
+        if self._graph.overlap:
+            w, arriving = mixed_late(kept, sent, w, self._ops.reshape(state.arriving, (-1, 1)))
+            after = PushSum(self._ops.reshape(w, (-1,)), self._ops.reshape(arriving, (-1,)), hop + 1)
+            self._mix_late(state, after, kept[self._comm.rank, 0], arrivals, send_at_once)
             return after
-        after = mass._replace(w=self._ops.reshape(mixed(kept, sent, w), (-1,))) if self.graph.weighted else mass
-        self._mix_now(mass, after, kept[self._comm.rank, 0], hop)
+        after = state
+        if self._graph.weighted:
+            after = state._replace(weights=self._ops.reshape(mixed(kept, sent, w), (-1,)))
+        self._mix_now(state, after, kept[self._comm.rank, 0], hop)
         return after
 
-    def _mix_late(self, mass: Mass, after: Mass, kept: Any, came: Sequence[Any] | None, onward: bool) -> None:
-        departed, self._departed = self._departed, None
-        if departed is not None:
-            arrivals: Iterator[Any] = map(self._comm.wait, departed)
+    def repeat(self, ops: Ops, state: PushSum, steps: Sequence[Scalar], once: Once) -> PushSum:
+        first, stop = steps
+
+        def body(step: Scalar, state: PushSum) -> tuple[Scalar, PushSum]:
+            return step + 1, once(step, state)
+
+        _, state = ops.loop(lambda step, _: step < stop, body, (first, state))
+        return state
+
+    def _mix_late(
+        self, state: PushSum, after: PushSum, kept: Scalar, arrivals: Sequence[Any] | None, send_at_once: Scalar
+    ) -> None:
+        handles, self._handles = self._handles, None
+        if handles is not None:
+            received: Iterator[Any] = map(self._comm.wait, handles)
         else:
-            arrivals = iter(self._delivered(mass, True) if came is None else came)
+            received = iter(self._exchanged(state, True) if arrivals is None else arrivals)
         following = []
         for chunk in self._chunks:
-            arrived = next(arrivals)  # waited for only now
-            for block in self._blocks[chunk.index]:
-                x = self._moved(block, mass)
-                self._store.write("sent", block, x)
-                self._show(block, x * self._ops.like(kept, x) + chunk.cut(arrived, block), after)
-            if onward:
-                following.append(self._set_out(chunk, after))
-        if onward:
-            self._departed = following
+            arrived = next(received)  # waited for only now
+            for tile in self._tiles[chunk.index]:
+                x = self._numerator(tile, state)
+                self._store.write("sent", tile, x)
+                self._show(tile, x * self._ops.cast_like(kept, x) + chunk.cut(arrived, tile), after)
+            if send_at_once:
+                following.append(self._send_chunk(chunk, after))
+        if send_at_once:
+            self._handles = following
 
-    def _delivered(self, mass: Mass, delivers: Any) -> list[Any]:
-        """What comes of the last step's messages; zeros where there are none or the coming step mixes none."""
+    def _exchanged(self, state: PushSum, mixes: Scalar) -> list[Any]:
+        """Exchange the last step's messages; zeros where there are none or the coming step mixes none."""
 
-        def exchanged() -> list[Any]:
-            return [self._comm.wait(handle) for handle in self._send(mass)]
+        def exchange() -> list[Any]:
+            return [self._comm.wait(handle) for handle in self._send(state)]
 
         def nothing() -> list[Any]:
             return [self._store.read("sent", chunk) * 0 for chunk in self._chunks]
 
-        return self._ops.cond((mass.flight > 0) & delivers, exchanged, nothing)
+        return self._ops.cond((state.in_flight > 0) & mixes, exchange, nothing)
 
-    def _send(self, mass: Mass) -> list[Any]:
-        """Begin to send what the last step has set aside, all chunks of it."""
-        return [self._set_out(chunk, mass) for chunk in self._chunks]
+    def _send(self, state: PushSum) -> list[Any]:
+        """Start to send the vector that the last step has set aside, all chunks of it."""
+        return [self._send_chunk(chunk, state) for chunk in self._chunks]
 
-    def _set_out(self, chunk: Chunk, mass: Mass) -> Any:
-        return self._push(chunk, self._store.read("sent", chunk), mass.flight - 1)
+    def _send_chunk(self, chunk: Chunk, state: PushSum) -> Any:
+        return self._push(chunk, self._store.read("sent", chunk), state.in_flight - 1)
 
-    def _mix_now(self, mass: Mass, after: Mass, kept: Any, hop: Any) -> None:
+    def _mix_now(self, state: PushSum, after: PushSum, kept: Scalar, hop: Scalar) -> None:
         def start(chunk: Chunk) -> tuple[Any, Any]:
-            x = self._moved(chunk, mass)
+            x = self._numerator(chunk, state)
             return self._push(chunk, x, hop), x
 
         following = start(self._chunks[0])
@@ -235,29 +247,36 @@ class Gossip:
             if behind is not None:
                 following = start(behind)  # travels while this one is mixed
             arrived = self._comm.wait(handle)
-            for block in self._blocks[chunk.index]:
-                mine = chunk.cut(x, block)
-                self._show(block, mine * self._ops.like(kept, x) + chunk.cut(arrived, block), after)
+            for tile in self._tiles[chunk.index]:
+                self._show(tile, chunk.cut(x, tile) * self._ops.cast_like(kept, x) + chunk.cut(arrived, tile), after)
 
-    def _show(self, chunk: Chunk, x: Any, after: Mass) -> None:
-        if self.graph.weighted:
-            self._store.write("push", chunk, x)
-            x = debiased(x, self._ops.like(self.weight(after), x))
-        self._store.write("model", chunk, x)
+    def _show(self, tile: Tile, x: Any, after: PushSum) -> None:
+        if self._graph.weighted:
+            self._store.write("push", tile, x)
+            x = debiased(x, self._ops.cast_like(self._weight(after), x))
+        self._store.write("model", tile, x)
 
-    def _moved(self, chunk: Chunk, mass: Mass) -> Any:
-        """X after the base step that has moved the model."""
-        z = self._store.read("model", chunk)
-        if not self.graph.weighted:
+    def _numerator(self, stretch: Stretch, state: PushSum) -> Any:
+        """Return x after the inner step that has moved the model."""
+        z = self._store.read("model", stretch)
+        if not self._graph.weighted:
             return z
-        return carried_over(z, self._store.read("push", chunk), self._ops.like(self.weight(mass), z))
+        return carried_over(z, self._store.read("push", stretch), self._ops.cast_like(self._weight(state), z))
 
-    def _push(self, chunk: Chunk, x: Any, hop: Any) -> Any:
-        while self._recalled:  # their names are taken until then
-            self._comm.wait(self._recalled.pop())
-        _, sent = self._of(hop)
-        return self._comm.start_push(f"{self._name}.push.{chunk.index}", x, sent[:, self._comm.rank])
+    def _weight(self, state: PushSum) -> Scalar:
+        return state.weights[self._comm.rank]
 
-    def _of(self, hop: Any) -> tuple[Any, Any]:
+    def _push(self, chunk: Chunk, x: Any, hop: Scalar) -> Any:
+        while self._discarded:  # their names are taken until then
+            self._comm.wait(self._discarded.pop())
+        _, sent = self._shares(hop)
+        return self._comm.start_push(names.push(chunk.index), x, sent[:, self._comm.rank])
+
+    def _shares(self, hop: Scalar) -> tuple[Any, Any]:
         at = hop % self._period
-        return self._ops.at(self._parts.kept, at), self._ops.at(self._parts.sent, at)
+        return self._ops.take(self._parts.kept, at), self._ops.take(self._parts.sent, at)
+
+
+def mixing_of(graph: Graph | None, runtime: Runtime) -> Mixing:
+    """Return the mixing over a graph; none where there is no graph."""
+    return NoMixing(runtime) if graph is None else Gossip(graph, runtime)

@@ -19,22 +19,25 @@ Only + - x / on the tensors, so that NumPy, torch and TensorFlow run the same li
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.ops import Ops
+from hvd_slowmo.core.progress import Scalar, Vector
 
 
 class Momentum(NamedTuple):
-    """How one parameter group's v enters this outer step and what of it stays. Each a float64 scalar."""
+    """Coefficients of one parameter group's v in an outer step. Each a float64 scalar, or a vector over the groups."""
 
-    carried: Any  # w = carried * v
-    keep: Any  # v' = keep * v + gain * Delta
-    gain: Any
+    carried: Scalar  # w = carried * v
+    keep: Scalar  # v' = keep * v + gain * Delta
+    gain: Scalar
 
 
-def momentum(config: SlowMoConfig, ops: Ops, gamma: Any, gamma_prev: Any) -> Momentum:
-    """The coefficients for gamma, the block's mean rate, after gamma_prev, the block before (0: there is none).
+def momentum(config: SlowMoConfig, ops: Ops, gamma: Vector, gamma_prev: Vector) -> Momentum:
+    """Return the coefficients for gamma, the block's mean rate, after gamma_prev, the block before (0: there is none).
 
     gamma and gamma_prev are scalars, or vectors with an entry per parameter group. A block whose rates were all 0
     brings no momentum in and leaves v as it was: rescaling by 0 would forget it, and by the next rate divide by 0.
@@ -43,21 +46,28 @@ def momentum(config: SlowMoConfig, ops: Ops, gamma: Any, gamma_prev: Any) -> Mom
         return Momentum(config.beta + 0 * gamma, config.beta + 0 * gamma, 1 + 0 * gamma)
     first = gamma_prev == 0
     ratio = ops.where(first, 1 + 0 * gamma, gamma / ops.where(first, 1 + 0 * gamma, gamma_prev))
-    idle = gamma == 0
-    carried = ops.where(idle, 0 * gamma, config.beta * ratio)
-    return Momentum(carried, ops.where(idle, 1 + 0 * gamma, carried), ops.where(idle, 0 * gamma, 1 + 0 * gamma))
+    still = gamma == 0
+    carried = ops.where(still, 0 * gamma, config.beta * ratio)
+    return Momentum(carried, ops.where(still, 1 + 0 * gamma, carried), ops.where(still, 0 * gamma, 1 + 0 * gamma))
 
 
-def next_gamma(ops: Ops, gamma: Any, gamma_prev: Any) -> Any:
-    """The gamma_prev of the next block: a block without a rate leaves it as it was."""
+def next_gamma(ops: Ops, gamma: Vector, gamma_prev: Vector) -> Vector:
+    """Return the gamma_prev of the next block: a block without a rate leaves it as it was."""
     return ops.where(gamma == 0, gamma_prev, gamma)
 
 
 def outer_update(config: SlowMoConfig, mean: Any, anchor: Any, v: Any, m: Momentum) -> tuple[Any, Any]:
-    """x_0' and v' from the workers' mean, the anchor x_0 and v: 1-D tensors of one type and length.
+    """Return x_0' and v' from the workers' mean, the anchor x_0 and v: 1-D tensors of one type and length.
 
     v is None where beta is 0: then there is no momentum to keep, and v' is None.
     m's entries are scalars of the tensors' own type.
+
+    Example:
+        >>> import numpy as np
+        >>> m = Momentum(carried=0.5, keep=0.5, gain=1.0)
+        >>> x, v = outer_update(SlowMoConfig(beta=0.5), np.array([1.0]), np.array([2.0]), np.array([4.0]), m)
+        >>> x.tolist(), v.tolist()
+        ([-1.0], [3.0])
     """
     delta = anchor - mean
     if v is None:
@@ -65,3 +75,17 @@ def outer_update(config: SlowMoConfig, mean: Any, anchor: Any, v: Any, m: Moment
     w = v * m.carried
     back = (w + delta) * (config.alpha * config.beta) if config.nesterov else w * config.alpha
     return mean + delta * (1 - config.alpha) - back, v * m.keep + delta * m.gain
+
+
+class Kernels(NamedTuple):
+    """Elementwise work of an outer step, in the forms that suit a framework.
+
+    Attributes:
+        outer_update: as the function of that name.
+        divide: a sum by a scalar; the sum is not needed any more.
+        tile: elements that are updated at once, so that a processor's cache holds the temporaries; None: a whole chunk.
+    """
+
+    outer_update: Callable[..., tuple[Any, Any]] = outer_update
+    divide: Callable[[Any, Any], Any] = operator.truediv
+    tile: int | None = None

@@ -1,65 +1,65 @@
-"""The start of a job, the same sequence of collectives in every framework: where everyone is, and who gives what.
+"""The start of a job: one sequence of collectives for every framework.
 
-A job may have workers of several frameworks. What one framework's workers alone can read (a base optimizer's state)
-comes from the first of them; what all can read comes from rank 0.
+digest → graph → position → layout → handed-out state → first vectors. A job may have workers of several frameworks.
+State that one framework alone can read (an inner optimizer's) comes from the first worker of that framework; all else
+comes from rank 0.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.layout import Layout
+from hvd_slowmo.core.graph import Graph, agreed_graph
+from hvd_slowmo.core.handshake import agreed
+from hvd_slowmo.core.layout import ModelLayout, ParameterGroups, Ref
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import WireEntry, describe
+from hvd_slowmo.wire.tensors import TensorSpec, describe
+
+R = TypeVar("R", bound=Ref)
+
+
+@dataclass(frozen=True)
+class Description(Generic[R]):
+    """A worker's findings about its own model, before any communication.
+
+    Attributes:
+        specs: the tensors that take part.
+        groups: this worker's own parameter groups.
+        layout: of the messages; later with the groups that all workers have in common.
+    """
+
+    specs: Sequence[TensorSpec]
+    groups: ParameterGroups
+    layout: ModelLayout[R]
 
 
 class Position(NamedTuple):
-    """What a worker tells the others once they have agreed."""
+    """A worker's message to the others once they have agreed."""
 
     framework: str
     step: int  # inner steps that it has made already
     workers: int  # of the job that its state comes from; 0: it has none
-    groups: tuple[int, ...]  # its parameter group of each trained entry of the wire
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The parameter groups that all workers have in common.
-
-    Frameworks and scripts may group the same parameters otherwise. Two parameters are in one common group if they are
-    in one group on every worker, so that a common group has one rate everywhere.
-
-    of: the common group of each trained entry of the wire.
-    own: this worker's own group, for each common one.
-    """
-
-    of: tuple[int, ...]
-    own: tuple[int, ...]
-
-    def common(self, own: int) -> int | None:
-        """A common group with the rates of this worker's own one; None if nothing of that one is on the wire."""
-        return self.own.index(own) if own in self.own else None
-
-
-def common_groups(everyone: Sequence[Sequence[int]], rank: int) -> Groups:
-    """The coarsest groups that are within one group on every worker, in wire order."""
-    tuples = list(zip(*everyone, strict=True))
-    numbers = {each: number for number, each in enumerate(dict.fromkeys(tuples))}
-    return Groups(tuple(numbers[each] for each in tuples), tuple(each[rank] for each in numbers))
+    groups: tuple[int, ...]  # its parameter group of each trained tensor of the wire
 
 
 @dataclass(frozen=True)
 class Job:
-    """Who works together, and where all are."""
+    """The workers of a job and their positions.
 
-    frameworks: tuple[str, ...]  # by rank
+    Attributes:
+        frameworks: by rank.
+        steps: inner steps made, by rank.
+        groups: the parameter groups that all workers have in common.
+    """
+
+    frameworks: tuple[str, ...]
     steps: tuple[int, ...]
-    groups: Groups
+    groups: ParameterGroups
 
     @property
     def mixed(self) -> bool:
@@ -77,43 +77,122 @@ class Job:
         return bool(self.steps[0]) and not any(self.steps[1:])
 
 
-def facts_of(
-    config: SlowMoConfig,
-    framework: str,
-    parameter_map: ParameterMap | None,
-    entries: Sequence[WireEntry],
-    layout: Layout,
-) -> dict[str, Any]:
-    """What workers must agree on, see `hvd_slowmo.core.handshake.agree`.
+class StartingWorker(Protocol[R]):
+    """An adapter's part in the start.
+
+    Attributes:
+        framework: its name.
+        config: the settings.
+        parameter_map: names of the tensors in other frameworks; None in a job of one framework.
+        remarks: facts that may differ between workers with a warning, such as versions.
+    """
+
+    framework: str
+    config: SlowMoConfig
+    parameter_map: ParameterMap | None
+    remarks: Mapping[str, Any]
+
+    def describe(self) -> Description[R]:
+        """Check the arguments and lay out the model.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is raised on every worker.
+        """
+
+    def position(self) -> tuple[int, int]:
+        """Return the number of inner steps made, and the number of workers of the job that the state comes from."""
+
+    def assemble(self, description: Description[R], graph: Graph | None) -> None:
+        """Make everything that a step needs."""
+
+    def give_frozen(self) -> Any:
+        """Return the frozen tensors of a map, readable without a framework."""
+
+    def give_own(self, job: Job) -> Any:
+        """Return all else that the chunks do not carry, for the other workers of this framework."""
+
+    def take(self, frozen: Any | None, own: Any | None, job: Job) -> None:
+        """Take over both; None where this worker is the one that gives it."""
+
+    def first_vectors(self, job: Job) -> None:
+        """Take rank 0's vectors and the first anchor, or continue from restored ones. A collective."""
+
+
+def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
+    """Bring all workers to one start. A collective.
+
+    Raises:
+        TypeError, ValueError: on every worker, if an argument is wrong on one, settings or models differ, or their
+            steps can't be brought to one start.
+    """
+    description = agree(worker, comm)
+    graph = agreed_graph(worker.config, comm)
+    job = meet(comm, Position(worker.framework, *worker.position(), description.groups.of))
+    if worker.parameter_map is not None:
+        layout = description.layout.regrouped(job.groups, description.specs)
+        description = replace(description, groups=job.groups, layout=layout)
+    worker.assemble(description, graph)
+    if job.fresh or job.restored_first:
+        frozen, own = hand_out(comm, job, worker.give_frozen, lambda: worker.give_own(job))
+        worker.take(frozen, own, job)
+    worker.first_vectors(job)
+    return job
+
+
+def agree(worker: StartingWorker[R], comm: ScopedComm) -> Description[R]:
+    """Return this worker's description, once all workers have compared theirs. A collective."""
+
+    def make() -> tuple[Description[R], dict[str, Any]]:
+        description = worker.describe()
+        return description, facts_of(worker, description)
+
+    return agreed(comm, make, worker.remarks)
+
+
+def facts_of(worker: StartingWorker[R], description: Description[R]) -> dict[str, Any]:
+    """Return the facts on which workers must agree.
 
     With a map the wire decides, whatever the framework; without one, names and order are the framework's own.
     """
+    config, parameter_map, layout = worker.config, worker.parameter_map, description.layout.layout
     facts: dict[str, Any] = {
         "config": config.facts(),
         "parameter_map": None if parameter_map is None else parameter_map.describe(),
     }
     if parameter_map is None:
-        facts["framework, of workers without a parameter_map"] = framework
-    elif config.buffers == "average" and config.tau is not None:
-        # What they keep has other names, shapes and units in another framework.
-        facts["framework, which buffers='average' needs to be one, since it averages what base optimizers keep"] = (
-            framework
-        )
+        facts["framework, of workers without a parameter_map"] = worker.framework
+    elif config.inner_state == "average" and config.tau is not None:
+        # Inner optimizers keep state of other names, shapes and units in another framework.
+        facts[
+            "framework, which inner_state='average' needs to be one, since it averages the inner optimizers' state"
+        ] = worker.framework
     if parameter_map is None:
         facts["parameters"] = layout.describe()
     else:
-        facts["parameters"] = describe(entries)
-        facts["buffers of the base optimizer"] = [list(each) for each in layout.describe() if each[0] == "base"]
+        facts["parameters"] = describe(description.specs)
+        facts["state of the inner optimizer"] = [list(x) for x in layout.describe() if x[0] == "optimizer_state"]
     return facts
 
 
-def meet(comm: Comm, name: str, mine: Position) -> Job:
-    """Learn where everybody is. A collective, of workers that have agreed on their facts.
+def common_groups(everyone: Sequence[Sequence[int]], rank: int) -> ParameterGroups:
+    """Return the coarsest groups that are within one group on every worker, in wire order.
+
+    Args:
+        everyone: per worker, its own group of each parameter.
+        rank: of this worker.
+    """
+    tuples = list(zip(*everyone, strict=True))
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(tuples))}
+    return ParameterGroups(tuple(numbers[each] for each in tuples), tuple(each[rank] for each in numbers))
+
+
+def meet(comm: ScopedComm, position: Position) -> Job:
+    """Exchange the positions. A collective, of workers that have agreed on their facts.
 
     Raises:
         ValueError: on every worker, if their steps can't be brought to one start.
     """
-    everyone = [Position(*each) for each in comm.gather(f"{name}.position", tuple(mine))]
+    everyone = [Position(*each) for each in comm.gather("position", tuple(position))]
     job = Job(
         tuple(each.framework for each in everyone),
         tuple(each.step for each in everyone),
@@ -122,39 +201,39 @@ def meet(comm: Comm, name: str, mine: Position) -> Job:
     for rank, each in zip(comm.ranks, everyone, strict=True):
         if each.step and each.workers not in (0, comm.size):
             raise ValueError(
-                f"{name}: the state on rank {rank} is one of {each.workers} workers, this job has {comm.size}."
+                f"{comm.name}: the state on rank {rank} is one of {each.workers} workers, this job has {comm.size}."
             )
-    here = ", ".join(f"rank {r} step {s}" for r, s in zip(comm.ranks, job.steps, strict=True))
+    steps = ", ".join(f"rank {r} step {s}" for r, s in zip(comm.ranks, job.steps, strict=True))
     if job.mixed and not job.fresh:
         raise ValueError(
-            f"{name}: a job of several frameworks starts at step 0 on every worker, and here is {here}. Restore every "
-            "worker's own state after the start."
+            f"{comm.name}: a job of several frameworks starts at step 0 on every worker, and here is {steps}. Restore "
+            "every worker's own state after the start."
         )
     if any(job.steps[1:]) and len(set(job.steps)) > 1:
         raise ValueError(
-            f"{name}: the workers are not at the same step: {here}. Load a checkpoint on rank 0 alone, or files of the "
-            "same step on every rank."
+            f"{comm.name}: the workers are not at the same step: {steps}. Load a checkpoint on rank 0 alone, or files "
+            "of the same step on every rank."
         )
     return job
 
 
 def hand_out(
-    comm: Comm, name: str, job: Job, common: Callable[[], Any], own: Callable[[], Any]
+    comm: ScopedComm, job: Job, give_frozen: Callable[[], Any], give_own: Callable[[], Any]
 ) -> tuple[Any | None, Any | None]:
-    """What the chunks do not carry. A collective.
+    """Hand out the state that the chunks do not carry. A collective.
 
     Args:
-        common: what rank 0 gives to all: it must be readable without a framework.
-        own: what the first worker of this one's framework gives to the others of it.
+        give_frozen: rank 0's gift to all; it must be readable without a framework.
+        give_own: the gift of the first worker of a framework to the others of it.
 
     Returns:
-        Both as they came; None where this worker is the one that gives it.
+        Both as received; None where this worker is the giver.
     """
-    mine = job.frameworks[comm.rank]
-    giver = job.frameworks.index(mine)
-    # As bytes within the message: who lacks the framework must not unpack it.
-    given = (common() if comm.rank == 0 else None, pickle.dumps(own()) if comm.rank == giver else None)
-    everyone = comm.gather(f"{name}.start", given)
+    framework = job.frameworks[comm.rank]
+    giver = job.frameworks.index(framework)
+    # As bytes within the message: a worker without the framework must not unpickle it.
+    gift = (give_frozen() if comm.rank == 0 else None, pickle.dumps(give_own()) if comm.rank == giver else None)
+    everyone = comm.gather("start", gift)
     return (
         None if comm.rank == 0 else everyone[0][0],
         None if comm.rank == giver else pickle.loads(everyone[giver][1]),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 
 # The adapters are imported where they are used: a core without frameworks can still import this.
 
@@ -29,9 +29,9 @@ class Difference(NamedTuple):
 
 def compare(
     torch_model: Any,
-    torch_entries: Sequence[WireEntry],
+    torch_entries: Sequence[TensorSpec],
     keras_model: Any,
-    keras_entries: Sequence[WireEntry],
+    keras_entries: Sequence[TensorSpec],
     inputs: Sequence[NDArray[Any]],
     transposed: Sequence[bool] | None = None,
     seed: int = 0,

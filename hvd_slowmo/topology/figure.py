@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo.topology.analysis import moves_weights, out_degree, spectral_gap, steps_to_consensus
-from hvd_slowmo.topology import push_sum as pushsum
+from hvd_slowmo.topology import push_sum
 from hvd_slowmo.topology.graphs import Array
 
 _LINES_PER_STEP = 8
@@ -138,13 +138,13 @@ def _range(least: int, most: int) -> str:
 
 def _weights(array: Array) -> str:
     """Where the weights go in many steps from a start at 1, when mixing is synchronous and when it is one step late."""
-    parts, m = pushsum.parts(array), array.shape[1]
+    parts, m = push_sum.parts(array), array.shape[1]
     prompt = late = np.ones((m, 1))
     arriving, seen = np.zeros((m, 1)), []
     for step in range(max(100, 4 * len(array))):
         k = step % len(array)
-        prompt = pushsum.mixed(parts.kept[k], parts.sent[k], prompt)
-        late, arriving = pushsum.mixed_late(parts.kept[k], parts.sent[k], late, arriving)
+        prompt = push_sum.mixed(parts.kept[k], parts.sent[k], prompt)
+        late, arriving = push_sum.mixed_late(parts.kept[k], parts.sent[k], late, arriving)
         seen.append([prompt, late])
     low, high = np.min(seen, axis=(0, 2, 3)), np.max(seen, axis=(0, 2, 3))
     moves = f"moves between {low[0]:.4g} and {high[0]:.4g}" if moves_weights(array) else "stays 1"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 
 Orientation = View | str | tuple[int, ...]
@@ -20,7 +20,7 @@ class Part:
     """A tensor of a layer, or a part of one, as an adapter finds it.
 
     role: neutral: "weight", "bias", "mean".
-    rule, dtype, own, note: see `hvd_slowmo.wire.views.WireEntry`.
+    rule, dtype, own, note: see `hvd_slowmo.wire.views.TensorSpec`.
     features: where the view's first axis is one of features: the feature map (h, w, c) of which they are the flattened
         form, () if they are none; None where the first axis is another.
     refusal: why the tensor can't be put on the wire as it is, None if it can.
@@ -50,7 +50,7 @@ class Layer:
 
 class _Placed(NamedTuple):
     key: tuple[Any, ...]  # sorts what is paired explicitly alike on both sides
-    entry: WireEntry
+    entry: TensorSpec
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ParameterMap:
             "ignore": list(self.ignore),
         }
 
-    def arrange(self, layers: Sequence[Layer], side: str) -> list[WireEntry]:
+    def arrange(self, layers: Sequence[Layer], side: str) -> list[TensorSpec]:
         """The wire entries of a model, in wire order: those of the layers in their order, then what is paired.
 
         Args:
@@ -114,7 +114,7 @@ class ParameterMap:
                 of this model; a tensor that two pairs meet.
         """
         found = _Found(self, side)
-        automatic: list[WireEntry] = []
+        automatic: list[TensorSpec] = []
         paired: list[_Placed] = []
         number = 0
         for layer in layers:
@@ -181,7 +181,7 @@ class _Found:
         name = full if tensor and not several else f"{full}.{part.role}"
         return _Placed(key, self.entry(layer, part, name, explicit=tensor))
 
-    def entry(self, layer: Layer, part: Part, name: str, explicit: bool) -> WireEntry:
+    def entry(self, layer: Layer, part: Part, name: str, explicit: bool) -> TensorSpec:
         hits = [text for text, pattern in self._orient if pattern.fullmatch(part.own)]
         view, oriented = part.view, bool(hits)
         if oriented:
@@ -200,7 +200,7 @@ class _Found:
                     hint = f'Say it: ParameterMap(orient={{"{part.own}": (height, width, channels)}}), or () if there '
                     hint += "is no feature map in it."
                 raise ValueError(f"{self._spell(part)} (of {layer.path or 'the model'}): {part.refusal} {hint}".strip())
-        return WireEntry(name, part.rule, view.wire, part.dtype, view, part.own, part.note)
+        return TensorSpec(name, part.rule, view.wire, part.dtype, view, part.own, part.note)
 
     def check(self, layers: Sequence[Layer]) -> None:
         """Every pair and orientation must have met something, or it is a slip."""
@@ -255,8 +255,8 @@ def _pair(side: str, own: str) -> str:
     return f'"{own}": "its Keras path"' if side == "torch" else f'"its PyTorch name": "{own}"'
 
 
-def _unique(entries: Sequence[WireEntry]) -> None:
-    seen: dict[str, WireEntry] = {}
+def _unique(entries: Sequence[TensorSpec]) -> None:
+    seen: dict[str, TensorSpec] = {}
     for entry in entries:
         if entry.name in seen:
             raise ValueError(
@@ -267,8 +267,8 @@ def _unique(entries: Sequence[WireEntry]) -> None:
 
 
 def pair(
-    torch_entries: Sequence[WireEntry], keras_entries: Sequence[WireEntry]
-) -> Iterator[tuple[WireEntry, WireEntry]]:
+    torch_entries: Sequence[TensorSpec], keras_entries: Sequence[TensorSpec]
+) -> Iterator[tuple[TensorSpec, TensorSpec]]:
     """The entries of both sides, pair by pair.
 
     Raises:
@@ -306,7 +306,7 @@ def pair(
 _CURE = "If the layers are the same in another order, pair them: ParameterMap({PyTorch's name: Keras' path})."
 
 
-def _candidates(entry: WireEntry, others: Sequence[WireEntry]) -> str:
+def _candidates(entry: TensorSpec, others: Sequence[TensorSpec]) -> str:
     """Those of the same shape and kind, most like in name first."""
     kind = entry.name.partition(".")[2]
     alike = [o for o in others if o.shape == entry.shape and o.name.partition(".")[2] == kind]
@@ -317,6 +317,6 @@ def _candidates(entry: WireEntry, others: Sequence[WireEntry]) -> str:
     return f"Nearest: {', '.join(_spell_entry(each) for each in alike[:3])}. " if alike else ""
 
 
-def _spell_entry(entry: WireEntry) -> str:
+def _spell_entry(entry: TensorSpec) -> str:
     shape = "x".join(map(str, entry.shape)) or "scalar"
     return f"{entry.own} ({entry.name}, {shape})"

@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import Arrays, SnapshotError
+from hvd_slowmo.checkpoint.file import Arrays, CheckpointError
 from hvd_slowmo.checkpoint.inner_state import ADAM, ALIKE, SGD, Buffers, Carried
 from hvd_slowmo.checkpoint.state import Named
 from hvd_slowmo.core.progress import Progress
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.inner_optimizer import Inner
 from hvd_slowmo_tf.interop.layers import entries_keras
@@ -111,7 +111,7 @@ class KerasSide:
     def base(self) -> Buffers:
         count = self._optimizer.gradient_accumulation_steps
         if count and int(self._optimizer._iterations) % count:
-            raise SnapshotError(
+            raise CheckpointError(
                 "there are gradients that wait for others to be accumulated, which a checkpoint does not hold. Save "
                 f"after a multiple of gradient_accumulation_steps={count} calls."
             )
@@ -155,7 +155,7 @@ class KerasSide:
         found = {own: int(steps[own]) if own in steps else 0 for own in self._trained}
         if len(set(found.values())) > 1:
             odd = min(found, key=found.__getitem__)
-            raise SnapshotError(
+            raise CheckpointError(
                 f"PyTorch's Adam has counted {found[odd]} steps of {odd} and {max(found.values())} of others, and "
                 "Keras has one count for all."
             )
@@ -165,11 +165,11 @@ class KerasSide:
         own = self._own_variables()
         if not values:  # as before the first step
             if int(self._inner.innermost.iterations) and self.config.buffers != "reset":
-                raise SnapshotError("this optimizer has made steps. Load into one that has not.")
+                raise CheckpointError("this optimizer has made steps. Load into one that has not.")
             return self._inner.reset
         for name, v in own.items():
             if name not in values or values[name].shape != tuple(v.shape):
-                raise SnapshotError(
+                raise CheckpointError(
                     f"the checkpoint lacks the base optimizer's variable {name} of shape {tuple(v.shape)}."
                 )
 
@@ -236,7 +236,7 @@ def _named(
             # Keras numbers names that it has seen before, in the order in which models were built.
             own, shape = f"{number}.{common_path(v.path)}", tuple(v.shape)
             rule = "slow" if id(v) in ours else "mean" if v.name.startswith("moving_") else "frozen"
-            found.append(WireEntry(own, rule, shape, tf.as_dtype(v.dtype).name, View.same(shape), own))
+            found.append(TensorSpec(own, rule, shape, tf.as_dtype(v.dtype).name, View.same(shape), own))
             variables[own] = v
     return Named(tuple(found), "keras", why), variables
 

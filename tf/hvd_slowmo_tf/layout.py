@@ -13,7 +13,7 @@ import tensorflow as tf
 from hvd_slowmo.core.layout import Entry, Layout, Tensor, arrange
 from hvd_slowmo.core.startup import Groups
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.interop.layers import entries_keras
 from hvd_slowmo_tf.interop.weights import variables_of
@@ -40,7 +40,7 @@ class Plan:
         return list(found.values())
 
 
-Placed = list[tuple[WireEntry, Any]]
+Placed = list[tuple[TensorSpec, Any]]
 """Entries and their variables."""
 
 
@@ -51,7 +51,7 @@ def entries_of(parameters: Sequence[Any], statistics: Sequence[Any]) -> Placed:
 
 def _entries(rule: str, variables: Sequence[Any]) -> Placed:
     return [
-        (WireEntry(common_path(v.path), rule, tuple(v.shape), _own(v), View.same(tuple(v.shape)), v.path), v)
+        (TensorSpec(common_path(v.path), rule, tuple(v.shape), _own(v), View.same(tuple(v.shape)), v.path), v)
         for v in variables
     ]
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from hvd_slowmo.checkpoint.file import Arrays, SnapshotError
+from hvd_slowmo.checkpoint.file import Arrays, CheckpointError
 from hvd_slowmo.checkpoint.inner_state import ADAM, ALIKE, SGD, Buffers, Carried
 from hvd_slowmo.checkpoint.state import Named
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.progress import Progress
 from hvd_slowmo.core.startup import Groups
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch import inner_optimizer as base_state
 from hvd_slowmo_torch.interop.layers import entries_torch
@@ -178,7 +178,7 @@ class TorchSide:
         for own in self.groups:
             given, expected = {key for key in buffers if own in buffers[key]}, keeps[id(self._tensors[own])]
             if given and given != expected:  # a parameter without a gradient has none yet
-                raise SnapshotError(
+                raise CheckpointError(
                     f"the base optimizer has {', '.join(sorted(given))} of {own} in the checkpoint, and keeps "
                     f"{', '.join(sorted(expected)) or 'nothing'} here. Give it the settings of the run that is resumed."
                 )
@@ -215,7 +215,7 @@ def named(model: nn.Module, parameter_map: ParameterMap | None) -> Named:
             if tensor.is_floating_point() and (own in trained or own in kept):
                 shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
                 rule = "mean" if own not in trained else "slow" if tensor.requires_grad else "frozen"
-                entries.append(WireEntry(own, rule, shape, dtype, View.same(shape), own))
+                entries.append(TensorSpec(own, rule, shape, dtype, View.same(shape), own))
         return Named(tuple(entries), "torch", str(error))
 
 

@@ -16,7 +16,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.layout import Entry, Layout, Tensor, arrange
 from hvd_slowmo.core.startup import Groups
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch import inner_optimizer as base_state
 from hvd_slowmo_torch.interop.layers import entries_torch
@@ -53,7 +53,7 @@ class Plan:
     statistics: tuple[Slot, ...]  # BatchNorm's running means and variances, which must be finite
 
 
-def entries_of(model: nn.Module, base: Optimizer, parameter_map: ParameterMap | None) -> list[WireEntry]:
+def entries_of(model: nn.Module, base: Optimizer, parameter_map: ParameterMap | None) -> list[TensorSpec]:
     """What of the model takes part: on the wire of a map, or as the base optimizer and the model have it.
 
     Without a map, floating-point buffers and BatchNorm's step counts are averaged; other integers stay each worker's
@@ -86,7 +86,7 @@ def entries_of(model: nn.Module, base: Optimizer, parameter_map: ParameterMap | 
     return entries
 
 
-def _mapped(model: nn.Module, base: Optimizer, parameter_map: ParameterMap) -> list[WireEntry]:
+def _mapped(model: nn.Module, base: Optimizer, parameter_map: ParameterMap) -> list[TensorSpec]:
     entries = entries_torch(model, parameter_map)
     own = {id(p) for group in base.param_groups for p in group["params"]}
     parameters = tensors_of(model)
@@ -102,12 +102,12 @@ def _mapped(model: nn.Module, base: Optimizer, parameter_map: ParameterMap) -> l
     return entries
 
 
-def _entry(rule: str, name: str, tensor: torch.Tensor) -> WireEntry:
+def _entry(rule: str, name: str, tensor: torch.Tensor) -> TensorSpec:
     shape = tuple(tensor.shape)
-    return WireEntry(name, rule, shape, _spell(tensor.dtype), View.same(shape), name)
+    return TensorSpec(name, rule, shape, _spell(tensor.dtype), View.same(shape), name)
 
 
-def groups_of(entries: Sequence[WireEntry], model: nn.Module, base: Optimizer) -> Groups:
+def groups_of(entries: Sequence[TensorSpec], model: nn.Module, base: Optimizer) -> Groups:
     """The base optimizer's own groups."""
     numbers = {id(p): number for number, group in enumerate(base.param_groups) for p in group["params"]}
     parameters = tensors_of(model)
@@ -116,7 +116,7 @@ def groups_of(entries: Sequence[WireEntry], model: nn.Module, base: Optimizer) -
 
 
 def lay_out(
-    model: nn.Module, base: Optimizer, config: SlowMoConfig, entries: Sequence[WireEntry], groups: Groups
+    model: nn.Module, base: Optimizer, config: SlowMoConfig, entries: Sequence[TensorSpec], groups: Groups
 ) -> Plan:
     """The trained and averaged entries and, where they are averaged, the base optimizer's buffers.
 

@@ -27,7 +27,7 @@ from hvd_slowmo.core.ops import EagerOps
 from hvd_slowmo.core.progress import Observed, Progress
 from hvd_slowmo.core.startup import Groups, Position, facts_of, meet
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo_torch import state_dict as checkpoint
 from hvd_slowmo_torch.amp import scaled_step
 from hvd_slowmo_torch.checkpoint import TorchSide
@@ -156,13 +156,13 @@ class SlowMo(Optimizer):
             self._progress: Progress = self._machine.start()
         self._prepare()
 
-    def _agreed_plan(self, group: dict[str, Any] | None = None) -> tuple[list[WireEntry], Groups, Plan]:
+    def _agreed_plan(self, group: dict[str, Any] | None = None) -> tuple[list[TensorSpec], Groups, Plan]:
         """What travels, once all workers have compared theirs; an error on one worker is raised on all.
 
         group: to add to the base optimizer first.
         """
 
-        def make() -> tuple[tuple[list[WireEntry], Groups, Plan], dict[str, Any]]:
+        def make() -> tuple[tuple[list[TensorSpec], Groups, Plan], dict[str, Any]]:
             if group is not None:
                 self.base.add_param_group(group)
             check_types(self.base, self._model, self.config, self._name, self._map)

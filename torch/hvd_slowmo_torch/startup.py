@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.startup import Job, hand_out
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 
 
 def hand_out_rest(
-    comm: Comm, name: str, job: Job, model: nn.Module, base: Optimizer, entries: Sequence[WireEntry]
+    comm: Comm, name: str, job: Job, model: nn.Module, base: Optimizer, entries: Sequence[TensorSpec]
 ) -> None:
     """What the chunks do not carry: parameters that are not trained, other buffers, the base's state. A collective.
 

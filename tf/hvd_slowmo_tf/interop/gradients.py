@@ -11,14 +11,14 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.interop.compare import channels_first
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo_tf.interop.weights import read_keras
 
 Array = NDArray[Any]
 
 
 def outputs_and_gradients(
-    model: Any, entries: Sequence[WireEntry], inputs: Sequence[Array], weights: Array, transposed: bool | None
+    model: Any, entries: Sequence[TensorSpec], inputs: Sequence[Array], weights: Array, transposed: bool | None
 ) -> tuple[Array, dict[str, Array]]:
     """The outputs of a batch as PyTorch gives them, and the gradients of the sum that the weights make of them.
 

@@ -10,13 +10,13 @@ import keras
 from keras import layers
 
 from hvd_slowmo.wire.parameter_map import Layer, ParameterMap, Part
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.interop import layer_types as kinds
 from hvd_slowmo_tf.interop.feature_order import SAME, Order, follow
 
 
-def entries_keras(model: Any, parameter_map: ParameterMap | None = None) -> list[WireEntry]:
+def entries_keras(model: Any, parameter_map: ParameterMap | None = None) -> list[TensorSpec]:
     """The wire entries of a built model, in wire order.
 
     A variable that is not trainable is "frozen", and so are the statistics of a BatchNormalization that is not. A layer

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 
 
-def read_keras(own: Mapping[str, Any], entries: Sequence[WireEntry]) -> dict[str, NDArray[Any]]:
+def read_keras(own: Mapping[str, Any], entries: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
     """The values of the entries by their names: of the wire's shapes. bfloat16 comes as float32.
 
     Args:
@@ -20,7 +20,7 @@ def read_keras(own: Mapping[str, Any], entries: Sequence[WireEntry]) -> dict[str
     return {entry.name: entry.view.to_wire(array_of(own[entry.own])) for entry in entries}
 
 
-def write_keras(own: Mapping[str, Any], entries: Sequence[WireEntry], values: Mapping[str, NDArray[Any]]) -> None:
+def write_keras(own: Mapping[str, Any], entries: Sequence[TensorSpec], values: Mapping[str, NDArray[Any]]) -> None:
     """Give the variables the values of `read_keras`, or of its like on another framework, in place."""
     for entry in entries:
         variable = own[entry.own]

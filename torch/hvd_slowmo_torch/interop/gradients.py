@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo_torch.interop.weights import read_torch
 
 Array = NDArray[Any]
 
 
 def outputs_and_gradients(
-    model: Any, entries: Sequence[WireEntry], inputs: Sequence[Array], seed: int
+    model: Any, entries: Sequence[TensorSpec], inputs: Sequence[Array], seed: int
 ) -> tuple[Array, Array, dict[str, Array]]:
     """The outputs of a batch, random weights of their shape, and the gradients of the sum that these make of them.
 

@@ -12,11 +12,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from hvd_slowmo.wire.parameter_map import Layer, ParameterMap, Part
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 
 
-def entries_torch(model: nn.Module, parameter_map: ParameterMap | None = None) -> list[WireEntry]:
+def entries_torch(model: nn.Module, parameter_map: ParameterMap | None = None) -> list[TensorSpec]:
     """The wire entries of a model, in wire order.
 
     A parameter without requires_grad is "frozen". A tied parameter has one entry, in its first layer. What is not

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hvd_slowmo.wire.tensors import WireEntry
+from hvd_slowmo.wire.tensors import TensorSpec
 
 
-def read_torch(model: nn.Module, entries: Sequence[WireEntry], gradients: bool = False) -> dict[str, NDArray[Any]]:
+def read_torch(model: nn.Module, entries: Sequence[TensorSpec], gradients: bool = False) -> dict[str, NDArray[Any]]:
     """The values, or the gradients, of the entries by their names: of the wire's shapes. bfloat16 comes as float32.
 
     A parameter without a gradient has a gradient of zeros.
@@ -22,7 +22,7 @@ def read_torch(model: nn.Module, entries: Sequence[WireEntry], gradients: bool =
     return {entry.name: entry.view.to_wire(_array(own[entry.own], gradients)) for entry in entries}
 
 
-def write_torch(model: nn.Module, entries: Sequence[WireEntry], values: Mapping[str, NDArray[Any]]) -> None:
+def write_torch(model: nn.Module, entries: Sequence[TensorSpec], values: Mapping[str, NDArray[Any]]) -> None:
     """Give the model the values of `read_torch`, or of its like on another framework, in place."""
     own = tensors_of(model)
     with torch.no_grad():

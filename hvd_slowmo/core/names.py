@@ -1,0 +1,34 @@
+"""Names of the collectives within a step: the same at every step, and preceded by the optimizer's name."""
+
+from __future__ import annotations
+
+from hvd_slowmo.core.layout import Layout
+
+LEDGER = "ledger"
+PRESENT = "present"  # who trains, at what rates, and who has a gradient for which parameter
+
+
+def model(chunk: int) -> str:
+    """Return the name of the sum of a chunk of the model."""
+    return f"model.{chunk}"
+
+
+def gradient(chunk: int) -> str:
+    """Return the name of the sum of a chunk of gradients."""
+    return f"gradient.{chunk}"
+
+
+def push(chunk: int) -> str:
+    """Return the name of the gossip message of a chunk."""
+    return f"push.{chunk}"
+
+
+def within_step(layout: Layout) -> list[str]:
+    """Return every name that a step can use."""
+    parameters = [chunk.index for chunk in layout.parameter_chunks]
+    return [
+        LEDGER,
+        PRESENT,
+        *(model(chunk.index) for chunk in layout.chunks),
+        *(name(index) for name in (gradient, push) for index in parameters),
+    ]

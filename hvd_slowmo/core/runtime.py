@@ -1,0 +1,30 @@
+"""The parts that every piece of the state machine works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.layout import Layout
+from hvd_slowmo.core.ops import Ops
+from hvd_slowmo.core.outer_update import Kernels
+from hvd_slowmo.core.store import Store
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One worker's settings, layout, tensors and connections; made once, when the workers have started.
+
+    Attributes:
+        comm: the workers, under the optimizer's name.
+        observe: measure at every outer step; see `Observed`.
+    """
+
+    config: SlowMoConfig
+    layout: Layout
+    ops: Ops
+    store: Store
+    comm: ScopedComm
+    kernels: Kernels = field(default_factory=Kernels)
+    observe: bool = False
