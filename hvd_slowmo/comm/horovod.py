@@ -1,4 +1,4 @@
-"""Finding the other workers through Horovod, the same way for every framework, and what to say when they are lost."""
+"""Finding the other workers through Horovod, the same way for every framework, and explaining their loss."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
-# What launchers tell a worker about the number of its fellows: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
+# Variables in which launchers tell a worker the number of workers: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
 _WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+MakeComm = Callable[[Any, Comm | None], Comm]
+"""Makes a `Comm` of a Horovod process set and of the node's workers."""
 
 
 class Workers:
@@ -22,26 +25,31 @@ class Workers:
         module: Horovod's module for it, "horovod.torch" or "horovod.tensorflow".
         framework: its name, for messages.
         door: the user's import, for messages.
-        comm: makes a `Comm` of a Horovod process set.
+        make: makes a `Comm`.
     """
 
-    def __init__(self, module: str, framework: str, door: str, comm: Callable[[Any], Comm]) -> None:
+    def __init__(self, module: str, framework: str, door: str, make: MakeComm) -> None:
         self._module = module
         self._framework = framework
         self._door = door
-        self._comm = comm
-        # What init() has registered: the ranks of each node, and Horovod's process sets of those with several workers.
+        self._make = make
+        # Registered by init(): the ranks of each node, and Horovod's process sets of those with several workers.
         self._nodes: list[list[int]] = []
         self._sets: list[Any] = []
 
-    def connect(self, process_set: Any = None) -> Comm:
-        """The workers to train with: Horovod's, those of a process set, or this process alone.
+    def connect(self, process_set: Any = None, node: bool = False) -> Comm:
+        """Return the workers to train with: Horovod's, those of a process set, or this process alone.
+
+        Args:
+            node: connect the workers of this one's node too, for gradients="node".
 
         Raises:
-            ValueError: a launcher started several workers and `hvd.init()` was not called, or this worker is not a
-                member of the process set.
+            ValueError: a launcher started several workers and `hvd.init()` was not called, this worker is not a member
+                of the process set, or `node` is given without `init()` of the door, or with a process set.
             ImportError: several workers or a process set, and Horovod is not installed for this framework.
         """
+        if node and process_set is not None:
+            raise ValueError("gradients='node' works on all ranks only: give no process_set.")
         launched = max((int(os.environ.get(key) or 1) for key in _WORLD_SIZES), default=1)
         try:
             hvd = importlib.import_module(self._module)
@@ -51,26 +59,29 @@ class Workers:
                     f"several workers need Horovod with {self._framework} support, and it cannot be imported "
                     f"({error}). Run: hvd-slowmo install-horovod"
                 ) from error
-            return SoloComm()
+            return self._alone(node)
         if not hvd.is_initialized():
             if launched > 1 or process_set is not None:
                 raise ValueError(
                     f"Horovod has not been initialized, and this is one of {launched} workers. Call hvd.init() first."
                 )
-            return SoloComm()
+            return self._alone(node)
         members = hvd.global_process_set if process_set is None else process_set
         if not members.included():
             raise ValueError(
                 f"rank {hvd.rank()} is not in the process set with ranks {members.ranks}. "
                 "Construct SlowMo on the set's own ranks only."
             )
-        return SoloComm() if members.size() == 1 else self._comm(members)
+        if members.size() == 1:
+            return self._alone(node)
+        return self._make(members, self._connect_node() if node else None)
 
     def init(self) -> None:
-        """`hvd.init()`, with the workers of each node registered as a process set, for gradients="node".
+        """Call `hvd.init()`, with the workers of each node registered as a process set, for gradients="node".
 
         Static process sets, which Horovod takes at its start only: dynamic ones slow every collective down. Where the
-        workers can't learn before that who is where, Horovod is started once for it, and once more with the sets.
+        workers can't learn before that who is on which host, Horovod is started once for it, and once more with the
+        sets.
 
         Raises:
             ImportError: Horovod is not installed for this framework.
@@ -82,7 +93,7 @@ class Workers:
         hosts = None if hvd.is_initialized() else hosts_by_rendezvous(host)
         if hosts is None:
             hvd.init()
-            comm = SoloComm() if hvd.size() == 1 else self._comm(hvd.global_process_set)
+            comm = SoloComm() if hvd.size() == 1 else self._make(hvd.global_process_set, None)
             hosts = comm.gather("slowmo.hosts", host)
             hvd.shutdown()
         nodes = [[rank for rank, other in enumerate(hosts) if other == each] for each in dict.fromkeys(hosts)]
@@ -91,12 +102,12 @@ class Workers:
         self._nodes = nodes
         hvd.init(process_sets=list(self._sets))
 
-    def connect_node(self) -> Comm:
-        """The workers of this node, this one included.
+    def _alone(self, node: bool) -> Comm:
+        comm = SoloComm()
+        comm.node = SoloComm() if node else None
+        return comm
 
-        Raises:
-            ValueError: Horovod was not started by `init()`.
-        """
+    def _connect_node(self) -> Comm:
         if not self._nodes:
             raise ValueError(
                 f"gradients='node' needs a process set per node. Call {self._door}.init() in place of hvd.init()."
@@ -105,34 +116,37 @@ class Workers:
         ranks = next(ranks for ranks in self._nodes if hvd.rank() in ranks)
         if len(ranks) == 1:
             return SoloComm()
-        return self._comm(next((s for s in self._sets if s.included()), hvd.global_process_set))
+        return self._make(next((s for s in self._sets if s.included()), hvd.global_process_set), None)
 
 
-class Link:
-    """Whether collectives still work. After Horovod's error nothing more may be submitted.
+class FailureLatch:
+    """Remembers that a collective has failed: after Horovod's error nothing more may be submitted.
 
-    A collective submitted right after that error can freeze the process, even while it ends (docs/architecture.md).
+    A collective submitted right after that error can freeze the process, even while it ends (docs/design-notes.md).
+
+    Args:
+        rank: of this worker, for messages.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._broken: str | None = None
+        self._failure: str | None = None
 
-    def refuse_if_broken(self) -> None:
+    def refuse_after_failure(self) -> None:
         """Raise RuntimeError after `explain` has seen a worker lost."""
-        if self._broken is not None:
+        if self._failure is not None:
             raise RuntimeError(
-                f"nothing more can be exchanged after Horovod's error ({self._broken}). End this process; the job can "
+                f"nothing more can be exchanged after Horovod's error ({self._failure}). End this process; the job can "
                 "be resumed from its last checkpoint."
             )
 
     def explain(self, error: Exception) -> Exception:
-        """What to raise in place of an error of a collective."""
+        """Return the exception to raise in place of an error of a collective."""
         if "Mismatched" in str(error):
             return ValueError(f"the workers do not exchange the same: {error}")
         from horovod.common.exceptions import HorovodInternalError
 
-        self._broken = str(error)
+        self._failure = str(error)
         lost: Exception = HorovodInternalError(
             f"rank {self._rank}: a collective failed, most likely because another worker ended or was killed; look at "
             f"that worker's output. Horovod says: {error}"

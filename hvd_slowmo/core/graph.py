@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo.config import DPSGD, SGP, SlowMoConfig
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.handshake import agreed
+from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.topology.analysis import moves_weights
 from hvd_slowmo.topology.checks import topology
 
