@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from pool import Pool, PoolOf
+
+from support.pool import Pool, PoolOf
 
 
 def _pools(horovod: str) -> Iterator[PoolOf]:
