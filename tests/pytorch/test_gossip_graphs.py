@@ -166,8 +166,8 @@ def test_nodes(nodes, above, overlap):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [{}, {"overlap": True}, {"base": "dpsgd"}], ids=["SGP", "OSGP", "D-PSGD"])
 def test_strongly_different_workers_stay_with_the_oracle(base):
-    """The experiment of reference/test_gossip.py, on noise and over two long blocks: what is written there about the
-    oracle holds for the adapter."""
+    """The experiment of reference/test_gossip_against_others.py, on noise and over two long blocks: what is written
+    there about the oracle holds for the adapter."""
     steps, workers, d = 300, 8, 20
     centre = np.random.default_rng(0).normal(size=(workers, d))
     centre = 3 * (centre - centre.mean(axis=0))

@@ -1,6 +1,10 @@
-"""Checkpoints of PyTorch workers on threads: saved, loaded and damaged."""
+"""Checkpoints of PyTorch workers: saved, loaded and damaged."""
 
-from hvd_slowmo.comm import ThreadWorld
+import torch
+from torch import nn
+
+from hvd_slowmo.comm import SoloComm, ThreadWorld
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import Problem
 from support.trainings.pytorch import advance, build, held
 
@@ -60,3 +64,22 @@ def damaged(files, rng):
 def files(path):
     """All of a checkpoint's, by what is behind the checkpoint's name."""
     return {file.name[len(path.name) :]: file.read_bytes() for file in path.parent.glob(f"{path.name}*")}
+
+
+def one(config=None, groups=None, model=None, base=None):
+    """A single worker's optimizer over a model with layers."""
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    base = base or (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.5))
+    optimizer = SlowMo.over(SoloComm(), base(groups(model) if groups else model.parameters()), model, config or CONFIG)
+    return model, optimizer
+
+
+CONFIG = SlowMoConfig(tau=3)
+
+
+def train(model, optimizer, steps):
+    for k in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(k))).square().mean().backward()
+        optimizer.step()

@@ -1,6 +1,28 @@
-"""Graphs to gossip on that no topology has by name."""
+"""Every named topology by size, mixing told message by message, and graphs that have no name."""
+
+from __future__ import annotations
 
 import numpy as np
+
+from hvd_slowmo.graphs import NAMED, Array
+
+SIZES = range(1, 17)
+CASES = [(name, m) for name in NAMED for m in SIZES if not (name == "bipartite" and m % 2 and m > 1)]
+
+
+def mixed(array: Array, x: Array, steps: int) -> Array:
+    """De-biased values after so many steps, message by message. x: (m,)."""
+    period, m, _ = array.shape
+    x, w = x.copy(), np.ones(m)
+    for step in range(steps):
+        new_x, new_w = np.zeros(m), np.zeros(m)
+        for i in range(m):
+            for j in range(m):
+                new_x[i] += array[step % period, i, j] * x[j]
+                new_w[i] += array[step % period, i, j] * w[j]
+        x, w = new_x, new_w
+    z: Array = x / w
+    return z
 
 
 def any_graph(m, period, seed, symmetric=False):
