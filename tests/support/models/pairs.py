@@ -25,15 +25,6 @@ class First(nn.Module):
         return self.layer(*[x] * self.times)[0]
 
 
-class Fn(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 def sequential(shape, *layers, dtype="float64"):
     return keras.Sequential([keras.Input(shape, dtype=dtype), *layers])
 
