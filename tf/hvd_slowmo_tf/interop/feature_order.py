@@ -1,4 +1,4 @@
-"""In which order the features of each tensor of a Keras graph stand, compared with PyTorch's.
+"""The order of the features of each tensor of a Keras graph, compared with PyTorch's.
 
 Keras keeps the channels of a feature map last and PyTorch first, so a flattened one has another order, and with it the
 rows of the kernel that takes it. Orders are followed through the graph of a Sequential or functional model.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -19,27 +19,28 @@ from hvd_slowmo_tf.interop import layer_types as kinds
 class Order:
     """The order of a tensor's elements.
 
-    kind: "same" as PyTorch's; "channels": a feature map, which PyTorch has channels first; "flat": a flattened feature
-        map of shape `dims`, channels last; "axes": of several axes whose order in PyTorch is not known, the last one
-        the same; "unknown": nothing is known, for the reason `why`.
+    Attributes:
+        kind: "same" as PyTorch's; "channels": a feature map, which PyTorch has channels first; "flat": a flattened
+            feature map of shape `dims`, channels last; "axes": of several axes whose order in PyTorch is not known, the
+            last one the same; "unknown": for the reason given.
     """
 
-    kind: str
+    kind: Literal["same", "channels", "flat", "axes", "unknown"]
     dims: tuple[int, ...] = ()
-    why: str = ""
+    reason: str = ""
 
 
 SAME, CHANNELS, AXES = Order("same"), Order("channels"), Order("axes")
-_HIDDEN = Order("unknown", why="they may be a flattened feature map, and in a subclassed model that can't be found out")
+_HIDDEN = Order("unknown", reason="they may be a flattened feature map, which a subclassed model does not tell")
 
 
 def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
-    """Write into `orders`, per id of a layer, the order of what it takes at each of its calls.
+    """Write into `orders`, per id of a layer, the order of its input at each of its calls.
 
     Layers within models without a graph (subclassed ones) are left out.
 
     Returns:
-        The orders of the model's outputs; nothing for a model without a graph.
+        The orders of the model's outputs; an empty list for a model without a graph.
     """
     graph = kinds.graph(model)
     if graph is not None:
@@ -59,9 +60,9 @@ def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
 
 
 def input_orders(graph: Any) -> list[Order]:
-    """The orders of a graph's inputs, by the layers that take them.
+    """Return the orders of a graph's inputs, by the layers that take them.
 
-    Without one that says it, a batch of images has channels, and three axes may be a sequence or a feature map.
+    Where no layer tells, a batch of images has channels, and three axes may be a sequence or a feature map.
     """
     orders = []
     for tensor in graph._inputs:
@@ -72,7 +73,7 @@ def input_orders(graph: Any) -> list[Order]:
 
 
 def feature_maps(model: Any) -> tuple[list[bool], list[bool]]:
-    """Which inputs and outputs are feature maps, channels first in PyTorch; nothing for models without a graph."""
+    """Return, per input and per output, whether PyTorch has it channels first; empty lists without a graph."""
     graph = kinds.graph(model)
     inputs = input_orders(graph) if graph is not None else []
     return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {})]
@@ -118,7 +119,7 @@ def _through(graph: Any, inputs: list[Order], orders: dict[int, list[Order]]) ->
 
 
 def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) -> Order:
-    """The order of what an operation gives."""
+    """Return the order of an operation's output."""
     order, shape = given[0], shapes[0]
     name = type(operation).__name__
     if isinstance(operation, kinds.SPATIAL):
@@ -128,10 +129,10 @@ def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) ->
     if isinstance(operation, (keras.layers.Dense, keras.layers.EinsumDense)):
         return order if len(shape) > 2 else SAME
     if isinstance(operation, kinds.ELEMENTWISE) or name in kinds.ELEMENTWISE_OPERATIONS:
-        return order if all(each == order for each in given) else _lost(operation, "its inputs have several orders")
+        return order if all(other == order for other in given) else _lost(operation, "its inputs have several orders")
     if isinstance(operation, keras.layers.Concatenate):
         last = operation.axis in (-1, len(shape) - 1)
-        kept = all(each == order for each in given) and order.kind in ("same", "channels", "axes")
+        kept = all(other == order for other in given) and order.kind in ("same", "channels", "axes")
         return order if kept and (last or order.kind != "channels") else _lost(operation, "it joins feature maps")
     if isinstance(operation, keras.layers.Flatten):
         if operation.data_format == "channels_first" and order == SAME and len(shape) > 2:
@@ -141,7 +142,7 @@ def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) ->
         return _flattened(operation, order, shape)
     if isinstance(operation, keras.layers.Reshape) and order == SAME:
         return SAME
-    return _lost(operation, "what it does to the order of features is not known")
+    return _lost(operation, "its effect on the order of features is not known")
 
 
 def _flattened(operation: Any, order: Order, shape: tuple[Any, ...]) -> Order:
@@ -159,5 +160,5 @@ def _flat(dims: tuple[int, ...]) -> Order:
     return SAME if dims[-1] == 1 or math.prod(dims[:-1]) == 1 else Order("flat", tuple(dims))
 
 
-def _lost(operation: Any, why: str) -> Order:
-    return Order("unknown", why=f"{type(operation).__name__} {operation.name!r} comes before: {why}")
+def _lost(operation: Any, reason: str) -> Order:
+    return Order("unknown", reason=f"{type(operation).__name__} {operation.name!r} comes before: {reason}")
