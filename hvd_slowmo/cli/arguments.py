@@ -37,10 +37,8 @@ def call_named(text: str) -> Any:
         CommandError: the text has another form, or its module or function does not exist.
 
     Example:
-        >>> call_named("pathlib:Path.cwd")
-        Traceback (most recent call last):
-        ...
-        hvd_slowmo.errors.CommandError: pathlib has no Path.cwd. Nearest: Path, PosixPath.
+        >>> call_named("collections:Counter")
+        Counter()
     """
     function = _named(text)
     if not callable(function):

@@ -32,8 +32,8 @@ def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="convert a checkpoint or a file of weights into weights of another format",
         description="SOURCE is a checkpoint of SlowMo.save, or weights in any format of TARGET. The suffix of TARGET "
         "is its format: .pt, .pth or .bin (a PyTorch state_dict), .keras or .weights.h5, .safetensors, or .slowmo, "
-        "with which SlowMo.load begins a training. Plain .safetensors have PyTorch's names with --torch, otherwise those of "
-        "the wire; both are read. The state of the training is left out: either framework can load a checkpoint as it "
+        "with which SlowMo.load begins a training. Plain .safetensors have PyTorch's names with --torch, otherwise the "
+        "wire's; both are read. The state of the training is left out: either framework can load a checkpoint as it "
         "is. Functions are looked up in the current directory too.",
     )
     parser.add_argument("source", type=Path, metavar="SOURCE")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_slowmo.topology.analysis import moves_weights, out_degree, spectral_gap, steps_to_consensus
 from hvd_slowmo.topology import push_sum
+from hvd_slowmo.topology.analysis import moves_weights, out_degree, spectral_gap, steps_to_consensus
 from hvd_slowmo.topology.graphs import Array
 
 _LINES_PER_STEP = 8

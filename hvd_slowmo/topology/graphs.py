@@ -33,9 +33,9 @@ def exponential(m: int) -> Array:
 def bipartite(m: int) -> Array:
     """Return the alternating bipartite exponential graph, the default of D-PSGD here.
 
-    Each odd worker swaps with an even one, half kept. The partner of an odd worker is 1, 3, 7, 15, ... places on. The first swap makes pairs, and with these hops the
-    distances between the pairs that meet next are 1, 2, 4, ...: as on `exponential`, all hold the mean after log2 m
-    steps where m is a power of two. m must be even, or 1.
+    Each odd worker swaps with an even one, half kept. The partner of an odd worker is 1, 3, 7, 15, ... places on. The
+    first swap makes pairs, and with these hops the distances between the pairs that meet next are 1, 2, 4, ...: as on
+    `exponential`, all hold the mean after log2 m steps where m is a power of two. m must be even, or 1.
 
     Raises:
         ValueError: m is odd, so that one worker would be left over.
@@ -66,7 +66,7 @@ def ring(m: int) -> Array:
 
 
 def full(m: int) -> Array:
-    """Return the full graph: to all, equal shares. The mean at every step, at the price of m - 1 messages per worker."""
+    """Return the full graph: to all, equal shares. The mean at every step, for m - 1 messages per worker."""
     return np.full((1, m, m), 1 / m)
 
 
@@ -95,9 +95,9 @@ def spread(array: Array, nodes: Iterable[Iterable[int]]) -> Array:
 
     Each worker sends to its counterpart, the worker of the same place in the other node: with consecutive ranks this is
     np.kron(P, identity). As the workers of a node hold equal values (they start equal, average their gradients, and
-    then mix equal messages with equal weights, so they stay bitwise identical), one message per worker
-    carries all information. np.kron(P, ones / size), each worker to all of the other node, would give the same values for
-    `size` times the traffic.
+    then mix equal messages with equal weights, so they stay bitwise identical), one message per worker carries all
+    information. np.kron(P, ones / size), each worker to all of the other node, would give the same values for `size`
+    times the traffic.
 
     Args:
         array: (period, n, n), over n nodes.

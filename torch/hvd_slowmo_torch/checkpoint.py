@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
-from hvd_slowmo_torch.layout import TensorRef
-from hvd_slowmo_torch.store import TorchStore
+
+if TYPE_CHECKING:
+    from hvd_slowmo_torch.layout import TensorRef
+    from hvd_slowmo_torch.store import TorchStore
 
 _KEYS = {
     SGD: {"momentum": "momentum_buffer"},
@@ -59,7 +61,7 @@ class TorchWorkerState:
     ) -> None:
         self._model, self._inner, self._settle = model, inner_optimizer, settle
         self._common_groups = assembly.groups
-        self._flats = cast(TorchStore, assembly.runtime.store).vectors
+        self._flats = cast("TorchStore", assembly.runtime.store).vectors
         self._tensors = tensors_of(model)
         self._places: dict[str, list[tuple[int, int, View]]] = {}  # segment, start, view; by own name
         self.config = assembly.runtime.config
