@@ -49,12 +49,12 @@ def describe(name: str, array: Array, whole: Array) -> str:
     for k, matrix in enumerate(whole):
         lines += [f"step {k}", *(f"  {line}" for line in _senders(matrix))]
     messages = out_degree(whole)
-    near, met = steps_to_consensus(array), steps_to_consensus(array, _EXACT)
+    near, exact = steps_to_consensus(array), steps_to_consensus(array, _EXACT)
     lines += [
         f"spectral gap over the period   {spectral_gap(array):.4g}",
-        f"steps to consensus             {met}, exactly the mean"
-        if met <= len(array)
-        else f"steps to consensus             {near} to a thousandth of the start's spread, {met} to a billionth",
+        f"steps to consensus             {exact}, exactly the mean"
+        if exact <= len(array)
+        else f"steps to consensus             {near} to a thousandth of the start's spread, {exact} to a billionth",
         f"messages per worker and step   {messages.mean():.4g}" + _range(messages.min(), messages.max()),
         f"push-sum weight w              {_weights(whole)}",
     ]

@@ -260,7 +260,7 @@ def _name(
     trained: Sequence[keras.Variable],
     parameter_map: ParameterMap | None,
 ) -> tuple[NamedTensors, dict[str, keras.Variable]]:
-    known = {v.path: v for v in variables}
+    by_path = {v.path: v for v in variables}
     ordered: dict[str, keras.Variable] = {}
 
     def on_wire() -> list[TensorSpec]:
@@ -283,7 +283,7 @@ def _name(
 
     tensors = name_tensors("keras", parameter_map, on_wire, by_order)
     if tensors.naming == "wire":
-        return tensors, {spec.own: known[spec.own] for spec in tensors.specs}
+        return tensors, {spec.own: by_path[spec.own] for spec in tensors.specs}
     return tensors, ordered
 
 

@@ -49,18 +49,18 @@ def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
     for layer in kinds.children(model):
         inner = kinds.graph(layer)
         if inner is not None:
-            given = [
+            inputs = [
                 _HIDDEN if has_maps and len(tensor.shape) == 2 else order
                 for tensor, order in zip(inner._inputs, input_orders(inner), strict=True)
             ]
-            _through(inner, given, orders)
+            _through(inner, inputs, orders)
         else:
             follow(layer, orders)
     return []
 
 
 def input_orders(graph: Any) -> list[Order]:
-    """Return the orders of a graph's inputs, by the layers that take them.
+    """Return the orders of a graph's inputs, by the layers that use them.
 
     Where no layer tells, a batch of images has channels, and three axes may be a sequence or a feature map.
     """
@@ -68,7 +68,7 @@ def input_orders(graph: Any) -> list[Order]:
     for tensor in graph._inputs:
         rank = len(tensor.shape)
         guess = SAME if rank <= 2 else AXES if rank == 3 else CHANNELS
-        orders.append((_by_takers(graph, tensor) or guess) if rank > 2 else guess)
+        orders.append((_by_users(graph, tensor) or guess) if rank > 2 else guess)
     return orders
 
 
@@ -79,48 +79,48 @@ def feature_maps(model: Any) -> tuple[list[bool], list[bool]]:
     return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {})]
 
 
-def _by_takers(graph: Any, tensor: Any) -> Order | None:
+def _by_users(graph: Any, tensor: Any) -> Order | None:
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
-            place = next((n for n, given in enumerate(node.input_tensors) if given is tensor), None)
+            place = next((n for n, taken in enumerate(node.input_tensors) if taken is tensor), None)
             if node.is_input or place is None:
                 continue
             inner = kinds.graph(node.operation)
             if inner is not None:
-                found = _by_takers(inner, inner._inputs[place])
+                order = _by_users(inner, inner._inputs[place])
             elif isinstance(node.operation, kinds.SPATIAL):
                 return CHANNELS if node.operation.data_format == "channels_last" else SAME
             elif isinstance(node.operation, kinds.OF_SEQUENCES):
                 return SAME
             else:
                 elementwise = isinstance(node.operation, kinds.ELEMENTWISE)
-                found = _by_takers(graph, node.outputs[0]) if elementwise else None
-            if found is not None:
-                return found
+                order = _by_users(graph, node.outputs[0]) if elementwise else None
+            if order is not None:
+                return order
     return None
 
 
-def _through(graph: Any, inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
-    known = {id(tensor): order for tensor, order in zip(graph._inputs, inputs, strict=True)}
+def _through(graph: Any, graph_inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
+    order_of = {id(tensor): order for tensor, order in zip(graph._inputs, graph_inputs, strict=True)}
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
             if node.is_input:
                 continue
-            given = [known.get(id(tensor), SAME) for tensor in node.input_tensors]
+            inputs = [order_of.get(id(tensor), SAME) for tensor in node.input_tensors]
             shapes = [tuple(tensor.shape) for tensor in node.input_tensors]
-            orders.setdefault(id(node.operation), []).append(given[0])
+            orders.setdefault(id(node.operation), []).append(inputs[0])
             inner = kinds.graph(node.operation)
             if inner is not None:
-                results = _through(inner, given, orders)
+                results = _through(inner, inputs, orders)
             else:
-                results = [_after(node.operation, given, shapes)] * len(node.outputs)
-            known.update({id(tensor): order for tensor, order in zip(node.outputs, results, strict=True)})
-    return [known.get(id(tensor), SAME) for tensor in graph._outputs]
+                results = [_after(node.operation, inputs, shapes)] * len(node.outputs)
+            order_of.update({id(tensor): order for tensor, order in zip(node.outputs, results, strict=True)})
+    return [order_of.get(id(tensor), SAME) for tensor in graph._outputs]
 
 
-def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) -> Order:
+def _after(operation: Any, inputs: list[Order], shapes: list[tuple[Any, ...]]) -> Order:
     """Return the order of an operation's output."""
-    order, shape = given[0], shapes[0]
+    order, shape = inputs[0], shapes[0]
     name = type(operation).__name__
     if isinstance(operation, kinds.SPATIAL):
         return CHANNELS if operation.data_format == "channels_last" else SAME
@@ -129,10 +129,10 @@ def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) ->
     if isinstance(operation, (keras.layers.Dense, keras.layers.EinsumDense)):
         return order if len(shape) > 2 else SAME
     if isinstance(operation, kinds.ELEMENTWISE) or name in kinds.ELEMENTWISE_OPERATIONS:
-        return order if all(other == order for other in given) else _lost(operation, "its inputs have several orders")
+        return order if all(other == order for other in inputs) else _lost(operation, "its inputs have several orders")
     if isinstance(operation, keras.layers.Concatenate):
         last = operation.axis in (-1, len(shape) - 1)
-        kept = all(other == order for other in given) and order.kind in ("same", "channels", "axes")
+        kept = all(other == order for other in inputs) and order.kind in ("same", "channels", "axes")
         return order if kept and (last or order.kind != "channels") else _lost(operation, "it joins feature maps")
     if isinstance(operation, keras.layers.Flatten):
         if operation.data_format == "channels_first" and order == SAME and len(shape) > 2:

@@ -72,10 +72,10 @@ class _Walk:
                 yield Layer(path, kind, new)
 
     def _order(self, layer: Any) -> Order:
-        given = self._orders.get(id(layer), [SAME])
-        if any(order != given[0] for order in given):
+        orders = self._orders.get(id(layer), [SAME])
+        if any(order != orders[0] for order in orders):
             return Order("unknown", reason="it is used in several places, which give it features in several orders")
-        return given[0]
+        return orders[0]
 
     def _guess(self, layer: Any) -> Order:
         """Return the order outside graphs.
@@ -289,10 +289,10 @@ def _gru(cell: Any) -> Parts:
 def _bidirectional(layer: Any, order: Order) -> Described | None:
     described = []
     for direction in (layer.forward_layer, layer.backward_layer):
-        found = _recurrent(direction, order)
-        if found is None:
+        layers_within = _recurrent(direction, order)
+        if layers_within is None:
             return None
-        for path, kind, parts in found:
+        for path, kind, parts in layers_within:
             if layer.merge_mode != "concat":
                 parts = _refused(parts, f"PyTorch joins both directions; this one has merge_mode={layer.merge_mode!r}.")
             described.append((path, kind, parts))

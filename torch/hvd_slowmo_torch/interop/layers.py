@@ -49,9 +49,9 @@ def _layers(model: nn.Module) -> Iterator[Layer]:
         parts = _Parts(path, module, seen)
         described = describer(parts) if describer else [(path, kind, list(_unknown(parts)))]
         seen |= parts.taken
-        for name, layer_kind, found in described:
-            if found:
-                yield Layer(name, layer_kind, tuple(found))
+        for name, layer_kind, tensors in described:
+            if tensors:
+                yield Layer(name, layer_kind, tuple(tensors))
 
 
 class _Parts:
@@ -224,10 +224,8 @@ def _unknown(p: _Parts) -> Iterator[Part]:
         yield from _refused(p.get(name, name), refusal, "pair")
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-            text = (
-                f"a buffer of {type(module).__qualname__}, whose Keras form is not known. To average it give a pair; "
-            )
-            text += "to keep it each worker's own, ParameterMap(ignore=[...])."
+            text = f"a buffer of {type(module).__qualname__}, whose Keras form is not known. Give it as a pair to "
+            text += "average it, or as ParameterMap(ignore=[...]) to let it stay each worker's own."
             yield from _refused(p.get(name, name, role="statistic"), text, "pair")
 
 
@@ -236,7 +234,7 @@ def _refused(parts: list[Part], refusal: str, fix: Fix = "") -> list[Part]:
 
 
 def _get(module: nn.Module, name: str) -> torch.Tensor | None:
-    found: Any = module
+    value: Any = module
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, torch.Tensor) else None
+        value = getattr(value, part, None)
+    return value if isinstance(value, torch.Tensor) else None
