@@ -170,7 +170,9 @@ class TorchWorkerState:
     def _check_own_state(self, buffers: OptimizerState) -> None:
         """Refuse state that the inner optimizer would miss, or not know, at its next step."""
         kept = inner_state.kept(self._inner)
-        for own in self.groups if kept is not None else ():
+        if kept is None:  # no step can tell
+            return
+        for own in self.groups:
             saved = {key for key in buffers if own in buffers[key]}
             if saved:  # a parameter without a gradient has none yet
                 check_buffers(saved, kept[id(self._tensors[own])], own)
