@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
 import keras
 
 from hvd_slowmo_tf.optimizer import SlowMo
+
+Logs = dict[str, float]
+"""Metrics by name, as Keras gives them to callbacks."""
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -52,7 +56,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._samples = 0.0  # number of samples behind this epoch's metrics
         self._validation_samples = 0.0
 
-    def set_model(self, model: Any) -> None:
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         if not isinstance(getattr(model, "optimizer", None), SlowMo):
             found = type(getattr(model, "optimizer", None)).__name__
@@ -69,13 +73,13 @@ class SlowMoCallback(keras.callbacks.Callback):
         Keras does not tell a callback the list that it is in, but it is the list that calls `set_model`.
         """
         frame = sys._getframe(2)
-        caller: Any = frame.f_locals.get("self")
+        caller = frame.f_locals.get("self")
         self._place_known = isinstance(caller, keras.callbacks.CallbackList) and self in caller.callbacks
         if self._place_known:
             caller.callbacks.remove(self)
             caller.callbacks.insert(0, self)
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         if not self._place_known:
             raise ValueError(
                 "SlowMoCallback is not in a list of callbacks that it can go to the front of. Give it to fit() as one "
@@ -84,7 +88,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._begun = self._in_epoch = self._left = False
         self._explain_errors()
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._in_epoch, self._epoch = True, epoch
         if self._begun:
             return
@@ -93,18 +97,18 @@ class SlowMoCallback(keras.callbacks.Callback):
         else:
             self._begin_with_first_batch()
 
-    def on_test_begin(self, logs: Any = None) -> None:
+    def on_test_begin(self, logs: Logs | None = None) -> None:
         self._end_of_batches()
 
-    def on_test_end(self, logs: Any = None) -> None:
+    def on_test_end(self, logs: Logs | None = None) -> None:
         self._validation_samples = self._samples_seen()
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         self._end_of_batches()
         if logs is not None and not self._left and not self.model.optimizer.worker.job.mixed:
             self._average(logs)
 
-    def on_train_end(self, logs: Any = None) -> None:
+    def on_train_end(self, logs: Logs | None = None) -> None:
         if self._begun and not self._left:
             self.model.optimizer.join(leaving=True)
 
@@ -127,7 +131,7 @@ class SlowMoCallback(keras.callbacks.Callback):
     def _begin_with_first_batch(self) -> None:
         model, function = self.model, self.model.train_function
 
-        def first_call(iterator: Any) -> Any:
+        def first_call(iterator: Iterator[Any]) -> Logs:
             model.train_function = function
             # Shapes are enough, and a tf.data iterator can't give a batch back.
             spec = getattr(iterator, "element_spec", None)
@@ -135,7 +139,8 @@ class SlowMoCallback(keras.callbacks.Callback):
                 raise ValueError(f"{model.name} is not built. Call it on a batch of data before fit(run_eagerly=True).")
             model._symbolic_build(data_batch=spec)
             self._begin()
-            return function(iterator)
+            logs: Logs = function(iterator)
+            return logs
 
         model.train_function = first_call
 
@@ -158,7 +163,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         counts = [float(m.count.numpy()) for m in self.model.metrics if m.name == "loss" and hasattr(m, "count")]
         return counts[0] if counts else 1.0
 
-    def _average(self, logs: dict[str, Any]) -> None:
+    def _average(self, logs: Logs) -> None:
         """Set the metrics to the workers' means, in place: all callbacks get the same dict."""
         own = {
             key: (float(value), self._validation_samples if key.startswith("val_") else self._samples)
@@ -179,8 +184,9 @@ class SlowMoCallback(keras.callbacks.Callback):
         if getattr(inner, "explains_errors", False):
             return
 
-        def train(iterator: Any) -> Any:
-            return model.optimizer.worker.call(inner, iterator)
+        def train(iterator: Iterator[Any]) -> Logs:
+            logs: Logs = model.optimizer.worker.call(inner, iterator)
+            return logs
 
         train.explains_errors = True  # type: ignore[attr-defined]
         model.train_function = train

@@ -48,6 +48,8 @@ class GraphSafeComm:
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
             self._last = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # time at which a wait has ended, s
             self._result = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self._before = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # `counters` at the last lap
+            self._lap = tf.Variable([0.0, 0.0, 0.0], dtype=tf.float64, trainable=False)
 
     @property
     def bytes_sent(self) -> int:
@@ -59,6 +61,18 @@ class GraphSafeComm:
         """Bytes sent and seconds waited, a float64 vector, for the workers of the node too; in a trace."""
         own = tf.stack([tf.cast(self._sent, tf.float64), self._seconds.read_value()])
         return own if self.node is None else own + self.node.counters
+
+    def lap(self, step: tf.Tensor) -> None:
+        """Count bytes and seconds anew from this step on; in a trace."""
+        totals = self.counters
+        self._lap.assign(tf.concat([[tf.cast(step, tf.float64)], totals - self._before], 0))
+        self._before.assign(totals)
+
+    @property
+    def last_lap(self) -> tuple[int, int, float]:
+        """The step of the last lap, 0 before the first one; bytes sent and seconds waited in it."""
+        step, sent, seconds = self._lap.numpy().tolist()
+        return int(step), int(sent), seconds
 
     def start_sum(self, name: str, x: tf.Tensor) -> _Started:
         if self.size == 1:

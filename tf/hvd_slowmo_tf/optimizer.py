@@ -14,6 +14,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.checkpoint import job as checkpoint
+from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.join import JoinResult
@@ -61,7 +62,6 @@ class SlowMo(keras.optimizers.Optimizer):
     Attributes:
         inner_optimizer: as given.
         config: as given.
-        chunk_bytes: greatest length of a message, the same on all workers; set before the variables are made.
         worker: this worker's part apart from Keras; internal.
 
     Raises:
@@ -78,7 +78,7 @@ class SlowMo(keras.optimizers.Optimizer):
         4
     """
 
-    chunk_bytes = CHUNK_BYTES
+    _chunk_bytes = CHUNK_BYTES  # the greatest length of a message; tests shorten it
 
     def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
         scaled = isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer)
@@ -165,7 +165,7 @@ class SlowMo(keras.optimizers.Optimizer):
         trainable_variables = list(trainable_variables)
         self.build(trainable_variables)
         self._check_variables_are_known(trainable_variables)
-        step = self.worker.ready().step
+        step = self.worker.ready()
         self.worker.refuse_while_averaging("apply()")
         by_number = {self._get_variable_index(v): g for v, g in zip(trainable_variables, grads, strict=True)}
         ordered = [by_number.get(number) for number in range(len(self._trainable_variables))]
@@ -235,7 +235,7 @@ class SlowMo(keras.optimizers.Optimizer):
     @property
     def bytes_sent(self) -> int:
         """Bytes that this worker has handed to Horovod for sums since it started; a ring sends up to twice as many."""
-        return self.worker.bytes_sent()
+        return 0 if self.worker.step is None else self.worker.step.comm.bytes_sent
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
@@ -278,9 +278,10 @@ class SlowMo(keras.optimizers.Optimizer):
         """
         model = variables if isinstance(variables, keras.Model) else None
         found, statistics = (list(variables),) * 2 if model is None else parts_of(model)
-        self.worker.remember(model, found)
-        self.worker.job = start(StartingKerasWorker(self.worker, found, statistics, model), self.worker.comm)
-        self.worker.left = ()
+        worker = self.worker
+        worker.remember(model, found)
+        worker.job = start(StartingKerasWorker(worker, found, statistics, model), worker.comm)
+        worker.left = ()
 
     def join(
         self, variables: keras.Model | Sequence[keras.Variable] | None = None, *, leaving: bool = False
@@ -303,18 +304,15 @@ class SlowMo(keras.optimizers.Optimizer):
         worker = self.worker
         worker.refuse_while_averaging("join()")
         worker.refuse_if_left()
-        traced, comm = worker.ready(), worker.comm
-        known = {id(v) for v in travelling(traced.assembly.layout)}
+        known = {id(v) for v in travelling(worker.ready().assembly.layout)}
         given = () if variables is None or isinstance(variables, keras.Model) else variables
         missing = [v.path for v in given if tf.as_dtype(v.dtype).is_floating and id(v) not in known]
         if missing:
             raise ValueError(f"broadcast() was not given {', '.join(missing)}: join() can't average them.")
-        if comm.size == 1:
-            return JoinResult(0, comm.ranks if leaving else ())
+        if worker.comm.size == 1:
+            return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
-        leavers = worker.call(traced.join, tf.constant(float(leaving), tf.float64)).numpy()
-        left = tuple(rank for rank, gone in zip(comm.ranks, leavers, strict=True) if gone)
-        worker.left = left if len(left) < comm.size else ()  # all at once: nobody is missing
+        left = worker.join(leaving)
         return JoinResult(self.steps - before, left)
 
     @contextmanager
@@ -350,11 +348,7 @@ class SlowMo(keras.optimizers.Optimizer):
                 v.assign(value)
 
     def save(
-        self,
-        path: checkpoint.AnyPath,
-        model: keras.Model | None = None,
-        *,
-        parameter_map: ParameterMap | None = None,
+        self, path: AnyPath, model: keras.Model | None = None, *, parameter_map: ParameterMap | None = None
     ) -> None:
         """Write the whole job's state, the model's included, to a file that PyTorch can read too. A collective.
 
@@ -375,20 +369,14 @@ class SlowMo(keras.optimizers.Optimizer):
         checkpoint.save(lambda: self._worker_state(model, parameter_map), self.worker.comm, path)
 
     def load(
-        self,
-        path: checkpoint.AnyPath,
-        model: keras.Model | None = None,
-        *,
-        parameter_map: ParameterMap | None = None,
+        self, path: AnyPath, model: keras.Model | None = None, *, parameter_map: ParameterMap | None = None
     ) -> None:
         """Continue from a checkpoint of `save`, of either framework: the model's values too. A collective.
 
         Call it before `fit`, or after `broadcast` in a custom training loop.
 
         Args:
-            path: as in `save`.
-            model: as in `save`.
-            parameter_map: as in `save`.
+            path, model, parameter_map: as in `save`.
 
         Raises:
             ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.

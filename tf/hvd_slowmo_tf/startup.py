@@ -15,8 +15,8 @@ from hvd_slowmo.core.layout import ParameterGroups
 from hvd_slowmo.core.startup import Description, Job
 from hvd_slowmo_tf.checks import check_model_variables
 from hvd_slowmo_tf.layout import VariableRef, travelling
-from hvd_slowmo_tf.traced_step import once
-from hvd_slowmo_tf.worker import KerasWorker, Traced
+from hvd_slowmo_tf.traced_step import TracedStep, once
+from hvd_slowmo_tf.worker import KerasWorker
 
 Values = list[NDArray[Any]]
 
@@ -51,7 +51,7 @@ class StartingKerasWorker:
         self._statistics = statistics
         self._model = model
         self._refs: list[VariableRef] = []
-        self._traced: Traced | None = None
+        self._step: TracedStep | None = None
 
     def describe(self) -> Description[VariableRef]:
         worker = self._worker
@@ -73,7 +73,7 @@ class StartingKerasWorker:
         return int(variables.now.step), int(variables.workers.numpy())
 
     def assemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
-        self._traced = self._worker.assemble(description.layout, description.groups, graph)
+        self._step = self._worker.assemble(description.layout, description.groups, graph)
 
     def give_frozen(self) -> dict[str, NDArray[Any]]:
         return {ref.spec.name: ref.spec.view.to_wire(ref.variable.numpy()) for ref in self._frozen}
@@ -91,14 +91,14 @@ class StartingKerasWorker:
 
     def first_vectors(self, job: Job) -> None:
         worker, variables = self._worker, self._worker.variables
-        assert self._traced is not None, "assembled before"
-        runtime, machine = self._traced.assembly.runtime, self._traced.assembly.machine
+        assert self._step is not None, "assembled before"
+        machine = self._step.assembly.machine
         if job.fresh:
             worker.call(once(lambda: variables.write(machine.start())))
         elif job.restored_first:
-            worker.call(once(lambda: take_from(runtime, 0, ("parameter", "statistic", "optimizer_state"))))
+            worker.call(once(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state"))))
             worker.call(once(lambda: variables.write(machine.reset(variables.read()))))
-        variables.workers.assign(runtime.comm.size)
+        variables.workers.assign(worker.comm.size)
 
     @property
     def _frozen(self) -> list[VariableRef]:
@@ -106,8 +106,8 @@ class StartingKerasWorker:
 
     def _own(self, job: Job) -> list[keras.Variable]:
         """Return the variables that the chunks do not carry: the model's others, and the optimizer's state."""
-        assert self._traced is not None, "assembled before"
-        carried = [*travelling(self._traced.assembly.layout), *(ref.variable for ref in self._frozen)]
+        assert self._step is not None, "assembled before"
+        carried = [*travelling(self._step.assembly.layout), *(ref.variable for ref in self._frozen)]
         ids = {id(v) for v in carried}
         # Seed generators keep their own stream on every worker.
         others = [v for v in self._model_variables if id(v) not in ids and v.name != "seed_generator_state"]

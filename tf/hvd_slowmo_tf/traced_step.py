@@ -12,9 +12,9 @@ from hvd_slowmo.core.assembly import Assembly
 from hvd_slowmo.core.gradient_average import GradientAverage, Presence
 from hvd_slowmo.core.schedule import StepPlan
 from hvd_slowmo_tf.gradients import VariableGradients
+from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import VariableRef
-from hvd_slowmo_tf.measurements import Measurements
 from hvd_slowmo_tf.variables import OptimizerVariables
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -35,15 +35,14 @@ def tensors_in(grads: Gradients) -> list[tf.Tensor]:
 class TracedStep:
     """One worker's steps: the core's state machine around the inner optimizer, in a trace.
 
-    What happens in a step depends on the step count, which is a tensor here, so that each branch of the schedule is a
-    tf.cond.
+    The step count is a tensor here, so that each branch of the schedule is a tf.cond.
 
     Args:
         optimizer: SlowMo, built.
         inner: the optimizer that it wraps.
-        variables: its state.
+        variables: SlowMo's state.
         assembly: the core's parts.
-        measurements: of outer steps; None where nothing is measured.
+        comm: the workers, as the core has them.
 
     Attributes:
         function: the traced step, of the gradients and of the result of `exchange_pending`.
@@ -56,15 +55,15 @@ class TracedStep:
         inner: InnerOptimizer,
         variables: OptimizerVariables,
         assembly: Assembly[VariableRef],
-        measurements: Measurements | None,
+        comm: GraphSafeComm,
     ) -> None:
         self.optimizer = optimizer
         self.variables = variables
         self.assembly = assembly
+        self.comm = comm
         self.trained: list[keras.Variable] = list(optimizer._trainable_variables)
         self.traces = 0
         self._inner = inner
-        self._measurements = measurements
         self._machine, self._ops = assembly.machine, assembly.runtime.ops
         # The rows of an embedding's gradient are as many as the batch has: one trace for all numbers of them.
         self.function = tf.function(self._step, autograph=False, reduce_retracing=True)
@@ -126,14 +125,14 @@ class TracedStep:
 
     def after_outer_step(self) -> None:
         """Apply constraints and measure, on every worker that an outer step has changed."""
-        runtime = self.assembly.runtime
+        runtime = self._machine.runtime
         # The inner step has applied the constraints; averages and momentum may lead out of them again.
         if runtime.comm.size > 1 or runtime.config.vectors:
             for v in self.trained:
                 if v.constraint is not None:
                     v.assign(v.constraint(v))
-        if self._measurements is not None:
-            self._measurements.take(self.variables.read().step)
+        if runtime.observe:
+            self.comm.lap(self.variables.read().step)
 
     def move_average(self) -> None:
         """Update the moving average of the weights (use_ema) with the result of the outer step, as Keras does."""
