@@ -12,8 +12,8 @@ import keras
 
 from hvd_slowmo_tf.optimizer import SlowMo
 
-Logs = dict[str, float]
-"""Metrics by name, as Keras gives them to callbacks."""
+Logs = dict[str, Any]
+"""Metrics by name: floats, or scalar arrays of NumPy and TensorFlow."""
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -73,7 +73,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         Keras does not tell a callback the list that it is in, but it is the list that calls `set_model`.
         """
         frame = sys._getframe(2)
-        caller = frame.f_locals.get("self")
+        caller: Any = frame.f_locals.get("self")
         self._place_known = isinstance(caller, keras.callbacks.CallbackList) and self in caller.callbacks
         if self._place_known:
             caller.callbacks.remove(self)
