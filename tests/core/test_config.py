@@ -9,7 +9,8 @@ import pytest
 
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.config import TOPOLOGIES
-from hvd_slowmo.graphs import NAMED, ring
+from hvd_slowmo.gossip import DPSGD, SGP
+from hvd_slowmo.topology.graphs import NAMED, ring
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ from hvd_slowmo.graphs import NAMED, ring
         ({"beta": None}, TypeError, "beta=None"),
         ({"nesterov": 1}, TypeError, "`nesterov` must be True or False"),
         ({"scale_by_lr": "no"}, TypeError, "scale_by_lr='no'"),
-        ({"buffers": "keep"}, ValueError, "'maintain', 'reset', 'average'. Received: buffers='keep'"),
+        ({"inner_state": "keep"}, ValueError, "'maintain', 'reset', 'average'. Received: inner_state='keep'"),
         ({"gradients": None}, TypeError, "gradients=None"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps=-1"),
         ({"base": "gossip"}, ValueError, "'local', 'sgp', 'dpsgd'. Received: base='gossip'"),
@@ -36,14 +37,18 @@ from hvd_slowmo.graphs import NAMED, ring
         ({"topology": "ring"}, ValueError, "`topology` is for a gossip base. Received: base='local', topology='ring'"),
         ({"overlap": True}, ValueError, "`overlap` is for a gossip base. Received: base='local', overlap=True"),
         ({"average": False}, ValueError, "`average` is for a gossip base. Received: base='local', average=False"),
-        ({"base": "dpsgd", "overlap": True}, ValueError, r"`overlap` is for base='sgp' \(OSGP\)"),
-        ({"base": "sgp", "gradients": "all"}, ValueError, "there is nothing to gossip. Received: base='sgp'"),
-        ({"base": "dpsgd", "nonfinite": "exclude"}, ValueError, "'exclude' can't work over base='dpsgd'"),
-        ({"base": "sgp", "average": False, "buffers": "average"}, ValueError, "use buffers='maintain' or 'reset'"),
-        ({"base": "sgp", "topology": 3}, TypeError, "an array of numbers or a function .* Received: topology=3"),
-        ({"base": "sgp", "topology": [["a"]]}, TypeError, "`topology` must be None, a name"),
-        ({"base": "sgp", "topology": "rings"}, ValueError, "'ring', 'full', 'star'.* Received: topology='rings'"),
-        ({"base": "sgp", "topology": "function f"}, ValueError, "that is a function f, and only its name was"),
+        ({"gossip": "dpsgd", "overlap": True}, ValueError, r"`overlap` is for base='sgp' \(OSGP\)"),
+        ({"gossip": "sgp", "gradients": "all"}, ValueError, "there is nothing to gossip. Received: base='sgp'"),
+        ({"gossip": "dpsgd", "nonfinite": "exclude"}, ValueError, "'exclude' can't work over base='dpsgd'"),
+        (
+            {"gossip": "sgp", "average": False, "inner_state": "average"},
+            ValueError,
+            "use inner_state='maintain' or 'reset'",
+        ),
+        ({"gossip": "sgp", "topology": 3}, TypeError, "an array of numbers or a function .* Received: topology=3"),
+        ({"gossip": "sgp", "topology": [["a"]]}, TypeError, "`topology` must be None, a name"),
+        ({"gossip": "sgp", "topology": "rings"}, ValueError, "'ring', 'full', 'star'.* Received: topology='rings'"),
+        ({"gossip": "sgp", "topology": "function f"}, ValueError, "that is a function f, and only its name was"),
     ],
 )
 def test_invalid_settings_say_what_was_received(settings, error, words):
@@ -57,12 +62,12 @@ def test_invalid_settings_say_what_was_received(settings, error, words):
         ({"beta": 0, "nesterov": True}, "nesterov=True"),
         ({"beta": 0, "scale_by_lr": False}, "scale_by_lr=False"),
         ({"tau": None, "gradients": "all", "alpha": 0.7}, "alpha=0.7"),
-        ({"tau": None, "gradients": "all", "buffers": "reset"}, "buffers='reset'"),
+        ({"tau": None, "gradients": "all", "inner_state": "reset"}, "inner_state='reset'"),
         ({"tau": None, "gradients": "all", "warmup_steps": 5}, "warmup_steps=5"),
         ({"tau": None}, "the workers never meet"),
         ({"tau": None, "gradients": "node"}, "the nodes never meet"),
-        ({"tau": None, "base": "sgp", "beta": 0, "average": False}, "average=False"),
-        ({"tau": None, "base": "dpsgd", "beta": 0.7}, "beta=0.7"),
+        ({"tau": None, "gossip": "sgp", "beta": 0, "average": False}, "average=False"),
+        ({"tau": None, "gossip": "dpsgd", "beta": 0.7}, "beta=0.7"),
     ],
 )
 def test_settings_without_effect_warn(settings, words):
@@ -86,12 +91,12 @@ def test_presets_are_the_published_methods():
 def test_presets_of_gossip_are_the_bases_alone_or_below_slowmo():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert SlowMoConfig.sgp() == SlowMoConfig(base="sgp", tau=None, alpha=1, beta=0)
-        assert SlowMoConfig.osgp() == SlowMoConfig(base="sgp", overlap=True, tau=None, alpha=1, beta=0)
-        assert SlowMoConfig.dpsgd() == SlowMoConfig(base="dpsgd", tau=None, alpha=1, beta=0)
-        assert SlowMoConfig.sgp(tau=48) == SlowMoConfig(base="sgp", tau=48)
+        assert SlowMoConfig.sgp() == SlowMoConfig(gossip=SGP(), tau=None, alpha=1, beta=0)
+        assert SlowMoConfig.osgp() == SlowMoConfig(gossip=SGP(overlap=True), tau=None, alpha=1, beta=0)
+        assert SlowMoConfig.dpsgd() == SlowMoConfig(gossip=DPSGD(), tau=None, alpha=1, beta=0)
+        assert SlowMoConfig.sgp(tau=48) == SlowMoConfig(gossip=SGP(), tau=48)
         assert SlowMoConfig.osgp(tau=48, beta=0.6, average=False, topology="star") == SlowMoConfig(
-            base="sgp", overlap=True, tau=48, beta=0.6, average=False, topology="star"
+            gossip=SGP(topology="star", overlap=True), tau=48, beta=0.6, average=False
         )
         assert SlowMoConfig.dpsgd(tau=None, topology="ring") == SlowMoConfig.dpsgd(topology="ring")
 
@@ -103,13 +108,13 @@ def test_the_names_of_topologies_are_those_that_there_are():
 def test_facts_make_the_same_config_again():
     """Through JSON, as Keras stores them."""
     for topology in (None, "star", np.full((2, 2), 0.5), [[[0.5, 0.5], [0.5, 0.5]]]):
-        config = SlowMoConfig(base="sgp", topology=topology, overlap=True, average=False)
+        config = SlowMoConfig(gossip=SGP(topology=topology, overlap=True), average=False)
         assert SlowMoConfig(**json.loads(json.dumps(config.facts()))) == config
-    assert hash(SlowMoConfig(base="sgp", topology=np.eye(2)))
+    assert hash(SlowMoConfig(gossip=SGP(topology=np.eye(2))))
 
 
 def test_facts_have_the_name_of_a_function():
-    facts = SlowMoConfig(base="sgp", topology=ring).facts()
+    facts = SlowMoConfig(gossip=SGP(topology=ring)).facts()
     assert facts["topology"] == "function ring"
     with pytest.raises(ValueError, match="compile=False"):
         SlowMoConfig(**facts)

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hvd_slowmo.layout
+import hvd_slowmo.core.layout
 from hvd_slowmo import SlowMoConfig
-from hvd_slowmo.layout import Entry, Segment, layout
-from hvd_slowmo.ledger import AVERAGE, TRAINING, Row, complaint, oddity, verdict
-from hvd_slowmo.ops import EagerOps
-from hvd_slowmo.outer import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.schedule import plan, steps_to_meeting, workers_equal
-from hvd_slowmo_torch.fast import outer_update_
+from hvd_slowmo.core.layout import Entry, Segment, layout
+from hvd_slowmo.core.ledger import AVERAGE, TRAINING, Row, complaint, oddity, verdict
+from hvd_slowmo.core.ops import EagerOps
+from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma, outer_update
+from hvd_slowmo.core.schedule import plan, steps_to_meeting, workers_equal
+from hvd_slowmo_torch.outer_update import outer_update_
 
 OPS = EagerOps()
 
@@ -52,7 +52,7 @@ def test_chunks_and_pieces_cover_every_element_once(sizes, chunk_bytes):
     entries = tuple(Entry(str(i), (n,), "float64", group) for i, (n, group) in enumerate(sizes))
     segment = Segment("slow", "float64", 8, "cpu", entries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hvd_slowmo.layout, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(hvd_slowmo.core.layout, "CHUNK_BYTES", chunk_bytes)
         laid = layout([segment], 3)
     owners = [(i, k) for i, (n, _) in enumerate(sizes) for k in range(n)]
     groups = [group for n, group in sizes for _ in range(n)]

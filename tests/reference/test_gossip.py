@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.topology import topology
+from hvd_slowmo.topology.checks import topology
 from reference.gossip import run_gossip, walk_gossip
 from support.gossip_quadratics import Array, D, Gradient, Rate, any_graph, climb, close, common, masses, problem, wavy
 
@@ -170,7 +170,7 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
     data=st.data(), m=st.integers(1, 4), period=st.integers(1, 3), seed=st.integers(0, 99), warmup=st.integers(0, 4),
     tau=st.sampled_from([None, 1, 2, 3, 5]), alpha=st.sampled_from([0.5, 1.0, 1.3]), beta=st.sampled_from([0.0, 0.6]),
     nesterov=st.booleans(), scale_by_lr=st.booleans(), momentum=st.sampled_from([0.0, 0.8]), average=st.booleans(),
-    overlap=st.booleans(), buffers=st.sampled_from(["maintain", "reset", "average"]), unequal=st.booleans(),
+    overlap=st.booleans(), inner_state=st.sampled_from(["maintain", "reset", "average"]), unequal=st.booleans(),
 )  # fmt: skip
 def test_message_by_message(
     data: st.DataObject, m: int, period: int, seed: int, warmup: int, momentum: float, unequal: bool, **c: Any

@@ -137,7 +137,7 @@ def test_base_alone_is_torch(name: str) -> None:
     name=st.sampled_from(sorted(BASES)), seed=st.integers(0, 999), workers=st.integers(1, 4), tau=st.integers(1, 6),
     steps=st.integers(0, 30), warmup_steps=st.integers(0, 7), alpha=st.sampled_from([0.5, 0.7, 1.0, 1.3]),
     beta=st.sampled_from([0.0, 0.5, 0.9]), nesterov=st.booleans(), scale_by_lr=st.booleans(),
-    buffers=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
+    inner_state=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
     n_groups=st.integers(1, 2), unequal=st.booleans(),
 )  # fmt: skip
 def test_whole_is_outer_torch_sgd(
