@@ -207,7 +207,7 @@ def test_one_worker_never_notices_a_join(name: str, buffers: str, tau: int | Non
 
 
 def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: Rate, groups: NDArray[np.int64],
-           tau: int, alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, buffers: str,
+           tau: int, alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, inner_state: str,
            ) -> list[tuple[Array, Array, Array, Array, int, list[int], int]]:  # fmt: skip
     """Base SGD with momentum, gradients local. Returns for each epoch the fields of Epoch, x of one worker."""
     m, n_groups = workers, groups.max() + 1
@@ -241,8 +241,8 @@ def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: R
             v, previous, outer_steps = w + delta, gamma, outer_steps + 1
             anchor = mean + (1 - alpha) * delta - alpha * (beta * v if nesterov else w)
             x, since, covered, sums = [anchor] * m, [0] * m, [0] * m, [np.zeros(n_groups)] * m
-            if buffers != "maintain":
-                buffer = [np.zeros(D) if buffers == "reset" else np.mean(buffer, axis=0)] * m
+            if inner_state != "maintain":
+                buffer = [np.zeros(D) if inner_state == "reset" else np.mean(buffer, axis=0)] * m
         clock = max(own)
         if any(since):
             x = [np.average(x, axis=0, weights=since)] * m

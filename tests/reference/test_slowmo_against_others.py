@@ -67,7 +67,7 @@ class TorchWorker:
 def torch_slowmo(
     x0: Array, gradient: Gradient, *, steps: int, workers: int, lr: Rate, base: str,
     options: dict[str, Any], groups: NDArray[np.int64], tau: int | None, alpha: float = 1.0, beta: float = 0.0,
-    nesterov: bool = False, scale_by_lr: bool = True, buffers: str = "maintain", gradients: str = "local",
+    nesterov: bool = False, scale_by_lr: bool = True, inner_state: str = "maintain", gradients: str = "local",
     warmup_steps: int = 0,
 ) -> Array:  # fmt: skip
     """algorithm.md's oracle: an outer torch SGD(lr=alpha, momentum=beta, nesterov) on Delta, its momentum buffer
@@ -83,10 +83,10 @@ def torch_slowmo(
             if step == warmup_steps:
                 outer.set(team[0].x)
             rates_seen = []
-            if buffers == "reset" and tau is not None:
+            if inner_state == "reset" and tau is not None:
                 for w in team:
                     w.optimizer = w.make()
-            elif buffers == "average" and tau is not None:
+            elif inner_state == "average" and tau is not None:
                 for entries in zip(*(w.buffers() for w in team), strict=True):
                     mean = torch.stack([s[name] for s, name in entries]).mean(dim=0)
                     for s, name in entries:

@@ -31,6 +31,7 @@ class GraphComm:
         self._comm = comm
         self._started: dict[int, Any] = {}
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+        self.node: Any = None if comm.node is None else GraphComm(comm.node)
 
     def start_sum(self, name: str, x: Any) -> Any:
         def start(value: np.ndarray) -> np.int64:

@@ -114,6 +114,7 @@ class TorchComm:
     def __init__(self, comm: Any) -> None:
         self._comm = comm
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+        self.node: Any = None if comm.node is None else TorchComm(comm.node)
 
     def start_sum(self, name: str, x: Any) -> Any:
         return self._comm.start_sum(name, x.numpy()), x

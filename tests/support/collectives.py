@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from problems import chunks_of
+
+from support.problems import chunks_of, with_node
 
 # isort: split
 # PyTorch comes first: the other way round its libraries may not load.
 import keras
 import tensorflow as tf
-from keras_training import GraphComm
-from mixed_training import TorchComm
 
 import hvd_slowmo.tf
 import hvd_slowmo.torch
 from hvd_slowmo import ParameterMap, SlowMoConfig
-from hvd_slowmo.comm import Comm, ThreadWorld
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.comm.threads import ThreadWorld
+from support.trainings.keras import GraphComm
+from support.trainings.mixed import TorchComm
 
 # Every worker waits in a thread of TensorFlow's pool, and with fewer threads than workers all would wait forever. Must
 # be set before TensorFlow starts its threads.
@@ -108,6 +110,7 @@ class RecordingComm:
     def __init__(self, comm: Comm, record: Record, prefix: str = "") -> None:
         self._comm, self._record, self._prefix = comm, record, prefix
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+        self.node: Any = None if comm.node is None else RecordingComm(comm.node, record, "node ")
 
     def start_sum(self, name: str, x: Any) -> Any:
         number = self._started("sum", name, _spell(x))
@@ -229,8 +232,8 @@ class TorchTraining(Training):
         self.model = TorchModel()
         self.parameters = list(self.model.parameters())
         inner = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.5)
-        node = None if node is None else TorchComm(node)
-        self.optimizer = hvd_slowmo.torch.SlowMo.over(TorchComm(comm), inner, self.model, config, node=node, **options)
+        workers = with_node(TorchComm(comm), None if node is None else TorchComm(node))
+        self.optimizer = hvd_slowmo.torch.SlowMo(inner, self.model, config, comm=workers, **options)
 
     def _step(self, gradient: float) -> None:
         self.optimizer.zero_grad()
@@ -261,8 +264,8 @@ class KerasTraining(Training):
     def _construct(self, comm: Comm, node: Comm | None, config: SlowMoConfig, **options: Any) -> None:
         self.model = keras.Sequential([keras.Input((1,)), KerasLayer(name="layer")], name="net")
         inner = keras.optimizers.SGD(0.1, momentum=0.5)
-        node = None if node is None else GraphComm(node)
-        self.optimizer = hvd_slowmo.tf.SlowMo.over(GraphComm(comm), inner, config, node=node, **options)
+        workers = with_node(GraphComm(comm), None if node is None else GraphComm(node))
+        self.optimizer = hvd_slowmo.tf.SlowMo(inner, config, comm=workers, **options)
         self.optimizer.broadcast(self.model)
 
     def _step(self, gradient: float) -> None:
@@ -402,7 +405,7 @@ SCENARIOS: dict[str, Scenario] = {
         differs="at its end PyTorch gathers the inner optimizer's state; Keras joins in a trace, which can't gather",
     ),
     "gradients_node": Scenario(SlowMoConfig(tau=2, gradients="node"), _steps_and_join(1), workers=4, nodes=2),
-    "inner_state_average": Scenario(SlowMoConfig(tau=2, buffers="average"), _steps(2)),
+    "inner_state_average": Scenario(SlowMoConfig(tau=2, inner_state="average"), _steps(2)),
     "sgp": Scenario(SlowMoConfig.sgp(tau=3), _steps_and_join(4), workers=3),
     "sgp_alone": Scenario(SlowMoConfig.sgp(), _steps(65), traced="only"),
     "sgp_noaverage": Scenario(SlowMoConfig.sgp(tau=2, average=False), _steps_and_join(3)),

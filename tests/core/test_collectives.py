@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support_collectives import SCENARIOS, Record, RecordingComm, record
 
-from hvd_slowmo.comm import SoloComm
+from hvd_slowmo.comm.protocol import SoloComm
+from support.collectives import SCENARIOS, Record, RecordingComm, record
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = os.environ.get("UPDATE_GOLDEN", "") not in ("", "0")
