@@ -397,7 +397,7 @@ class SlowMo(keras.optimizers.Optimizer):
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")
 class _ScaledSlowMo(SlowMo, keras.optimizers.LossScaleOptimizer):
-    """SlowMo around a LossScaleOptimizer. To Keras it is one, so that compile() does not wrap another around it."""
+    """SlowMo around a LossScaleOptimizer; to Keras it is one, so that compile() does not wrap another around it."""
 
     # A scaler's are its inner optimizer's. SlowMo has its own, as around any other.
     learning_rate = keras.optimizers.Optimizer.learning_rate
