@@ -1,7 +1,7 @@
 """Checkpoints of a whole job, the same for every framework; docs/checkpoints.md describes the files.
 
-What is equal on all workers is in one file, which rank 0 writes last. What differs is in a file per worker, whose name
-has its content's checksum: the files of the checkpoint before stay whole until this one is.
+Arrays that are equal on all workers are in one file, which rank 0 writes last. The others are in a file per worker,
+whose name has a checksum of its content: the files of the checkpoint before stay whole until this one is complete.
 """
 
 from __future__ import annotations
@@ -11,41 +11,51 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import TEMPORARY, Arrays, CheckpointError, checksum, identity, read, write
-from hvd_slowmo.checkpoint.state import OF_THIS_WORKER, Named, Side, at_rest, beginning, collect, facts_of, prepare
-from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.checkpoint.file import TEMPORARY, Arrays, checksum, identity, read, write
+from hvd_slowmo.checkpoint.naming import NamedTensors
+from hvd_slowmo.checkpoint.state import (
+    LEARNING_RATE,
+    NOT_NEEDED,
+    WorkerState,
+    at_rest,
+    collect,
+    facts_of,
+    first_state,
+    prepare,
+)
+from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.schedule import workers_equal
+from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.tensors import describe
 
-AnyPath = str | os.PathLike[str]
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 KINDS = {
     "model": "parameters and statistics",
-    "anchor": "the anchor",
-    "v": "the slow momentum",
-    "average": "the moving average of the weights",
+    "anchor": "anchor",
+    "v": "slow momentum",
+    "average": "moving average of the weights",
     "push": "push-sum weights and numerators",
     "sent": "messages in flight",
-    "progress": "the position",
-    "base": "the base optimizer's buffers",
+    "progress": "position",
+    "optimizer_state": "inner optimizer state",
 }
-"""What the first parts of the arrays' names mean."""
+"""The first parts of the arrays' names, in words."""
 
 _RANK = r"\.rank\d+-[0-9a-f]{16}"
-"""What `worker_file` has behind the common file's name."""
+"""The end of the name of `worker_file`."""
 
-_RATES = ("progress/learning_rate", "progress/rates")
+_RATES = (LEARNING_RATE, "progress/rate_sums")
 
-_CURES = {
-    "base": "Buffers are common with buffers='reset' or 'average', right after an outer step.",
-    "": "Save right after an outer step or join(), with average=True.",
-}
+_SAVE_LATER = "Save right after an outer step or join(), with average=True."
+_SHARE_STATE = "Inner state is common with inner_state='reset' or 'average', right after an outer step."
 
 
 class Contents(NamedTuple):
@@ -57,66 +67,83 @@ class Contents(NamedTuple):
     id: str  # tells checkpoints apart
 
 
-def save(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None:
+@dataclass(frozen=True)
+class _Collected:
+    """One worker's state, on its way to the files."""
+
+    path: Path
+    state: WorkerState
+    facts: dict[str, Any]
+    arrays: Arrays
+    sums: dict[str, str]
+
+    @property
+    def step(self) -> int:
+        return int(self.state.progress.step)
+
+    @property
+    def workers_equal(self) -> bool:
+        """True if all workers hold the same state: those of one framework bitwise, others up to rounding."""
+        return workers_equal(self.state.config, self.step, int(self.state.progress.since))
+
+
+def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> None:
     """Write a checkpoint of the whole job. A collective, after the same step.
 
     Args:
-        make: gives this worker's side; what it raises is raised on every worker.
-        name: of the optimizer.
-        path: of the common file, the same on every worker, in a folder that there is and that all of them see.
+        make: returns this worker's state; an exception is raised on every worker.
+        comm: the workers, under the optimizer's name.
+        path: of the common file, the same on every worker, in an existing directory that all of them see.
 
     Raises:
-        ValueError: on every worker, if something can't be saved or written on one; the checkpoint that was there before
-            is whole then.
+        ValueError: on every worker, if something can't be saved or written on one; the old checkpoint is whole then.
     """
+    saving = comm.scoped("save")
 
-    def gathered() -> tuple[tuple[Path, Side, dict[str, Any], Arrays], dict[str, Any]]:
+    def collected() -> tuple[_Collected, dict[str, Any]]:
         target = Path(path)
         if target.is_dir() or not target.parent.is_dir():
-            raise CheckpointError(f"`path` must be of a file, in a folder that there is. Received: {target}")
-        side = make()
-        facts = facts_of(side)
-        return (target, side, facts, collect(side)), {"path": str(target), **facts}
+            raise CheckpointError(f"`path` must be of a file in an existing directory. Received: {target}")
+        state = make()
+        facts, arrays = facts_of(state), collect(state)
+        sums = {key: checksum(value) for key, value in arrays.items()}
+        return _Collected(target, state, facts, arrays, sums), {"path": str(target), **facts}
 
-    target, side, facts, arrays = agreed(comm, f"{name}.save", gathered, {})
-    sums = {key: checksum(value) for key, value in arrays.items()}
-    step = int(side.progress.step)
-    everyone = comm.gather(f"{name}.save.sums", (step, sums))
-    if len({other for other, _ in everyone}) > 1:
-        here = ", ".join(f"rank {r} step {other}" for r, (other, _) in zip(comm.ranks, everyone, strict=True))
-        raise ValueError(f"{name}: the workers are not at the same step: {here}. Save after the same one, or join().")
-    first = everyone[0][1]
-    common = {key for key in first if all(each.get(key) == first[key] for _, each in everyone)}
-    written = agreed(comm, f"{name}.save", lambda: (_write_own(target, comm, arrays, sums, common), {}), {})
-    ids = comm.gather(f"{name}.save.files", written)
-    # Workers of two frameworks are equal up to rounding there: each has its own, and rank 0's serves everybody.
-    alike = workers_equal(side.config, step, int(side.progress.since))
+    worker = agreed(saving, collected, {})
+    everyone = saving.gather("sums", (worker.step, worker.sums))
+    if len({step for step, _ in everyone}) > 1:
+        steps = ", ".join(f"rank {r} step {step}" for r, (step, _) in zip(comm.ranks, everyone, strict=True))
+        raise ValueError(
+            f"{comm.name}: the workers are not at the same step: {steps}. Save after the same one, or join()."
+        )
+    all_sums = [sums for _, sums in everyone]
+    common = {key for key, value in all_sums[0].items() if all(sums.get(key) == value for sums in all_sums)}
+    ids = saving.gather("files", agreed(saving, lambda: (_write_own(worker, comm, common), {}), {}))
     facts = {
-        **facts,
-        "why": side.named.why,
+        **worker.facts,
+        "reason": worker.state.tensors.reason,
         "workers": comm.size,
         "files": {str(rank): id_ for rank, id_ in enumerate(ids) if id_},
-        "lost": _lost(everyone, common, alike, at_rest(side.progress)),
+        "per_worker": _per_worker(worker, all_sums, common),
     }
 
     def write_common() -> tuple[bool, dict[str, Any]]:
         if comm.rank == 0:
-            there = common | {key for key in arrays if alike and _equal_there(key)}
-            write(target, facts, {key: value for key, value in arrays.items() if key in there}, sums)
+            # Workers of two frameworks are equal up to rounding: each has its own file, and rank 0's values serve all.
+            names = common | {key for key in worker.arrays if worker.workers_equal and _equal_on_equal_workers(key)}
+            write(worker.path, facts, {key: x for key, x in worker.arrays.items() if key in names}, worker.sums)
         return True, {}
 
-    agreed(comm, f"{name}.save", write_common, {})
+    agreed(saving, write_common, {})
     if comm.rank == 0:
-        _remove_older(target, {worker_file(target, rank, id_) for rank, id_ in enumerate(ids)})
+        _remove_older(worker.path, {worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids)})
 
 
-def load(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None:
+def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> None:
     """Continue from a checkpoint. A collective.
 
     Args:
-        make: as in `save`.
-        name: of the optimizer.
-        path: as in `save`.
+        make, comm, path: as in `save`.
 
     Raises:
         ValueError: on every worker, if a file can't be read or does not fit on one; nothing has been changed then.
@@ -124,52 +151,77 @@ def load(make: Callable[[], Side], comm: Comm, name: str, path: AnyPath) -> None
 
     def prepared() -> tuple[Callable[[], None], dict[str, Any]]:
         contents = read_checkpoint(Path(path), comm.rank, comm.size)
-        side, facts = make(), contents.facts
+        state, facts = make(), contents.facts
         if facts["config"] is None:
-            check_model(side.named, facts)
-            arrays = beginning(side, contents.common)
+            check_model(state.tensors, facts)
+            arrays = first_state(state, contents.common)
         else:
-            _check(side, comm, facts)
+            _check(state, comm, facts)
             arrays = {**contents.common, **contents.own}
-        return prepare(side, facts, arrays), {"checkpoint": contents.id}
+        return prepare(state, facts, arrays), {"checkpoint": contents.id}
 
-    agreed(comm, f"{name}.load", prepared, {})()
+    agreed(comm.scoped("load"), prepared, {})()
 
 
-def write_weights(path: Path, named: Named, values: Mapping[str, NDArray[Any]]) -> None:
+def write_weights(path: Path, tensors: NamedTensors, values: Mapping[str, NDArray[Any]]) -> None:
     """Write a checkpoint of a model's weights alone, with which a training can begin.
 
     Args:
-        values: by the names of the entries.
+        values: by the tensors' names.
 
     Raises:
         OSError: it can't be written.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = Path(directory) / "weights.slowmo"
+        ...     write_weights(path, NamedTensors(()), {})
+        ...     print(read_checkpoint(path, rank=0, size=1).facts["config"])
+        None
     """
-    facts = {"config": None, "naming": named.naming, "why": named.why, "entries": describe(named.entries)}
-    arrays = {f"model/{entry.name}": values[entry.name] for entry in named.entries}
-    write(path, {**facts, "workers": 1, "files": {}, "lost": []}, arrays)
+    facts: dict[str, Any] = {
+        "config": None,
+        "naming": tensors.naming,
+        "reason": tensors.reason,
+        "tensors": describe(tensors.specs),
+        "workers": 1,
+        "files": {},
+        "per_worker": [],
+    }
+    write(path, facts, {f"model/{spec.name}": values[spec.name] for spec in tensors.specs})
 
 
 def read_checkpoint(path: Path, rank: int, size: int) -> Contents:
-    """The common file and, for a job of as many workers as have saved it, one worker's.
+    """Read the common file and, for a job of as many workers as have saved it, one worker's.
 
     Raises:
-        CheckpointError: a file is missing, damaged, foreign, newer, or another checkpoint's.
+        CheckpointError: a file is missing, damaged, foreign, of another version, or of another checkpoint.
     """
     facts, common, id_ = read(path)
     if "rank" in facts:
-        raise CheckpointError(f"{path} is what rank {facts['rank']} alone has. Give the checkpoint that it belongs to.")
+        raise CheckpointError(
+            f"{path} is the file of rank {facts['rank']} alone. Give the checkpoint that it belongs to."
+        )
     own = facts["files"].get(str(rank)) if size == facts["workers"] else None
     return Contents(facts, common, {} if own is None else read_worker(path, rank, own), id_)
 
 
 def worker_file(path: Path, rank: int, id_: str) -> Path:
-    """Where a worker's own part of the checkpoint at `path` is. id_: what the common file says of it."""
+    """Return the path of a worker's own part of the checkpoint at `path`.
+
+    Args:
+        id_: its identity, which the common file lists.
+
+    Example:
+        >>> worker_file(Path("training.slowmo"), 3, "5e1f0c2a9b7d4e68" + "0" * 16).name
+        'training.slowmo.rank3-5e1f0c2a9b7d4e68'
+    """
     return path.with_name(f"{path.name}.rank{rank}-{id_[:16]}")
 
 
 def read_worker(path: Path, rank: int, id_: str) -> Arrays:
-    """The arrays of `worker_file`.
+    """Return the arrays of `worker_file`.
 
     Raises:
         CheckpointError: as `read_checkpoint`.
@@ -177,118 +229,123 @@ def read_worker(path: Path, rank: int, id_: str) -> Arrays:
     file = worker_file(path, rank, id_)
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: it belongs to {path}, which can't be loaded without it.")
-    _, arrays, found = read(file)
-    if found != id_:
-        raise CheckpointError(f"{file} is not the file that belongs to {path}: its content is another.")
+    _, arrays, identity_of_file = read(file)
+    if identity_of_file != id_:
+        raise CheckpointError(f"{file} is not the file that belongs to {path}: its content differs.")
     return arrays
 
 
-def _write_own(target: Path, comm: Comm, arrays: Arrays, sums: Mapping[str, str], common: set[str]) -> str:
-    """Write what this worker alone has; its identity, or nothing if there is nothing."""
-    own = {key: value for key, value in arrays.items() if key not in common}
+def check_model(tensors: NamedTensors, saved: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model, by its facts.
+
+    Raises:
+        CheckpointError: the message has the first tensor that differs.
+    """
+    if saved["naming"] != tensors.naming:
+        raise CheckpointError(
+            f"the checkpoint has its tensors by {_spell_naming(saved['naming'])}, here they are by "
+            f"{_spell_naming(tensors.naming)}: {saved['reason'] or tensors.reason} A ParameterMap for both makes the "
+            "names the same."
+        )
+    specs = describe(tensors.specs)
+    for number, (a, b) in enumerate(zip(saved["tensors"], specs, strict=False)):
+        if a != b:
+            raise CheckpointError(
+                f"the checkpoint is of another model: its tensor {number} is {_spell(a)}, here it is {_spell(b)}."
+            )
+    if len(saved["tensors"]) != len(specs):
+        raise CheckpointError(
+            f"the checkpoint is of another model: it has {len(saved['tensors'])} tensors, here there are {len(specs)}."
+        )
+
+
+def _write_own(worker: _Collected, comm: ScopedComm, common: set[str]) -> str:
+    """Write the arrays that differ between workers; return the file's identity, "" if there are none."""
+    own = {key: value for key, value in worker.arrays.items() if key not in common}
     if not own:
         return ""
     facts = {"rank": comm.rank, "workers": comm.size}
-    id_ = identity(facts, {key: sums[key] for key in own})
-    write(worker_file(target, comm.rank, id_), facts, own, sums)
+    id_ = identity(facts, {key: worker.sums[key] for key in own})
+    write(worker_file(worker.path, comm.rank, id_), facts, own, worker.sums)
     return id_
 
 
-def _equal_there(name: str) -> bool:
-    """Whether workers that hold the same state hold this array alike, whatever the base optimizer keeps.
+def _equal_on_equal_workers(name: str) -> bool:
+    """Return whether workers that hold the same state hold this array alike, whatever the inner optimizer keeps.
 
     Learning rates too: Keras rounds them to float32, and a script may give each worker its own.
     """
     return name.split("/")[0] in ("model", "anchor", "v", "average") or name in _RATES
 
 
-def _lost(everyone: Sequence[tuple[int, Mapping[str, str]]], common: set[str], alike: bool, still: bool) -> list[str]:
-    """The kinds of arrays without which a job of another number of workers would not be this one."""
-    unneeded = {f"progress/{field}" for field in OF_THIS_WORKER}
-    own = {key for _, sums in everyone for key in sums if key not in common}
-    own = {key for key in own - unneeded if not key.startswith("rest/") and not (alike and _equal_there(key))}
-    kinds = {key.split("/")[0] for key in own} | (set() if still else {"push"})
+def _per_worker(worker: _Collected, all_sums: Sequence[Mapping[str, str]], common: set[str]) -> list[str]:
+    """Return the kinds of arrays of each worker without which a job of another size would not be this one."""
+    not_needed = {f"progress/{field}" for field in NOT_NEEDED}
+    own = {key for sums in all_sums for key in sums if key not in common | not_needed}
+    kinds = {
+        key.split("/")[0]
+        for key in own
+        if not key.startswith("framework/") and not (worker.workers_equal and _equal_on_equal_workers(key))
+    }
+    kinds |= set() if at_rest(worker.state.progress) else {"push"}
     return [kind for kind in KINDS if kind in kinds]
 
 
-def _remove_older(target: Path, listed: set[Path]) -> None:
-    """Files of workers that belong to the checkpoint before, or to one that was never finished.
+def _remove_older(path: Path, listed: set[Path]) -> None:
+    """Remove workers' files of the checkpoint before, and of saves that were never finished.
 
-    Every worker has written its own by now: what is unfinished is of saves that were killed.
+    Every worker has written its own by now: unfinished files are of saves that were killed.
     """
-    name = re.escape(target.name)
+    name = re.escape(path.name)
     for pattern, expected in (
-        (f"{glob.escape(target.name)}.rank*", rf"{name}{_RANK}"),
-        (f".*.{glob.escape(target.name)}*", rf"{TEMPORARY}{name}({_RANK})?"),
+        (f"{glob.escape(path.name)}.rank*", rf"{name}{_RANK}"),
+        (f".*.{glob.escape(path.name)}*", rf"{TEMPORARY}{name}({_RANK})?"),
     ):
-        for file in target.parent.glob(pattern):
+        for file in path.parent.glob(pattern):
             if re.fullmatch(expected, file.name) and file not in listed:
                 with suppress(OSError):  # it does no harm
                     file.unlink()
 
 
-def _check(side: Side, comm: Comm, saved: Mapping[str, Any]) -> None:
+def _check(state: WorkerState, comm: ScopedComm, saved: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another training, or one that another number of workers can't continue."""
-    own = facts_of(side)
-    for key, value in own["config"].items():
+    facts = facts_of(state)
+    for key, value in facts["config"].items():
         if saved["config"].get(key) != value:
             raise CheckpointError(
                 f"the checkpoint was saved with {key}={saved['config'].get(key)!r}, this optimizer has "
                 f"{key}={value!r}. Resume with the settings of the run that is resumed."
             )
-    check_model(side.named, saved)
-    if saved["trained"] != own["trained"]:
-        odd = sorted(set(saved["trained"]) ^ set(own["trained"]))
+    check_model(state.tensors, saved)
+    if saved["trained"] != facts["trained"]:
+        odd = sorted(set(saved["trained"]) ^ set(facts["trained"]))
         raise CheckpointError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
-    if saved["vectors"] != own["vectors"]:
+    if saved["vectors"] != facts["vectors"]:
         raise CheckpointError(
             f"the checkpoint has {', '.join(saved['vectors']) or 'nothing'} beside the model, this optimizer keeps "
-            f"{', '.join(own['vectors']) or 'nothing'}."
+            f"{', '.join(facts['vectors']) or 'nothing'}."
         )
     if saved["workers"] != comm.size:
         _check_resize(comm, saved)
-    elif "push" in saved["lost"] and saved["graph"] != own["graph"]:
+    elif "push" in saved["per_worker"] and saved["graph"] != facts["graph"]:
         raise CheckpointError("the checkpoint was saved with another topology: its function gives another graph now.")
 
 
-def check_model(named: Named, saved: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another model, by its facts.
-
-    Raises:
-        CheckpointError: with the first tensor that differs.
-    """
-    if saved["naming"] != named.naming:
-        raise CheckpointError(
-            f"the checkpoint has its tensors by {_naming(saved['naming'])}, here they are by {_naming(named.naming)}: "
-            f"{saved['why'] or named.why} A ParameterMap for both makes the names the same."
-        )
-    own = describe(named.entries)
-    for number, (a, b) in enumerate(zip(saved["entries"], own, strict=False)):
-        if a != b:
-            raise CheckpointError(
-                f"the checkpoint is of another model: its tensor {number} is {_spell(a)}, here it is {_spell(b)}."
-            )
-    if len(saved["entries"]) != len(own):
-        raise CheckpointError(
-            f"the checkpoint is of another model: it has {len(saved['entries'])} tensors, here there are {len(own)}."
-        )
-
-
-def _check_resize(comm: Comm, saved: Mapping[str, Any]) -> None:
-    lost = saved["lost"]
-    if lost:
-        cures = [_CURES[""]] if lost != ["base"] else []
-        cures += [_CURES["base"]] if "base" in lost else []
+def _check_resize(comm: ScopedComm, saved: Mapping[str, Any]) -> None:
+    kinds = saved["per_worker"]
+    if kinds:
+        fixes = [_SAVE_LATER] if kinds != ["optimizer_state"] else []
+        fixes += [_SHARE_STATE] if "optimizer_state" in kinds else []
         raise CheckpointError(
             f"the checkpoint is one of {saved['workers']} workers, this job has {comm.size}, and each of those has its "
-            f"own {', '.join(KINDS[kind] for kind in lost)}, which would be lost. {' '.join(cures)}"
+            f"own {', '.join(KINDS[kind] for kind in kinds)}, which would be lost. {' '.join(fixes)}"
         )
 
 
-def _naming(naming: str) -> str:
+def _spell_naming(naming: str) -> str:
     return "the names of a ParameterMap" if naming == "wire" else f"the names of {naming} alone"
 
 
-def _spell(entry: Sequence[Any]) -> str:
-    name, rule, shape, dtype, note = entry
-    return f"{name} ({rule}, {dtype}, shape {tuple(shape)}{', ' + note if note else ''})"
+def _spell(tensor: Sequence[Any]) -> str:
+    name, role, shape, dtype, note = tensor
+    return f"{name} ({role}, {dtype}, shape {tuple(shape)}{', ' + note if note else ''})"

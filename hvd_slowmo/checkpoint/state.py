@@ -1,237 +1,219 @@
 """A worker's whole state as named arrays in the wire's orientation, and back: the same names in every framework.
 
 model/ENTRY                                     parameters and statistics
-anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   what SlowMo keeps beside them
+anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   the vectors that SlowMo keeps beside them
 progress/FIELD                                  the scalars; those of a parameter group with a value per parameter
-base/BUFFER/ENTRY                               the base optimizer's buffers
-rest/FRAMEWORK/NAME                             what one framework alone has
+optimizer_state/BUFFER/ENTRY                    the inner optimizer's state
+framework/FRAMEWORK/NAME                        state that one framework alone has
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import Arrays, CheckpointError
-from hvd_slowmo.checkpoint.inner_state import ADAM, ALIKE, OTHER, SGD, Buffers, Carried, converted
+from hvd_slowmo.checkpoint.file import Arrays
+from hvd_slowmo.checkpoint.inner_state import (
+    ALIKE,
+    SGD,
+    OptimizerKind,
+    OptimizerState,
+    check_buffers,
+    convert_momentum,
+    spell_kind,
+)
+from hvd_slowmo.checkpoint.naming import NamedTensors
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.progress import Observed, Progress
+from hvd_slowmo.core.progress import PER_GROUP, Progress, PushSum
+from hvd_slowmo.errors import CheckpointError
+from hvd_slowmo.wire.parameter_map import Framework
 from hvd_slowmo.wire.tensors import TensorSpec, describe
 
-PER_GROUP = ("rates", "gamma")
-OF_GOSSIP = ("w", "arriving", "flight")
-OF_THIS_WORKER = ("observed", "excluded")
-"""Fields of `Progress`: with a value per parameter group; about gossip; what a run does not need to go on."""
+NOT_NEEDED = ("observed", "excluded")
+"""Fields of `Progress` that a run does not need to go on."""
 
 IN_FLIGHT = ("push", "sent")
-"""The vectors that mean something only while gossip is between two averages."""
+"""Vectors that mean something only while gossip is between two averages."""
+
+LEARNING_RATE = "progress/learning_rate"
 
 
-@dataclass(frozen=True)
-class Named:
-    """A model's tensors as a checkpoint names them.
+class WorkerState(Protocol):
+    """One worker's state as an adapter reads and writes it. Arrays have the framework's own shapes.
 
-    naming: "wire" where the entries are those of a ParameterMap, so that both frameworks have them; otherwise the
-        framework whose own names they are.
-    why: in the latter case, why they can't be put on the wire.
+    Attributes:
+        framework: its name in the arrays' names.
+        config: the settings.
+        tensors: of the model, by their names in the checkpoint.
+        groups: the common parameter group of each trained tensor, by its own name.
+        rates: float64 (G,), the learning rates in force, one per common group.
+        progress: with NumPy arrays.
+        vectors: names of the vectors kept for each trained tensor beside the model.
+        graph: digest of the gossip's topology; None without gossip.
+        optimizer: kind of the inner optimizer.
     """
 
-    entries: tuple[TensorSpec, ...]
-    naming: str = "wire"
-    why: str = ""
-
-
-class Side(Protocol):
-    """What an adapter tells of one worker and takes back. Arrays are of the adapter's own shapes, by its own names.
-
-    groups: the parameter group of each tensor that the optimizer trains, by its name.
-    rates: float64 (G,), the learning rates in force, one per group.
-    rate_types: in which type each of them is kept.
-    progress: with NumPy arrays.
-    vectors: what is kept for each trained tensor beside the model.
-    graph: tells gossip's topologies apart; None over another base.
-    kind: of the base optimizer: one of `base_state.ALIKE`, otherwise the framework and the class, "torch.RMSprop", and
-        only that class can read its buffers.
-    keeps: names of the buffers that one of an alike kind keeps with its settings, in this framework's form.
-    form: in which units this framework's SGD keeps its momentum, see `hvd_slowmo.checkpoint.inner_state`.
-    carried: kept with the optimizer.
-    """
-
-    framework: str
+    framework: Framework
     config: SlowMoConfig
-    named: Named
+    tensors: NamedTensors
     groups: dict[str, int]
-    rates: NDArray[Any]
-    rate_types: list[np.dtype[Any]]
+    rates: NDArray[np.float64]
     progress: Progress
     vectors: list[str]
     graph: str | None
-    kind: str
-    keeps: list[str]
-    form: str
-    carried: Carried
+    optimizer: OptimizerKind
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
-        """A whole tensor; bfloat16 as float32. vector: "model" or one of `vectors`."""
+        """Return a whole tensor by its own name; bfloat16 as float32.
 
-    def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
-        """Set it, in place; what is read afterwards has it, the training once `finish` is called."""
-
-    def base(self) -> Buffers:
-        """The base optimizer's buffers; nothing in them where they are as before the first step.
-
-        Raises:
-            ValueError: they can't be stored.
+        Args:
+            vector: "model" or one of `vectors`.
         """
 
-    def prepare_base(self, buffers: Buffers, step: int) -> Callable[[], None]:
-        """What gives the base optimizer these buffers; nothing is changed before it is called.
+    def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
+        """Set a whole tensor, in place. `read` returns it from now on; training sees it once `finish` was called."""
+
+    def read_optimizer(self) -> OptimizerState:
+        """Return the inner optimizer's state, {} if it is that from before the first step.
+
+        Raises:
+            ValueError: it can't be stored.
+        """
+
+    def prepare_optimizer(self, state: OptimizerState, step: int) -> Callable[[], None]:
+        """Return a function that gives the inner optimizer this state; nothing is changed before it is called.
 
         Args:
             step: inner steps completed.
 
         Raises:
-            ValueError: they don't fit.
+            ValueError: the state does not fit.
         """
 
-    def rest(self) -> Arrays:
-        """What the model and the optimizer hold besides and no other framework has, by name."""
+    def read_framework(self) -> Arrays:
+        """Return the rest of the state of model and optimizer, which no other framework has, by name."""
 
-    def finish(self, progress: Progress, rates: NDArray[Any], rest: Mapping[str, NDArray[Any]]) -> None:
-        """Set these; each entry of `rest` is one of `rest()`, of its shape and type."""
+    def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
+        """Set the scalars, the learning rates and the state that no other framework has.
+
+        Args:
+            framework: some of `read_framework()`, with its shapes and types.
+        """
 
 
-def facts_of(side: Side) -> dict[str, Any]:
-    """What a checkpoint and whoever loads it must have in common, in JSON types."""
-    found = {
-        "config": side.config.facts(),
-        "naming": side.named.naming,
-        "entries": describe(side.named.entries),
-        "trained": [entry.name for entry in trained(side)],
-        "vectors": list(side.vectors),
-        "graph": side.graph,
-        "base": side.kind,
+def facts_of(state: WorkerState) -> dict[str, Any]:
+    """Return the facts that a checkpoint and a worker that loads it must have in common, in JSON types."""
+    facts = {
+        "config": state.config.facts(),
+        "naming": state.tensors.naming,
+        "tensors": describe(state.tensors.specs),
+        "trained": [spec.name for spec in trained(state)],
+        "vectors": list(state.vectors),
+        "graph": state.graph,
+        "inner_optimizer": state.optimizer.name,
     }
-    result: dict[str, Any] = json.loads(json.dumps(found))
+    result: dict[str, Any] = json.loads(json.dumps(facts))
     return result
 
 
-def trained(side: Side) -> list[TensorSpec]:
-    """The entries that the optimizer trains."""
-    return [entry for entry in side.named.entries if entry.own in side.groups]
+def trained(state: WorkerState) -> list[TensorSpec]:
+    """Return the tensors that the optimizer trains."""
+    return [spec for spec in state.tensors.specs if spec.own in state.groups]
 
 
 def at_rest(progress: Progress) -> bool:
-    """Whether no messages are on their way and all push-sum weights are 1, as over a base that has none."""
-    return not progress.flight and bool((np.asarray(progress.w) == 1).all())
+    """Return whether no message is in flight and every push-sum weight is 1, as without gossip."""
+    mixing = progress.mixing
+    return not mixing.in_flight and bool((np.asarray(mixing.weights) == 1).all())
 
 
-def collect(side: Side) -> Arrays:
-    """Everything that a resume needs."""
-    found = {f"model/{e.name}": e.view.to_wire(side.read("model", e.own)) for e in side.named.entries}
-    entries, progress = trained(side), side.progress
-    still = at_rest(progress)
-    for vector in side.vectors:
-        if not (still and vector in IN_FLIGHT):
-            found |= {f"{vector}/{e.name}": e.view.to_wire(side.read(vector, e.own)) for e in entries}
-    for field, value in progress._asdict().items():
-        if field in PER_GROUP:
-            value = np.array([value[side.groups[e.own]] for e in entries], dtype=np.float64)
-        if not (still and field in OF_GOSSIP):
-            found[f"progress/{field}"] = np.asarray(value)
-    places = [(e.own, side.groups[e.own]) for e in entries]
-    rates = [side.carried.rate(own, float(side.rates[group]), side.rate_types[group]) for own, group in places]
-    found["progress/learning_rate"] = np.array(rates, dtype=np.float64)
-    found |= _collected_base(side, entries)
-    return found | {f"rest/{side.framework}/{name}": np.asarray(value) for name, value in side.rest().items()}
+def collect(state: WorkerState) -> Arrays:
+    """Return everything that a resume needs."""
+    arrays = {f"model/{spec.name}": spec.view.to_wire(state.read("model", spec.own)) for spec in state.tensors.specs}
+    specs, rest = trained(state), at_rest(state.progress)
+    for vector in state.vectors:
+        if not (rest and vector in IN_FLIGHT):
+            arrays |= {f"{vector}/{spec.name}": spec.view.to_wire(state.read(vector, spec.own)) for spec in specs}
+    for field, value in state.progress.flat().items():
+        if not (rest and field in PushSum._fields):
+            arrays[f"progress/{field}"] = _per_parameter(state, value) if field in PER_GROUP else np.asarray(value)
+    arrays[LEARNING_RATE] = _per_parameter(state, state.rates)
+    arrays |= _collect_optimizer(state)
+    return arrays | {f"framework/{state.framework}/{key}": np.asarray(x) for key, x in state.read_framework().items()}
 
 
-def _collected_base(side: Side, entries: Sequence[TensorSpec]) -> Arrays:
-    buffers, kind = side.base(), side.kind
-    if kind == SGD and side.form in buffers:
-        buffers = side.carried.buffers(side.form, buffers[side.form])
-    if kind not in ALIKE:
-        return {f"base/{key}/{own}": x for key, values in buffers.items() for own, x in values.items()}
+def _per_parameter(state: WorkerState, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([values[state.groups[spec.own]] for spec in trained(state)], dtype=np.float64)
+
+
+def _collect_optimizer(state: WorkerState) -> Arrays:
+    buffers = state.read_optimizer()
+    if not state.optimizer.alike:
+        return {f"optimizer_state/{key}/{own}": x for key, values in buffers.items() for own, x in values.items()}
     return {
-        f"base/{key}/{e.name}": e.view.to_wire(values[e.own]) if key != "steps" else values[e.own]
+        f"optimizer_state/{key}/{spec.name}": values[spec.own]
+        if key == "steps"
+        else spec.view.to_wire(values[spec.own])
         for key, values in buffers.items()
-        for e in entries
-        if e.own in values
+        for spec in trained(state)
+        if spec.own in values
     }
 
 
-def beginning(side: Side, weights: Mapping[str, NDArray[Any]]) -> Arrays:
-    """The state of a training that begins with these weights, as `collect` gives it.
+def first_state(state: WorkerState, weights: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Return the state of a training that begins with these weights, in the form of `collect`.
 
     Args:
         weights: the model's, "model/ENTRY".
     """
-    found, entries = dict(weights), trained(side)
-    for vector in side.vectors:
-        for entry in entries if vector not in IN_FLIGHT else ():
-            like, value = side.read(vector, entry.own), weights[f"model/{entry.name}"]
+    arrays, specs = dict(weights), trained(state)
+    for vector in state.vectors:
+        for spec in specs if vector not in IN_FLIGHT else ():
+            like, value = state.read(vector, spec.own), weights[f"model/{spec.name}"]
             start = np.zeros_like(value) if vector == "v" else value
-            found[f"{vector}/{entry.name}"] = start.astype(like.dtype)
-    for field, value in side.progress._asdict().items():
-        if field not in OF_GOSSIP:
-            found[f"progress/{field}"] = np.zeros(len(entries)) if field in PER_GROUP else np.zeros_like(value)
-    return found | {"progress/learning_rate": np.array([side.rates[side.groups[e.own]] for e in entries])}
+            arrays[f"{vector}/{spec.name}"] = start.astype(like.dtype)
+    for field, value in state.progress.flat().items():
+        if field not in PushSum._fields:
+            arrays[f"progress/{field}"] = np.zeros(len(specs)) if field in PER_GROUP else np.zeros_like(value)
+    return arrays | {LEARNING_RATE: _per_parameter(state, state.rates)}
 
 
-def prepare(side: Side, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
-    """What makes a worker continue from a state whose facts fit it; nothing is changed before it is called.
+def prepare(state: WorkerState, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+    """Return a function that makes the worker go on from a checkpoint; nothing is changed before it is called.
 
     Args:
-        facts: those of the checkpoint.
-        arrays: of this worker, as `collect` gives them.
+        facts: of the checkpoint; they fit the worker's.
+        arrays: of this worker, in the form of `collect`.
 
     Raises:
-        CheckpointError: something is missing, too much, or of another shape or type.
+        CheckpointError: an array is missing, has no place here, or has another shape or type.
     """
-    given = dict(arrays)
-    writes = _vectors(side, given)
-    entries = trained(side)
-    rates = _per_group(side, entries, _taken(given, "progress/learning_rate", np.zeros(len(entries))), "learning rate")
-    progress = _progress(side, entries, given)
-    base = _base(side, facts, given, rates)
-    commit_base = side.prepare_base(base.buffers, int(progress.step))
-    rest = _rest(side, given)
-    if given:
-        raise CheckpointError(f"the checkpoint holds {', '.join(sorted(given)[:3])}, which has no place in this job.")
+    left = dict(arrays)
+    writes = _take_vectors(state, left)
+    rates = _take_per_group(state, left, LEARNING_RATE, "learning rate")
+    progress = _take_progress(state, left)
+    optimizer = _take_optimizer(state, facts.get("inner_optimizer", ""), left, rates)
+    commit_optimizer = state.prepare_optimizer(optimizer, int(progress.step))
+    framework = _take_framework(state, left)
+    if left:
+        raise CheckpointError(f"the checkpoint holds {', '.join(sorted(left)[:3])}, which has no place in this job.")
 
     def commit() -> None:
-        for vector, entry, value in writes:
-            side.write(vector, entry.own, entry.view.to_own(value, side.read(vector, entry.own)))
-        commit_base()
-        side.carried.forget()
-        for own, value, rate in base.converted:
-            side.carried.taken(own, value, rate)
-        for own, group in side.groups.items():
-            side.carried.taken_rate(own, float(rates[group]))
-        side.finish(progress, rates, rest)
+        for vector, spec, value in writes:
+            state.write(vector, spec.own, spec.view.to_own(value, state.read(vector, spec.own)))
+        commit_optimizer()
+        state.finish(progress, rates, framework)
 
     return commit
 
 
-def _vectors(side: Side, given: Arrays) -> list[tuple[str, TensorSpec, NDArray[Any]]]:
-    found = []
-    wanted = [("model", entry) for entry in side.named.entries]
-    flying = any(name.split("/")[0] in IN_FLIGHT for name in given)
-    wanted += [(v, e) for v in side.vectors if flying or v not in IN_FLIGHT for e in trained(side)]
-    for vector, entry in wanted:
-        like = entry.view.to_wire(side.read(vector, entry.own))
-        found.append((vector, entry, _taken(given, f"{vector}/{entry.name}", like)))
-    return found
-
-
-def _taken(given: Arrays, name: str, like: NDArray[Any]) -> NDArray[Any]:
-    """An array of the checkpoint, which must be like this one."""
-    value = given.pop(name, None)
+def _take(left: Arrays, name: str, like: NDArray[Any]) -> NDArray[Any]:
+    """Take an array of the checkpoint, which must have this one's shape and type."""
+    value = left.pop(name, None)
     if value is None:
         raise CheckpointError(f"the checkpoint has no {name!r}.")
     if (value.shape, value.dtype) != (like.shape, like.dtype):
@@ -242,109 +224,110 @@ def _taken(given: Arrays, name: str, like: NDArray[Any]) -> NDArray[Any]:
     return value
 
 
-def _progress(side: Side, entries: Sequence[TensorSpec], given: Arrays) -> Progress:
-    own = side.progress
-    rest = {"w": np.ones_like(own.w), "arriving": np.zeros_like(own.arriving), "flight": np.int64(0)}
-    absent = {"observed": np.zeros(len(Observed._fields)), "excluded": np.int64(0)}
-    if any(f"progress/{field}" in given for field in OF_GOSSIP):
-        rest = {}
+def _take_vectors(state: WorkerState, left: Arrays) -> list[tuple[str, TensorSpec, NDArray[Any]]]:
+    wanted = [("model", spec) for spec in state.tensors.specs]
+    in_flight = any(name.split("/")[0] in IN_FLIGHT for name in left)
+    vectors = [vector for vector in state.vectors if in_flight or vector not in IN_FLIGHT]
+    wanted += [(vector, spec) for vector in vectors for spec in trained(state)]
+    return [
+        (vector, spec, _take(left, f"{vector}/{spec.name}", spec.view.to_wire(state.read(vector, spec.own))))
+        for vector, spec in wanted
+    ]
+
+
+def _take_progress(state: WorkerState, left: Arrays) -> Progress:
+    current = {field: np.asarray(value) for field, value in state.progress.flat().items()}
+    absent = {field: np.zeros_like(current[field]) for field in NOT_NEEDED}
+    if not any(f"progress/{field}" in left for field in PushSum._fields):
+        absent |= {field: np.zeros_like(current[field]) for field in PushSum._fields}
+        absent["weights"] = np.ones_like(current["weights"])
     values: dict[str, Any] = {}
-    for field in Progress._fields:
+    for field, value in current.items():
         name = f"progress/{field}"
-        if field in rest or (field in absent and name not in given):
-            values[field] = {**absent, **rest}[field]
+        if field in absent and name not in left:
+            values[field] = absent[field]
         elif field in PER_GROUP:
-            values[field] = _per_group(side, entries, _taken(given, name, np.zeros(len(entries))), field)
+            values[field] = _take_per_group(state, left, name, field)
         else:
-            values[field] = _taken(given, name, np.asarray(getattr(own, field)))
-    scalar = {field: int(value) for field, value in values.items() if np.ndim(value) == 0}
-    return Progress(**{**values, **scalar})
+            values[field] = _take(left, name, value)
+    return Progress.from_flat({field: int(x) if np.ndim(x) == 0 else x for field, x in values.items()})
 
 
-def _per_group(side: Side, entries: Sequence[TensorSpec], values: NDArray[Any], what: str) -> NDArray[Any]:
-    """The value of each parameter group of this optimizer, of values per trained entry."""
-    result = np.zeros(len(side.rates))
+def _take_per_group(state: WorkerState, left: Arrays, name: str, title: str) -> NDArray[np.float64]:
+    """Take values per trained tensor, which must be one within each parameter group of this optimizer."""
+    specs = trained(state)
+    result = np.zeros(len(state.rates))
     first: dict[int, tuple[TensorSpec, float]] = {}
-    for entry, value in zip(entries, values, strict=True):
-        group = side.groups[entry.own]
-        other, expected = first.setdefault(group, (entry, float(value)))
-        if float(value) != expected:
+    for spec, value in zip(specs, _take(left, name, np.zeros(len(specs))).tolist(), strict=True):
+        group = state.groups[spec.own]
+        other, expected = first.setdefault(group, (spec, value))
+        if value != expected:
             raise CheckpointError(
-                f"{other.name} and {entry.name} were in parameter groups of their own ({what} {expected:g} and "
-                f"{float(value):g}), here they are in one. Give this optimizer groups as the run that is resumed had "
-                "them; Keras has one for all."
+                f"{other.name} and {spec.name} were in different parameter groups ({title} {expected:g} and {value:g}),"
+                " here they are in one. Give this optimizer the groups of the run that is resumed; Keras has one for "
+                "all."
             )
         result[group] = value
     return result
 
 
-@dataclass(frozen=True)
-class _Base:
-    buffers: Buffers
-    converted: list[tuple[str, NDArray[Any], float]]  # name, as given, rate
+def _take_optimizer(state: WorkerState, kind: str, left: Arrays, rates: NDArray[np.float64]) -> OptimizerState:
+    """Take the inner optimizer's state in its own names, shapes and units.
 
-
-def _base(side: Side, facts: Mapping[str, Any], given: Arrays, rates: NDArray[Any]) -> _Base:
-    """The base optimizer's buffers in its own names, shapes and units."""
-    own = side.kind
-    found = {name: given.pop(name) for name in list(given) if name.startswith("base/")}
-    if not found:
-        return _Base({}, [])
-    if facts["base"] != own:
+    Args:
+        kind: of the inner optimizer that the checkpoint is of.
+    """
+    own = state.optimizer
+    saved = {name: left.pop(name) for name in list(left) if name.startswith("optimizer_state/")}
+    if not saved:
+        return {}
+    if kind != own.name:
         raise CheckpointError(
-            f"the base optimizer's buffers in the checkpoint are those of {_spell(facts['base'])}, this one is "
-            f"{_spell(own)}, which can't take them. Use the optimizer of the run that is resumed, or begin a new "
-            "training from the weights alone (hvd-slowmo convert)."
+            f"the inner optimizer's state in the checkpoint is that of {spell_kind(kind)}, this one is "
+            f"{spell_kind(own.name)}, which can't read it. Use the optimizer of the run that is resumed, or begin a "
+            "new run with the weights alone (hvd-slowmo convert)."
         )
-    buffers: Buffers = {}
-    if own not in ALIKE:
-        for name, value in found.items():
+    buffers: OptimizerState = {}
+    if not own.alike:
+        for name, value in saved.items():
             _, key, tensor = name.split("/", 2)
             buffers.setdefault(key, {})[tensor] = value
-        return _Base(buffers, [])
-    changed = []
-    for entry in trained(side):
-        for key in ALIKE[own]:
-            buffer = found.pop(f"base/{key}/{entry.name}", None)
+        return buffers
+    for spec in trained(state):
+        for key in ALIKE[own.name]:
+            buffer = saved.pop(f"optimizer_state/{key}/{spec.name}", None)
             if buffer is not None:
-                _put(buffers.setdefault(key, {}), entry, key, buffer)
-    if found:
-        raise CheckpointError(f"the checkpoint holds {min(found)}, which is no buffer of this optimizer.")
-    if own == SGD:
-        for name, value in buffers.pop(OTHER[side.form], {}).items():
-            rate = float(rates[side.groups[name]])
-            buffers.setdefault(side.form, {})[name] = converted(name, value, side.form, rate)
-            changed.append((name, value, rate))
-    if set(buffers) != set(side.keeps):
-        raise CheckpointError(
-            f"the base optimizer has {', '.join(sorted(buffers))} in the checkpoint, and keeps "
-            f"{', '.join(sorted(side.keeps)) or 'nothing'} here. Give it the settings of the run that is resumed "
-            "(momentum, amsgrad)."
-        )
-    return _Base(buffers, changed)
+                _put(buffers.setdefault(key, {}), spec, key, buffer)
+    if saved:
+        raise CheckpointError(f"the checkpoint holds {min(saved)}, which is no buffer of this optimizer.")
+    if own.name == SGD:
+        other = "velocity" if own.form == "momentum" else "momentum"
+        for name, value in buffers.pop(other, {}).items():
+            converted = convert_momentum(name, value, own.form, float(rates[state.groups[name]]))
+            buffers.setdefault(own.form, {})[name] = converted
+    check_buffers(buffers, own.buffers)
+    return buffers
 
 
-def _put(buffer: dict[str, NDArray[Any]], entry: TensorSpec, key: str, value: NDArray[Any]) -> None:
-    shape = () if key == "steps" else entry.shape
+def _put(buffer: dict[str, NDArray[Any]], spec: TensorSpec, key: str, value: NDArray[Any]) -> None:
+    shape = () if key == "steps" else spec.shape
     if value.shape != shape:
-        raise CheckpointError(f"the checkpoint's base/{key}/{entry.name} has shape {value.shape}, here it is {shape}.")
+        raise CheckpointError(
+            f"the checkpoint's optimizer_state/{key}/{spec.name} has shape {value.shape}, here it is {shape}."
+        )
     if key == "steps":
-        buffer[entry.own] = value
+        buffer[spec.own] = value
     else:
-        buffer[entry.own] = entry.view.to_own(value, buffer.get(entry.own, np.zeros(entry.view.own, value.dtype)))
+        buffer[spec.own] = spec.view.to_own(value, buffer.get(spec.own, np.zeros(spec.view.own, value.dtype)))
 
 
-def _rest(side: Side, given: Arrays) -> Arrays:
-    """What is this framework's; what is another's has no place here and is left out."""
-    own, found = side.rest(), {}
-    for name in [name for name in given if name.startswith("rest/")]:
+def _take_framework(state: WorkerState, left: Arrays) -> Arrays:
+    """Take this framework's own state; another one's has no place here and is left out."""
+    current, taken = state.read_framework(), {}
+    for name in [name for name in left if name.startswith("framework/")]:
         _, framework, key = name.split("/", 2)
-        if framework != side.framework:
-            del given[name]
-        elif key in own:
-            found[key] = _taken(given, name, own[key])
-    return found
-
-
-def _spell(kind: str) -> str:
-    return {SGD: "SGD", ADAM: "Adam or AdamW"}.get(kind, kind)
+        if framework != state.framework:
+            del left[name]
+        elif key in current:
+            taken[key] = _take(left, name, current[key])
+    return taken

@@ -1,1 +1,1 @@
-"""The `hvd-slowmo` command: a file per subcommand."""
+"""The `hvd-slowmo` command: a module per subcommand, and one error handler for all in main.py."""

@@ -1,4 +1,4 @@
-"""What a user names on the command line as "module:name"."""
+"""Objects that a user names on the command line as "module:name"."""
 
 from __future__ import annotations
 
@@ -7,64 +7,75 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hvd_slowmo.wire.parameter_map import ParameterMap
-
-
-class Wrong(Exception):
-    """What the user gave, and why it can't be used."""
-
-
-def spell_error(error: Exception) -> str:
-    """An error of a library, where its words alone may say little."""
-    return f"{type(error).__name__}: {error}"
+from hvd_slowmo.errors import CommandError
+from hvd_slowmo.wire.parameter_map import ParameterMap, nearest
 
 
 @contextmanager
-def looking_here() -> Iterator[None]:
-    """Modules are looked up in the current directory too."""
-    sys.path.insert(0, str(Path.cwd()))
+def importing_from_here() -> Iterator[None]:
+    """Look modules up in the current directory too, within a `with` block.
+
+    Example:
+        >>> with importing_from_here():
+        ...     sys.path[0] == str(Path.cwd())
+        True
+    """
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
     try:
         yield
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(directory)
 
 
-def made(text: str) -> Any:
-    """What the function named by "module:function" gives."""
-    function = _found(text)
+def call_named(text: str) -> Any:
+    """Return the result of the function named by "module:function".
+
+    Raises:
+        CommandError: the text has another form, or its module or function does not exist.
+
+    Example:
+        >>> call_named("collections:Counter")
+        Counter()
+    """
+    function = _named(text)
     if not callable(function):
-        raise Wrong(f"{text} is not a function.")
+        raise CommandError(f"{text} is not a function.")
     return function()
 
 
-def given_map(text: str | None) -> ParameterMap | None:
-    """The ParameterMap named by "module:name", or what the function of that name gives."""
-    from hvd_slowmo.wire.parameter_map import ParameterMap
+def parameter_map_named(text: str | None) -> ParameterMap | None:
+    """Return the ParameterMap named by "module:name", or returned by the function of that name; None for None.
 
+    Raises:
+        CommandError: as `call_named`; or the object is no ParameterMap and returns none.
+
+    Example:
+        >>> parameter_map_named("hvd_slowmo:ParameterMap")
+        ParameterMap(pairs={}, orient={}, ignore=())
+    """
     if text is None:
         return None
-    found = _found(text)
-    found = found if isinstance(found, ParameterMap) else found() if callable(found) else found
-    if not isinstance(found, ParameterMap):
-        raise Wrong(f"{text} is no ParameterMap, and gives none.")
-    return found
+    named = _named(text)
+    result = named() if callable(named) else named
+    if not isinstance(result, ParameterMap):
+        raise CommandError(f"{text} is not a ParameterMap, nor a function that returns one.")
+    return result
 
 
-def _found(text: str) -> Any:
+def _named(text: str) -> Any:
     module, colon, name = text.partition(":")
     if not colon or not module or not name:
-        raise Wrong(f"give module:function. Received: {text}")
+        raise CommandError(f"give module:function. Received: {text}")
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise Wrong(f"there is no module {error.name} in {Path.cwd()} or among those installed.") from None
+        raise CommandError(f"there is no module {error.name} in {Path.cwd()} or among the installed ones.") from None
     if name not in vars(loaded):
-        from hvd_slowmo.wire.parameter_map import nearest
-
-        raise Wrong(f"{module} has no {name}. {nearest(name, [n for n in vars(loaded) if not n.startswith('_')])}")
+        public = [other for other in vars(loaded) if not other.startswith("_")]
+        raise CommandError(f"{module} has no {name}. {nearest(name, public)}")
     return vars(loaded)[name]

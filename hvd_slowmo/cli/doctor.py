@@ -6,16 +6,16 @@ import argparse
 import os
 import sys
 
-from hvd_slowmo.installer.doctor import Level, examine
+from hvd_slowmo.installer.doctor import Finding, Level, examine
 
 
 def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `doctor` to the command line."""
     parser = commands.add_parser(
         "doctor",
-        help="say what is installed, and what keeps it from training",
-        description="Examines the frameworks and Horovod of this environment. The exit status is 1 if a user could not "
-        "train here, and 0 otherwise.",
+        help="show what is installed, and what prevents training",
+        description="Examines the frameworks and Horovod of this environment. The exit status is 1 if training would "
+        "not work here, and 0 otherwise.",
     )
     parser.set_defaults(run=_doctor)
 
@@ -25,13 +25,17 @@ def _doctor(_: argparse.Namespace) -> int:
     for finding in examine(os.environ):
         problems += finding.level is Level.PROBLEM
         warnings += finding.level is Level.WARNING
-        first, *more = [*finding.text.splitlines(), *([f"Cure: {finding.cure}"] if finding.cure else [])]
-        print(f"{finding.level.value:<8} {first}")
-        for line in more:
-            print(f"{'':<8} {line}")
-        sys.stdout.flush()
+        _show(finding)
     if problems:
-        print(f"\nProblems: {problems}. Training would not work here until they are cured.")
+        print(f"\nProblems: {problems}. Training would not work here until they are fixed.")
         return 1
     print("\nTraining works here." + (f" Warnings: {warnings}." if warnings else ""))
     return 0
+
+
+def _show(finding: Finding) -> None:
+    first, *more = [*finding.text.splitlines(), *([f"Fix: {finding.cure}"] if finding.cure else [])]
+    print(f"{finding.level.value:<8} {first}")
+    for line in more:
+        print(f"{'':<8} {line}")
+    sys.stdout.flush()

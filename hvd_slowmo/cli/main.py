@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,6 +14,8 @@ from hvd_slowmo.cli.inspect import add_inspect
 from hvd_slowmo.cli.install import add_install_horovod
 from hvd_slowmo.cli.map import add_map
 from hvd_slowmo.cli.topology import add_topology
+from hvd_slowmo.errors import CommandError
+from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.version import __version__
 
 # Each adds its subcommand and sets `run`, a function from the parsed arguments to the exit status.
@@ -24,25 +28,50 @@ _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser
     add_convert,
 )
 
+_DOCUMENTED = (CommandError, InstallError, ImportError, OSError, TypeError, ValueError)
+"""Errors of the library, of frameworks and of the system whose message is enough for a user."""
+
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+    """Return the parser of the whole command line.
+
+    Example:
+        >>> parser().parse_args(["topology", "ring", "-m", "4"]).workers
+        4
+    """
     result = argparse.ArgumentParser(prog="hvd-slowmo", description="SlowMo and its relatives for Horovod.")
     result.add_argument("--version", action="version", version=f"hvd-slowmo {__version__}")
-    commands = result.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = result.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for add in _SUBCOMMANDS:
         add(commands)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; `arguments` are those of the process by default."""
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: None for those of the process.
+
+    Example:
+        >>> main(["topology", "ring", "-m", "1"])  # doctest: +ELLIPSIS
+        ring, 1 worker, period 1
+        ...
+        0
+    """
     parsed = parser().parse_args(arguments)
     try:
         status: int = parsed.run(parsed)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("hvd-slowmo: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of the output has ended, `head` for instance
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + signal.SIGPIPE
+    except _DOCUMENTED as error:
+        print(f"hvd-slowmo {parsed.command}: {error}", file=sys.stderr)
+        return 1
     return status
 
 

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of columns that are as wide as they need to be."""
+    """Return lines of columns that are as wide as they need to be.
+
+    Example:
+        >>> print(table(("setting", "value"), [("tau", "12"), ("alpha", "1.0")]))
+        setting  value
+        -------  -----
+        tau      12
+        alpha    1.0
+    """
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -1,1 +1,1 @@
-"""What needs both frameworks: comparing and copying models."""
+"""Comparing and copying models between PyTorch and Keras: the one place that imports both adapters."""

@@ -1,4 +1,4 @@
-"""One batch through a PyTorch model and its Keras version: how far outputs and gradients are apart."""
+"""Comparing a PyTorch model and its Keras version: outputs and gradients of one batch."""
 
 from __future__ import annotations
 
@@ -10,75 +10,97 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.wire.tensors import TensorSpec
 
-# The adapters are imported where they are used: a core without frameworks can still import this.
+# The adapters are imported within functions, so that this module can be imported without a framework. PyTorch comes
+# first: the other way round its libraries may not load.
 
 
 class Difference(NamedTuple):
-    """How far two tensors are apart."""
+    """The difference of two arrays.
+
+    Example:
+        >>> Difference("output", largest=1e-7, scale=2.0, bound=2e-4).more_than_rounding
+        False
+    """
 
     name: str
     largest: float  # the largest absolute difference
     scale: float  # the largest absolute value
-    bound: float  # what rounding explains
+    bound: float  # the largest difference that rounding explains
 
     @property
     def more_than_rounding(self) -> bool:
-        """Whether the difference is none of rounding; a NaN is one."""
+        """True if rounding does not explain the difference, and for NaN."""
         return not self.largest <= self.bound
 
 
 def compare(
     torch_model: Any,
-    torch_entries: Sequence[TensorSpec],
+    torch_specs: Sequence[TensorSpec],
     keras_model: Any,
-    keras_entries: Sequence[TensorSpec],
+    keras_specs: Sequence[TensorSpec],
     inputs: Sequence[NDArray[Any]],
-    transposed: Sequence[bool] | None = None,
     seed: int = 0,
 ) -> tuple[Difference, list[Difference]]:
     """Run both models on the same batch, without dropout and with BatchNorm's moving statistics.
 
     Args:
-        inputs: as Keras takes them, channels last.
-        transposed: per input, whether PyTorch takes it channels first; None: as Keras' graph says, or, without one,
-            whether it has more than three axes.
+        torch_specs, keras_specs: the models' tensors, as they travel.
+        inputs: as Keras takes them, channels last. PyTorch gets those channels first that Keras' graph shows to be
+            feature maps or, in a model without a graph, those with more than three axes.
+        seed: of the weights of the sum.
 
     Returns:
-        The difference of the outputs, and for each trained entry that of the gradients of one weighted sum of all
+        The difference of the outputs, and for each trained tensor that of the gradients of one weighted sum of all
         outputs, in the wire's orientation.
 
     Raises:
-        ValueError: outputs of different shapes.
+        ValueError: the outputs have different shapes.
+
+    Example:
+        >>> import torch, keras
+        >>> from hvd_slowmo_torch.interop.layers import entries_torch
+        >>> from hvd_slowmo_tf.interop.layers import entries_keras
+        >>> from hvd_slowmo.interop.copy import copy_to_keras
+        >>> torch_model = torch.nn.Linear(2, 1)
+        >>> keras_model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> copy_to_keras(torch_model, keras_model)
+        >>> torch_specs, keras_specs = entries_torch(torch_model), entries_keras(keras_model)
+        >>> batch = np.ones((3, 2), "float32")
+        >>> output, gradients = compare(torch_model, torch_specs, keras_model, keras_specs, [batch])
+        >>> output.more_than_rounding, len(gradients)
+        (False, 2)
     """
-    # PyTorch first: the other way round its libraries may not load.
-    from hvd_slowmo_torch.interop.gradients import outputs_and_gradients as of_torch
+    from hvd_slowmo_torch.interop.gradients import outputs_and_gradients as outputs_and_gradients_of_torch
 
     # isort: split
     from hvd_slowmo_tf.interop.feature_order import feature_maps
-    from hvd_slowmo_tf.interop.gradients import outputs_and_gradients as of_keras
+    from hvd_slowmo_tf.interop.gradients import channels_first
+    from hvd_slowmo_tf.interop.gradients import outputs_and_gradients as outputs_and_gradients_of_keras
 
-    maps, output_maps = feature_maps(keras_model)
-    if transposed is None:
-        transposed = maps or [x.ndim > 3 for x in inputs]
-    slow = [entry for entry in torch_entries if entry.rule == "slow"]
-    names = {entry.name for entry in slow}
-    given = [channels_first(x) if first else x for x, first in zip(inputs, transposed, strict=True)]
-    ours, weights, our_gradients = of_torch(torch_model, slow, given, seed)
-    output_transposed = output_maps[0] if output_maps else None
-    their_slow = [entry for entry in keras_entries if entry.name in names]
-    theirs, their_gradients = of_keras(keras_model, their_slow, inputs, weights, output_transposed)
-    overall = max((float(np.abs(g).max(initial=0)) for g in our_gradients.values()), default=0.0)
-    gradients = [_difference(n, our_gradients[n], their_gradients[n], overall * 1e-3) for n in our_gradients]
-    return _difference("output", ours, theirs), gradients
+    input_maps, output_maps = feature_maps(keras_model)
+    transposed = input_maps or [x.ndim > 3 for x in inputs]
+    torch_trained = [spec for spec in torch_specs if spec.role == "parameter"]
+    names = {spec.name for spec in torch_trained}
+    keras_trained = [spec for spec in keras_specs if spec.name in names]
+    torch_inputs = [channels_first(x) if first else x for x, first in zip(inputs, transposed, strict=True)]
+    torch_output, weights, torch_gradients = outputs_and_gradients_of_torch(
+        torch_model, torch_trained, torch_inputs, seed
+    )
+    keras_output, keras_gradients = outputs_and_gradients_of_keras(
+        keras_model, keras_trained, inputs, weights, output_maps[0] if output_maps else None
+    )
+    overall = max((float(np.abs(g).max(initial=0)) for g in torch_gradients.values()), default=0.0)
+    gradients = [
+        _difference(name, gradient, keras_gradients[name], overall * 1e-3) for name, gradient in torch_gradients.items()
+    ]
+    return _difference("output", torch_output, keras_output), gradients
 
 
-def channels_first(x: NDArray[Any]) -> NDArray[Any]:
-    """As PyTorch has what Keras has channels last."""
-    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+def _difference(name: str, a: NDArray[Any], b: NDArray[Any], least: float = 0.0) -> Difference:
+    """Return the difference; rounding explains 1000 units in the last place of the largest value, or of `least`.
 
-
-def _difference(name: str, ours: NDArray[Any], theirs: NDArray[Any], least: float = 0.0) -> Difference:
-    """Rounding explains a thousand units in the last place of the largest value, or of `least`: sums are long."""
-    largest = float(np.abs(ours - theirs).max(initial=0))
-    scale = float(np.abs(ours).max(initial=0))
-    return Difference(name, largest, scale, 1000 * float(np.finfo(ours.dtype).eps) * max(scale, least))
+    Sums are long.
+    """
+    largest = float(np.abs(a - b).max(initial=0))
+    scale = float(np.abs(a).max(initial=0))
+    return Difference(name, largest, scale, 1000 * float(np.finfo(a.dtype).eps) * max(scale, least))

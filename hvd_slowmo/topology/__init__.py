@@ -1,1 +1,1 @@
-"""Gossip topologies and push-sum weights: linear algebra on small arrays."""
+"""Gossip topologies and push-sum weights: linear algebra on small arrays. NumPy only."""

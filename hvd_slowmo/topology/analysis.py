@@ -1,4 +1,4 @@
-"""Properties of a topology: who sends how much, and how fast the workers come together."""
+"""Properties of a topology: traffic, and speed at which the workers come together."""
 
 from __future__ import annotations
 
@@ -12,22 +12,42 @@ _TOLERANCE = 1e-12
 
 
 def out_degree(array: Array) -> NDArray[np.int64]:
-    """(period, m): how many messages each worker sends at each step. One is a vector as long as the model."""
+    """Return the number of messages that each worker sends at each step: (period, m).
+
+    A message is a vector as long as the model.
+
+    Example:
+        >>> from hvd_slowmo.topology.graphs import ring
+        >>> out_degree(ring(4)).tolist()
+        [[2, 2, 2, 2]]
+    """
     sent: NDArray[np.int64] = (_others(array) > 0).sum(axis=1)
     return sent
 
 
 def moves_weights(array: Array) -> bool:
-    """Whether push-sum weights leave 1 when mixing is synchronous: some row does not sum to 1."""
+    """Return whether push-sum weights leave 1 when mixing is synchronous: some row does not sum to 1.
+
+    Example:
+        >>> from hvd_slowmo.topology.graphs import ring, star
+        >>> moves_weights(ring(4)), moves_weights(star(4))
+        (False, True)
+    """
     return bool(np.any(np.abs(array.sum(axis=2) - 1) > _TOLERANCE))
 
 
 def spectral_gap(array: Array) -> float:
-    """1 - |lambda_2| of the period's product P[-1] ... P[0]: by so much disagreement shrinks over a period, in the end.
+    """Return 1 - |lambda_2| of the period's product P[-1] ... P[0].
 
-    lambda_1 is 1, as columns sum to 1. 1 means that all agree after one period. Eigenvalues, not singular values: the
-    product need not be symmetric, and its stationary vector (the push-sum weights) need not be even; de-biased values
-    z = x / w approach the mean at the rate |lambda_2| all the same.
+    Disagreement shrinks by that share over a period, in the end; 1 means that all agree after one period. (lambda_1 is
+    1, as columns sum to 1.) Eigenvalues, not singular values: the product need not be symmetric, and its stationary
+    vector (the push-sum weights) need not be even; de-biased values z = x / w approach the mean at the rate |lambda_2|
+    all the same.
+
+    Example:
+        >>> from hvd_slowmo.topology.graphs import full
+        >>> round(spectral_gap(full(4)), 6)
+        1.0
     """
     if array.shape[1] == 1:
         return 1.0
@@ -36,10 +56,10 @@ def spectral_gap(array: Array) -> float:
 
 
 def steps_to_consensus(array: Array, tolerance: float = 1e-3) -> int:
-    """How many mixings bring all de-biased values z = x / w within `tolerance` of the mean, from the worst start.
+    """Return the number of mixings that bring all de-biased values z = x / w within `tolerance` of the mean.
 
-    The start's values span 1, so a start within [0, 1] ends within `tolerance` of its mean on every worker. Mixing
-    begins at step 0 of the period, and the result is exact, no bound: 0 for one worker.
+    From the worst start whose values span 1: any start within [0, 1] ends within `tolerance` of its mean on every
+    worker. Mixing begins at step 0 of the period. The number is exact, not a bound, and 0 for one worker.
 
     Args:
         array: (period, m, m), connected (see `topology`).
@@ -47,14 +67,19 @@ def steps_to_consensus(array: Array, tolerance: float = 1e-3) -> int:
 
     Raises:
         ValueError: tolerance is out of its range, or rounding or a graph that is not connected keeps the values away.
+
+    Example:
+        >>> from hvd_slowmo.topology.graphs import exponential
+        >>> steps_to_consensus(exponential(8))
+        3
     """
     if not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must be a number in (0, 1). Received: tolerance={tolerance!r}")
     reached: Array = np.eye(array.shape[1])
     if _worst(reached) <= tolerance:
         return 0
-    # The worst distance never grows: each z is a mean of the z before. So the last period that does not end within the
-    # tolerance can be found by bisection, with the period's product squared again and again.
+    # The worst distance never grows: each z is a mean of the z before. So bisection finds the last period that does not
+    # end within the tolerance, with the period's product squared again and again.
     squares = [_product(array)]
     while _worst(squares[-1]) > tolerance:
         if len(squares) > 50:
@@ -75,7 +100,7 @@ def steps_to_consensus(array: Array, tolerance: float = 1e-3) -> int:
 
 
 def _worst(mixed: Array) -> float:
-    """The largest |z_i - mean| after the mixings whose product is `mixed` (m, m), over starts within [0, 1].
+    """Return the largest |z_i - mean| after the mixings whose product is `mixed` (m, m), over starts within [0, 1].
 
     z_i is a weighted mean of the start's values, weights mixed[i] / sum(mixed[i]); against equal weights the worst
     start is 1 where they are larger and 0 elsewhere.
@@ -92,6 +117,6 @@ def _product(array: Array) -> Array:
 
 
 def _others(array: Array) -> Array:
-    """The array without what the workers keep."""
+    """Return the array without the shares that the workers keep."""
     others: Array = array * (1 - np.eye(array.shape[1]))
     return others

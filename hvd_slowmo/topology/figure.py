@@ -1,4 +1,4 @@
-"""A topology as text and as a picture, with how fast it brings the workers together."""
+"""A topology as text and as a figure, with the speed at which it brings the workers together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_slowmo.topology.analysis import moves_weights, out_degree, spectral_gap, steps_to_consensus
 from hvd_slowmo.topology import push_sum
+from hvd_slowmo.topology.analysis import moves_weights, out_degree, spectral_gap, steps_to_consensus
 from hvd_slowmo.topology.graphs import Array
 
 _LINES_PER_STEP = 8
@@ -20,24 +20,41 @@ _EXACT = 1e-9
 
 
 def title_of(name: str, array: Array, whole: Array) -> str:
-    """What is shown, in a line."""
+    """Return the title of a topology.
+
+    Args:
+        name: of the topology.
+        array: over the nodes.
+        whole: over the workers.
+    """
     n, m = array.shape[1], whole.shape[1]
     over = f"{m} worker{'s' * (m > 1)}" if n == m else f"{n} node{'s' * (n > 1)} of {m // n} workers"
     return f"{name}, {over}, period {len(whole)}"
 
 
 def describe(name: str, array: Array, whole: Array) -> str:
-    """A topology as text. array: over the nodes; whole: over the workers; the same where a node is one worker."""
+    """Return a topology as text.
+
+    Args:
+        name: of the topology.
+        array: over the nodes.
+        whole: over the workers; the same where a node is one worker.
+
+    Example:
+        >>> from hvd_slowmo.topology.graphs import full
+        >>> print(describe("full", full(2), full(2)).splitlines()[0])
+        full, 2 workers, period 1
+    """
     lines = [title_of(name, array, whole)]
     for k, matrix in enumerate(whole):
         lines += [f"step {k}", *(f"  {line}" for line in _senders(matrix))]
     messages = out_degree(whole)
-    near, met = steps_to_consensus(array), steps_to_consensus(array, _EXACT)
+    near, exact = steps_to_consensus(array), steps_to_consensus(array, _EXACT)
     lines += [
         f"spectral gap over the period   {spectral_gap(array):.4g}",
-        f"steps to consensus             {met}, exactly the mean"
-        if met <= len(array)
-        else f"steps to consensus             {near} to a thousandth of the start's spread, {met} to a billionth",
+        f"steps to consensus             {exact}, exactly the mean"
+        if exact <= len(array)
+        else f"steps to consensus             {near} to a thousandth of the start's spread, {exact} to a billionth",
         f"messages per worker and step   {messages.mean():.4g}" + _range(messages.min(), messages.max()),
         f"push-sum weight w              {_weights(whole)}",
     ]
@@ -45,7 +62,7 @@ def describe(name: str, array: Array, whole: Array) -> str:
 
 
 def draw(title: str, array: Array, path: str) -> None:
-    """Draw a panel per step, the workers on a circle, and write the picture to a file of a type that matplotlib knows.
+    """Draw a panel per step, the workers on a circle, and write the figure to a file of a type that matplotlib knows.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -84,7 +101,7 @@ def draw(title: str, array: Array, path: str) -> None:
 
 
 def _senders(matrix: Array) -> list[str]:
-    """What the workers do at one step, those who do the same in one line."""
+    """Return the workers' actions at one step in lines, equal ones in one."""
     m = len(matrix)
 
     def grouped(place: Callable[[int, int], int], sign: str) -> list[str]:
@@ -114,7 +131,7 @@ def _whom(workers: list[int], m: int, sign: str) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 3, 7 as "0-3, 7", and 1, 3, 5, 7 as "1, 3, ..., 7"."""
+    """Return 0, 1, 2, 3, 7 as "0-3, 7", and 1, 3, 5, 7 as "1, 3, ..., 7"."""
     steps = set(np.diff(numbers).tolist())
     if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
@@ -137,7 +154,7 @@ def _range(least: int, most: int) -> str:
 
 
 def _weights(array: Array) -> str:
-    """Where the weights go in many steps from a start at 1, when mixing is synchronous and when it is one step late."""
+    """Return the range of the weights over many steps from 1, with synchronous mixing and with mixing one step late."""
     parts, m = push_sum.parts(array), array.shape[1]
     prompt = late = np.ones((m, 1))
     arriving, seen = np.zeros((m, 1)), []

@@ -1,1 +1,1 @@
-"""How a framework's tensors become those that travel, and which is which in another framework."""
+"""Tensors as they travel, whatever the framework, and the map between two frameworks' names for them."""

@@ -1,8 +1,8 @@
-"""The wire: the order, shapes and orientation in which the tensors of a model travel, whatever the framework.
+"""Views: the shape and orientation of a framework's own tensor on the wire.
 
 Where PyTorch and Keras keep a tensor differently, the wire has PyTorch's orientation, so that a PyTorch worker permutes
-nothing. Where one framework keeps in one tensor what the other keeps in several, the wire has the finer cut, so that
-each entry is one tensor, or a part of one.
+nothing. Where one framework keeps several tensors of the other in one, the wire has the finer cut: each of its tensors
+is a whole one of the framework, or a part of one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """A box of an own tensor, and which of its elements belong to a stretch of the wire.
+    """A box of the framework's own tensor, and the elements of it that belong to a stretch of the wire.
 
     `own[box].reshape(shape).transpose(axes).reshape(-1)[start:stop]` is the next stop - start elements of the stretch.
     """
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether all elements of the box belong to the stretch, so that writing needs no reading."""
+        """True if all elements of the box belong to the stretch, so that writing needs no reading."""
         return self.size == math.prod(self.shape)
 
     @property
@@ -62,18 +62,23 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """How the elements of an own tensor become those of a tensor on the wire.
+    """The map from the elements of a framework's own tensor to those of a tensor on the wire.
 
     The part of the own tensor (all of it by default) is reshaped to `shape`, permuted by `axes`, reshaped to `wire`.
 
-    own: shape of the own tensor.
-    shape: splits the part's axes, none of them across two: (6, 5) into (2, 3, 5), but not into (15, 2).
-    axes: a permutation, as numpy.transpose takes it.
-    wire: shape on the wire.
-    part: per own axis (start, stop); None for the whole tensor.
+    Args:
+        own: shape of the own tensor.
+        shape: splits the part's axes, none of them across two: (6, 5) into (2, 3, 5), but not into (15, 2).
+        axes: a permutation, as numpy.transpose takes it.
+        wire: shape on the wire.
+        part: per own axis (start, stop); None for the whole tensor.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: the shapes don't fit.
+
+    Example:
+        >>> View.permute((3, 2), (1, 0)).to_wire(np.arange(6).reshape(3, 2)).tolist()
+        [[0, 2, 4], [1, 3, 5]]
     """
 
     own: Shape
@@ -96,12 +101,12 @@ class View:
 
     @classmethod
     def same(cls, shape: Sequence[int]) -> View:
-        """The wire's tensor is the own tensor."""
+        """Return the view that changes nothing."""
         return cls.permute(shape, range(len(shape)))
 
     @classmethod
     def permute(cls, shape: Sequence[int], axes: Sequence[int], wire: Sequence[int] | None = None) -> View:
-        """The own tensor with its axes permuted, then reshaped to `wire` if given."""
+        """Return the view that permutes the axes, then reshapes to `wire` if given."""
         shape, axes = tuple(shape), tuple(axes)
         if wire is None:
             wire = [shape[axis] for axis in axes] if max(axes, default=-1) < len(shape) else shape
@@ -109,7 +114,7 @@ class View:
 
     @classmethod
     def rows(cls, shape: Sequence[int], start: int, stop: int) -> View:
-        """Rows start .. stop - 1 of the own tensor."""
+        """Return the view of rows start .. stop - 1."""
         shape = tuple(shape)
         part = ((start, stop), *((0, n) for n in shape[1:]))
         wire = (stop - start, *shape[1:])
@@ -127,23 +132,23 @@ class View:
 
     @property
     def starts(self) -> Shape:
-        """Where the part begins, per own axis."""
+        """Start of the part, per own axis."""
         return tuple(0 for _ in self.own) if self.part is None else tuple(start for start, _ in self.part)
 
     @cached_property
     def whole(self) -> bool:
-        """Whether the part is the own tensor."""
+        """True if the part is the own tensor."""
         return self.extent == self.own
 
     @cached_property
     def in_order(self) -> bool:
-        """Whether the part's elements, row-major, are the wire's in their order."""
+        """True if the part's elements, row-major, are the wire's in their order."""
         moved = [axis for axis in self.axes if self.shape[axis] != 1]
         return moved == sorted(moved)
 
     @cached_property
     def offset(self) -> int | None:
-        """Where the wire's elements begin in the flattened own tensor if they lie there as one stretch, else None."""
+        """Start of the wire's elements in the flattened own tensor if they lie there as one stretch, else None."""
         if not self.in_order:
             return None
         if not self.size:
@@ -158,20 +163,20 @@ class View:
 
     @property
     def identity(self) -> bool:
-        """Whether the flattened own tensor is the flattened wire tensor."""
+        """True if the flattened own tensor is the flattened wire tensor."""
         return self.whole and self.in_order
 
     def to_wire(self, own: NDArray[Any]) -> NDArray[Any]:
-        """The wire's tensor of an own tensor of shape `own`."""
+        """Return the wire's tensor of an own tensor of shape `own`."""
         self._check(own.shape, self.own, "own")
         wire: NDArray[Any] = own[self._box].reshape(self.shape).transpose(self.axes).reshape(self.wire)
         return wire
 
     def to_own(self, wire: NDArray[Any], own: NDArray[Any] | None = None) -> NDArray[Any]:
-        """The own tensor of a wire tensor.
+        """Return the own tensor of a wire tensor.
 
         Args:
-            own: gives what is outside the part, and is not changed. Needed if the part is not the whole tensor.
+            own: has the values outside the part, and is not changed. Needed if the part is not the whole tensor.
         """
         self._check(wire.shape, self.wire, "wire")
         permuted = tuple(self.shape[axis] for axis in self.axes)
@@ -186,10 +191,10 @@ class View:
         return result
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """Elements start .. stop - 1 of the flattened wire tensor, in their order, as boxes of the own tensor.
+        """Yield elements start .. stop - 1 of the flattened wire tensor, in their order, as boxes of the own tensor.
 
-        A box holds no more of the tensor than the orientation asks for: as many as `boxes` gives, each of them all
-        elements of the stretch, or, where the permutation splits an own axis, a few rows around them.
+        There are as many boxes as `boxes` yields. Each holds elements of the stretch alone or, where the permutation
+        splits an own axis, a few rows around them.
         """
         groups = _groups(self.extent, self.shape)
         permuted = tuple(self.shape[axis] for axis in self.axes)
@@ -219,7 +224,7 @@ class View:
             yield Piece(tuple(own_box), shape, self.axes, begin, begin + inside)
 
     def read(self, own: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
-        """Elements start .. stop - 1 of the flattened wire tensor: shape (stop - start,)."""
+        """Return elements start .. stop - 1 of the flattened wire tensor: shape (stop - start,)."""
         parts = [
             own[p.box].reshape(p.shape).transpose(p.axes).reshape(-1)[p.start : p.stop]
             for p in self.pieces(start, stop)
@@ -227,7 +232,7 @@ class View:
         return np.concatenate(parts) if parts else np.empty(0, own.dtype)
 
     def write(self, own: NDArray[Any], start: int, stop: int, value: NDArray[Any]) -> None:
-        """Assign elements start .. stop - 1 of the flattened wire tensor in place, to a value of that length."""
+        """Assign elements start .. stop - 1 of the flattened wire tensor in place; `value` has that length."""
         at = 0
         for p in self.pieces(start, stop):
             flat = own[p.box].reshape(p.shape).transpose(p.axes).reshape(-1).copy()
@@ -236,7 +241,7 @@ class View:
             at += p.size
 
     def inverse(self) -> View:
-        """The view from the wire's tensor to the own one.
+        """Return the view from the wire's tensor to the own one.
 
         Raises:
             ValueError: the view shows a part only, or its wire shape cuts the permuted axes elsewhere.
@@ -248,24 +253,24 @@ class View:
         return View(self.wire, common, self._order(permuted, common), self.own)
 
     def then(self, other: View) -> View:
-        """This view, and `other` on what it gives: other.own is this view's wire shape.
+        """Return this view followed by `other`, whose own shape is this one's wire shape.
 
         Raises:
-            ValueError: shapes that differ, `other` shows a part, or the two together are not one permutation of axes.
+            ValueError: the shapes differ, `other` shows a part, or the two together are not one permutation of axes.
         """
         if self.wire != other.own or not other.whole:
             raise ValueError(f"a view of shape {other.own} can't follow one that gives {self.wire}.")
         permuted = tuple(self.shape[axis] for axis in self.axes)
         common = _refine(permuted, other.shape)
-        order, yours = self._order(permuted, common), _groups(other.shape, common)
-        wanted = [a for axis in other.axes for a in yours[axis]]
+        order, groups = self._order(permuted, common), _groups(other.shape, common)
+        wanted = [a for axis in other.axes for a in groups[axis]]
         wanted += [a for a in range(len(common)) if a not in wanted]
         at = {axis: number for number, axis in enumerate(order)}
         shape, axes = tuple(common[a] for a in order), tuple(at[a] for a in wanted)
         return View(self.own, shape, axes, other.wire, self.part)
 
     def split(self, dims: Sequence[int]) -> View:
-        """The view of a tensor whose first axis is a flattened feature map of shape `dims`, channels last.
+        """Return the view of a tensor whose first axis is a flattened feature map of shape `dims`, channels last.
 
         On the wire the feature map is flattened channels first, as PyTorch does it.
 
@@ -281,11 +286,11 @@ class View:
 
     @property
     def orientation(self) -> str:
-        """In words: what the view does to the own tensor."""
+        """The view in words."""
         parts = []
         if not self.whole:
             cut = zip(self.own, self.starts, self.extent, strict=True)
-            parts.append("[" + ", ".join(_spell(*each) for each in cut) + "]")
+            parts.append("[" + ", ".join(_spell_slice(*axis) for axis in cut) + "]")
         if not self.in_order:
             if self.shape != self.extent:
                 parts.append(f"as {'x'.join(map(str, self.shape))}")
@@ -293,7 +298,7 @@ class View:
         return " ".join(parts) or "same"
 
     def _order(self, permuted: Shape, common: Shape) -> Shape:
-        """The axes of `common`, which splits those of `permuted`, in the order in which the own tensor has them."""
+        """Return the axes of `common`, which splits those of `permuted`, in the order of the own tensor."""
         groups = _groups(permuted, common)
         order = [axis for place in _inverse(self.axes) for axis in groups[place]]
         return (*order, *(axis for axis in range(len(common)) if axis not in order))
@@ -303,13 +308,13 @@ class View:
         return tuple(slice(start, start + n) for start, n in zip(self.starts, self.extent, strict=True))
 
     @staticmethod
-    def _check(received: Shape, expected: Shape, what: str) -> None:
+    def _check(received: Shape, expected: Shape, which: str) -> None:
         if received != expected:
-            raise ValueError(f"the {what} tensor must have shape {expected}. Received: {received}")
+            raise ValueError(f"the {which} tensor must have shape {expected}. Received: {received}")
 
 
 def _groups(whole: Shape, split: Shape) -> list[Shape]:
-    """Which axes of `split` each axis of `whole` is split into. Axes of length 1 may belong to none."""
+    """Return, per axis of `whole`, the axes of `split` that make it up. Axes of length 1 may belong to none."""
     groups, axis = [], 0
     for n in whole:
         group, product = [], 1
@@ -326,7 +331,7 @@ def _groups(whole: Shape, split: Shape) -> list[Shape]:
 
 
 def _refine(a: Shape, b: Shape) -> Shape:
-    """The coarsest shape that splits the axes of both."""
+    """Return the coarsest shape that splits the axes of both."""
     if 0 in a or 0 in b:
         if a == b:
             return a
@@ -341,5 +346,5 @@ def _inverse(axes: Shape) -> Shape:
     return tuple(sorted(range(len(axes)), key=axes.__getitem__))
 
 
-def _spell(n: int, start: int, extent: int) -> str:
+def _spell_slice(n: int, start: int, extent: int) -> str:
     return ":" if extent == n else f"{start}:{start + extent}"

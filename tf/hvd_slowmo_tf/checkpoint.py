@@ -1,150 +1,153 @@
-"""What `hvd_slowmo.checkpoint.job` needs of a Keras worker: its variables by their paths, as NumPy arrays."""
+"""A Keras worker's state for checkpoints: its variables by their paths, as NumPy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import Arrays, CheckpointError
-from hvd_slowmo.checkpoint.inner_state import ADAM, ALIKE, SGD, Buffers, Carried
-from hvd_slowmo.checkpoint.state import Named
+from hvd_slowmo.checkpoint.file import Arrays
+from hvd_slowmo.checkpoint.inner_state import ADAM, SGD, OptimizerKind, OptimizerState
+from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
 from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import TensorSpec
+from hvd_slowmo.errors import CheckpointError
+from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
+from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
-from hvd_slowmo_tf.inner_optimizer import Inner
 from hvd_slowmo_tf.interop.layers import entries_keras
 from hvd_slowmo_tf.interop.weights import array_of
-from hvd_slowmo_tf.layout import Plan, common_path, parts_of, wire_dtype
-from hvd_slowmo_tf.variables import State
+from hvd_slowmo_tf.layout import common_path, parts_of
+
+if TYPE_CHECKING:  # `convert` runs without Horovod
+    from hvd_slowmo_tf.worker import OptimizerParts
 
 _AVERAGE = "average"  # the moving average of the weights
 
+Stretches = list[tuple[int, int, int]]
+"""Stretches of the flat variables that a vector has per chunk of parameters: (number, from, to)."""
 
-class KerasSide:
-    """`hvd_slowmo.checkpoint.state.Side` of a SlowMo optimizer that has been built.
+
+class KerasWorkerState:
+    """`hvd_slowmo.checkpoint.state.WorkerState` of a SlowMo optimizer that has been built.
 
     Args:
+        optimizer: SlowMo.
+        parts: of it.
         model: a Keras model; or variables, which are named by their order then.
-        plan: what travels.
-        workers: of this job.
         parameter_map: None for the automatic one or, where there is none, the order of the variables.
+
+    Raises:
+        ValueError: the model or its map lacks trained variables.
     """
 
-    framework = "keras"
-    form = "velocity"
+    framework: Framework = "keras"
 
     def __init__(
         self,
-        optimizer: Any,
-        inner: Inner,
-        state: State,
-        model: Any,
-        plan: Plan,
-        workers: int,
-        graph: str | None,
-        carried: Carried,
+        optimizer: keras.optimizers.Optimizer,
+        parts: OptimizerParts,
+        model: keras.Model | Sequence[keras.Variable],
         parameter_map: ParameterMap | None,
     ) -> None:
-        self._optimizer, self._inner, self._state, self._workers = optimizer, inner, state, workers
-        self.config, self.graph, self.carried = optimizer.config, graph, carried
-        self.progress = state.now
-        given = parts_of(model)[0] if isinstance(model, keras.Model) else list(model)
-        self.named, self._variables = _named(model, given, optimizer._trainable_variables, parameter_map)
-        on_wire = {id(v) for v in self._variables.values()}
-        self._others = {f"{n}.{common_path(v.path)}": v for n, v in enumerate(given) if id(v) not in on_wire}
-        own = {id(v): name for name, v in self._variables.items()}
-        lacking = [v.path for v in optimizer._trainable_variables if id(v) not in own]
-        if lacking:
-            raise ValueError(f"the optimizer trains what the model or its ParameterMap lacks: {', '.join(lacking)}.")
-        self._trained = [own[id(v)] for v in optimizer._trainable_variables]
-        laid, self._places = _places(plan, own, state)
-        self.groups = dict.fromkeys(self._trained, 0) | laid  # what has no element may not be laid out
-        self._flats: dict[int, NDArray[Any]] = {}  # by id of a flat variable
-        self._changed: dict[int, Any] = {}
-        self._averages: dict[str, Any] = {}
+        self._optimizer, self._inner, self._kept = optimizer, parts.inner, parts.variables
+        self._workers = parts.workers
+        self.config = optimizer.config
+        self.graph = None if parts.graph is None else parts.graph.digest
+        self.progress = parts.variables.now
+        trained = optimizer._trainable_variables
+        variables = _variables_of(model)
+        self.tensors, self._variables = _name(model, variables, trained, parameter_map)
+        named = {id(v) for v in self._variables.values()}
+        self._others = {f"{n}.{common_path(v.path)}": v for n, v in enumerate(variables) if id(v) not in named}
+        names = {id(v): own for own, v in self._variables.items()}
+        missing = [v.path for v in trained if id(v) not in names]
+        if missing:
+            raise ValueError(f"the optimizer trains variables that the model or its map lacks: {', '.join(missing)}.")
+        self._trained = [names[id(v)] for v in trained]
+        self._flats: dict[tuple[str, int], NDArray[Any]] = {}  # by vector and number
+        self._changed: set[tuple[str, int]] = set()
+        self._averages: dict[str, keras.Variable] = {}
         if optimizer.use_ema:
             self._averages = dict(zip(self._trained, optimizer._model_variables_moving_average, strict=True))
-        self.vectors = [*state.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
-        rate = array_of(optimizer._get_current_learning_rate())
-        self.rates = np.full(plan.layout.groups, float(rate))
-        self.rate_types = [rate.dtype] * plan.layout.groups
-        self.kind = _kind(inner.innermost)
-        self.keeps = [*_buffers(inner.innermost, self.kind), *(["steps"] if self.kind == ADAM else [])]
+        self.vectors = [*parts.variables.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
+        self.groups, self._places = _places(parts, names)
+        self.groups = dict.fromkeys(self._trained, 0) | self.groups  # variables without elements may not be laid out
+        rate = float(array_of(optimizer._get_current_learning_rate()))
+        self.rates = np.full(parts.layout.layout.group_count, rate)
+        self.optimizer = kind_of(parts.inner.innermost)
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
-        if vector not in self._places:
+        if vector not in self._kept.vectors:
             return array_of(self._whole(vector, own))
         v = self._variables[own]
-        found: NDArray[Any] = np.zeros(tuple(v.shape), wire_dtype(tf.as_dtype(v.dtype)).as_numpy_dtype)
-        for view, stretches in self._places[vector].get(own, ()):
-            flat = [self._flat(kept)[start:stop] for kept, start, stop in stretches]
+        dtype = np.float64 if keras.backend.standardize_dtype(v.dtype) == "float64" else np.float32
+        whole: NDArray[Any] = np.zeros(tuple(v.shape), dtype)
+        for view, stretches in self._places.get(own, ()):
+            flat = [self._flat(vector, number)[start:stop] for number, start, stop in stretches]
             if flat:
-                found = view.to_own(np.concatenate(flat).reshape(view.wire), found)
-        return found
+                whole = view.to_own(np.concatenate(flat).reshape(view.wire), whole)
+        return whole
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
-        if vector not in self._places:
+        if vector not in self._kept.vectors:
             self._whole(vector, own).assign(value)
             return
-        for view, stretches in self._places[vector].get(own, ()):
+        for view, stretches in self._places.get(own, ()):
             flat = view.to_wire(value).reshape(-1)
-            for kept, start, stop in stretches:
-                self._flat(kept)[start:stop] = flat[: stop - start]
-                self._changed[id(kept)] = kept
+            for number, start, stop in stretches:
+                self._flat(vector, number)[start:stop] = flat[: stop - start]
+                self._changed.add((vector, number))
                 flat = flat[stop - start :]
 
-    def _flat(self, v: Any) -> NDArray[Any]:
-        """A flat variable's values. They are assigned whole, in `finish`: one that is assigned in part gets slow."""
-        if id(v) not in self._flats:
-            self._flats[id(v)] = v.numpy().copy()
-        return self._flats[id(v)]
+    def _flat(self, vector: str, number: int) -> NDArray[Any]:
+        """Return a flat variable's values. `finish` assigns them whole: a variable assigned in part gets slow."""
+        if (vector, number) not in self._flats:
+            self._flats[vector, number] = self._kept.vectors[vector][number].numpy().copy()
+        return self._flats[vector, number]
 
-    def _whole(self, vector: str, own: str) -> Any:
+    def _whole(self, vector: str, own: str) -> keras.Variable:
         return self._averages[own] if vector == _AVERAGE else self._variables[own]
 
-    def base(self) -> Buffers:
+    def read_optimizer(self) -> OptimizerState:
         count = self._optimizer.gradient_accumulation_steps
         if count and int(self._optimizer._iterations) % count:
             raise CheckpointError(
-                "there are gradients that wait for others to be accumulated, which a checkpoint does not hold. Save "
-                f"after a multiple of gradient_accumulation_steps={count} calls."
+                "gradients are waiting for others to be accumulated, and a checkpoint does not hold them. Save after a "
+                f"multiple of gradient_accumulation_steps={count} calls."
             )
         innermost = self._inner.innermost
-        if self.kind not in ALIKE:
-            return {"variables": {name: array_of(v) for name, v in self._own_variables().items()}}
+        if not self.optimizer.alike:
+            return {"variables": {name: array_of(v) for name, v in self._own_state().items()}}
         if not int(innermost.iterations):
             return {}
-        found = {
+        buffers = {
             key: {own: array_of(v) for own, v in zip(self._trained, variables, strict=True)}
-            for key, variables in _buffers(innermost, self.kind).items()
+            for key, variables in _buffers(innermost).items()
         }
-        if self.kind == ADAM:
+        if self.optimizer.name == ADAM:
             steps = np.asarray(int(innermost.iterations), dtype=np.int64)
-            found["steps"] = dict.fromkeys(self._trained, steps)
-        return found
+            buffers["steps"] = dict.fromkeys(self._trained, steps)
+        return buffers
 
-    def _own_variables(self) -> dict[str, Any]:
-        innermost = self._inner.innermost
-        kept = [v for v in innermost.variables if v is not innermost._learning_rate]
-        return {str(number): v for number, v in enumerate(kept)}  # their names have numbers that Keras counts up
+    def _own_state(self) -> dict[str, keras.Variable]:
+        """Return the inner optimizer's state by number: Keras counts up the numbers in the variables' names."""
+        return {str(number): v for number, v in enumerate(self._inner.state)}
 
-    def prepare_base(self, buffers: Buffers, step: int) -> Callable[[], None]:
-        if self.kind not in ALIKE:
-            return self._prepare_own(buffers.get("variables", {}))
-        places = _buffers(self._inner.innermost, self.kind)
-        iterations = step if buffers else 0
-        if self.kind == ADAM and buffers:
-            iterations = self._common_step(buffers.get("steps", {}))
+    def prepare_optimizer(self, state: OptimizerState, step: int) -> Callable[[], None]:
+        if not self.optimizer.alike:
+            return self._prepare_own_state(state.get("variables", {}))
+        buffers = _buffers(self._inner.innermost)
+        iterations = step if state else 0
+        if self.optimizer.name == ADAM and state:
+            iterations = self._common_step(state.get("steps", {}))
 
         def commit() -> None:
-            for key, variables in places.items():
-                values = buffers.get(key, {})
+            for key, variables in buffers.items():
+                values = state.get(key, {})
                 for own, v in zip(self._trained, variables, strict=True):
                     v.assign(values.get(own, np.zeros(v.shape)))
             self._inner.innermost._iterations.assign(iterations)
@@ -152,138 +155,158 @@ class KerasSide:
         return commit
 
     def _common_step(self, steps: Mapping[str, NDArray[Any]]) -> int:
-        found = {own: int(steps[own]) if own in steps else 0 for own in self._trained}
-        if len(set(found.values())) > 1:
-            odd = min(found, key=found.__getitem__)
+        counts = {own: int(steps[own]) if own in steps else 0 for own in self._trained}
+        if len(set(counts.values())) > 1:
+            least = min(counts, key=counts.__getitem__)
             raise CheckpointError(
-                f"PyTorch's Adam has counted {found[odd]} steps of {odd} and {max(found.values())} of others, and "
-                "Keras has one count for all."
+                f"PyTorch's Adam has counted {counts[least]} steps of {least} and {max(counts.values())} of others, "
+                "and Keras has one count for all."
             )
-        return next(iter(found.values()))
+        return next(iter(counts.values()))
 
-    def _prepare_own(self, values: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
-        own = self._own_variables()
-        if not values:  # as before the first step
-            if int(self._inner.innermost.iterations) and self.config.buffers != "reset":
+    def _prepare_own_state(self, values: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        state = self._own_state()
+        if not values:  # the state from before the first step
+            if int(self._inner.innermost.iterations) and self.config.inner_state != "reset":
                 raise CheckpointError("this optimizer has made steps. Load into one that has not.")
             return self._inner.reset
-        for name, v in own.items():
+        for name, v in state.items():
             if name not in values or values[name].shape != tuple(v.shape):
                 raise CheckpointError(
-                    f"the checkpoint lacks the base optimizer's variable {name} of shape {tuple(v.shape)}."
+                    f"the checkpoint lacks the inner optimizer's variable {name} of shape {tuple(v.shape)}. Give it "
+                    "the settings of the run that is resumed."
                 )
 
         def commit() -> None:
-            for name, v in own.items():
+            for name, v in state.items():
                 v.assign(values[name])
 
         return commit
 
-    def rest(self) -> Arrays:
+    def read_framework(self) -> Arrays:
         return {name: array_of(v) for name, v in {**self._others, **self._scaler()}.items()}
 
-    def _scaler(self) -> dict[str, Any]:
+    def _scaler(self) -> dict[str, keras.Variable]:
         scaler = self._inner.optimizer
         if scaler is self._inner.innermost:
             return {}
         return {"loss_scale.step_counter": scaler.step_counter, "loss_scale.dynamic_scale": scaler.dynamic_scale}
 
-    def finish(self, progress: Progress, rates: NDArray[Any], rest: Mapping[str, NDArray[Any]]) -> None:
-        for v in self._changed.values():
-            v.assign(self._flat(v))
+    def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
+        for vector, number in self._changed:
+            self._kept.vectors[vector][number].assign(self._flats[vector, number])
         others = {**self._others, **self._scaler()}
-        for name, value in rest.items():
+        for name, value in framework.items():
             others[name].assign(value)
         optimizer = self._optimizer
         if isinstance(optimizer._learning_rate, keras.Variable):  # a schedule follows the count of steps
             optimizer._learning_rate.assign(rates[0])
-        if optimizer.gradient_accumulation_steps:  # micro-batches of the training that was here before
+        if optimizer.gradient_accumulation_steps:  # drop the micro-batches of the training that was here before
             for v in optimizer._accumulated_gradients:
                 v.assign(np.zeros(v.shape))
         optimizer._iterations.assign(progress.step * (optimizer.gradient_accumulation_steps or 1))
-        self._state.write(progress)
-        self._state.workers.assign(self._workers)
+        self._kept.write(progress)
+        self._kept.workers.assign(self._workers)
 
 
-def named_variables(model: Any, parameter_map: ParameterMap | None) -> tuple[Named, dict[str, Any]]:
-    """A Keras model's tensors on the wire or, if they can't be put there and no map was given, by their order.
+def name_model(
+    model: keras.Model, parameter_map: ParameterMap | None
+) -> tuple[NamedTensors, dict[str, keras.Variable]]:
+    """Return a model's tensors by the names of the wire or, if they can't have them and no map was given, by order.
 
     Returns:
-        The names, and the variables by the entries' own names.
+        The tensors, and the variables by the tensors' own names.
+
+    Raises:
+        ValueError: a variable can't travel, with a map.
+
+    Example:
+        >>> tensors, variables = name_model(keras.Sequential([keras.Input((2,)), keras.layers.PReLU()]), None)
+        >>> tensors.naming, list(variables)
+        ('keras', ['0.p_re_lu/alpha'])
     """
-    return _named(model, parts_of(model)[0], model.trainable_variables, parameter_map)
+    return _name(model, _variables_of(model), model.trainable_variables, parameter_map)
 
 
-def _named(
-    model: Any, given: Sequence[Any], trained: Sequence[Any], parameter_map: ParameterMap | None
-) -> tuple[Named, dict[str, Any]]:
-    """The tensors on the wire or, if they can't be put there and no map was given, variables by their order."""
-    why = "only the variables were given, and not the Keras model."
-    if isinstance(model, keras.Model):
-        try:
-            entries = entries_keras(model, parameter_map)
-            by_path = {v.path: v for v in given}
-            return Named(tuple(entries)), {entry.own: by_path[entry.own] for entry in entries}
-        except ValueError as error:
-            if parameter_map is not None:
-                raise
-            why = str(error)
-    elif parameter_map is not None:
-        raise TypeError("a ParameterMap needs the Keras model. Give it as `model`.")
-    ours, found, variables = {id(v) for v in trained}, [], {}
-    for number, v in enumerate(given):
-        if tf.as_dtype(v.dtype).is_floating:
-            # Keras numbers names that it has seen before, in the order in which models were built.
-            own, shape = f"{number}.{common_path(v.path)}", tuple(v.shape)
-            rule = "slow" if id(v) in ours else "mean" if v.name.startswith("moving_") else "frozen"
-            found.append(TensorSpec(own, rule, shape, tf.as_dtype(v.dtype).name, View.same(shape), own))
-            variables[own] = v
-    return Named(tuple(found), "keras", why), variables
+def kind_of(innermost: keras.optimizers.Optimizer) -> OptimizerKind:
+    """Return the kind of an inner optimizer that has been built.
+
+    Example:
+        >>> kind_of(keras.optimizers.RMSprop()).name
+        'keras.RMSprop'
+    """
+    if type(innermost) is keras.optimizers.SGD:
+        return OptimizerKind.sgd("velocity", momentum=bool(innermost.momentums))
+    if type(innermost) in (keras.optimizers.Adam, keras.optimizers.AdamW):
+        return OptimizerKind.adam(amsgrad=innermost.amsgrad)
+    return OptimizerKind.other("keras", innermost)
 
 
-Stretches = list[tuple[Any, int, int]]
-"""Flat variables, from, to."""
+def _buffers(innermost: keras.optimizers.Optimizer) -> dict[str, Sequence[keras.Variable]]:
+    """Return the variables of each buffer of an optimizer of an alike kind, in the order of the trained variables."""
+    if kind_of(innermost).name == SGD:
+        return {"velocity": innermost.momentums} if innermost.momentums else {}
+    moments = {"moment1": innermost._momentums, "moment2": innermost._velocities}
+    return {**moments, "moment2_max": innermost._velocity_hats} if innermost.amsgrad else moments
+
+
+def _variables_of(model: keras.Model | Sequence[keras.Variable]) -> list[keras.Variable]:
+    return parts_of(model)[0] if isinstance(model, keras.Model) else list(model)
+
+
+def _name(
+    model: keras.Model | Sequence[keras.Variable],
+    variables: Sequence[keras.Variable],
+    trained: Sequence[keras.Variable],
+    parameter_map: ParameterMap | None,
+) -> tuple[NamedTensors, dict[str, keras.Variable]]:
+    by_path = {v.path: v for v in variables}
+    ordered: dict[str, keras.Variable] = {}
+
+    def on_wire() -> list[TensorSpec]:
+        if isinstance(model, keras.Model):
+            return entries_keras(model, parameter_map)
+        if parameter_map is not None:
+            raise TypeError("a ParameterMap needs the Keras model. Give it as `model`.")
+        raise ValueError("only the variables were given, and not the Keras model.")
+
+    def by_order() -> Iterator[TensorSpec]:
+        trained_ids = {id(v) for v in trained}
+        for number, v in enumerate(variables):
+            if tf.as_dtype(v.dtype).is_floating:
+                # Keras numbers names that it has seen before, in the order in which models were built.
+                own, shape = f"{number}.{common_path(v.path)}", tuple(v.shape)
+                untrained: Role = "statistic" if v.name.startswith("moving_") else "frozen"
+                role = "parameter" if id(v) in trained_ids else untrained
+                ordered[own] = v
+                yield TensorSpec(own, role, shape, tf.as_dtype(v.dtype).name, View.same(shape), own)
+
+    tensors = name_tensors("keras", parameter_map, on_wire, by_order)
+    if tensors.naming == "wire":
+        return tensors, {spec.own: by_path[spec.own] for spec in tensors.specs}
+    return tensors, ordered
 
 
 def _places(
-    plan: Plan, names: Mapping[int, str], state: State
-) -> tuple[dict[str, int], dict[str, dict[str, list[tuple[View, Stretches]]]]]:
-    """The group of each trained variable; per vector and variable, where its elements are, in their order.
+    parts: OptimizerParts, names: Mapping[int, str]
+) -> tuple[dict[str, int], dict[str, list[tuple[View, Stretches]]]]:
+    """Return the group of each trained variable, and the places of its elements in a vector, in their order.
 
-    names: by id of a variable.
+    Args:
+        names: by id of a variable.
     """
-    groups: dict[str, int] = {}
-    places: dict[str, dict[str, list[tuple[View, Stretches]]]] = {vector: {} for vector in state.vectors}
-    found: dict[tuple[str, int, int], Stretches] = {}
-    for segment, (laid, there) in enumerate(zip(plan.layout.segments, plan.places, strict=True)):
-        for number, (entry, place) in enumerate(zip(laid.entries, there, strict=True)):
-            if laid.rule == "slow":
-                own = names[id(place.variable)]
-                groups[own] = entry.group
-                for vector in state.vectors:
-                    stretches: Stretches = found.setdefault((vector, segment, number), [])
-                    places[vector].setdefault(own, []).append((place.view, stretches))
-    slow = [chunk for chunk in plan.layout.chunks if chunk.rule == "slow"]
-    for position, chunk in enumerate(slow):
-        for number, start, stop, at in plan.layout.spans(chunk):
-            for vector, flats in state.vectors.items():
-                found[vector, chunk.segment, number].append((flats[position], at, at + stop - start))
-    return groups, places
-
-
-def _kind(innermost: Any) -> str:
-    if type(innermost) is keras.optimizers.SGD:
-        return SGD
-    if type(innermost) in (keras.optimizers.Adam, keras.optimizers.AdamW):
-        return ADAM
-    return f"keras.{type(innermost).__name__}"
-
-
-def _buffers(innermost: Any, kind: str) -> dict[str, Sequence[Any]]:
-    """Variables per buffer, in the order of what is trained."""
-    if kind == SGD:
-        return {"velocity": innermost.momentums} if innermost.momentums else {}
-    if kind != ADAM:
-        return {}
-    found = {"moment1": innermost._momentums, "moment2": innermost._velocities}
-    return {**found, "moment2_max": innermost._velocity_hats} if innermost.amsgrad else found
+    layout, groups = parts.layout.layout, iter(parts.layout.layout.groups)
+    group_of: dict[str, int] = {}
+    places: dict[str, list[tuple[View, Stretches]]] = {}
+    stretches: dict[tuple[int, int], Stretches] = {}
+    for segment, refs in enumerate(parts.layout.refs):
+        if layout.segments[segment].role == "parameter":
+            for number, ref in enumerate(refs):
+                own = names[id(ref.variable)]
+                group_of[own] = next(groups)
+                stretches[segment, number] = []
+                places.setdefault(own, []).append((ref.spec.view, stretches[segment, number]))
+    for position, chunk in enumerate(layout.parameter_chunks):
+        for number, start, stop, at in layout.spans(chunk):
+            stretches[chunk.segment, number].append((position, at, at + stop - start))
+    return group_of, places

@@ -1,9 +1,9 @@
-"""What `hvd_slowmo.checkpoint.job` needs of a PyTorch worker: its tensors by their names, as NumPy arrays."""
+"""A PyTorch worker's state for checkpoints: its tensors by their names, as NumPy arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -11,188 +11,182 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from hvd_slowmo.checkpoint.file import Arrays, CheckpointError
-from hvd_slowmo.checkpoint.inner_state import ADAM, ALIKE, SGD, Buffers, Carried
-from hvd_slowmo.checkpoint.state import Named
-from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.checkpoint.file import Arrays
+from hvd_slowmo.checkpoint.inner_state import ADAM, SGD, OptimizerKind, OptimizerState, check_buffers
+from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
+from hvd_slowmo.core.assembly import Assembly
 from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.startup import Groups
-from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import TensorSpec
+from hvd_slowmo.errors import CheckpointError
+from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
+from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
-from hvd_slowmo_torch import inner_optimizer as base_state
+from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
-from hvd_slowmo_torch.layout import Plan
+
+if TYPE_CHECKING:
+    from hvd_slowmo_torch.layout import TensorRef
+    from hvd_slowmo_torch.store import TorchStore
 
 _KEYS = {
     SGD: {"momentum": "momentum_buffer"},
     ADAM: {"moment1": "exp_avg", "moment2": "exp_avg_sq", "moment2_max": "max_exp_avg_sq", "steps": "step"},
 }
+"""PyTorch's names of the buffers of the kinds that both frameworks define alike."""
 
-Vectors = Mapping[str, list[torch.Tensor | None]]
 
-
-class TorchSide:
-    """`hvd_slowmo.checkpoint.state.Side` of a SlowMo optimizer.
+class TorchWorkerState:
+    """`hvd_slowmo.checkpoint.state.WorkerState` of a SlowMo optimizer.
 
     Args:
-        plan: what travels.
-        groups: the parameter groups that all workers have in common.
-        vectors: the store's: a flat tensor per segment of the layout.
-        carried: kept with the optimizer.
+        assembly: the optimizer's parts, whose store is a TorchStore.
+        progress: the scalar state.
         parameter_map: None for the automatic one or, where there is none, PyTorch's own names.
         settle: takes the scalars over once everything else is set.
+
+    Raises:
+        ValueError: the map leaves out trained parameters.
     """
 
-    framework = "torch"
-    form = "momentum"
+    framework: Framework = "torch"
 
     def __init__(
         self,
         model: nn.Module,
-        base: Optimizer,
-        config: SlowMoConfig,
-        plan: Plan,
-        groups: Groups,
-        vectors: Vectors,
+        inner_optimizer: Optimizer,
+        assembly: Assembly[TensorRef],
         progress: Progress,
-        graph: str | None,
-        carried: Carried,
         parameter_map: ParameterMap | None,
         settle: Callable[[Progress], None],
     ) -> None:
-        self._model, self._base, self._vectors, self._settle = model, base, vectors, settle
-        self.config, self.graph, self.carried = config, graph, carried
-        self.progress = Progress(*map(np.asarray, progress))
-        self.vectors = list(vectors)
+        self._model, self._inner, self._settle = model, inner_optimizer, settle
+        self._common_groups = assembly.groups
+        self._flats = cast("TorchStore", assembly.runtime.store).vectors
         self._tensors = tensors_of(model)
-        self.named = named(model, parameter_map)
-        self._groups = groups
-        self._places: dict[str, list[tuple[int, int, View]]] = {}
+        self._places: dict[str, list[tuple[int, int, View]]] = {}  # segment, start, view; by own name
+        self.config = assembly.runtime.config
+        self.graph = None if assembly.graph is None else assembly.graph.digest
+        self.progress = Progress.from_flat({field: np.asarray(x) for field, x in progress.flat().items()})
+        self.vectors = list(self._flats)
+        self.tensors = name_model(model, parameter_map)
         self.groups: dict[str, int] = {}
-        for number, (segment, places) in enumerate(zip(plan.layout.segments, plan.places, strict=True)):
-            if segment.rule == "slow":
-                for entry, start, place in zip(segment.entries, segment.offsets, places, strict=False):
-                    self._places.setdefault(place.own, []).append((number, start, place.view))
-                    self.groups[place.own] = entry.group
-        lacking = set(self.groups) - {entry.own for entry in self.named.entries}
-        if lacking:
-            raise ValueError(f"the ParameterMap leaves out what is trained: {', '.join(sorted(lacking))}.")
-        rates = [base.param_groups[own]["lr"] for own in groups.own]
-        self.rates = np.array(list(map(float, rates)))
-        self.rate_types = [array_of(x).dtype if isinstance(x, torch.Tensor) else np.dtype(float) for x in rates]
-        self.kind = _kind(base)
-        self.keeps = _keeps(base, self.kind)
+        layout = assembly.layout.layout
+        groups = iter(layout.groups)
+        for number, segment in enumerate(layout.segments):
+            if segment.role == "parameter":
+                for spec, start in zip(segment.tensors, segment.offsets, strict=False):
+                    self._places.setdefault(spec.own, []).append((number, start, spec.view))
+                    self.groups[spec.own] = next(groups)
+        missing = set(self.groups) - {spec.own for spec in self.tensors.specs}
+        if missing:
+            raise ValueError(f"the ParameterMap leaves out trained parameters: {', '.join(sorted(missing))}.")
+        self.rates = np.array([float(inner_optimizer.param_groups[own]["lr"]) for own in assembly.groups.own])
+        self.optimizer = kind_of(inner_optimizer)
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         if vector == "model":
             return array_of(self._tensors[own])
-        parts = [(view, array_of(flat)) for view, flat in self._flats(vector, own)]
-        found: NDArray[Any] = np.zeros(tuple(self._tensors[own].shape), parts[0][1].dtype)
+        parts = [(view, array_of(flat)) for view, flat in self._parts(vector, own)]
+        whole: NDArray[Any] = np.zeros(tuple(self._tensors[own].shape), parts[0][1].dtype)
         for view, flat in parts:
-            found = view.to_own(flat.reshape(view.wire), found)
-        return found
+            whole = view.to_own(flat.reshape(view.wire), whole)
+        return whole
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
         with torch.no_grad():
             if vector == "model":
                 self._tensors[own].copy_(torch.tensor(value))
                 return
-            for view, flat in self._flats(vector, own):
+            for view, flat in self._parts(vector, own):
                 flat.copy_(torch.tensor(view.to_wire(value).reshape(-1)))
 
-    def _flats(self, vector: str, own: str) -> Iterator[tuple[View, torch.Tensor]]:
-        """What the views show of a parameter, flat as the vector has it."""
+    def _parts(self, vector: str, own: str) -> Iterator[tuple[View, torch.Tensor]]:
+        """Yield the parts of a parameter that its views show, flat as the vector has them."""
         for number, start, view in self._places[own]:
-            whole = self._vectors[vector][number]
-            assert whole is not None, "slow segments have every vector"
-            yield view, whole[start : start + view.size]
+            flat = self._flats[vector][number]
+            assert flat is not None, "segments of parameters have every vector"
+            yield view, flat[start : start + view.size]
 
-    def base(self) -> Buffers:
-        if self.kind not in ALIKE:
-            return self._own_buffers()
-        found: Buffers = {}
+    def read_optimizer(self) -> OptimizerState:
+        if not self.optimizer.alike:
+            return self._read_own_state()
+        buffers: OptimizerState = {}
         for own, state in self._states().items():
-            for key, theirs in _KEYS[self.kind].items():
-                value = state.get(theirs)
+            for key, attribute in _KEYS[self.optimizer.name].items():
+                value = state.get(attribute)
                 if value is not None:
                     array = np.asarray(int(value), dtype=np.int64) if key == "steps" else array_of(value)
-                    found.setdefault(key, {})[own] = array
-        return found
+                    buffers.setdefault(key, {})[own] = array
+        return buffers
 
-    def _own_buffers(self) -> Buffers:
-        found: Buffers = {}
+    def _read_own_state(self) -> OptimizerState:
+        buffers: OptimizerState = {}
         for own, state in self._states().items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    found.setdefault(key, {})[own] = array_of(value)
+                    buffers.setdefault(key, {})[own] = array_of(value)
                 elif value is not None:
-                    raise ValueError(
-                        f"{type(self._base).__name__} keeps {key!r} as {type(value).__name__}, and a checkpoint holds "
+                    raise CheckpointError(
+                        f"{type(self._inner).__name__} keeps {key!r} as {type(value).__name__}, and a checkpoint holds "
                         "tensors only. Save state_dict() of every rank instead."
                     )
-        return found
+        return buffers
 
     def _states(self) -> dict[str, dict[str, Any]]:
-        return {
-            own: self._base.state[self._tensors[own]] for own in self.groups if self._tensors[own] in self._base.state
-        }
+        state = self._inner.state
+        return {own: state[self._tensors[own]] for own in self.groups if self._tensors[own] in state}
 
-    def prepare_base(self, buffers: Buffers, step: int) -> Callable[[], None]:
-        base = self._base
-        if not buffers:
-            # Without state there is nothing to bring back, whether or not the class can be made anew.
-            start = {} if self.kind in ALIKE or not base.state else base_state.fresh(base).state
-            return lambda: base_state.replace(base, start)
-        states = self._given_states(buffers)
-        if self.kind not in ALIKE:
-            self._check_buffers(buffers)
+    def prepare_optimizer(self, state: OptimizerState, step: int) -> Callable[[], None]:
+        inner = self._inner
+        if not state:
+            # Without state nothing is to be reset, and the class may be one that can't be made anew.
+            start = {} if self.optimizer.alike or not inner.state else inner_state.fresh(inner).state
+            return lambda: inner_state.replace(inner, start)
+        states = self._states_of(state)
+        if not self.optimizer.alike:
+            self._check_own_state(state)
 
         def commit() -> None:
-            groups = base.param_groups
-            base.load_state_dict({**base.state_dict(), "state": states})
-            base.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
+            groups = inner.param_groups
+            inner.load_state_dict({**inner.state_dict(), "state": states})
+            inner.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
 
         return commit
 
-    def _given_states(self, buffers: Buffers) -> dict[int, dict[str, torch.Tensor]]:
-        """As a state_dict has them, by the parameters' numbers."""
-        keys = _KEYS.get(self.kind, {})
-        numbers = {id(p): n for n, p in enumerate(p for group in self._base.param_groups for p in group["params"])}
+    def _states_of(self, buffers: OptimizerState) -> dict[int, dict[str, torch.Tensor]]:
+        """Return buffers in the form of a state_dict, by the parameters' numbers."""
+        keys = _KEYS.get(self.optimizer.name, {})
+        numbers = {id(p): n for n, p in enumerate(p for group in self._inner.param_groups for p in group["params"])}
         states: dict[int, dict[str, torch.Tensor]] = {}
         for key, values in buffers.items():
             for own, value in values.items():
                 if own not in self._places:
-                    raise ValueError(f"the checkpoint has {key} of {own}, which this optimizer does not train.")
-                scalar = self.kind in ALIKE and key == "steps"
+                    raise CheckpointError(f"the checkpoint has {key} of {own}, which this optimizer does not train.")
+                scalar = self.optimizer.alike and key == "steps"
                 tensor = torch.tensor(float(value)) if scalar else torch.tensor(value)
                 states.setdefault(numbers[id(self._tensors[own])], {})[keys.get(key, key)] = tensor
         return states
 
-    def _check_buffers(self, buffers: Buffers) -> None:
-        """Refuse what the base optimizer would not find, or not know, at its next step."""
-        keeps = base_state.kept(self._base)
-        if keeps is None:
+    def _check_own_state(self, buffers: OptimizerState) -> None:
+        """Refuse state that the inner optimizer would miss, or not know, at its next step."""
+        kept = inner_state.kept(self._inner)
+        if kept is None:  # no step can tell
             return
         for own in self.groups:
-            given, expected = {key for key in buffers if own in buffers[key]}, keeps[id(self._tensors[own])]
-            if given and given != expected:  # a parameter without a gradient has none yet
-                raise CheckpointError(
-                    f"the base optimizer has {', '.join(sorted(given))} of {own} in the checkpoint, and keeps "
-                    f"{', '.join(sorted(expected)) or 'nothing'} here. Give it the settings of the run that is resumed."
-                )
+            saved = {key for key in buffers if own in buffers[key]}
+            if saved:  # a parameter without a gradient has none yet
+                check_buffers(saved, kept[id(self._tensors[own])], own)
 
-    def rest(self) -> Arrays:
-        on_wire = {entry.own for entry in self.named.entries}
-        kept = self._model.state_dict(keep_vars=True)
-        return {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in kept}
+    def read_framework(self) -> Arrays:
+        on_wire = {spec.own for spec in self.tensors.specs}
+        persistent = self._model.state_dict(keep_vars=True)
+        return {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
 
-    def finish(self, progress: Progress, rates: NDArray[Any], rest: Mapping[str, NDArray[Any]]) -> None:
-        for own, value in rest.items():
+    def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
+        for own, value in framework.items():
             self.write("model", own, value)
-        for number, group in enumerate(self._base.param_groups):
-            common = self._groups.common(number)
+        for number, group in enumerate(self._inner.param_groups):
+            common = self._common_groups.common(number)
             if common is None:
                 continue
             if isinstance(group["lr"], torch.Tensor):
@@ -202,36 +196,40 @@ class TorchSide:
         self._settle(progress)
 
 
-def named(model: nn.Module, parameter_map: ParameterMap | None) -> Named:
-    """The model's tensors on the wire or, if they can't be put there and no map was given, by PyTorch's own names."""
-    try:
-        return Named(tuple(entries_torch(model, parameter_map)))
-    except ValueError as error:
-        if parameter_map is not None:
-            raise
-        entries = []
-        trained, kept = dict(model.named_parameters()), model.state_dict(keep_vars=True)
+def name_model(model: nn.Module, parameter_map: ParameterMap | None) -> NamedTensors:
+    """Return a model's tensors by the names of the wire or, if they can't have them and no map was given, PyTorch's.
+
+    Raises:
+        ValueError: a tensor can't travel, with a map.
+
+    Example:
+        >>> name_model(nn.PReLU(), None).naming
+        'torch'
+    """
+
+    def by_own_names() -> Iterator[TensorSpec]:
+        parameters, persistent = dict(model.named_parameters()), model.state_dict(keep_vars=True)
         for own, tensor in tensors_of(model).items():
-            if tensor.is_floating_point() and (own in trained or own in kept):
+            if tensor.is_floating_point() and (own in parameters or own in persistent):
+                trained: Role = "parameter" if tensor.requires_grad else "frozen"
+                role = trained if own in parameters else "statistic"
                 shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-                rule = "mean" if own not in trained else "slow" if tensor.requires_grad else "frozen"
-                entries.append(TensorSpec(own, rule, shape, dtype, View.same(shape), own))
-        return Named(tuple(entries), "torch", str(error))
+                yield TensorSpec(own, role, shape, dtype, View.same(shape), own)
+
+    return name_tensors("torch", parameter_map, lambda: entries_torch(model, parameter_map), by_own_names)
 
 
-def _kind(base: Optimizer) -> str:
-    maximizes = any(group.get("maximize") for group in base.param_groups)
-    if type(base) is torch.optim.SGD and not maximizes and not any(g["dampening"] for g in base.param_groups):
-        return SGD
-    if type(base) in (torch.optim.Adam, torch.optim.AdamW) and not maximizes:
-        return ADAM
-    return f"torch.{type(base).__name__}"
+def kind_of(optimizer: Optimizer) -> OptimizerKind:
+    """Return the kind of an inner optimizer.
 
-
-def _keeps(base: Optimizer, kind: str) -> list[str]:
-    groups = base.param_groups
-    if kind == SGD:
-        return ["momentum"] if any(group["momentum"] for group in groups) else []
-    if kind == ADAM:
-        return ["moment1", "moment2", "steps", *(["moment2_max"] if any(g["amsgrad"] for g in groups) else [])]
-    return []
+    Example:
+        >>> kind_of(torch.optim.AdamW(nn.Linear(2, 1).parameters())).name
+        'adam'
+    """
+    groups = optimizer.param_groups
+    maximizes = any(group.get("maximize") for group in groups)
+    if type(optimizer) is torch.optim.SGD and not maximizes and not any(group["dampening"] for group in groups):
+        return OptimizerKind.sgd("momentum", momentum=any(group["momentum"] for group in groups))
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not maximizes:
+        return OptimizerKind.adam(amsgrad=any(group["amsgrad"] for group in groups))
+    return OptimizerKind.other("torch", optimizer)

@@ -1,4 +1,4 @@
-"""What SlowMo adds to an optimizer's state_dict, and the checks before any of it is taken over.
+"""SlowMo's part of an optimizer's state_dict, and the checks before any of it is loaded.
 
 Tensors, numbers, strings, lists and dicts only, so that torch.load(weights_only=True) reads it.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.progress import Progress
@@ -20,40 +20,46 @@ from hvd_slowmo.core.schedule import workers_equal
 logger = logging.getLogger("hvd_slowmo")
 
 KEY = "slowmo"
-FORMAT = 1
+FORMAT = 2
 
 Vectors = dict[str, list[torch.Tensor | None]]
+"""Per vector, a flat tensor for each segment of parameters; None for the other segments."""
 
 
-def pack(config: SlowMoConfig, layout: Layout, comm: Comm, progress: Progress, vectors: Vectors) -> dict[str, Any]:
-    """The part under the key "slowmo": a worker's scalars and vectors. No communication."""
+def pack(
+    config: SlowMoConfig, layout: Layout, comm: ScopedComm, progress: Progress, vectors: Vectors
+) -> dict[str, Any]:
+    """Return the entry "slowmo" of a state_dict: a worker's scalars and vectors. No communication."""
     return {
         "format": FORMAT,
         "config": config.facts(),
         "rank": comm.rank,
         "size": comm.size,
         "common": workers_equal(config, progress.step, progress.since),
-        "progress": {key: np.asarray(value).tolist() for key, value in progress._asdict().items()},
+        "progress": {field: np.asarray(value).tolist() for field, value in progress.flat().items()},
         "parameters": _parameters(layout),
         "vectors": {name: [t for t in tensors if t is not None] for name, tensors in vectors.items()},
     }
 
 
-def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm: Comm) -> dict[str, Any]:
-    """The part under "slowmo", if this worker may continue from it.
+def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm: ScopedComm) -> dict[str, Any]:
+    """Return the entry "slowmo" of a state_dict, if this worker may continue from it.
 
     Raises:
-        ValueError: it is no state of SlowMo, or one of other settings, another model, another number of workers, or
-            another worker's own; the message names the first difference.
+        ValueError: the state is not SlowMo's, or is of other settings, another model, another number of workers, or
+            another worker alone; the message has the first difference.
     """
     if KEY not in state_dict:
         raise ValueError(
             "this is no state_dict of SlowMo: it has no entry 'slowmo'. To start from a plain optimizer's state, load "
-            "it into the base optimizer before wrapping it."
+            "it into the inner optimizer before wrapping it."
         )
     saved: dict[str, Any] = state_dict[KEY]
     if saved["format"] != FORMAT:
-        raise ValueError(f"the state has format {saved['format']}, this version of hvd-slowmo reads format {FORMAT}.")
+        raise ValueError(
+            f"the state has format {saved['format']}, this version of hvd-slowmo reads format {FORMAT}. Load it with "
+            "the version that wrote it."
+        )
     for key, value in config.facts().items():
         if saved["config"].get(key) != value:
             raise ValueError(
@@ -62,18 +68,7 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
             )
     if saved["size"] != comm.size:
         raise ValueError(f"the state is one of {saved['size']} workers, this job has {comm.size}.")
-    for number, (a, b) in enumerate(zip(saved["parameters"], _parameters(layout), strict=False)):
-        if a != b:
-            raise ValueError(f"parameter {number} of the state is {_spell(a)}, in this model it is {_spell(b)}.")
-    if len(saved["parameters"]) != len(_parameters(layout)):
-        raise ValueError(
-            f"the state has {len(saved['parameters'])} parameters, this optimizer has {len(_parameters(layout))}."
-        )
-    sizes = [s.size for s in layout.segments if s.rule == "slow"]
-    if any([len(t) for t in tensors] != sizes for tensors in saved["vectors"].values()):
-        raise ValueError(
-            "the state's vectors are cut otherwise than this model's: put its parameters on the same devices."
-        )
+    _check_layout(saved, layout)
     if saved["rank"] != comm.rank:
         if not saved["common"]:
             raise ValueError(
@@ -86,17 +81,31 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
 
 
 def restore(saved: dict[str, Any], vectors: Vectors) -> Progress:
-    """Take over checked vectors, in place, and return the scalars."""
+    """Load checked vectors, in place, and return the scalars."""
     for name, tensors in vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
-    scalars = saved["progress"]
-    vectors_of = {key: np.array(value) if isinstance(value, list) else value for key, value in scalars.items()}
-    return Progress(**vectors_of)
+    fields = saved["progress"].items()
+    return Progress.from_flat({field: np.array(x) if isinstance(x, list) else x for field, x in fields})
+
+
+def _check_layout(saved: dict[str, Any], layout: Layout) -> None:
+    parameters = _parameters(layout)
+    for number, (a, b) in enumerate(zip(saved["parameters"], parameters, strict=False)):
+        if a != b:
+            raise ValueError(f"parameter {number} of the state is {_spell(a)}, in this model it is {_spell(b)}.")
+    if len(saved["parameters"]) != len(parameters):
+        raise ValueError(f"the state has {len(saved['parameters'])} parameters, this optimizer has {len(parameters)}.")
+    sizes = [segment.size for segment in layout.segments if segment.role == "parameter"]
+    if any([len(t) for t in tensors] != sizes for tensors in saved["vectors"].values()):
+        raise ValueError(
+            "the state's vectors are cut otherwise than this model's: put its parameters on the same devices."
+        )
 
 
 def _parameters(layout: Layout) -> list[list[Any]]:
-    return [[e.name, list(e.shape), e.dtype, e.group] for s in layout.segments if s.rule == "slow" for e in s.entries]
+    specs = [spec for segment in layout.segments if segment.role == "parameter" for spec in segment.tensors]
+    return [[spec.name, list(spec.shape), spec.dtype, group] for spec, group in zip(specs, layout.groups, strict=True)]
 
 
 def _spell(parameter: list[Any]) -> str:

@@ -1,1 +1,1 @@
-"""A Keras model as other frameworks see it."""
+"""Keras models in a form that other frameworks can read."""

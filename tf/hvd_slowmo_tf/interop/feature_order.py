@@ -1,4 +1,4 @@
-"""In which order the features of each tensor of a Keras graph stand, compared with PyTorch's.
+"""The order of the features of each tensor of a Keras graph, compared with PyTorch's.
 
 Keras keeps the channels of a feature map last and PyTorch first, so a flattened one has another order, and with it the
 rows of the kernel that takes it. Orders are followed through the graph of a Sequential or functional model.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -19,27 +19,28 @@ from hvd_slowmo_tf.interop import layer_types as kinds
 class Order:
     """The order of a tensor's elements.
 
-    kind: "same" as PyTorch's; "channels": a feature map, which PyTorch has channels first; "flat": a flattened feature
-        map of shape `dims`, channels last; "axes": of several axes whose order in PyTorch is not known, the last one
-        the same; "unknown": nothing is known, for the reason `why`.
+    Attributes:
+        kind: "same" as PyTorch's; "channels": a feature map, which PyTorch has channels first; "flat": a flattened
+            feature map of shape `dims`, channels last; "axes": of several axes whose order in PyTorch is not known, the
+            last one the same; "unknown": for the reason given.
     """
 
-    kind: str
+    kind: Literal["same", "channels", "flat", "axes", "unknown"]
     dims: tuple[int, ...] = ()
-    why: str = ""
+    reason: str = ""
 
 
 SAME, CHANNELS, AXES = Order("same"), Order("channels"), Order("axes")
-_HIDDEN = Order("unknown", why="they may be a flattened feature map, and in a subclassed model that can't be found out")
+_HIDDEN = Order("unknown", reason="they may be a flattened feature map, which a subclassed model does not tell")
 
 
 def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
-    """Write into `orders`, per id of a layer, the order of what it takes at each of its calls.
+    """Write into `orders`, per id of a layer, the order of its input at each of its calls.
 
     Layers within models without a graph (subclassed ones) are left out.
 
     Returns:
-        The orders of the model's outputs; nothing for a model without a graph.
+        The orders of the model's outputs; an empty list for a model without a graph.
     """
     graph = kinds.graph(model)
     if graph is not None:
@@ -48,78 +49,78 @@ def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
     for layer in kinds.children(model):
         inner = kinds.graph(layer)
         if inner is not None:
-            given = [
+            inputs = [
                 _HIDDEN if has_maps and len(tensor.shape) == 2 else order
                 for tensor, order in zip(inner._inputs, input_orders(inner), strict=True)
             ]
-            _through(inner, given, orders)
+            _through(inner, inputs, orders)
         else:
             follow(layer, orders)
     return []
 
 
 def input_orders(graph: Any) -> list[Order]:
-    """The orders of a graph's inputs, by the layers that take them.
+    """Return the orders of a graph's inputs, by the layers that use them.
 
-    Without one that says it, a batch of images has channels, and three axes may be a sequence or a feature map.
+    Where no layer tells, a batch of images has channels, and three axes may be a sequence or a feature map.
     """
     orders = []
     for tensor in graph._inputs:
         rank = len(tensor.shape)
         guess = SAME if rank <= 2 else AXES if rank == 3 else CHANNELS
-        orders.append((_by_takers(graph, tensor) or guess) if rank > 2 else guess)
+        orders.append((_by_users(graph, tensor) or guess) if rank > 2 else guess)
     return orders
 
 
 def feature_maps(model: Any) -> tuple[list[bool], list[bool]]:
-    """Which inputs and outputs are feature maps, channels first in PyTorch; nothing for models without a graph."""
+    """Return, per input and per output, whether PyTorch has it channels first; empty lists without a graph."""
     graph = kinds.graph(model)
     inputs = input_orders(graph) if graph is not None else []
     return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {})]
 
 
-def _by_takers(graph: Any, tensor: Any) -> Order | None:
+def _by_users(graph: Any, tensor: Any) -> Order | None:
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
-            place = next((n for n, given in enumerate(node.input_tensors) if given is tensor), None)
+            place = next((n for n, taken in enumerate(node.input_tensors) if taken is tensor), None)
             if node.is_input or place is None:
                 continue
             inner = kinds.graph(node.operation)
             if inner is not None:
-                found = _by_takers(inner, inner._inputs[place])
+                order = _by_users(inner, inner._inputs[place])
             elif isinstance(node.operation, kinds.SPATIAL):
                 return CHANNELS if node.operation.data_format == "channels_last" else SAME
             elif isinstance(node.operation, kinds.OF_SEQUENCES):
                 return SAME
             else:
                 elementwise = isinstance(node.operation, kinds.ELEMENTWISE)
-                found = _by_takers(graph, node.outputs[0]) if elementwise else None
-            if found is not None:
-                return found
+                order = _by_users(graph, node.outputs[0]) if elementwise else None
+            if order is not None:
+                return order
     return None
 
 
-def _through(graph: Any, inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
-    known = {id(tensor): order for tensor, order in zip(graph._inputs, inputs, strict=True)}
+def _through(graph: Any, graph_inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
+    order_of = {id(tensor): order for tensor, order in zip(graph._inputs, graph_inputs, strict=True)}
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
             if node.is_input:
                 continue
-            given = [known.get(id(tensor), SAME) for tensor in node.input_tensors]
+            inputs = [order_of.get(id(tensor), SAME) for tensor in node.input_tensors]
             shapes = [tuple(tensor.shape) for tensor in node.input_tensors]
-            orders.setdefault(id(node.operation), []).append(given[0])
+            orders.setdefault(id(node.operation), []).append(inputs[0])
             inner = kinds.graph(node.operation)
             if inner is not None:
-                results = _through(inner, given, orders)
+                results = _through(inner, inputs, orders)
             else:
-                results = [_after(node.operation, given, shapes)] * len(node.outputs)
-            known.update({id(tensor): order for tensor, order in zip(node.outputs, results, strict=True)})
-    return [known.get(id(tensor), SAME) for tensor in graph._outputs]
+                results = [_after(node.operation, inputs, shapes)] * len(node.outputs)
+            order_of.update({id(tensor): order for tensor, order in zip(node.outputs, results, strict=True)})
+    return [order_of.get(id(tensor), SAME) for tensor in graph._outputs]
 
 
-def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) -> Order:
-    """The order of what an operation gives."""
-    order, shape = given[0], shapes[0]
+def _after(operation: Any, inputs: list[Order], shapes: list[tuple[Any, ...]]) -> Order:
+    """Return the order of an operation's output."""
+    order, shape = inputs[0], shapes[0]
     name = type(operation).__name__
     if isinstance(operation, kinds.SPATIAL):
         return CHANNELS if operation.data_format == "channels_last" else SAME
@@ -128,10 +129,10 @@ def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) ->
     if isinstance(operation, (keras.layers.Dense, keras.layers.EinsumDense)):
         return order if len(shape) > 2 else SAME
     if isinstance(operation, kinds.ELEMENTWISE) or name in kinds.ELEMENTWISE_OPERATIONS:
-        return order if all(each == order for each in given) else _lost(operation, "its inputs have several orders")
+        return order if all(other == order for other in inputs) else _lost(operation, "its inputs have several orders")
     if isinstance(operation, keras.layers.Concatenate):
         last = operation.axis in (-1, len(shape) - 1)
-        kept = all(each == order for each in given) and order.kind in ("same", "channels", "axes")
+        kept = all(other == order for other in inputs) and order.kind in ("same", "channels", "axes")
         return order if kept and (last or order.kind != "channels") else _lost(operation, "it joins feature maps")
     if isinstance(operation, keras.layers.Flatten):
         if operation.data_format == "channels_first" and order == SAME and len(shape) > 2:
@@ -141,7 +142,7 @@ def _after(operation: Any, given: list[Order], shapes: list[tuple[Any, ...]]) ->
         return _flattened(operation, order, shape)
     if isinstance(operation, keras.layers.Reshape) and order == SAME:
         return SAME
-    return _lost(operation, "what it does to the order of features is not known")
+    return _lost(operation, "its effect on the order of features is not known")
 
 
 def _flattened(operation: Any, order: Order, shape: tuple[Any, ...]) -> Order:
@@ -159,5 +160,5 @@ def _flat(dims: tuple[int, ...]) -> Order:
     return SAME if dims[-1] == 1 or math.prod(dims[:-1]) == 1 else Order("flat", tuple(dims))
 
 
-def _lost(operation: Any, why: str) -> Order:
-    return Order("unknown", why=f"{type(operation).__name__} {operation.name!r} comes before: {why}")
+def _lost(operation: Any, reason: str) -> Order:
+    return Order("unknown", reason=f"{type(operation).__name__} {operation.name!r} comes before: {reason}")

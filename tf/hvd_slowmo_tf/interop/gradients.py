@@ -1,4 +1,4 @@
-"""Keras' half of `hvd_slowmo.interop.compare`."""
+"""Outputs and gradients of a Keras model: its half of `hvd_slowmo.interop.compare`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hvd_slowmo.interop.compare import channels_first
 from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo_tf.interop.weights import read_keras
 
@@ -18,13 +17,13 @@ Array = NDArray[Any]
 
 
 def outputs_and_gradients(
-    model: Any, entries: Sequence[TensorSpec], inputs: Sequence[Array], weights: Array, transposed: bool | None
+    model: Any, specs: Sequence[TensorSpec], inputs: Sequence[Array], weights: Array, transposed: bool | None
 ) -> tuple[Array, dict[str, Array]]:
-    """The outputs of a batch as PyTorch gives them, and the gradients of the sum that the weights make of them.
+    """Return the outputs of a batch in PyTorch's orientation, and the gradients of the weighted sum.
 
     Args:
         weights: of the shape of PyTorch's outputs.
-        transposed: whether PyTorch gives the outputs channels first; None: where the shapes differ.
+        transposed: PyTorch has the outputs channels first; None: it does where the shapes differ.
 
     Raises:
         ValueError: the outputs have another shape than PyTorch's.
@@ -37,13 +36,23 @@ def outputs_and_gradients(
         transposed = shape != weights.shape if transposed is None else transposed
         if (_shape_first(shape) if transposed else shape) != weights.shape:
             raise ValueError(f"PyTorch's output has shape {weights.shape}, Keras' {shape}.")
-        mine = np.moveaxis(weights, 1, -1) if transposed else weights
-        total = tf.reduce_sum(outputs * tf.constant(mine, outputs.dtype))
+        weights = np.moveaxis(weights, 1, -1) if transposed else weights
+        total = tf.reduce_sum(outputs * tf.constant(weights, outputs.dtype))
     trained = model.trainable_variables
-    found = tape.gradient(total, [v.value for v in trained], unconnected_gradients="zero")
-    gradients = {v.path: tf.convert_to_tensor(g) for v, g in zip(trained, found, strict=True)}
+    gradients = tape.gradient(total, [v.value for v in trained], unconnected_gradients="zero")
+    by_path = {v.path: tf.convert_to_tensor(g) for v, g in zip(trained, gradients, strict=True)}
     values = outputs.numpy()
-    return channels_first(values) if transposed else values, read_keras(gradients, entries)
+    return channels_first(values) if transposed else values, read_keras(by_path, specs)
+
+
+def channels_first(x: Array) -> Array:
+    """Return, as PyTorch has it, an array that Keras has channels last.
+
+    Example:
+        >>> channels_first(np.zeros((8, 5, 6, 3))).shape
+        (8, 3, 5, 6)
+    """
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
 
 
 def _shape_first(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Keras' layers by what they do to the order of features, and the layers within a layer."""
+"""Keras' layers by their effect on the order of features, and the layers within a layer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import keras
 from keras import layers
-from keras.src.models import Functional  # not public: what keras.Model(inputs, outputs) makes
+from keras.src.models import Functional  # not public: the class of keras.Model(inputs, outputs)
 
 
 def _named(*names: str) -> tuple[Any, ...]:
-    """Classes of keras.layers; those that this version of Keras lacks are left out."""
+    """Return classes of keras.layers; those that this version of Keras lacks are left out."""
     return tuple(getattr(layers, name) for name in names if hasattr(layers, name))
 
 
@@ -50,14 +50,14 @@ ELEMENTWISE_OPERATIONS = frozenset(
 
 
 def graph(model: Any) -> Any:
-    """The functional model that has a model's graph, or None if it has none."""
+    """Return the functional model that has a model's graph, or None if it has none."""
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if type(model).call is Functional.call else None
 
 
 def children(layer: Any) -> list[Any]:
-    """The layers within a layer or model, in its order."""
+    """Return the layers within a layer or model, in its order."""
     if isinstance(layer, keras.Model):
         return list(layer.layers)
     return list(layer._flatten_layers(include_self=False, recursive=False))

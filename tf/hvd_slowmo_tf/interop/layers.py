@@ -1,4 +1,4 @@
-"""What a Keras model puts on the wire: its layers, and the parts of their variables in PyTorch's orientation."""
+"""The layers of a Keras model and their variables, as they travel: in PyTorch's orientation."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ from typing import Any
 import keras
 from keras import layers
 
-from hvd_slowmo.wire.parameter_map import Layer, ParameterMap, Part
-from hvd_slowmo.wire.tensors import TensorSpec
+from hvd_slowmo.wire.parameter_map import Fix, Layer, ParameterMap, Part
+from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.interop import layer_types as kinds
 from hvd_slowmo_tf.interop.feature_order import SAME, Order, follow
 
 
 def entries_keras(model: Any, parameter_map: ParameterMap | None = None) -> list[TensorSpec]:
-    """The wire entries of a built model, in wire order.
+    """Return the variables of a built model that travel, in wire order.
 
     A variable that is not trainable is "frozen", and so are the statistics of a BatchNormalization that is not. A layer
-    that is used in several places has its entries once.
+    that is used in several places travels once.
 
     Args:
         parameter_map: None for the automatic one.
 
     Raises:
-        ValueError: a variable that can't be put on the wire, with the reason and what to do; a model that is not built.
+        ValueError: a variable can't travel; the message has the reason and the fix. Or the model is not built.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((2,)), layers.Dense(3), layers.ReLU(), layers.Dense(1)])
+        >>> [(spec.name, spec.shape) for spec in entries_keras(model)][::2]
+        [('0.linear.weight', (3, 2)), ('1.linear.weight', (1, 3))]
     """
     if not model.built or (isinstance(model, keras.Sequential) and kinds.graph(model) is None):
         raise ValueError(f"{model.name} is not built. Give it an Input, or call it on a batch of data first.")
     orders: dict[int, list[Order]] = {}
     follow(model, orders)
-    found = list(_Walk(orders).layers(model, in_graph=kinds.graph(model) is not None))
-    return (parameter_map or ParameterMap()).arrange(found, "keras")
+    layers_in_order = list(_Walk(orders).layers(model, in_graph=kinds.graph(model) is not None))
+    return (parameter_map or ParameterMap()).arrange(layers_in_order, "keras")
 
 
 class _Walk:
@@ -44,7 +49,7 @@ class _Walk:
         self._seen: set[int] = set()
         self._paths: dict[str, Any] = {}
         self._width: int | None = None  # channels or units of the last layer outside graphs
-        self._maps = False  # whether a layer outside graphs has given feature maps
+        self._maps = False  # True once a layer outside graphs has given feature maps
 
     def layers(self, layer: Any, in_graph: bool) -> Iterator[Layer]:
         if id(layer) in self._seen:
@@ -53,11 +58,11 @@ class _Walk:
         order = self._order(layer) if id(layer) in self._orders or in_graph else self._guess(layer)
         described = _describe(layer, order)
         if described is None:
-            own = _unknown(layer)
-            if own:
-                yield Layer(layer.path or layer.name, type(layer).__name__, self._new(own))
+            parts = _unknown(layer)
+            if parts:
+                yield Layer(layer.path or layer.name, type(layer).__name__, self._new(parts))
             if order.kind != "same" and id(layer) in self._orders and kinds.graph(layer) is None:
-                self._maps, self._width = True, None  # what is within may flatten a feature map, or take a flat one
+                self._maps, self._width = True, None  # the layers within may flatten a feature map, or take a flat one
             for child in kinds.children(layer):
                 yield from self.layers(child, kinds.graph(layer) is not None)
             return
@@ -67,13 +72,16 @@ class _Walk:
                 yield Layer(path, kind, new)
 
     def _order(self, layer: Any) -> Order:
-        given = self._orders.get(id(layer), [SAME])
-        if any(order != given[0] for order in given):
-            return Order("unknown", why="it is used in several places, which give it features in several orders")
-        return given[0]
+        orders = self._orders.get(id(layer), [SAME])
+        if any(order != orders[0] for order in orders):
+            return Order("unknown", reason="it is used in several places, which give it features in several orders")
+        return orders[0]
 
     def _guess(self, layer: Any) -> Order:
-        """Outside graphs: a kernel with as many rows as the last layer has channels takes no flattened feature map."""
+        """Return the order outside graphs.
+
+        A kernel with as many rows as the last layer has channels takes no flattened feature map.
+        """
         order = SAME
         if isinstance(layer, kinds.SPATIAL):
             self._maps = True
@@ -81,8 +89,8 @@ class _Walk:
             self._maps, self._width = True, None
         if isinstance(layer, layers.Dense):
             if self._maps and self._width != layer.kernel.shape[0]:
-                why = "it may take a flattened feature map, and in a subclassed model its order can't be found out"
-                order = Order("unknown", why=why)
+                reason = "it may take a flattened feature map, and a subclassed model does not tell its order"
+                order = Order("unknown", reason=reason)
             self._width = layer.units
         filters: tuple[Any, ...] = (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED, *kinds.SEPARABLE)
         if isinstance(layer, filters):
@@ -90,49 +98,49 @@ class _Walk:
         return order
 
     def _new(self, parts: Sequence[tuple[Any, Part]]) -> tuple[Part, ...]:
-        """Without the variables that another layer has already."""
+        """Leave out the variables that another layer has already."""
         new = [(variable, part) for variable, part in parts if id(variable) not in self._seen]
         for variable, part in new:
             if self._paths.setdefault(part.own, variable) is not variable:
-                raise ValueError(f"two variables have the path {part.own}: give their layers names of their own.")
+                raise ValueError(f"two variables have the path {part.own}. Give their layers different names.")
         self._seen.update(id(variable) for variable, _ in new)
         return tuple(part for _, part in new)
 
 
 Parts = list[tuple[Any, Part]]
-"""Variables, and what they are on the wire."""
+"""Variables, and their form on the wire."""
 
 Described = list[tuple[str, str, Parts]]
 """Per layer: path, kind, parts."""
 
 
-def _part(role: str, variable: Any, view: View | None = None, note: str = "", rule: str = "") -> Parts:
-    """One variable, as a list with nothing in it where there is none."""
+def _part(name: str, variable: Any, view: View | None = None, note: str = "", role: Role | None = None) -> Parts:
+    """Return a variable under its neutral name; an empty list if the layer has none."""
     if variable is None:
         return []
     view = view or View.same(variable.shape)
-    rule = rule or ("slow" if variable.trainable else "frozen")
-    return [(variable, Part(role, rule, str(variable.dtype), variable.path, view, note))]
+    role = role or ("parameter" if variable.trainable else "frozen")
+    return [(variable, Part(name, role, str(variable.dtype), variable.path, view, note))]
 
 
 def _of_features(parts: Parts, order: Order) -> Parts:
-    """The first axis of these is one of features, in this order."""
+    """Note that the first axis of these is one of features, in this order."""
     result = []
     for variable, part in parts:
         part = replace(part, features=order.dims)
         if order.kind == "unknown":
-            refusal = f"the order of its features can't be known: {order.why}."
-            part = replace(part, refusal=refusal, cure="orient")
+            refusal = f"the order of its features can't be known: {order.reason}."
+            part = replace(part, refusal=refusal, fix="orient")
         result.append((variable, part))
     return result
 
 
-def _refused(parts: Parts, refusal: str, cure: str = "") -> Parts:
-    return [(variable, replace(part, refusal=refusal, cure=cure)) for variable, part in parts]
+def _refused(parts: Parts, refusal: str, fix: Fix = "") -> Parts:
+    return [(variable, replace(part, refusal=refusal, fix=fix)) for variable, part in parts]
 
 
 def _describe(layer: Any, order: Order) -> Described | None:
-    """None for layers that are not known, and for models."""
+    """Return a layer's parts; None for unknown layers, and for models."""
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         return None
     for types, describer in _DESCRIBERS:
@@ -151,25 +159,28 @@ def _dense(layer: Any, order: Order) -> Described:
 
 
 def _einsum_dense(layer: Any, order: Order) -> Described:
-    """Those that are a Dense on the last axis."""
+    """Describe an EinsumDense that is a Dense on the last axis, and refuse others."""
     inputs, _, rest = layer.equation.replace("...", "").replace(" ", "").partition(",")
     kernel, _, outputs = rest.partition("->")
     simple = len(kernel) == 2 and inputs[-1:] == kernel[0] and outputs == inputs[:-1] + kernel[1]
     bias = layer.bias
     if simple and (bias is None or len(bias.shape) == 1):
         return _dense(layer, order)
-    refusal = f"of EinsumDense only what is a Dense on the last axis is known, and {layer.equation!r} is not."
+    refusal = f"an EinsumDense must be a Dense on the last axis, and {layer.equation!r} is another."
     return [(layer.path, "linear", _refused(_part("weight", layer.kernel) + _part("bias", bias), refusal, "pair"))]
 
 
 def _conv_view(kernel: Any) -> View:
-    """Keras (*places, in / groups, out), PyTorch (out, in / groups, *places); transposed: in and out exchanged."""
+    """Return the view: Keras (*places, in / groups, out), PyTorch (out, in / groups, *places).
+
+    Transposed ones have in and out exchanged in both.
+    """
     last = len(kernel.shape) - 1
     return View.permute(kernel.shape, (last, last - 1, *range(last - 1)))
 
 
 def _depthwise_view(kernel: Any) -> View:
-    """Keras (*places, in, multiplier), PyTorch (in * multiplier, 1, *places)."""
+    """Return the view: Keras (*places, in, multiplier), PyTorch (in * multiplier, 1, *places)."""
     *places, n, multiplier = kernel.shape
     last = len(places)
     return View.permute(kernel.shape, (last, last + 1, *range(last)), (n * multiplier, 1, *places))
@@ -190,7 +201,7 @@ def _depthwise(layer: Any, order: Order) -> Described:
 
 
 def _separable(layer: Any, order: Order) -> Described:
-    """PyTorch has two layers for it: a depthwise convolution without a bias, and one of size 1."""
+    """Describe two layers, as PyTorch has them: a depthwise convolution without a bias, and one of size 1."""
     depthwise = _part("weight", layer.depthwise_kernel, _depthwise_view(layer.depthwise_kernel))
     pointwise = _part("weight", layer.pointwise_kernel, _conv_view(layer.pointwise_kernel))
     return [
@@ -201,10 +212,10 @@ def _separable(layer: Any, order: Order) -> Described:
 
 def _batch_norm(layer: Any, order: Order) -> Described:
     note = f"eps {layer.epsilon:g}"
-    rule = "mean" if layer.trainable else "frozen"
+    role: Role = "statistic" if layer.trainable else "frozen"
     parts = _part("weight", layer.gamma, note=note) + _part("bias", layer.beta, note=note)
-    parts += _part("mean", layer.moving_mean, note=note, rule=rule)
-    parts += _part("variance", layer.moving_variance, note=note, rule=rule)
+    parts += _part("mean", layer.moving_mean, note=note, role=role)
+    parts += _part("variance", layer.moving_variance, note=note, role=role)
     parts = _of_features(parts, order)
     if layer.renorm:
         parts = _refused(parts, "PyTorch has no batch renormalization (renorm=True).")
@@ -216,7 +227,7 @@ def _norm(kind: str) -> Callable[[Any, Order], Described]:
         note = f"eps {layer.epsilon:g}" + (f", groups {layer.groups}" if kind == "group_norm" else "")
         parts = _part("weight", layer.gamma, note=note) + _part("bias", layer.beta, note=note)
         if any(len(variable.shape) > 1 for variable, _ in parts):
-            refusal = "it normalises over several axes, and whether PyTorch has them in the same order can't be known."
+            refusal = "it normalises over several axes, whose order in PyTorch can't be known."
             parts = _refused(parts, refusal, "pair")
         else:
             parts = _of_features(parts, order)
@@ -250,14 +261,14 @@ def _recurrent(layer: Any, order: Order) -> Described | None:
 
 
 def _lstm(cell: Any) -> Parts:
-    """The gates stand in the same order in both frameworks: input, forget, cell, output."""
+    """List an LSTM's variables; both frameworks have the gates in the same order: input, forget, cell, output."""
     parts = _part("weight_ih", cell.kernel, _transposed(cell.kernel))
     parts += _part("weight_hh", cell.recurrent_kernel, _transposed(cell.recurrent_kernel))
     return parts + _part("bias", cell.bias)
 
 
 def _gru(cell: Any) -> Parts:
-    """The gates r, z, n of PyTorch are z, r, h in Keras: each travels by itself."""
+    """List a GRU's variables; the gates r, z, n of PyTorch are z, r, h in Keras, so each travels by itself."""
     n, parts = cell.units, []
     columns = {"r": (n, 2 * n), "z": (0, n), "n": (2 * n, 3 * n)}
     for kind, kernel in (("weight_ih", cell.kernel), ("weight_hh", cell.recurrent_kernel)):
@@ -278,10 +289,10 @@ def _gru(cell: Any) -> Parts:
 def _bidirectional(layer: Any, order: Order) -> Described | None:
     described = []
     for direction in (layer.forward_layer, layer.backward_layer):
-        found = _recurrent(direction, order)
-        if found is None:
+        layers_within = _recurrent(direction, order)
+        if layers_within is None:
             return None
-        for path, kind, parts in found:
+        for path, kind, parts in layers_within:
             if layer.merge_mode != "concat":
                 parts = _refused(parts, f"PyTorch joins both directions; this one has merge_mode={layer.merge_mode!r}.")
             described.append((path, kind, parts))
@@ -326,14 +337,14 @@ _DESCRIBERS: tuple[tuple[tuple[Any, ...], Callable[[Any, Order], Described | Non
 
 
 def _unknown(layer: Any) -> Parts:
-    """The variables of a layer itself, not of those within it."""
+    """List the variables of a layer itself, not of those within it."""
     name = f"{type(layer).__module__}.{type(layer).__qualname__}"
     trained = [p for v in layer._trainable_variables for p in _part(v.name, v)]
     parts = _refused(trained, f"{name} is not a layer whose PyTorch form is known.", "pair")
     for variable in layer._non_trainable_variables:
         if not str(variable.dtype).startswith(("float", "bfloat")):
             continue
-        text = f"a variable of {name} that is not trained, and whose PyTorch form is not known. Give it as a pair to "
-        text += "be averaged, or as ParameterMap(ignore=[...]) to stay each worker's own."
-        parts += _refused(_part(variable.name, variable, rule="mean"), text, "pair")
+        text = f"a variable of {name} that is not trained, whose PyTorch form is not known. Give it as a "
+        text += "pair to average it, or as ParameterMap(ignore=[...]) to let it stay each worker's own."
+        parts += _refused(_part(variable.name, variable, role="statistic"), text, "pair")
     return parts

@@ -1,1 +1,1 @@
-"""A PyTorch model as other frameworks see it."""
+"""PyTorch models in a form that other frameworks can read."""

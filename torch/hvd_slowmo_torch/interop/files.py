@@ -8,55 +8,63 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_slowmo.checkpoint.file import Arrays, atomically
-from hvd_slowmo.cli.arguments import Wrong, spell_error
+from hvd_slowmo.checkpoint.file import Arrays, replace_atomically
+from hvd_slowmo.errors import CommandError, spell_error
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_torch.checkpoint import named
+from hvd_slowmo_torch.checkpoint import name_model
 from hvd_slowmo_torch.interop.weights import array_of, read_torch, write_torch
 
 
 class TorchFiles:
-    """A model, which files fill and which is written into files.
+    """A PyTorch model, into which files are read and from which they are written.
+
+    Attributes:
+        tensors: of the model, by their names in a checkpoint.
 
     Raises:
-        Wrong: whatever is the matter with a file.
+        CommandError: a file can't be read, or is of another model.
+
+    Example:
+        >>> files = TorchFiles(nn.Linear(2, 1), None)
+        >>> [spec.name for spec in files.tensors.specs]
+        ['0.linear.weight', '0.linear.bias']
     """
 
     def __init__(self, model: nn.Module, parameter_map: ParameterMap | None) -> None:
         self._model = model
-        self.named = named(model, parameter_map)
+        self.tensors = name_model(model, parameter_map)
 
     def read(self, path: Path) -> Arrays:
-        """The values of a state_dict, by the names of the entries."""
+        """Return the values of a state_dict's file, by the tensors' names."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of a damaged file it raises whatever the bytes lead to
-            raise Wrong(f"{path} is no file of PyTorch with tensors alone: {spell_error(error)}") from error
+        except Exception as error:  # a damaged file may raise anything
+            raise CommandError(f"{path} is no file of PyTorch with tensors alone: {spell_error(error)}") from error
         tensors = isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
         if not tensors or not all(isinstance(name, str) for name in state):
-            raise Wrong(f"{path} is no state_dict of a model: not all it has are tensors.")
-        return self._filled(state, path)
+            raise CommandError(f"{path} is no state_dict of a model: not all of its entries are tensors.")
+        return self._load(state, path)
 
     def read_arrays(self, values: Arrays, path: Path) -> Arrays:
-        """Of a file with PyTorch's names and arrays."""
-        return self._filled({name: torch.tensor(value) for name, value in values.items()}, path)
+        """Return the values of a file that has PyTorch's names and arrays, by the tensors' names."""
+        return self._load({name: torch.tensor(value) for name, value in values.items()}, path)
 
     def write(self, values: Arrays, path: Path) -> None:
-        """A state_dict of these values."""
+        """Write a state_dict of these values."""
         state = self._state(values)
-        atomically(path, lambda place: torch.save(state, place))
+        replace_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def arrays(self, values: Arrays) -> Arrays:
-        """The same by PyTorch's names, as arrays."""
+        """Return the values by PyTorch's names."""
         return {name: array_of(x).copy() for name, x in self._state(values).items()}
 
-    def _filled(self, state: dict[str, Any], path: Path) -> Arrays:
+    def _load(self, state: dict[str, torch.Tensor], path: Path) -> Arrays:
         try:
             self._model.load_state_dict(state)
         except RuntimeError as error:
-            raise Wrong(f"{path} is of another model: {error}") from error
-        return read_torch(self._model, self.named.entries)
+            raise CommandError(f"{path} is of another model: {error}") from error
+        return read_torch(self._model, self.tensors.specs)
 
     def _state(self, values: Arrays) -> dict[str, Any]:
-        write_torch(self._model, self.named.entries, values)
+        write_torch(self._model, self.tensors.specs, values)
         return self._model.state_dict()

@@ -1,4 +1,4 @@
-"""PyTorch's half of `hvd_slowmo.interop.compare`."""
+"""Outputs and gradients of a PyTorch model: its half of `hvd_slowmo.interop.compare`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Array = NDArray[Any]
 
 
 def outputs_and_gradients(
-    model: Any, entries: Sequence[TensorSpec], inputs: Sequence[Array], seed: int
+    model: Any, specs: Sequence[TensorSpec], inputs: Sequence[Array], seed: int
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """The outputs of a batch, random weights of their shape, and the gradients of the sum that these make of them.
+    """Return the outputs of a batch, random weights of their shape, and the gradients of the weighted sum.
 
     Mode and gradients of the model are afterwards as they were.
     """
@@ -28,10 +28,10 @@ def outputs_and_gradients(
     try:
         model.zero_grad(set_to_none=True)
         outputs = model(*map(torch.from_numpy, inputs))
-        outputs = outputs[0] if isinstance(outputs, tuple) else outputs  # recurrent layers give their states too
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs  # recurrent layers return their states too
         weights = np.random.default_rng(seed).standard_normal(tuple(outputs.shape)).astype(str(outputs.dtype)[6:])
         (outputs * torch.from_numpy(weights)).sum().backward()
-        gradients = read_torch(model, entries, gradients=True)
+        gradients = read_torch(model, specs, gradients=True)
     finally:
         model.train(was_training)
         for name, p in model.named_parameters():

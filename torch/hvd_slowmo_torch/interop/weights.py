@@ -1,4 +1,4 @@
-"""A PyTorch model's values as those of the wire, and back: whole tensors, in NumPy."""
+"""A PyTorch model's values in the wire's form, and back: whole tensors, in NumPy."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from torch import nn
 from hvd_slowmo.wire.tensors import TensorSpec
 
 
-def read_torch(model: nn.Module, entries: Sequence[TensorSpec], gradients: bool = False) -> dict[str, NDArray[Any]]:
-    """The values, or the gradients, of the entries by their names: of the wire's shapes. bfloat16 comes as float32.
+def read_torch(model: nn.Module, specs: Sequence[TensorSpec], gradients: bool = False) -> dict[str, NDArray[Any]]:
+    """Return values, or gradients, by the tensors' names on the wire and in its shapes; bfloat16 as float32.
 
     A parameter without a gradient has a gradient of zeros.
+
+    Example:
+        >>> from hvd_slowmo_torch.interop.layers import entries_torch
+        >>> model = nn.Linear(2, 1)
+        >>> sorted(read_torch(model, entries_torch(model)))
+        ['0.linear.bias', '0.linear.weight']
     """
-    own = tensors_of(model)
-    return {entry.name: entry.view.to_wire(_array(own[entry.own], gradients)) for entry in entries}
+    tensors = tensors_of(model)
+    return {spec.name: spec.view.to_wire(_array(tensors[spec.own], gradients)) for spec in specs}
 
 
-def write_torch(model: nn.Module, entries: Sequence[TensorSpec], values: Mapping[str, NDArray[Any]]) -> None:
-    """Give the model the values of `read_torch`, or of its like on another framework, in place."""
-    own = tensors_of(model)
+def write_torch(model: nn.Module, specs: Sequence[TensorSpec], values: Mapping[str, NDArray[Any]]) -> None:
+    """Set the model's values, in place, to those of `read_torch` or of its counterpart on another framework."""
+    tensors = tensors_of(model)
     with torch.no_grad():
-        for entry in entries:
-            tensor = own[entry.own]
-            value = entry.view.to_own(values[entry.name], _array(tensor, False))
+        for spec in specs:
+            tensor = tensors[spec.own]
+            value = spec.view.to_own(values[spec.name], _array(tensor, False))
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(value)))
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by their names; one that is in several places has several."""
+    """Return all parameters and buffers by their names; one in several places has several."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -41,12 +47,12 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def array_of(tensor: torch.Tensor) -> NDArray[Any]:
-    """A tensor's values, in its own memory where that is possible. bfloat16 comes as float32."""
-    found = tensor.detach()
-    array: NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).cpu().numpy()
+    """Return a tensor's values, in the tensor's memory where possible; bfloat16 as float32."""
+    detached = tensor.detach()
+    array: NDArray[Any] = (detached.float() if detached.dtype == torch.bfloat16 else detached).cpu().numpy()
     return array
 
 
 def _array(tensor: torch.Tensor, gradient: bool) -> NDArray[Any]:
-    found = tensor.grad if gradient else tensor
-    return array_of(torch.zeros_like(tensor) if found is None else found)
+    source = tensor.grad if gradient else tensor
+    return array_of(torch.zeros_like(tensor) if source is None else source)

@@ -1,0 +1,63 @@
+"""Printing of the installer's progress."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class Console:
+    """A `Reporter` that prints: progress on one changing line of a terminal, elsewhere as a line every now and then.
+
+    As a context manager it ends the changing line.
+
+    Args:
+        verbose: print the output of the commands too.
+
+    Example:
+        >>> with Console(verbose=False) as console:
+        ...     console.say("building Horovod")
+        building Horovod
+    """
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+        self._terminal = sys.stdout.isatty() and not verbose
+        self._drawn = False
+        self._last_line = 0.0
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.finish_progress()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.finish_progress()
+        print(text, flush=True)
+
+    def detail(self, line: str) -> None:
+        """Print a command's line, if verbose."""
+        if self._verbose:
+            print(line, flush=True)
+
+    def progress(self, what: str, percent: int | None, seconds: float) -> None:
+        """Redraw the progress line, or print one if the last is old enough."""
+        share = "" if percent is None else f"{percent:3d} %, "
+        text = f"  {what}: {share}{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+        if self._terminal:
+            print(f"\r{text}\033[K", end="", flush=True)
+            self._drawn = True
+        elif seconds >= self._last_line + _SECONDS_BETWEEN_LINES:
+            print(text, flush=True)
+            self._last_line = seconds
+
+    def finish_progress(self) -> None:
+        """Erase the progress line."""
+        if self._drawn:
+            print("\r\033[K", end="", flush=True)
+            self._drawn = False
+        self._last_line = 0.0

@@ -1,0 +1,34 @@
+"""`hvd_slowmo_torch.host_staging.Copies` without a device, to try the way through host memory anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class LateCopies:
+    """Tensors of one type count as being on a device; a copy to the host is there after some looks at it."""
+
+    def __init__(self, looks: int, dtype: torch.dtype) -> None:
+        self.looks = looks
+        self.dtype = dtype
+
+    def needed(self, x: torch.Tensor) -> bool:
+        return x.dtype == self.dtype
+
+    def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
+        host = torch.full_like(x, torch.nan)  # what is read before the copy has arrived is found out
+        left = self.looks
+
+        def arrived() -> bool:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                host.copy_(x)
+            return left < 0
+
+        return host, arrived
+
+    def to_device(self, host: torch.Tensor, x: torch.Tensor) -> None:
+        x.copy_(host)
