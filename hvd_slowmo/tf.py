@@ -9,8 +9,9 @@ if keras.config.backend() != "tensorflow":
     )
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.join import Joined
+from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
@@ -18,4 +19,14 @@ from hvd_slowmo_tf.optimizer import SlowMo
 
 init = workers.init
 
-__all__ = ["Joined", "Metrics", "ParameterMap", "SlowMo", "SlowMoCallback", "SlowMoConfig", "init"]
+__all__ = [
+    "DPSGD",
+    "SGP",
+    "JoinResult",
+    "Metrics",
+    "ParameterMap",
+    "SlowMo",
+    "SlowMoCallback",
+    "SlowMoConfig",
+    "init",
+]

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from pool import Pool, PoolOf
+
+from support.pool import Pool, PoolOf
 
 
 def _pools(horovod: str) -> Iterator[PoolOf]:
@@ -47,3 +48,21 @@ def mixed_workers() -> Iterator[Callable[[str], Pool]]:
     yield of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Both frameworks with seeds, and Keras in float64."""
+    import torch  # first: the other way round its libraries may not load
+
+    # isort: split
+    import keras
+
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(3)
+    torch.manual_seed(3)
+    yield
+    keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(policy)

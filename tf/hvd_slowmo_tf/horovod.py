@@ -1,7 +1,7 @@
 """Horovod as the core's `Comm`, within TensorFlow's traces.
 
-Tensors travel under the names that horovod.torch gives them. TensorFlow has names in a tf.function only, and there the
-node's, without the scopes around it.
+Tensors travel under the names that horovod.torch gives them, so that workers of both frameworks can meet. TensorFlow
+has names in a tf.function only: a collective's is its node's, without the scopes around it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
-from hvd_slowmo.comm.horovod import Link, Workers
+from hvd_slowmo.comm.horovod import FailureLatch, Workers
+from hvd_slowmo.comm.protocol import Comm
 
 
 class HorovodComm:
-    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted."""
+    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted.
 
-    def __init__(self, process_set: Any) -> None:
+    Args:
+        process_set: Horovod's.
+        node: the workers of this one's node, for gradients="node".
+    """
+
+    def __init__(self, process_set: Any, node: Comm | None = None) -> None:
         import horovod.tensorflow as hvd
 
         self._hvd = hvd
@@ -27,34 +34,35 @@ class HorovodComm:
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
-        self.link = Link(hvd.rank())
-        self._gathers: dict[str, Any] = {}  # per name, what gathers under it
+        self.node = node
+        self.latch = FailureLatch(hvd.rank())
+        self._gathers: dict[str, Any] = {}  # per name, the traced function that gathers under it
 
-    def start_sum(self, name: str, x: Any) -> Any:
+    def start_sum(self, name: str, x: tf.Tensor) -> tf.Tensor:
         options = {"op": self._hvd.Sum, "process_set": self._set, "ignore_name_scope": True}
         return self._hvd.allreduce(x, name=f"allreduce.{name}", **options)
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+    def start_push(self, name: str, x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
         shares = tf.boolean_mask(weights, weights > 0)
         sent = tf.reshape(tf.cast(shares, x.dtype)[:, tf.newaxis] * x, [-1])
         splits = tf.cast(weights > 0, tf.int32) * x.shape[0]
         options = {"process_set": self._set, "ignore_name_scope": True}
-        came, _ = self._hvd.alltoall(sent, splits, name=f"alltoall.{name}", **options)
-        return tf.reduce_sum(tf.reshape(came, [-1, x.shape[0]]), axis=0)
+        received, _ = self._hvd.alltoall(sent, splits, name=f"alltoall.{name}", **options)
+        return tf.reduce_sum(tf.reshape(received, [-1, x.shape[0]]), axis=0)
 
-    def wait(self, handle: Any) -> Any:
+    def wait(self, handle: tf.Tensor) -> tf.Tensor:
         return handle
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        self.link.refuse_if_broken()
+        self.latch.refuse_after_failure()
         sent = np.frombuffer(pickle.dumps(item), dtype=np.uint8)
         lengths = self._gathered(f"{name}.length", np.array([len(sent)], dtype=np.int64))
         everything = self._gathered(name, sent)
         return [pickle.loads(part.tobytes()) for part in np.split(everything, np.cumsum(lengths)[:-1])]
 
-    def _gathered(self, name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        def gather(x: Any) -> Any:
+    def _gathered(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        def gather(x: tf.Tensor) -> tf.Tensor:
             options = {"process_set": self._set, "ignore_name_scope": True}
             return self._hvd.allgather(x, name=f"allgather.{name}", **options)
 
@@ -64,9 +72,9 @@ class HorovodComm:
             traced = tf.function(gather, input_signature=[tf.TensorSpec([None], values.dtype)], autograph=False)
             self._gathers[name] = traced.get_concrete_function()
         try:
-            result: np.ndarray[Any, Any] = self._gathers[name](tf.constant(values)).numpy()
+            result: NDArray[Any] = self._gathers[name](tf.constant(values)).numpy()
         except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
-            raise self.link.explain(error) from error
+            raise self.latch.explain(error) from error
         return result
 
 

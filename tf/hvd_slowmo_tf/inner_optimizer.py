@@ -1,4 +1,4 @@
-"""The optimizer within: what SlowMo takes over from it, and the buffers that are reset or averaged."""
+"""The inner optimizer: the settings that SlowMo takes over from it, and its state, which is reset or averaged."""
 
 from __future__ import annotations
 
@@ -7,31 +7,42 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 
-class Inner:
-    """A Keras optimizer, alone or in a LossScaleOptimizer, that takes the base steps.
+class InnerOptimizer:
+    """A Keras optimizer, alone or in a LossScaleOptimizer, that takes the inner steps.
 
-    What counts steps from outside moves to SlowMo, so that a reset can't touch it and overflowed steps count: the
-    learning rate's schedule, gradient accumulation and the moving average of the weights. `taken` is what moved, as
-    keyword arguments of keras.optimizers.Optimizer.
+    The settings that depend on a count of steps move to SlowMo, so that a reset can't touch them and steps that
+    overflowed count: the learning rate with its schedule, gradient accumulation, and the moving average of the weights.
+
+    Args:
+        optimizer: as the user gave it.
+
+    Attributes:
+        optimizer: as given.
+        innermost: the optimizer within its LossScaleOptimizer, if it has one.
+        moved: the settings that have moved, as keyword arguments of keras.optimizers.Optimizer.
+
+    Raises:
+        ValueError: the optimizer has been built with a setting that moves.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
         self.optimizer = optimizer
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        self.innermost = optimizer.inner_optimizer if scaled else optimizer
-        self._known = not optimizer.built  # whether its values at build are those from before the first step
-        self._initial: list[tuple[Any, Any]] = []
+        self.innermost: keras.optimizers.Optimizer = optimizer.inner_optimizer if scaled else optimizer
+        self._fresh = not optimizer.built  # then its values at build are those from before the first step
+        self._initial: list[tuple[keras.Variable, Any]] = []
         if optimizer.built and (self.innermost.use_ema or self.innermost.gradient_accumulation_steps):
             raise ValueError(
                 f"{type(self.innermost).__name__} has been built with use_ema or gradient_accumulation_steps, which "
                 "SlowMo takes over. Wrap it before it is built or used."
             )
-        moved = ("gradient_accumulation_steps", "use_ema", "ema_momentum", "ema_overwrite_frequency")
+        names = ("gradient_accumulation_steps", "use_ema", "ema_momentum", "ema_overwrite_frequency")
         rate = self.innermost._learning_rate
-        self.taken: dict[str, Any] = {name: getattr(self.innermost, name) for name in moved}
-        self.taken["learning_rate"] = float(rate.numpy()) if isinstance(rate, keras.Variable) else rate
+        self.moved: dict[str, Any] = {name: getattr(self.innermost, name) for name in names}
+        self.moved["learning_rate"] = float(rate.numpy()) if isinstance(rate, keras.Variable) else rate
         if not isinstance(rate, keras.Variable):
             self.innermost._learning_rate = keras.Variable(
                 0.0, dtype=keras.config.floatx(), trainable=False, name="learning_rate"
@@ -39,44 +50,62 @@ class Inner:
         self.innermost.gradient_accumulation_steps = None
         self.innermost.use_ema = False
 
-    def build(self, variables: list[Any], reset: bool) -> None:
-        """Make its variables. reset: their values of before the first step will be needed."""
+    def build(self, variables: list[keras.Variable], reset: bool) -> None:
+        """Make the optimizer's variables.
+
+        Args:
+            variables: that it trains.
+            reset: remember the values from before the first step, for `reset`.
+        """
         with tf.init_scope():
             if not self.optimizer.built:
                 self.optimizer.build(variables)
             if reset:
                 self._initial = self._initial_values(variables)
 
-    def _initial_values(self, variables: list[Any]) -> list[tuple[Any, Any]]:
-        fresh = self.innermost
-        if not self._known:
-            fresh = type(self.innermost).from_config(self.innermost.get_config())
-            fresh.build(variables)
-        values = [v.numpy() for v in fresh.variables if v is not fresh._learning_rate]
-        own = [v for v in self.innermost.variables if v is not self.innermost._learning_rate]
-        # One number each, as a rule: nothing of the variable's size is kept.
-        return [(v, x.flat[0] if x.size and (x == x.flat[0]).all() else x) for v, x in zip(own, values, strict=True)]
-
     def reset(self) -> None:
-        """In a trace: buffers and the step of their bias correction as before the first step; rates stay."""
-        for v, x in self._initial:
-            v.assign(tf.broadcast_to(tf.cast(np.asarray(x), v.dtype), v.shape))
+        """Give the state, and the step of its bias correction, its values from before the first step; in a trace."""
+        for v, value in self._initial:
+            v.assign(tf.broadcast_to(tf.cast(np.asarray(value), v.dtype), v.shape))
 
     @property
-    def buffers(self) -> list[Any]:
-        """Its floating-point variables that accumulate something."""
-        rate = self.innermost._learning_rate
-        return [v for v in self.innermost.variables if v is not rate and tf.as_dtype(v.dtype).is_floating]
+    def state(self) -> list[keras.Variable]:
+        """All variables but the learning rate."""
+        return _state(self.innermost)
 
-    def set_rate(self, rate: Any) -> None:
-        """In a trace: the learning rate of the next step."""
+    @property
+    def floating_state(self) -> list[keras.Variable]:
+        """The part of the state that can be averaged."""
+        return [v for v in self.state if tf.as_dtype(v.dtype).is_floating]
+
+    def set_rate(self, rate: tf.Tensor) -> None:
+        """Set the learning rate of the next step; in a trace."""
         self.innermost._learning_rate.assign(tf.cast(rate, self.innermost._learning_rate.dtype))
 
     def serialized(self, rate: Any) -> dict[str, Any]:
-        """The optimizer as it was given, with what has moved, for a model file. rate: as Keras serializes it."""
+        """Return the optimizer as it was given, with the settings that have moved, for a model file.
+
+        Args:
+            rate: the learning rate as Keras serializes it.
+        """
         found: dict[str, Any] = keras.saving.serialize_keras_object(self.optimizer)
-        innermost = (
-            found["config"] if self.optimizer is self.innermost else found["config"]["inner_optimizer"]["config"]
-        )
-        innermost.update({**self.taken, "learning_rate": rate})
+        alone = self.optimizer is self.innermost
+        innermost = found["config"] if alone else found["config"]["inner_optimizer"]["config"]
+        innermost.update({**self.moved, "learning_rate": rate})
         return found
+
+    def _initial_values(self, variables: list[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
+        fresh = self.innermost
+        if not self._fresh:
+            fresh = type(self.innermost).from_config(self.innermost.get_config())
+            fresh.build(variables)
+        return [(v, _short(other.numpy())) for v, other in zip(self.state, _state(fresh), strict=True)]
+
+
+def _state(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    return [v for v in optimizer.variables if v is not optimizer._learning_rate]
+
+
+def _short(values: NDArray[Any]) -> Any:
+    """Return one number where all elements are equal, as they mostly are: nothing of a variable's size is kept."""
+    return values.flat[0] if values.size and (values == values.flat[0]).all() else values

@@ -1,147 +1,131 @@
-"""Which variables of a Keras model travel, in which order, and where they are found."""
+"""The variables of a Keras model that travel: their order, and where they are found."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.layout import Entry, Layout, Tensor, arrange
-from hvd_slowmo.core.startup import Groups
+from hvd_slowmo.core.layout import ModelLayout, Stretch
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo.wire.tensors import TensorSpec
+from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.interop.layers import entries_keras
 from hvd_slowmo_tf.interop.weights import variables_of
 
 
-class Place(NamedTuple):
-    """Where a tensor of the layout is: all of a variable or a part of it, as the view has it."""
+@dataclass(frozen=True, eq=False)
+class VariableRef:
+    """A tensor of the wire, and the variable that it is, or is a part of.
 
-    variable: Any
-    view: View
+    Attributes:
+        spec: the tensor; its view leads from the variable to the wire.
+        variable: of the model or of an optimizer.
+        device: of the variable; empty with a `ParameterMap`, where devices must not change the messages.
+    """
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The layout of a model and, per segment, where its tensors are."""
-
-    layout: Layout
-    places: tuple[tuple[Place, ...], ...]
-
-    @property
-    def variables(self) -> list[Any]:
-        """All that travel, each once."""
-        found = {id(place.variable): place.variable for places in self.places for place in places}
-        return list(found.values())
+    spec: TensorSpec
+    variable: keras.Variable
+    device: str
 
 
-Placed = list[tuple[TensorSpec, Any]]
-"""Entries and their variables."""
+KerasLayout = ModelLayout[VariableRef]
 
 
-def entries_of(parameters: Sequence[Any], statistics: Sequence[Any]) -> Placed:
-    """What takes part without a map: variables as they are."""
-    return [*_entries("slow", parameters), *_entries("mean", statistics)]
-
-
-def _entries(rule: str, variables: Sequence[Any]) -> Placed:
-    return [
-        (TensorSpec(common_path(v.path), rule, tuple(v.shape), _own(v), View.same(tuple(v.shape)), v.path), v)
-        for v in variables
-    ]
-
-
-def mapped(model: Any, parameter_map: ParameterMap, parameters: Sequence[Any]) -> Placed:
-    """What takes part with a map.
-
-    Args:
-        model: the model.
-        parameters: what the optimizer trains.
+def refs_of(role: Role, variables: Sequence[keras.Variable], one_device: bool) -> list[VariableRef]:
+    """Return variables as they are, each a tensor of its own.
 
     Raises:
-        ValueError: what `ParameterMap` refuses, or the optimizer does not train what the model does.
+        TypeError: a variable that is not of a real floating-point type.
+    """
+    found = []
+    for v in variables:
+        shape = tuple(v.shape)
+        spec = TensorSpec(common_path(v.path), role, shape, _floating(v), View.same(shape), v.path)
+        found.append(VariableRef(spec, v, "" if one_device else native(v).device))
+    return found
+
+
+def mapped_refs(
+    model: keras.Model, parameter_map: ParameterMap, trained: Sequence[keras.Variable]
+) -> list[VariableRef]:
+    """Return the tensors of a model in the names and shapes that a map gives them.
+
+    Args:
+        model: built.
+        parameter_map: of the job.
+        trained: the optimizer's variables.
+
+    Raises:
+        TypeError: a variable that is not of a real floating-point type.
+        ValueError: the map does not fit the model, or the optimizer does not train the model's trainable variables.
     """
     known = variables_of(model)
-    placed = [(entry, known[entry.own]) for entry in entries_keras(model, parameter_map)]
-    trained = {id(v): v for entry, v in placed if entry.rule == "slow"}
-    mine = {id(v): v for v in parameters}
-    apart = [v.path for key, v in (trained | mine).items() if key not in trained or key not in mine]
-    if apart:
+    refs = [VariableRef(spec, known[spec.own], "") for spec in entries_keras(model, parameter_map)]
+    in_model = {id(ref.variable): ref.variable for ref in refs if ref.spec.role == "parameter"}
+    in_optimizer = {id(v): v for v in trained}
+    differing = [
+        v.path for key, v in (in_model | in_optimizer).items() if not (key in in_model and key in in_optimizer)
+    ]
+    if differing:
         raise ValueError(
             "with a parameter_map the optimizer must train what the model does, and that differs for "
-            f"{', '.join(apart)}. Freeze layers before the optimizer is built."
+            f"{', '.join(differing)}. Freeze layers before the optimizer is built."
         )
-    for key, v in trained.items():
-        held = sum(entry.size for entry, other in placed if id(other) == key)
-        if held != math.prod(v.shape):
+    for key, v in in_model.items():
+        if sum(ref.spec.size for ref in refs if id(ref.variable) == key) != math.prod(v.shape):
             raise ValueError(f"the ParameterMap shows a part of {v.path} only: give a View of all of it.")
-    return placed
+    for ref in refs:
+        if ref.spec.role != "frozen":
+            _floating(ref.variable)
+    return refs
 
 
-def lay_out(placed: Placed, buffers: Sequence[Any], groups: Groups | None, one_device: bool = False) -> Plan:
-    """The trained and averaged entries, and the inner optimizer's buffers where they are averaged.
-
-    Statistics travel as float64: the mean of equal values is then that value.
-
-    Args:
-        groups: the common groups; None for one.
-        one_device: whatever devices the variables are on, which on the wire of a map must not count.
-
-    Raises:
-        TypeError: complex or integer parameters.
-        ValueError: no parameter with an element.
-    """
-    numbers = iter(groups.of) if groups else None
-    tensors: list[Tensor[Place]] = []
-    for entry, v in [*placed, *_entries("base", buffers)]:
-        if entry.rule == "frozen":
-            continue
-        own = tf.as_dtype(v.dtype)
-        if not own.is_floating:
-            raise TypeError(f"{v.path} has type {own.name}; SlowMo averages real floating-point variables only.")
-        wire = tf.float64 if entry.rule == "mean" else wire_dtype(own)
-        group = next(numbers) if numbers is not None and entry.rule == "slow" else 0
-        device = "" if one_device else native(v).device
-        laid = Entry(entry.name, entry.shape, own.name, group)
-        tensors.append(Tensor(entry.rule, laid, wire.name, wire.size, device, Place(v, entry.view)))
-    laid_out, places = arrange(tensors, len(groups.own) if groups else 1)
-    if all(chunk.rule != "slow" for chunk in laid_out.chunks):
-        raise ValueError("the optimizer has no variable with an element.")
-    return Plan(laid_out, places)
+def spans(layout: KerasLayout, stretch: Stretch) -> Iterator[tuple[VariableRef, int, int, int]]:
+    """Yield the tensors under a stretch: (ref, from, to in the tensor, place in the stretch)."""
+    refs = layout.refs[stretch.segment]
+    for number, start, stop, at in layout.layout.spans(stretch):
+        yield refs[number], start, stop, at
 
 
-def wire_dtype(dtype: Any) -> Any:
-    """The type in which a variable travels and in which its anchor and v are kept."""
-    return tf.float64 if dtype == tf.float64 else tf.float32
+def travelling(layout: KerasLayout) -> list[keras.Variable]:
+    """Return all variables of a layout, each once."""
+    return list({id(ref.variable): ref.variable for refs in layout.refs for ref in refs}.values())
 
 
-def native(variable: Any) -> Any:
-    """The tf.Variable of a Keras variable, whatever policy is in force."""
+def native(variable: keras.Variable) -> tf.Variable:
+    """Return the tf.Variable of a Keras variable, whatever dtype policy is in force."""
     return getattr(variable, "_value", variable)
 
 
-def parts_of(model: Any) -> tuple[list[Any], list[Any]]:
-    """A model's variables without those of its metrics, and those of them that are averaged without being trained."""
+def parts_of(model: keras.Model) -> tuple[list[keras.Variable], list[keras.Variable]]:
+    """Return a model's variables without those of its metrics, and among them the statistics of unfrozen layers."""
     statistics = [
         v
         for layer in model._flatten_layers()
-        if layer.trainable  # what belongs to a frozen layer stays as it is
+        if layer.trainable  # a frozen layer's stay as they are
         for v in layer._non_trainable_variables
     ]
     metrics = {id(v) for metric in model.metrics for v in metric.variables}
     return [v for v in model.variables if id(v) not in metrics], [v for v in statistics if id(v) not in metrics]
 
 
-def _own(v: Any) -> str:
-    name: str = tf.as_dtype(v.dtype).name
-    return name
-
-
 def common_path(path: str) -> str:
-    """Without the numbers that Keras gives names that it has seen before: workers may have built other models too."""
+    """Return a path without the numbers that Keras appends to names it has seen: workers may have built other models.
+
+    Example:
+        >>> common_path("sequential_3/dense_12/kernel")
+        'sequential/dense/kernel'
+    """
     return re.sub(r"_\d+(?=/|$)", "", path)
+
+
+def _floating(v: keras.Variable) -> str:
+    dtype = tf.as_dtype(v.dtype)
+    if not dtype.is_floating:
+        raise TypeError(f"{v.path} has type {dtype.name}; SlowMo averages real floating-point variables only.")
+    return str(dtype.name)

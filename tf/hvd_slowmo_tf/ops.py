@@ -1,19 +1,24 @@
 """`hvd_slowmo.core.ops.Ops` in a TensorFlow trace.
 
-A trace can't raise ValueError nor log. What is wrong or worth a warning is kept in variables, and told in plain words
-where Python runs again: `explained` around a call, `Notes.tell` after it.
+A trace can neither raise ValueError nor log. Errors and warnings are kept in variables, and put into plain words where
+Python runs again: by `TracedOps.call`, around every call of a traced function.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
+
+from hvd_slowmo.core.ops import TOPICS, Cell, Topic
 
 T = TypeVar("T")
+Words = Callable[[NDArray[np.float64]], str]
+Explain = Callable[[Exception], Exception]
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -25,22 +30,27 @@ class TracedOps:
 
     Args:
         name: of the optimizer, for messages.
-        table: the shape of the workers' table that `refuse` and `warn` are given.
+        table: the shape of the ledger.
+        explain: returns the exception to raise in place of a collective's error; None where the comm raises its own.
     """
 
-    def __init__(self, name: str, table: tuple[int, int]) -> None:
-        self.name = name
-        self._notes = {topic: Note(table) for topic in ("rates", "excluded")}
-        self._complaint = Note(table)
+    keeps_handles = False
 
-    holds = False
+    def __init__(self, name: str, table: tuple[int, int], explain: Explain | None = None) -> None:
+        self._name = name
+        self._explain = explain
+        self._notes = {topic: _Note(table) for topic in TOPICS}
+        self._error = _Note(table)
+
+    def cell(self, value: bool | int) -> Cell:
+        return _TracedCell(value)
 
     def loop(self, condition: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
         state = tf.nest.map_structure(tf.convert_to_tensor, state)
         result: tuple[Any, ...] = tf.while_loop(condition, body, state, parallel_iterations=1)
         return result
 
-    def at(self, array: Any, index: Any) -> Any:
+    def take(self, array: NDArray[Any], index: tf.Tensor) -> tf.Tensor:
         return tf.constant(array)[index]
 
     def cond(self, predicate: Any, yes: Callable[[], T], no: Callable[[], T]) -> T:
@@ -49,109 +59,117 @@ class TracedOps:
         result: T = tf.cond(predicate, yes, no)
         return result
 
-    def where(self, predicate: Any, yes: Any, no: Any) -> Any:
+    def where(self, predicate: Any, yes: Any, no: Any) -> tf.Tensor:
         return tf.where(predicate, tf.cast(yes, tf.float64), tf.cast(no, tf.float64))
 
-    def total(self, table: Any) -> Any:
+    def sum(self, table: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(table, axis=0)
 
-    def vector(self, values: Sequence[Any]) -> Any:
+    def vector(self, values: Sequence[Any]) -> tf.Tensor:
         return tf.stack([tf.cast(value, tf.float64) for value in values]) if values else tf.zeros([0], tf.float64)
 
-    def like(self, scalar: Any, tensor: Any) -> Any:
+    def cast_like(self, scalar: Any, tensor: tf.Tensor) -> tf.Tensor:
         return tf.cast(scalar, tensor.dtype)
 
-    def scaled(self, tensor: Any, factor: Any) -> Any:
+    def scaled(self, tensor: tf.Tensor, factor: Any) -> tf.Tensor:
         return tensor if isinstance(factor, float) and factor == 1 else tensor * tf.cast(factor, tensor.dtype)
 
-    def dot(self, a: Any, b: Any) -> Any:
+    def dot(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.tensordot(a, b, 1), tf.float64)
 
-    def integer(self, scalar: Any) -> Any:
+    def to_int(self, scalar: Any) -> tf.Tensor:
         return tf.cast(scalar, tf.int64)
 
-    def row_of_most(self, table: Any, column: int) -> Any:
+    def argmax_row(self, table: tf.Tensor, column: int) -> tf.Tensor:
         return table[tf.argmax(table[:, column])]
 
-    def pack(self, parts: Sequence[Any]) -> Any:
+    def pack(self, parts: Sequence[Any]) -> tf.Tensor:
         return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
 
-    def unpack(self, tensor: Any) -> Any:
+    def unpack(self, tensor: tf.Tensor) -> tf.Tensor:
         return tensor
 
-    def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
+    def reshape(self, scalars: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
         return tf.reshape(scalars, shape)
 
-    def refuse(self, bad: Any, table: Any, describe: Callable[[Any], str], guarded: T) -> T:
-        self._complaint.describe, self._complaint.always = describe, True
-        words = f"{self.name}: the workers can't go on; a row per worker (see hvd_slowmo/core/ledger.py):"
+    def error_if(self, failed: tf.Tensor, table: tf.Tensor, describe: Words, guarded: T) -> T:
+        self._error.describe, self._error.always = describe, True
+        words = f"{self._name}: the workers can't go on; a row per worker (see hvd_slowmo/core/ledger.py):"
 
         def fail() -> Any:
-            with tf.control_dependencies([self._complaint.keep(table)]):
+            with tf.control_dependencies([self._error.keep(table)]):
                 return tf.debugging.Assert(False, [words, table], summarize=-1)
 
-        with tf.control_dependencies([tf.cond(bad, fail, tf.no_op)]):
+        with tf.control_dependencies([tf.cond(failed, fail, tf.no_op)]):
             waiting: T = tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
             return waiting
 
-    def after(self, scalar: Any, work: Callable[[], T]) -> T:
+    def after(self, scalar: tf.Tensor, work: Callable[[], T]) -> T:
         with tf.control_dependencies([scalar]):
             return work()
 
-    def warn(self, topic: str, odd: Any, table: Any, describe: Callable[[Any], str], always: bool = False) -> None:
+    def warn(self, topic: Topic, holds: tf.Tensor, table: tf.Tensor, describe: Words, always: bool = False) -> None:
         note = self._notes[topic]
         note.describe, note.always = describe, always
-        tf.cond(odd, lambda: note.keep(table), tf.no_op)
+        tf.cond(holds, lambda: note.keep(table), tf.no_op)
 
-    def tell(self) -> None:
-        """Log what has been worth a warning since the last time."""
-        for note in self._notes.values():
-            words = note.news()
-            if words is not None:
-                logger.warning("%s", words)
-
-    @contextmanager
-    def explained(self, explain: Callable[[Exception], Exception] | None = None) -> Iterator[None]:
-        """Around a call of a traced function: its errors in plain words.
-
-        explain: what to make of a collective's error.
+    def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a traced function; raise its errors, and log its warnings, in plain words.
 
         Raises:
-            ValueError: what `refuse` was given.
+            ValueError: `error_if` has failed.
         """
         try:
-            yield
+            result = traced(*arguments)
         except tf.errors.InvalidArgumentError as error:
-            words = self._complaint.news()
+            words = self._error.news()
             if words is None:
                 raise
             raise ValueError(words) from error
         except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
-            if explain is None or "orovod" not in error.message:
+            if self._explain is None or "orovod" not in error.message:
                 raise
-            raise explain(error) from error
+            raise self._explain(error) from error
+        for note in self._notes.values():
+            words = note.news()
+            if words is not None:
+                logger.warning("%s", words)
+        return result
 
 
-class Note:
+class _TracedCell:
+    def __init__(self, value: bool | int) -> None:
+        dtype = tf.bool if isinstance(value, bool) else tf.int64
+        with tf.init_scope():
+            self._variable = tf.Variable(value, dtype=dtype, trainable=False)
+
+    def get(self) -> tf.Tensor:
+        return self._variable.read_value()
+
+    def set(self, value: Any) -> None:
+        self._variable.assign(tf.cast(value, self._variable.dtype))
+
+
+class _Note:
     """A table that a trace has set aside, and how to put it into words.
 
     It has a fixed shape: XLA, which may compile a worker alone, changes none.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self.describe: Callable[[Any], str] = str
+        self.describe: Words = str
         self.always = False
         self._told = 0
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._table = tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
 
-    def keep(self, table: Any) -> Any:
-        """In a trace: set it aside."""
+    def keep(self, table: tf.Tensor) -> tf.Operation:
+        """Set the table aside, in a trace."""
         return tf.group(self._table.assign(table), self._count.assign_add(1))
 
     def news(self) -> str | None:
-        """The words for the last table, if there is one that was not told; only the first, unless always."""
+        """Return the words for the last table if it is new, else None; only for the first one, unless always."""
         count = int(self._count.numpy())
         if count == self._told or (self._told and not self.always):
             return None

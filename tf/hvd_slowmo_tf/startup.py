@@ -1,106 +1,118 @@
-"""Bringing all workers to one start: what they compare, and what they get from each other."""
+"""A Keras worker's part in the start: its description, and the state that it gives to others and takes from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
+from numpy.typing import NDArray
 
-from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.handshake import agreed
-from hvd_slowmo.core.mixing import Graph
-from hvd_slowmo.core.startup import Groups, Job, Position, facts_of, hand_out, meet
-from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_tf.layout import Placed, Plan
-from hvd_slowmo_tf.traced_step import Engine, once
-from hvd_slowmo_tf.variables import State
+from hvd_slowmo.core.broadcast import take_from
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import ParameterGroups
+from hvd_slowmo.core.startup import Description, Job
+from hvd_slowmo_tf.checks import check_model_variables
+from hvd_slowmo_tf.layout import VariableRef, travelling
+from hvd_slowmo_tf.traced_step import TracedStep, once
+from hvd_slowmo_tf.worker import KerasWorker
 
-
-class Prepared(NamedTuple):
-    """What a worker has found out on its own."""
-
-    parameter_map: ParameterMap | None
-    state: State
-    placed: Placed
-    plan: Plan
+Values = list[NDArray[Any]]
 
 
-def start(
-    comm: Comm,
-    optimizer: Any,
-    variables: Sequence[Any],
-    prepare: Callable[[], Prepared],
-    take_graph: Callable[[], Graph | None],
-    assemble: Callable[[Prepared, Graph | None, Groups], Engine],
-) -> Job:
-    """A collective. Raises on every rank what is wrong on one.
+class StartingKerasWorker:
+    """`hvd_slowmo.core.startup.StartingWorker` of a Keras optimizer.
 
     Args:
-        comm: the workers.
-        optimizer: the SlowMo optimizer.
-        variables: the model's.
-        prepare: checks what was given, builds the optimizer and lays out what travels.
-        take_graph: a collective behind that: who sends to whom, over a gossip base.
-        assemble: makes what is traced.
+        worker: the optimizer's.
+        variables: all of the model's.
+        statistics: those among them that are averaged without being trained, if they are of a floating-point type.
+        model: the model, if it was given itself.
     """
-    wrapped = getattr(optimizer.inner_optimizer, "inner_optimizer", optimizer.inner_optimizer)
-    remarks = {
-        "TensorFlow": tf.__version__,
-        "Keras": keras.__version__,
-        "the base optimizer": type(wrapped).__name__,
-    }
 
-    def make() -> tuple[Prepared, dict[str, Any]]:
-        found = prepare()
-        entries = [entry for entry, _ in found.placed]
-        return found, facts_of(optimizer.config, "Keras", found.parameter_map, entries, found.plan.layout)
+    framework = "Keras"
 
-    prepared = agreed(comm, optimizer.name, make, remarks)
-    graph = take_graph()
-    state = prepared.state
-    trained = sum(entry.rule == "slow" for entry, _ in prepared.placed)
-    position = Position("Keras", int(state.now.step), int(state.workers.numpy()), (0,) * trained)
-    job = meet(comm, optimizer.name, position)
-    engine = assemble(prepared, graph, job.groups)
-    machine = engine.machine
-    if job.fresh:
-        own_rate = [v for v in [optimizer._learning_rate] if isinstance(v, keras.Variable)]
-        _hand_out(comm, optimizer.name, job, prepared, variables, [*optimizer.inner_optimizer.variables, *own_rate])
-        begin = once(lambda: tf.nest.map_structure(tf.convert_to_tensor, machine.start()))
-        state.write(engine.call(begin))
-    elif job.restored_first:
-        _hand_out(comm, optimizer.name, job, prepared, variables, optimizer.variables)
-        engine.call(once(lambda: machine.take_from(0, ("slow", "mean", "base"))))
-        # What rank 0 had sent to others is no part of what all have now.
-        engine.call(once(lambda: state.write(machine.settled(state.read()))))
-    state.workers.assign(comm.size)
-    return job
+    def __init__(
+        self,
+        worker: KerasWorker,
+        variables: Sequence[keras.Variable],
+        statistics: Sequence[keras.Variable],
+        model: keras.Model | None,
+    ) -> None:
+        self.config, self.parameter_map = worker.config, worker.parameter_map
+        self.remarks: Mapping[str, Any] = {
+            "TensorFlow": tf.__version__,
+            "Keras": keras.__version__,
+            "the inner optimizer": type(worker.inner.innermost).__name__,
+        }
+        self._worker = worker
+        self._model_variables = variables
+        self._statistics = statistics
+        self._model = model
+        self._refs: list[VariableRef] = []
+        self._step: TracedStep | None = None
 
+    def describe(self) -> Description[VariableRef]:
+        worker = self._worker
+        check_model_variables(self._model_variables, self._model, self.parameter_map is not None)
+        worker.optimizer.build([v for v in self._model_variables if v.trainable])
+        known = {id(v) for v in self._model_variables}
+        missing = [v.path for v in worker.optimizer._trainable_variables if id(v) not in known]
+        if missing:
+            raise ValueError(
+                f"`variables` lacks some that the optimizer trains: {', '.join(missing)}. Give model.variables."
+            )
+        self._refs = worker.refs(self._statistics, self._model)
+        specs = [ref.spec for ref in self._refs]
+        groups = ParameterGroups.single(sum(spec.role == "parameter" for spec in specs))
+        return Description(specs, groups, worker.layout_of(self._refs))
 
-def _hand_out(
-    comm: Comm, name: str, job: Job, prepared: Prepared, variables: Sequence[Any], state: Sequence[Any]
-) -> None:
-    """The model's other variables, and the optimizer's state.
+    def position(self) -> tuple[int, int]:
+        variables = self._worker.variables
+        return int(variables.now.step), int(variables.workers.numpy())
 
-    state: the optimizer's variables.
-    """
-    frozen = [(entry, v) for entry, v in prepared.placed if entry.rule == "frozen"]
-    carried = {id(v) for v in (*prepared.plan.variables, *(v for _, v in frozen))}
-    # Seed generators keep their own stream on every worker.
-    others = [v for v in variables if id(v) not in carried and v.name != "seed_generator_state"]
-    theirs = [*others, *state]
-    common, own = hand_out(
-        comm,
-        name,
-        job,
-        lambda: {entry.name: entry.view.to_wire(v.numpy()) for entry, v in frozen},
-        lambda: [v.numpy() for v in theirs],
-    )
-    if common is not None:
-        for entry, v in frozen:
-            v.assign(entry.view.to_own(common[entry.name], v.numpy()))
-    if own is not None:
-        for v, value in zip(theirs, own, strict=True):
-            v.assign(value)
+    def assemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
+        self._step = self._worker.assemble(description.layout, description.groups, graph)
+
+    def give_frozen(self) -> dict[str, NDArray[Any]]:
+        return {ref.spec.name: ref.spec.view.to_wire(ref.variable.numpy()) for ref in self._frozen}
+
+    def give_own(self, job: Job) -> Values:
+        return [v.numpy() for v in self._own(job)]
+
+    def take(self, frozen: dict[str, NDArray[Any]] | None, own: Values | None, job: Job) -> None:
+        if frozen is not None:
+            for ref in self._frozen:
+                ref.variable.assign(ref.spec.view.to_own(frozen[ref.spec.name], ref.variable.numpy()))
+        if own is not None:
+            for v, value in zip(self._own(job), own, strict=True):
+                v.assign(value)
+
+    def first_vectors(self, job: Job) -> None:
+        worker, variables = self._worker, self._worker.variables
+        assert self._step is not None, "assembled before"
+        machine = self._step.assembly.machine
+        if job.fresh:
+            worker.call(once(lambda: variables.write(machine.start())))
+        elif job.restored_first:
+            worker.call(once(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state"))))
+            worker.call(once(lambda: variables.write(machine.reset(variables.read()))))
+        variables.workers.assign(worker.comm.size)
+
+    @property
+    def _frozen(self) -> list[VariableRef]:
+        return [ref for ref in self._refs if ref.spec.role == "frozen"]
+
+    def _own(self, job: Job) -> list[keras.Variable]:
+        """Return the variables that the chunks do not carry: the model's others, and the optimizer's state."""
+        assert self._step is not None, "assembled before"
+        carried = [*travelling(self._step.assembly.layout), *(ref.variable for ref in self._frozen)]
+        ids = {id(v) for v in carried}
+        # Seed generators keep their own stream on every worker.
+        others = [v for v in self._model_variables if id(v) not in ids and v.name != "seed_generator_state"]
+        optimizer = self._worker.optimizer
+        if not job.fresh:
+            return [*others, *optimizer.variables]
+        rate = [optimizer._learning_rate] if isinstance(optimizer._learning_rate, keras.Variable) else []
+        return [*others, *self._worker.inner.optimizer.variables, *rate]

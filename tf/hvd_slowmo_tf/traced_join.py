@@ -1,98 +1,87 @@
-"""`SlowMo.join` as one loop in a trace: a worker that is done answers the others until all are."""
+"""A join as one loop in a trace: a worker that is done answers the others until all are done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import tensorflow as tf
 
-from hvd_slowmo.core.gradient_average import GradientMean
+from hvd_slowmo.core.gradient_average import Attendance, GradientAverage, Presence
 from hvd_slowmo.core.join import take_part
-from hvd_slowmo_tf.traced_step import Engine
+from hvd_slowmo.core.progress import Progress, Scalar
+from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo_tf.gradients import VariableGradients
+from hvd_slowmo_tf.traced_step import TracedStep
 
 
-def make_join(engine: Engine) -> Callable[[Any], Any]:
-    """A traced function of a float64 scalar, 1 if this worker leaves for good; it returns who does, (workers,)."""
+def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the join as a traced function.
 
-    def join(leaving: Any) -> Any:
-        engine.traces += 1
-        optimizer, state = engine.optimizer, engine.state
-        once = _Once(engine, leaving)
-        # Micro-batches that wait for an update stay this worker's own.
-        count = optimizer.gradient_accumulation_steps or 1
-        waiting = optimizer._iterations._value % count
-        nobody = tf.zeros([engine.comm.size], tf.float64)
-        left = take_part(engine.ops, once.due, once.exchange, once.meet, nobody)
-        optimizer._iterations.assign(state.read().step * count + waiting)
+    It takes a float64 scalar, 1 if this worker leaves for good, and returns who leaves, float64 (workers,).
+    """
+
+    def join(leaving: tf.Tensor) -> tf.Tensor:
+        step.traces += 1
+        worker = JoiningStep(step)
+        # Micro-batches that wait for an update remain this worker's.
+        waiting = step.optimizer._iterations._value % worker.calls_per_step
+        left = take_part(step.assembly.machine, step.assembly.averages, worker, leaving)
+        worker.count_calls(waiting)
         return left
 
-    return tf.function(join, autograph=False)  # type: ignore[no-any-return]
+    traced: Callable[[tf.Tensor], tf.Tensor] = tf.function(join, autograph=False)
+    return traced
 
 
-class _Once:
-    """One pass of the loop: a meeting, or an exchange of gradients where the schedule has one."""
+class JoiningStep:
+    """`hvd_slowmo.core.join.JoiningWorker` in one trace.
 
-    def __init__(self, engine: Engine, leaving: Any) -> None:
-        self._engine = engine
-        self._leaving = leaving
+    Args:
+        step: of this worker.
+    """
 
-    def due(self, node_done: Any) -> Any:
-        engine = self._engine
-        if not engine.averages_gradients:
-            return False
-        now = engine.machine.plan(engine.state.read())
-        due = tf.convert_to_tensor(now.average_gradients) & ~node_done
-        if engine.of_node.size == 1:  # nobody to exchange gradients with, but all
-            due &= tf.convert_to_tensor(now.all_gradients)
-        return due
+    def __init__(self, step: TracedStep) -> None:
+        self._step = step
+        self._nothing = [None] * len(step.trained)
+        self._gradients: VariableGradients | None = None
+        self.calls_per_step: int = step.optimizer.gradient_accumulation_steps or 1
 
-    def meet(self) -> Any:
-        after, over, left = self._engine.machine.idle(self._engine.state.read(), self._leaving)
-        self._engine.state.write(after)
-        self._engine.ops.cond(over, lambda: None, self._after_outer)
-        return ~over, left
+    def read_progress(self) -> Progress:
+        return self._step.variables.read()
 
-    def exchange(self, left: Any) -> Any:
-        engine = self._engine
-        now = engine.machine.plan(engine.state.read())
-        return engine.ops.cond(
-            now.all_gradients,
-            lambda: self._follow(engine.of_all, now, left),
-            lambda: self._follow(engine.of_node, now, left),
+    def write_progress(self, progress: Progress) -> None:
+        self._step.variables.write(progress)
+
+    def exchange_nothing(self, average: GradientAverage, leaving: Scalar) -> Attendance:
+        self._gradients = VariableGradients(self._step.assembly.layout, self._step.trained, self._nothing)
+        rates = tf.zeros([self._step.assembly.machine.layout.group_count], tf.float64)
+        return average.exchange(self._gradients, Presence(training=0, leaving=leaving, rates=rates))
+
+    def follow_step(self, attendance: Attendance, plan: StepPlan) -> None:
+        step, machine, gradients = self._step, self._step.assembly.machine, self._gradients
+        assert gradients is not None, "exchanged in the same pass of the loop"
+        step.averaged_step(self._nothing, gradients.means(), gradients.counts(), attendance.rates)
+        progress = machine.after_inner_step(
+            self.read_progress(), attendance.rates, training=0, catch_up_from=attendance.first
         )
-
-    def _follow(self, exchange: GradientMean, now: Any, left: Any) -> Any:
-        """Give zeros, and take the step that the others take, with their gradients and their rates."""
-        engine = self._engine
-        nothing: list[Any] = [None] * len(engine.variables)
-        rates = tf.zeros([engine.plan.layout.groups], tf.float64)
-        averaged, counts, attendance = engine.exchange(exchange, nothing, 0, self._leaving, rates)
-
-        def done() -> Any:
-            engine.catch_up(exchange)
-            if exchange is engine.of_all:
-                return tf.constant(False), tf.constant(False), attendance.leaving
-            return tf.constant(True), tf.constant(True), left
-
-        def step() -> Any:
-            engine.counted_base_step(nothing, averaged, counts, attendance.rates)
-            after = engine.machine.tick(engine.state.read(), attendance.rates, live=0, source=attendance.source)
-            engine.state.write(after)
-            engine.ops.cond(now.outer, engine.after_outer, lambda: None)
-            self._move_average()
-            return tf.constant(True), tf.constant(False), left
-
-        return tf.cond(tf.equal(attendance.live, 0), done, step)
-
-    def _after_outer(self) -> None:
-        self._engine.after_outer()
+        self.write_progress(progress)
+        machine.runtime.ops.cond(plan.outer, step.after_outer_step, lambda: None)
         self._move_average()
 
+    def outer_step_followed(self) -> None:
+        self._step.after_outer_step()
+        self._move_average()
+
+    def hand_over(self, average: GradientAverage) -> None:
+        """Leave the inner state as it is: a trace can't send it."""
+
+    def count_calls(self, waiting: Scalar) -> None:
+        """Set Keras' count of calls, `iterations`, from the count of steps and the calls since the last one."""
+        steps = self.read_progress().step
+        self._step.optimizer._iterations.assign(steps * self.calls_per_step + waiting)
+
     def _move_average(self) -> None:
-        """As the others do in the step that this worker takes along."""
-        optimizer = self._engine.optimizer
-        if optimizer.use_ema:
-            count = optimizer.gradient_accumulation_steps or 1
-            optimizer._iterations.assign(self._engine.state.read().step * count - 1)
-            self._engine.move_average()
+        """Do as the others in the step that this worker takes along."""
+        if self._step.optimizer.use_ema:
+            self.count_calls(-1)
+            self._step.move_average()

@@ -1,75 +1,81 @@
-"""All that SlowMo keeps between steps, as Keras variables: the scalars of the state machine, the anchor and v."""
+"""The state between two steps as Keras variables: the scalars of the state machine, the anchor and v."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from hvd_slowmo.core.layout import Layout
-from hvd_slowmo.core.progress import Observed, Progress
+from hvd_slowmo.core.progress import FIELDS, PER_GROUP, Observed, Progress
 
 
-class State:
-    """Made once, when the optimizer is built.
+class OptimizerVariables:
+    """SlowMo's own variables; made once, when the optimizer is built.
 
     Args:
         add_variable: keras.optimizers.Optimizer's.
-        layout: of the model.
-        vectors: names of what is kept beside the parameters: a flat variable for each chunk of them.
-        weights: how many push-sum weights there are: one per worker over a gossip base, else none.
+        layout: of the parameters.
+        vectors: names of the vectors that are kept beside the parameters.
+        weights: number of push-sum weights: one per worker with gossip, else none.
+
+    Attributes:
+        scalars: `Progress.flat()`, a variable per name.
+        workers: number of workers of the job; 0 before it has started.
+        vectors: per name, a flat variable for each chunk of parameters.
     """
 
-    def __init__(self, add_variable: Callable[..., Any], layout: Layout, vectors: Sequence[str], weights: int) -> None:
-        # Keras has one group of parameters; see `regroup`.
-        lengths = {"rates": 1, "gamma": 1, "observed": len(Observed._fields), "w": weights, "arriving": weights}
-        self.scalars = [
-            add_variable(
+    def __init__(
+        self, add_variable: Callable[..., keras.Variable], layout: Layout, vectors: Sequence[str], weights: int
+    ) -> None:
+        lengths = {"observed": len(Observed._fields), "weights": weights, "arriving": weights}
+        lengths |= dict.fromkeys(PER_GROUP, 1)  # Keras has one group of parameters; see `regroup`
+        self.scalars = {
+            field: add_variable(
                 shape=(lengths[field],) if field in lengths else (),
                 dtype="float64" if field in lengths else "int64",
-                initializer="ones" if field == "w" else "zeros",
+                initializer="ones" if field == "weights" else "zeros",
                 name=field,
             )
-            for field in Progress._fields
-        ]
-        self.workers = add_variable(shape=(), dtype="int64", name="workers")  # of the job; 0 before it starts
+            for field in FIELDS
+        }
+        self.workers = add_variable(shape=(), dtype="int64", name="workers")
         self.vectors = {
             vector: [
                 add_variable(
                     shape=(chunk.size,), dtype=layout.segments[chunk.segment].dtype, name=f"{vector}_{chunk.index}"
                 )
-                for chunk in layout.chunks
-                if chunk.rule == "slow"
+                for chunk in layout.parameter_chunks
             ]
             for vector in vectors
         }
 
-    def regroup(self, groups: int, variables: list[Any]) -> None:
-        """Have rates for so many groups, where workers of another framework have several.
+    def regroup(self, groups: int, variables: list[keras.Variable]) -> None:
+        """Keep learning rates of so many groups, where workers of another framework have several.
 
-        variables: the optimizer's, among which the new ones take the places of the old.
+        Args:
+            groups: number of common groups.
+            variables: the optimizer's, among which the new variables take the places of the old ones.
         """
-        for field in ("rates", "gamma"):
-            at = Progress._fields.index(field)
-            old = self.scalars[at]
+        for field in PER_GROUP:
+            old = self.scalars[field]
             if old.shape != (groups,):
                 with tf.init_scope():
                     new = keras.Variable(tf.zeros([groups], tf.float64), dtype="float64", trainable=False, name=field)
-                self.scalars[at] = new
+                self.scalars[field] = new
                 variables[next(n for n, v in enumerate(variables) if v is old)] = new
 
     def read(self) -> Progress:
-        """In a trace."""
-        return Progress(*[v._value.read_value() for v in self.scalars])
+        """Return the scalar state; in a trace."""
+        return Progress.from_flat({field: v._value.read_value() for field, v in self.scalars.items()})
 
     def write(self, progress: Progress) -> None:
-        """In a trace."""
-        for v, value in zip(self.scalars, progress, strict=True):
-            v.assign(value)
+        """Replace the scalar state, also in a trace."""
+        for field, value in progress.flat().items():
+            self.scalars[field].assign(value)
 
     @property
     def now(self) -> Progress:
-        """As NumPy values."""
-        return Progress(*[v.numpy() for v in self.scalars])
+        """The scalar state as NumPy values."""
+        return Progress.from_flat({field: v.numpy() for field, v in self.scalars.items()})

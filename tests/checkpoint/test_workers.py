@@ -1,0 +1,45 @@
+"""Checkpoints of real Horovod workers, in the middle of a block; a run that goes on in the other framework."""
+
+import pytest
+
+from support.trainings.checkpoints import apart
+
+pytestmark = [pytest.mark.workers, pytest.mark.slow]
+
+
+def check_refused(results, folder):
+    for save, load in results:
+        assert "in a folder that there is" in save
+        assert "there is no file" in load
+    assert not list(folder.glob("after*"))
+    assert len(list(folder.glob("checkpoint*"))) == 1, "an outer step's state with buffers reset is common"
+
+
+def test_pytorch_and_then_keras(workers, keras_workers, tmp_path):
+    """OSGP with messages in flight; momentum in the middle of a block."""
+    runs = {}
+    for case in ("osgp", "momentum"):
+        asked = {"case": case, "path": tmp_path / case, "stop": 6, "end": 14}
+        runs[case] = asked, workers(2).run("support.jobs.checkpoints:resumed", framework="torch", **asked)
+        for different, _ in runs[case][1]:
+            assert different == 0
+    check_refused(workers(2).run("support.jobs.checkpoints:refused", framework="torch", path=tmp_path), tmp_path)
+    for asked, whole in runs.values():
+        theirs = keras_workers(2).run("support.jobs.checkpoints:continued", framework="tensorflow", limit=120, **asked)
+        for (_, ours), other in zip(whole, theirs, strict=True):
+            assert apart(ours, other) < 1e-9
+
+
+def test_keras_in_the_middle_of_a_block(keras_workers, tmp_path):
+    asked = {"case": "momentum", "path": tmp_path / "keras", "stop": 6, "end": 10}
+    for different, _ in keras_workers(2).run(
+        "support.jobs.checkpoints:resumed", framework="tensorflow", limit=120, **asked
+    ):
+        assert different == 0
+    check_refused(
+        keras_workers(2).run("support.jobs.checkpoints:refused", framework="tensorflow", path=tmp_path, limit=120),
+        tmp_path,
+    )
+    for equal in keras_workers(2).run("support.jobs.checkpoints:fitted", path=tmp_path, limit=120):
+        assert equal
+        assert all(equal)

@@ -1,0 +1,71 @@
+"""One framework alone, in a new environment, from nothing to the framework's main job: `make test-install`.
+
+Takes some ten minutes: each environment downloads its framework and builds Horovod, unless the user's cache has it.
+"""
+
+import importlib.metadata
+import shutil
+
+import pytest
+
+from support.installation import ROOT, python_here, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.workers, pytest.mark.install]
+
+# Beside the framework: what the examples need.
+PACKAGES = {
+    "torch": ("torch", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
+    "tf": ("tensorflow-cpu", "keras", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
+}
+NAMES = {"torch": "PyTorch", "tf": "TensorFlow"}
+JOBS = {"torch": "digits_torch.py", "tf": "digits_keras.py"}
+
+
+def cpu_index():
+    code = "import setup_venv; print(setup_venv.CPU_INDEX if setup_venv.cpu_index_answers() else '')"
+    index = run(python_here, "-c", code, cwd=ROOT / "tools").strip()
+    return ("--extra-index-url", index) if index else ()
+
+
+@pytest.mark.parametrize("framework", PACKAGES)
+def test_one_framework_alone_from_nothing_to_training(framework, tmp_path):
+    # A copy: building a package leaves files beside setup.py.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    for name in ("hvd_slowmo", "torch", "tf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    run(python_here, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    binaries = tmp_path / "venv" / "bin"
+    wanted = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES[framework]]
+    pip = (binaries / "python", "-m", "pip", "install", "--quiet")
+    run(*pip, *(cpu_index() if framework == "torch" else ()), *wanted, cwd=tmp_path)
+    # tensorflow-cpu is TensorFlow under another name: an extra would fetch the other one too.
+    extra = "[torch]" if framework == "torch" else ""
+    run(*pip, "--no-build-isolation", f"{source}{extra}", cwd=tmp_path)
+
+    (other,) = set(NAMES) - {framework}
+    said = run(binaries / "hvd-slowmo", "install-horovod", cwd=tmp_path)
+    assert f"Two workers summed a tensor with {NAMES[framework]}" in said
+    assert NAMES[other] not in said
+    said = run(binaries / "hvd-slowmo", "install-horovod", cwd=tmp_path)
+    assert "is installed already" in said
+
+    said = run(binaries / "hvd-slowmo", "doctor", cwd=tmp_path)
+    assert "Training works here" in said
+    assert "warning" not in said
+    assert "problem" not in said
+
+    example = ROOT / "examples" / JOBS[framework]
+    run(
+        binaries / "horovodrun", "-np", "2", binaries / "python", example, "--quick", cwd=tmp_path, timeout=300
+    )  # fmt: skip
+    assert list((tmp_path / "results").glob("*.png"))
+
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    assert (site / f"hvd_slowmo_{framework}" / "__init__.py").exists()
+    assert not (site / "torch" / "hvd_slowmo_torch").exists()  # no file of ours inside PyTorch
+    run(binaries / "python", "-m", "pip", "check", cwd=tmp_path)
+    run(binaries / "python", "-m", "pip", "uninstall", "--yes", "horovod", cwd=tmp_path)
+    assert not (site / "horovod").exists()

@@ -1,0 +1,29 @@
+"""The installer's doctor and checks in the environment that runs the tests; see test_alone.py for new ones."""
+
+import pytest
+
+from hvd_slowmo.installer import check, recipe
+from support.installation import ROOT, python_here, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.workers]
+
+
+def test_the_doctor_is_content_with_the_development_environment():
+    said = run(python_here, "-m", "hvd_slowmo.cli", "doctor", cwd=ROOT)
+    assert "Training works here" in said
+    assert "Two workers summed a tensor with PyTorch" in said
+    assert "Two workers summed a tensor with TensorFlow" in said
+
+
+def test_the_stall_check_of_our_build_reports_a_tensor_that_never_comes():
+    built = recipe.installed()
+    assert built is not None, "this environment's Horovod was not built by `hvd-slowmo install-horovod`: run make setup"
+    assert built.stall_check_mended
+    assert check.stall("torch").error is None
+
+
+def test_a_check_that_fails_says_what_the_workers_said():
+    result = check.allreduce("torch", time_limit=0.2)
+    assert result.error is not None
+    assert result.error.startswith("no result within 0.2 s")
+    assert result.seconds < 30

@@ -1,0 +1,103 @@
+"""What a wheel is made from, and the cache of wheels."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from hvd_slowmo.installer import cache as caches
+from hvd_slowmo.installer import patches, recipe, sdist
+from hvd_slowmo.installer.options import Options
+from support.installation import TENSORFLOW, TORCH, Recorder
+
+
+def test_the_key_changes_with_each_ingredient():
+    def key(frameworks=(TORCH,), options=None, env=None, changes=patches.PATCHES, source=sdist.HOROVOD):
+        return recipe.recipe(source, frameworks, options or Options(), env or {}, changes).key
+
+    same = [key(), key(options=Options(rebuild=True, jobs=3)), key(env={"HOME": "/elsewhere"})]
+    assert len(set(same)) == 1
+    base = recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {})
+    different = [
+        key(),
+        key(frameworks=(replace(TORCH, version="2.13.0+cu130"),)),
+        key(frameworks=(TENSORFLOW,)),
+        key(frameworks=(TORCH, TENSORFLOW)),
+        key(options=Options(mpi=True)),
+        key(options=Options(nccl=True)),
+        key(env={"HOROVOD_BUILD_CUDA_CC_LIST": "90"}),
+        key(env={"CXX": "clang++"}),
+        key(changes=patches.PATCHES[1:]),
+        key(source=replace(sdist.HOROVOD, version="0.28.2")),
+        key(source=replace(sdist.HOROVOD, sha256="0" * 64)),
+        replace(base, python="cpython-399").key,
+        replace(base, platform="linux-other").key,
+    ]
+    assert len(set(different)) == len(different)
+
+
+def test_a_record_reads_back_and_anything_else_is_none():
+    made = recipe.recipe(sdist.HOROVOD, (TORCH, TENSORFLOW), Options(), {"CXX": "g++"})
+    assert recipe.read(made.to_json()) == made
+    assert made.stall_check_mended
+    assert recipe.read("{}") is None
+    assert recipe.read("no json") is None
+
+
+def test_the_cache_gives_back_whole_wheels_only(tmp_path):
+    wanted = recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {})
+    other = recipe.recipe(sdist.HOROVOD, (TENSORFLOW,), Options(), {})
+    wheel = tmp_path / "horovod-0.28.1-py3-none-any.whl"
+    files = {recipe.RECORD: wanted.to_json(), "horovod/torch/mpi_lib_v2.cpython.so": "x" * 10000}
+    _write_zip(wheel, files)
+    cache = caches.Cache(tmp_path / "cache")
+    assert cache.find(wanted) is None
+    kept = cache.put(wanted, wheel)
+    assert cache.find(wanted) == kept
+    assert cache.find(other) is None
+    assert not caches.is_whole(kept, other)
+    data = kept.read_bytes()
+    kept.write_bytes(data[: len(data) // 2])
+    assert cache.find(wanted) is None
+    kept.write_bytes(data.replace(b"xxxx", b"xyxx", 1))
+    assert cache.find(wanted) is None
+    _write_zip(kept, {recipe.RECORD: wanted.to_json()})
+    assert cache.find(wanted) is None
+
+
+def test_two_builders_of_one_wheel_take_turns(tmp_path, reporter):
+    wanted = recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {})
+    cache = caches.Cache(tmp_path)
+    second = Recorder()
+    order = []
+
+    def build():
+        with cache.building(wanted, second) as folder:
+            order.append(("second", sorted(path.name for path in folder.iterdir())))
+
+    with cache.building(wanted, reporter) as folder:
+        (folder / "left.txt").write_text("")
+        thread = threading.Thread(target=build)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not second.said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        order.append(("first", []))
+    thread.join(10)
+    assert order == [("first", []), ("second", [])]
+    assert "waiting" in second.said[0]
+    assert not folder.exists()
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path):
+    assert caches.user_cache({"XDG_CACHE_HOME": str(tmp_path)}).root == tmp_path / "hvd-slowmo"
+    assert caches.user_cache({}).root == Path.home() / ".cache" / "hvd-slowmo"
+    assert caches.user_cache({"XDG_CACHE_HOME": "relative"}).root == Path.home() / ".cache" / "hvd-slowmo"
+
+
+def _write_zip(path, files):
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)

@@ -1,0 +1,84 @@
+"""The contract of keras.optimizers: one trace, and what is in it."""
+
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_slowmo.comm import SoloComm
+from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo_tf.effects import KeptComm
+from support.models.keras import fit, held, net, sentences, step_of, words
+from support.models.keras_optimizers import SGD
+from support.problems import chunks_of
+
+# Keras turns bfloat16 and h5 files into NumPy in a way that NumPy 2 warns of, whatever the optimizer.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+
+def operations(graph):
+    """Names of all operations, in the functions that it calls too."""
+    found = [op.type for op in graph.get_operations()]
+    for function in graph.as_graph_def().library.function:
+        found += [node.op for node in function.node_def]
+    return found
+
+
+@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "warmup_steps": 3, "buffers": "reset"}], ids=str)
+def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
+    model, optimizer = net(), SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config), metrics=True)
+    fit(model, optimizer, range(5), epochs=4)
+    assert optimizer.engine.traces == 1
+    assert optimizer.steps == 20
+    concrete = optimizer.engine.step.get_concrete_function([tf.zeros(v.shape) for v in model.trainable_variables])
+    assert not [op for op in operations(concrete.graph) if "PyFunc" in op]
+    assert optimizer.engine.traces == 1
+
+
+def test_no_variable_is_assigned_in_part():
+    """Once one was, TensorFlow copies all of it whenever a layer reads it: every step of a training takes longer."""
+    with chunks_of(64):
+        model, optimizer = net(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
+        fit(model, optimizer, range(4))
+    concrete = optimizer.engine.step.get_concrete_function([tf.zeros(v.shape) for v in model.trainable_variables])
+    found = operations(concrete.graph)
+    assert "AssignVariableOp" in found
+    assert not [op for op in found if "StridedSliceAssign" in op or "Scatter" in op]
+
+
+@pytest.mark.slow
+def test_embeddings_of_any_number_of_words_take_few_traces():
+    model, optimizer = words(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
+    step = step_of(model, optimizer)
+    for samples in (3, 4, 5, 6, 7, 8, 9, 4):
+        step(*map(tf.constant, sentences(0, samples, samples)))
+    assert optimizer.engine.traces <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "buffers": "reset", "nonfinite": "exclude"}], ids=str)
+def test_xla_compiles_a_worker_alone(config):
+    compiled, plain = net(), net()
+    fit(plain, SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config)), range(5))
+    fit(compiled, SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config)), range(5), compiled={"jit_compile": True})
+    for a, b in zip(held(compiled), held(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Slow(SoloComm):
+    """One of two workers; each of its sums takes 50 ms more than the one before."""
+
+    size = 2
+
+    def wait(self, handle):
+        time.sleep(0.05)
+        return handle
+
+
+def test_seconds_waited_for_several_at_once_are_counted_once():
+    comm = KeptComm(Slow(), timed=True)
+    started = time.time()
+    for handle in [comm.start_sum(f"{number}", tf.zeros([3])) for number in range(3)]:
+        comm.wait(handle)
+    assert 0.15 <= float(comm.counters[1]) <= time.time() - started

@@ -1,0 +1,201 @@
+"""One job of PyTorch and Keras workers: equal to one framework's, to the reference, and to each other."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hvd_slowmo.comm import ThreadWorld
+from support.problems import ADAM, ALONE, LOCAL_SGD, NESTEROV, Problem, distance
+
+pytestmark = [pytest.mark.workers, pytest.mark.slow]
+
+TOLERANCE = 1e-9
+ULPS = 8 * np.finfo(np.float64).eps  # relative to the largest value
+
+OSGP = {"base": "sgp", "overlap": True}
+CORE = {
+    "local": Problem({"tau": 3, **LOCAL_SGD}, options=NESTEROV, steps=60),
+    "slowmo": Problem({"tau": 3, "alpha": 0.9}, options=NESTEROV, steps=60),
+    "sgp": Problem({"base": "sgp", **ALONE}, schedule="decay", steps=60),
+    "sgp, slowmo": Problem({"base": "sgp", "tau": 4}, schedule="decay", steps=60),
+    "osgp": Problem({**OSGP, **ALONE}, steps=60),
+    "osgp, slowmo": Problem({**OSGP, "tau": 4, "buffers": "reset"}, options=NESTEROV, steps=60),
+}
+OTHERS = {
+    "adam, reset": Problem({"tau": 3, "buffers": "reset"}, base="adam", options=ADAM, steps=30),
+    "dpsgd": Problem({"base": "dpsgd", **ALONE}, schedule="steps"),
+    "dpsgd, slowmo": Problem({"base": "dpsgd", "tau": 3}),
+    "sgp, slowmo, noaverage": Problem({"base": "sgp", "average": False, "tau": 4}, schedule="decay"),
+    "osgp, slowmo, noaverage": Problem({**OSGP, "average": False, "tau": 4}),
+    "warm-up": Problem({"tau": 3, "warmup_steps": 4, "buffers": "reset"}, options=NESTEROV),
+    "osgp, warm-up": Problem({**OSGP, "warmup_steps": 3, **ALONE}),
+    "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
+    "gradients averaged, Lookahead": Problem({"tau": 3, "gradients": "all", "alpha": 0.5, "beta": 0.0}),
+    "bmuf": Problem({"tau": 3, "alpha": 0.9, "beta": 0.6, "scale_by_lr": False}, schedule="steps"),
+    "diloco": Problem({"tau": 5, "alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False}),
+}
+
+
+FEW = ("slowmo", "sgp, slowmo", "osgp, slowmo")
+
+
+def check(mixed_workers, kinds, problems):
+    for name, problem in problems.items():
+        histories = mixed_workers(kinds).run("support.trainings.mixed:run", problem=problem, chunk_bytes=40, limit=120)
+        assert distance(histories, problem) < TOLERANCE, name
+        if "base" not in problem.config:
+            for step in (s.step for s in problem.reference(len(kinds)) if s.outer):
+                assert apart(histories, step) < ULPS, (name, step)
+
+
+def apart(histories, step):
+    """How far the workers are apart, relative to the largest value."""
+    x = np.stack([history[step]["x"] for history in histories])
+    return np.abs(x - x[0]).max() / np.abs(x).max()
+
+
+@pytest.mark.parametrize("kinds", ["tk", "ttkk", "ktk"])
+def test_equal_to_the_reference(mixed_workers, kinds):
+    """And so to one framework's run, which is equal to the reference too (test_torch_reference, test_keras_...)."""
+    check(mixed_workers, kinds, CORE if kinds == "tk" else {name: CORE[name] for name in FEW})
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kinds", "problems"), [("tk", OTHERS), ("ttkk", CORE), ("ktk", CORE)])
+def test_more_settings_equal_the_reference(mixed_workers, kinds, problems):
+    check(mixed_workers, kinds, problems)
+
+
+def test_equal_to_one_frameworks_run(mixed_workers):
+    from support.trainings.pytorch import run
+
+    problem = CORE["slowmo"]
+    alone = ThreadWorld(2).run(lambda comm: run(problem, comm))
+    mixed = mixed_workers("tk").run("support.trainings.mixed:run", problem=problem)
+    for mine, other in zip(mixed, alone, strict=True):
+        assert max(np.abs(a["x"] - b["x"]).max() for a, b in zip(mine, other, strict=True)) < TOLERANCE
+
+
+def test_no_further_apart_after_a_thousand_blocks(mixed_workers):
+    problem = Problem({"tau": 2, "alpha": 0.9}, options={"momentum": 0.5}, steps=2000)
+    histories = mixed_workers("tk").run("support.trainings.mixed:run", problem=problem, limit=300)
+    found = [apart(histories, step) for step in range(2, problem.steps + 1, 2)]
+    assert max(found) < ULPS
+    assert np.median(found[-100:]) <= 2 * np.median(found[:100])
+    assert distance(histories, problem) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["warm-up", "ar_sgd"])
+def test_gradients_averaged(mixed_workers, name):
+    check(mixed_workers, "tk", {name: OTHERS[name]})
+
+
+def test_parameter_groups_of_pytorch_alone(mixed_workers):
+    """Two groups in another order than the wire's; Keras has one."""
+    problem = Problem({"tau": 3, "warmup_steps": 2}, options=NESTEROV, steps=20)
+    histories = mixed_workers("tk").run("support.trainings.mixed:run", problem=problem, split=True)
+    assert distance(histories, problem) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tau": 3},
+        {"tau": 3, "warmup_steps": 4},
+        {"tau": None, **LOCAL_SGD, "gradients": "all"},
+        {"tau": 4, **OSGP},
+        {"tau": 3, "base": "sgp", "average": False},
+    ],
+)
+def test_join_with_uneven_data(mixed_workers, config):
+    """Equal to threads of PyTorch alone, which are equal to the reference (test_torch_join)."""
+    from support.trainings.pytorch import epochs
+
+    problem, plan = Problem(config), [(5, 2), (1, 7), (0, 3), (6, 6)]
+    mixed = mixed_workers("tk").run("support.trainings.mixed:epochs", problem=problem, plan=plan)
+    alone = ThreadWorld(2).run(lambda comm: epochs(problem, plan, comm))
+    for mine, other in zip(mixed, alone, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert (a["step"], a["behind"]) == (b["step"], b["behind"])
+            assert np.abs(a["x"] - b["x"]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["slowmo", "osgp, slowmo", "warm-up"])
+def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
+    """In the middle of a block, or of a flight: to the bit, on the workers that it comes from."""
+    problem = replace({**CORE, **OTHERS}[name], steps=12)
+    asked = {"problem": problem, "path": tmp_path / "x", "stop": 5, "split": name == "slowmo"}
+    for whole, again in mixed_workers("tk").run("support.trainings.mixed:resumed", **asked):
+        for a, b in zip(whole, again, strict=True):
+            assert np.array_equal(a["x"], b["x"])
+
+
+def test_a_load_while_messages_are_on_their_way_is_refused_on_all(mixed_workers, tmp_path):
+    problem = Problem({"tau": None, **OSGP})
+    for said, back in mixed_workers("tk").run(
+        "support.trainings.mixed:rolled_back", problem=problem, path=tmp_path / "x"
+    ):
+        assert "call join() on every worker before load()" in said
+        assert back
+
+
+def test_averaged_parameters(mixed_workers):
+    results = mixed_workers("tk").run("support.trainings.mixed:averaged", problem=Problem({"tau": 9}))
+    mean = np.mean([own for own, _, _ in results], axis=0)
+    for own, inside, after in results:
+        assert np.array_equal(own, after)
+        np.testing.assert_allclose(inside, mean, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "config", [{"tau": 3, "warmup_steps": 2}, {"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all"}]
+)
+def test_batch_norm_and_a_flattened_feature_map(mixed_workers, config):
+    """Real layers, real gradients: all that is on the wire is alike on both sides after each join."""
+    first, second = mixed_workers("tk").run("support.jobs.mixed:trained", config=config, lengths=[5, 3], limit=120)
+    assert "1.batch_norm.variance" in first[0]
+    for mine, other in zip(first, second, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-12, atol=1e-14, err_msg=name)
+    assert any(np.abs(first[0][name] - first[1][name]).max() > 1e-3 for name in first[0])
+
+
+def test_fit_beside_a_loop_of_pytorchs(mixed_workers):
+    (mine, behind), (other, losses) = mixed_workers("tk").run("support.jobs.mixed:with_fit", epochs=3, limit=120)
+    for name in mine:
+        np.testing.assert_allclose(mine[name], other[name], rtol=1e-12, atol=1e-14, err_msg=name)
+    assert behind == [2, 2, 2]
+    assert losses[-1] < losses[0]
+
+
+EXPECTED = {
+    "config": "rank 1 differs from rank 0: config: tau: it has 4 where 3 is expected",
+    "layers": "rank 1 differs from rank 0: parameters, entry 2: it has 1.linear.weight slow [4, 12] float64  where "
+    "1.batch_norm.weight slow [3] float64 eps 1e-05 is expected",
+    "units": "parameters, entry 6: it has 2.linear.weight slow [5, 12] float64  where 2.linear.weight slow [4, 12]",
+    "precision": "it has 0.conv.weight slow [3, 1, 3, 3] float32  where 0.conv.weight slow [3, 1, 3, 3] float64  is",
+    "eps": "it has 1.batch_norm.weight slow [3] float64 eps 0.001 where 1.batch_norm.weight slow [3] float64 eps 1e-05",
+    "no maps": "framework, of workers without a parameter_map: it has 'Keras' where 'PyTorch' is expected",
+    "unknown": "torch.nn.modules.activation.PReLU is not a layer whose Keras form is known",
+    "no map": "rank 1 differs from rank 0: parameter_map: it has None where",
+    "another map": "rank 1 differs from rank 0: parameter_map: orient: it has",
+    "average": "buffers='average' needs to be one, since it averages what base optimizers keep: it has 'Keras' where",
+    "argument": "`parameter_map` must be a ParameterMap. Received: str",
+    "not finite": "parameters or BatchNorm statistics are not finite (NaN or infinity) on rank 1 after step 3",
+}
+
+
+def test_misuse_raises_on_every_rank(mixed_workers):
+    for kind, words in EXPECTED.items():
+        if kind == "argument":  # Keras' constructor communicates with nobody: see the documentation
+            continue
+        for said in mixed_workers("tk").run("support.jobs.mixed:misuse", kind=kind, odd=1, limit=60):
+            assert words in said, kind
+
+
+def test_misuse_in_pytorch_raises_on_every_rank(mixed_workers):
+    for kind in ("argument", "no map", "layers"):
+        results = mixed_workers("kt").run("support.jobs.mixed:misuse", kind=kind, odd=1, limit=60)
+        assert all(said.startswith(("TypeError", "ValueError")) for said in results), results

@@ -1,0 +1,86 @@
+"""What metrics() tells, against the same quantities computed from the workers' parameters."""
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from support.problems import Problem
+from support.trainings.pytorch import BASES, Model, advance
+
+PROBLEM = Problem({"tau": 3, "alpha": 0.8}, steps=12)
+
+
+def work(comm, problem=PROBLEM, metrics=True):
+    model = Model(problem.start())
+    base = BASES[problem.base](model.parameters(), lr=0.1)
+    optimizer = SlowMo.over(comm, base, model, SlowMoConfig(**problem.config), metrics=metrics)
+    seen, before, held = [], [], []
+    for step in range(problem.steps):
+        if step % 3 == 2:  # the inner step that ends the block, as SlowMo will see it
+            rate = problem.rate(step, 0)
+            before.append(model.flat() - rate * problem.gradient(comm.rank, step, model.flat()))
+        held += advance(problem, model, optimizer, comm.rank, range(step, step + 1))
+        seen.append(optimizer.metrics())
+    return seen, before, held
+
+
+def test_metrics_are_those_of_the_workers_parameters():
+    results = ThreadWorld(3).run(work)
+    assert results[0][0][:2] == [None, None]
+    anchor, v = PROBLEM.start(), np.zeros(15)
+    divergence = 0.0
+    for block in range(4):
+        ends = np.array([before[block] for _, before, _ in results])
+        mean = ends.mean(axis=0)
+        delta = anchor - mean
+        for seen, _, _ in results:
+            found = seen[3 * block + 2]
+            assert found.step == 3 * block + 3
+            assert found.delta_norm == pytest.approx(np.linalg.norm(delta))
+            assert found.v_norm == pytest.approx(np.linalg.norm(v))
+            norms = np.linalg.norm(delta) * np.linalg.norm(v)
+            assert found.cosine == pytest.approx(delta @ v / norms if norms else 0.0)
+            assert found.divergence == pytest.approx(divergence)  # of the block before
+            assert found.bytes_sent == 8 * 15 + 3 * 11 * 8 + (8 * 15 if block == 0 else 0)
+            assert found.seconds_waited >= 0
+        divergence = ((ends - mean) ** 2).sum(axis=1).mean() / (mean @ mean)
+        held = results[0][2][3 * block + 2]
+        anchor, v = held["anchor"], held["v"]
+
+
+def test_measuring_changes_nothing_of_the_training():
+    problem = PROBLEM
+    measured = ThreadWorld(2).run(lambda comm: work(comm)[2])
+
+    def plain(comm):
+        model = Model(problem.start())
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = SlowMo.over(comm, base, model, SlowMoConfig(**problem.config))
+        with pytest.raises(RuntimeError, match="metrics=True"):
+            optimizer.metrics()
+        return advance(problem, model, optimizer, comm.rank, range(problem.steps))
+
+    for a, b in zip(measured, ThreadWorld(2).run(plain), strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_local_sgd_has_a_divergence_and_no_momentum():
+    results = ThreadWorld(2).run(lambda comm: work(comm, Problem({"tau": 3, "alpha": 1.0, "beta": 0.0}, steps=6)))
+    last = results[0][0][-1]
+    assert last.divergence > 0
+    assert (last.delta_norm, last.v_norm, last.cosine) == (0.0, 0.0, 0.0)
+
+
+def test_without_the_average_they_are_the_workers_own():
+    config = {"tau": 3, "beta": 0.5, "base": "sgp", "average": False}
+    results = ThreadWorld(3).run(lambda comm: work(comm, Problem(config, steps=6)))
+    for seen, _, held in results:
+        first, second = seen[2], seen[5]
+        assert first.delta_norm == pytest.approx(np.linalg.norm(held[2]["v"]))  # v' = Delta in the first block
+        assert (first.v_norm, first.divergence) == (0.0, 0.0)
+        assert second.v_norm == pytest.approx(first.delta_norm)
+        assert 0 < abs(second.cosine) <= 1
+    assert results[0][0][2].delta_norm != results[1][0][2].delta_norm

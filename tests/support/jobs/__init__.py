@@ -1,0 +1,1 @@
+"""Jobs for Horovod workers: functions that `support.pool` calls by name."""

@@ -1,0 +1,90 @@
+"""Jobs for Horovod workers of either framework (see ../pool.py): checkpoints that are saved, resumed and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.trainings.checkpoints import CASES, KerasWorker, TorchWorker, apart
+
+
+def worker(framework: str, case: str) -> Any:
+    rank = importlib.import_module(f"horovod.{framework}").rank()
+    return {"torch": TorchWorker, "tensorflow": KerasWorker}[framework](*CASES[case], rank=rank)
+
+
+def doubles(framework: str) -> Any:
+    if framework == "torch":
+        return contextlib.nullcontext()
+    from support.trainings import keras as keras_training
+
+    return keras_training.doubles()
+
+
+def resumed(framework: str, case: str, path: Path, stop: int, end: int) -> tuple[float, list[dict[str, np.ndarray]]]:
+    """Stops in the middle; how far the run goes that is resumed from the one that goes on, and that one's values."""
+    with doubles(framework):
+        first = worker(framework, case)
+        first.advance(range(stop))
+        first.save(path)
+        whole = first.advance(range(stop, end))
+        again = worker(framework, case)
+        again.load(path)
+        return apart(whole, again.advance(range(stop, end))), whole
+
+
+def continued(framework: str, case: str, path: Path, stop: int, end: int) -> list[dict[str, np.ndarray]]:
+    """A run of the other framework goes on."""
+    with doubles(framework):
+        other = worker(framework, case)
+        other.load(path)
+        return other.advance(range(stop, end))
+
+
+def refused(framework: str, path: Path) -> list[str]:
+    """Every rank hears of what is wrong on rank 1; they are still in step then."""
+    with doubles(framework):
+        one = worker(framework, "reset")
+        one.save(path / "before")
+        said = []
+        for work, name in ((one.save, "after"), (one.load, "before")):
+            try:
+                work(path / name if one.rank == 0 else path / "nowhere" / name)
+            except ValueError as error:
+                said.append(str(error))
+        one.advance(range(3))
+        one.save(path / "checkpoint")
+        one.load(path / "checkpoint")
+        one.advance(range(3, 6))
+        return said
+
+
+def fitted(path: Path) -> list[bool]:
+    """Under `fit`, saved by a callback in the middle of a block; the resumed run equals the one that went on."""
+    import keras
+
+    from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+    from support.jobs.keras_fit import data, hvd, network
+
+    class Save(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.optimizer.save(path / f"{epoch}")
+
+    def compiled() -> Any:
+        keras.utils.set_random_seed(hvd.rank())
+        model = network()
+        model.compile(SlowMo(keras.optimizers.Adam(0.01), SlowMoConfig(tau=3)), "mse")
+        return model
+
+    x, y = data(16, hvd.rank())
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    first = compiled()
+    first.fit(x, y, epochs=3, callbacks=[SlowMoCallback(), Save()], **options)
+    again = compiled()
+    again.optimizer.load(path / "0", again)
+    again.fit(x, y, epochs=3, initial_epoch=1, callbacks=[SlowMoCallback()], **options)
+    return [np.array_equal(a.numpy(), b.numpy()) for a, b in zip(first.weights, again.weights, strict=True)]

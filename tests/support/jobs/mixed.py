@@ -1,0 +1,181 @@
+"""Jobs for Horovod workers of both frameworks (see ../pool.py): misuse, real layers, `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hvd_slowmo import ParameterMap, SlowMoConfig
+from support.problems import Problem
+from support.trainings.mixed import MAP, TORCH, worker
+
+
+def misuse(kind: str, odd: int) -> str:
+    """Do one thing wrong on rank `odd`; returns what was raised."""
+    rank = horovod().rank()
+    wrong = rank == odd
+    config: dict[str, Any] = {"tau": 3}
+    options: dict[str, Any] = {}
+    if kind == "config" and wrong:
+        config["tau"] = 4
+    if kind == "average":
+        config["buffers"] = "average"
+    if kind == "no map" and wrong:
+        options["parameter_map"] = None
+    if kind == "another map" and wrong:
+        options["parameter_map"] = ParameterMap(MAP.pairs, {**MAP.orient, "net/holder/part1": "same"})
+    if kind == "argument" and wrong:
+        options["parameter_map"] = "no map"
+    try:
+        if kind in ("layers", "units", "precision", "eps", "no maps", "unknown"):
+            network(kind if wrong or kind in ("no maps", "unknown") else "", SlowMoConfig(tau=3))
+        else:
+            mine = worker(Problem(config), **options)
+            for step in range(3):
+                if kind == "not finite" and wrong and step == 2:
+                    mine.problem = Endless(config)
+                mine.step(step, step)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+class Endless(Problem):
+    """Whose gradients are infinite."""
+
+    def gradient(self, worker: int, step: int, x: np.ndarray) -> np.ndarray:
+        return np.full_like(x, np.inf)
+
+
+def network(kind: str, config: SlowMoConfig, start: bool = True) -> tuple[Any, Any]:
+    """A convolution, BatchNorm and a dense layer on its flattened feature map; the model and its optimizer.
+
+    kind: what is odd about it. start: under Keras, whether it is brought to the workers' one start here.
+    """
+    parameter_map = None if kind == "no maps" else ParameterMap()
+    units = 5 if kind == "units" else 4
+    eps = 1e-3 if kind == "eps" else 1e-5
+    if TORCH:
+        import torch
+        from torch import nn
+
+        from hvd_slowmo.torch import SlowMo
+
+        torch.manual_seed(horovod().rank())
+        layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, eps=eps, momentum=0.25), nn.Tanh(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(12, units), nn.Linear(units, 2)]
+        if kind == "layers":
+            del layers[1]
+        if kind == "unknown":
+            layers.append(nn.PReLU())
+        model = nn.Sequential(*layers).to(torch.float32 if kind == "precision" else torch.float64)
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+        return model, SlowMo(base, model, config, parameter_map=parameter_map)
+    import keras
+
+    from hvd_slowmo.tf import SlowMo as KerasSlowMo
+
+    keras.config.set_dtype_policy("float32" if kind == "precision" else "float64")
+    keras.utils.set_random_seed(horovod().rank())
+    kl = keras.layers
+    layers = [kl.Conv2D(3, 3), kl.BatchNormalization(epsilon=eps, momentum=0.75), kl.Activation("tanh")]
+    layers += [kl.MaxPooling2D(2), kl.Flatten(), kl.Dense(units), kl.Dense(2)]
+    if kind == "layers":
+        del layers[1]
+    model = keras.Sequential([keras.Input((6, 6, 1)), *layers])
+    optimizer = KerasSlowMo(keras.optimizers.SGD(0.05, momentum=0.5), config, parameter_map=parameter_map)
+    if start:
+        optimizer.broadcast(model)
+    return model, optimizer
+
+
+def batches(rank: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images (n, 6, 6) and what they should give, (n, 2)."""
+    rng = np.random.default_rng(rank)
+    for _ in range(count):
+        x = rng.normal(size=(5, 6, 6))
+        yield x, np.stack([x.mean((1, 2)), x[:, 2, 3]], axis=1)
+
+
+def trained(config: dict[str, Any], lengths: list[int], epochs: int = 2) -> list[dict[str, np.ndarray]]:
+    """The network on uneven data, each epoch with a join; what the wire has of it after each."""
+    hvd = horovod()
+    model, optimizer = network("", SlowMoConfig(**config))
+    step = torch_step(model, optimizer) if TORCH else keras_step(model, optimizer)
+    history = []
+    for _ in range(epochs):
+        for x, y in batches(hvd.rank(), lengths[hvd.rank()]):
+            step(x, y)
+        optimizer.join()
+        history.append(on_the_wire(model))
+    return history
+
+
+def torch_step(model: Any, optimizer: Any) -> Any:
+    import torch
+
+    def step(x: np.ndarray, y: np.ndarray) -> None:
+        optimizer.zero_grad()
+        (model(torch.tensor(x)[:, None]) - torch.tensor(y)).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def keras_step(model: Any, optimizer: Any) -> Any:
+    import tensorflow as tf
+
+    @tf.function(autograph=False)
+    def step(x: Any, y: Any) -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x[..., None], training=True) - y))
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+    return lambda x, y: step(tf.constant(x), tf.constant(y))
+
+
+def on_the_wire(model: Any) -> dict[str, np.ndarray]:
+    if TORCH:
+        from hvd_slowmo_torch.describe import entries_torch
+        from hvd_slowmo_torch.weights import read_torch
+
+        return {name: value.copy() for name, value in read_torch(model, entries_torch(model)).items()}
+    from hvd_slowmo_tf.describe import entries_keras
+    from hvd_slowmo_tf.weights import read_keras, variables_of
+
+    return read_keras(variables_of(model), entries_keras(model))
+
+
+def with_fit(epochs: int) -> tuple[dict[str, np.ndarray], Any]:
+    """Keras' workers under `fit`, PyTorch's in a loop; the model at the end, and the epochs' losses or joins."""
+    hvd = horovod()
+    config = SlowMoConfig(tau=3)
+    if TORCH:
+        model, optimizer = network("", config)
+        step, behind = torch_step(model, optimizer), []
+        for _ in range(epochs):
+            for x, y in batches(hvd.rank(), 4):
+                step(x, y)
+            behind.append(optimizer.join().behind)
+        optimizer.join(leaving=True)
+        return on_the_wire(model), behind
+    from hvd_slowmo.tf import SlowMoCallback
+
+    model, optimizer = network("", config, start=False)
+    model.compile(optimizer, "mse")
+    x, y = (np.concatenate(part) for part in zip(*batches(hvd.rank(), 6), strict=True))
+    x = x[..., None]
+    options: dict[str, Any] = {"verbose": 0, "shuffle": False, "validation_data": (x, y)}
+    history = model.fit(x, y, batch_size=5, epochs=epochs, callbacks=[SlowMoCallback()], **options)
+    return on_the_wire(model), history.history["loss"]
+
+
+def horovod() -> Any:
+    """This worker's Horovod."""
+    if TORCH:
+        import horovod.torch as hvd
+    else:
+        import horovod.tensorflow as hvd
+    return hvd

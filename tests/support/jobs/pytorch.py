@@ -1,0 +1,264 @@
+"""Jobs for Horovod workers (see ../pool.py) that are not trainings of a problem: misuse, failures, process sets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import horovod.torch as hvd
+import pytest
+import torch
+from torch import nn
+
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo_torch.comm import workers
+from support.late_copies import LateCopies
+from support.problems import Problem
+from support.trainings.pytorch import run
+
+
+def train(model: nn.Module, optimizer: SlowMo, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+
+
+def misuse(kind: str) -> str:
+    """Do one thing wrong on rank 1; returns what was raised."""
+    odd = hvd.rank() == 1
+    model: nn.Module = nn.Linear(3, 5 if odd and kind == "shape" else 4)
+    if odd and kind == "names":
+        model.other, model.weight = model.weight, None
+    if kind == "order":
+        parts = [nn.Linear(2, 2), nn.Linear(2, 2)]
+        model = nn.ModuleDict({"a": parts[0], "b": parts[1]})
+        groups = list(model["b"].parameters()) + list(model["a"].parameters()) if odd else list(model.parameters())
+    else:
+        groups = list(model.parameters())
+    if odd and kind == "type":
+        model.double()
+    base = torch.optim.SGD(groups, lr=0.1)
+    config = SlowMoConfig(tau=4 if odd and kind == "tau" else 3, beta=0.6 if odd and kind == "beta" else 0.5)
+    try:
+        optimizer = SlowMo("no optimizer" if odd and kind == "argument" else base, model, config)
+        for k in range(3):
+            if odd and k == 2:
+                if kind == "rate":
+                    base.param_groups[0]["lr"] = float("nan")
+                    before = [p.detach().clone() for p in model.parameters()]
+                if kind == "parameter":
+                    with torch.no_grad():
+                        model.weight[1, 1] = float("inf")
+                if kind == "steps":
+                    optimizer._progress = optimizer._progress._replace(step=5)
+            if odd and kind == "place" and k == 2:
+                with optimizer.averaged_parameters():
+                    pass
+            elif kind == "rate" and odd and k == 2:
+                optimizer.zero_grad()
+                optimizer.step()  # no gradients: the base optimizer leaves the parameters alone
+            else:
+                train(model, optimizer, 1)
+    except (TypeError, ValueError) as error:
+        if kind == "parameter":  # nothing was written: the infinity is still this rank's alone
+            assert bool(model.weight.isfinite().all()) != odd
+        if kind == "rate" and odd:
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def goes_on() -> float:
+    """A training after an error in the one before: the workers are still in step."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
+    train(model, optimizer, 4)
+    return model.weight.double().sum().item()
+
+
+def lost_worker(how: str) -> str:
+    """Rank 1 ends in the middle of a block; what the others see, and what they see if they go on."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
+    train(model, optimizer, 4)
+    if hvd.rank() == 1:
+        os._exit(0 if how == "ends" else 9)
+    started = time.monotonic()
+    try:
+        train(model, optimizer, 6)
+    except hvd.mpi_ops.HorovodInternalError as error:
+        first = str(error)
+    try:
+        train(model, optimizer, 6)
+    except RuntimeError as error:
+        return f"{first} | {error} | {time.monotonic() - started:.1f}"
+    return "nothing was raised"
+
+
+def stalls() -> str:
+    """Rank 1 never comes to the outer step."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
+    if hvd.rank() == 1:
+        time.sleep(15)
+    train(model, optimizer, 3)
+    return "nothing was raised"
+
+
+def halves(sets: list[list[int]]) -> list[float]:
+    """Two process sets train apart from each other, in step within."""
+    members = [hvd.add_process_set(ranks) for ranks in sets]
+    mine = next(each for each in members if each.included())
+    torch.manual_seed(hvd.rank())
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), process_set=mine)
+    train(model, optimizer, 2)
+    other = next(each for each in members if not each.included())
+    with pytest.raises(ValueError, match="is not in the process set"):
+        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(), process_set=other)
+    result = model.weight.detach().reshape(-1).tolist()
+    for each in members:
+        hvd.remove_process_set(each)
+    return result
+
+
+def averaged() -> tuple[list[float], list[float], list[float]]:
+    """Own values, the mean within averaged_parameters(), and what is there afterwards."""
+    model = nn.Linear(2, 1)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
+    with torch.no_grad():
+        model.weight += hvd.rank()
+    own = model.weight.tolist()[0]
+    with optimizer.averaged_parameters():
+        inside = model.weight.tolist()[0]
+    return own, inside, model.weight.tolist()[0]
+
+
+def large(elements: int) -> bool:
+    """Several chunks of the real length; the mean of rank-dependent values is right everywhere."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(elements)), nn.Parameter(torch.zeros(3))])
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.local_sgd(1))
+    assert len(optimizer._machine.layout.chunks) > 2
+    ramp = torch.arange(elements, dtype=torch.float32) % 1000
+    with torch.no_grad():
+        model[0].copy_(ramp * (hvd.rank() + 1))
+    optimizer.step()
+    mean = sum(ramp * (r + 1) for r in range(hvd.size())) / hvd.size()
+    return torch.equal(model[0].detach(), mean)
+
+
+def own_collectives_after_join() -> float:
+    """Uneven data, a join, and a collective of the script's own."""
+    model = nn.Linear(3, 4)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
+    train(model, optimizer, 2 + 3 * hvd.rank())
+    optimizer.join()
+    return hvd.allreduce(torch.ones(1), op=hvd.Sum, name="own").item()
+
+
+def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
+    """The same training under SlowMo with averaged gradients and under DistributedDataParallel."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}{scaled}", rank=hvd.rank(), world_size=hvd.size())
+
+    def training(wrap) -> tuple[list, int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        forward, optimizer, no_sync = wrap(model, base)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaled)
+        for k in range(6):
+            optimizer.zero_grad()
+            for part in range(2):
+                x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * hvd.rank() + 2 * k + part))
+                bad = float("inf") if scaled and (hvd.rank(), k) in ((1, 2), (0, 4)) else 1.0
+                with no_sync() if part == 0 else contextlib.nullcontext():
+                    scaler.scale(forward(x).square().mean() * bad).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach().numpy().copy() for p in model.parameters()], getattr(optimizer, "steps", 0)
+
+    def with_slowmo(model, base):
+        optimizer = SlowMo(base, model, SlowMoConfig.ar_sgd())
+        return model, optimizer, optimizer.no_sync
+
+    def with_ddp(model, base):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        return wrapped, base, wrapped.no_sync
+
+    ours, steps = training(with_slowmo)
+    theirs, _ = training(with_ddp)
+    dist.destroy_process_group()
+    return ours, theirs, steps
+
+
+def node_without_init() -> str:
+    """gradients="node" after a plain hvd.init()."""
+    model = nn.Linear(3, 4)
+    try:
+        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(gradients="node"))
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def staged(problem: Problem, looks: int | None) -> list:
+    """A training whose tensors go through host memory as those of a device would; None: directly."""
+    comm = workers.connect()
+    if looks is not None:
+        comm._outbox._copies = LateCopies(looks, torch.float64)
+    return run(problem, comm, chunk_bytes=40)
+
+
+def on_device(width: int) -> list[float]:
+    """Warm-up with averaged gradients, then blocks, of a model of several chunks on the CUDA device."""
+    torch.manual_seed(hvd.rank())
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).cuda()
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = SlowMo(base, model, SlowMoConfig(tau=2, warmup_steps=3))
+    assert len(optimizer._machine.layout.chunks) > 2
+    for _ in range(7):
+        optimizer.zero_grad()
+        model(torch.randn(16, width, device="cuda")).square().mean().backward()
+        optimizer.step()
+    return [p.detach().double().sum().item() for p in model.parameters()]
+
+
+def without_synchronisation(gradients: str) -> str:
+    """Inner steps in a mode of PyTorch's in which whatever waits for the device raises."""
+    model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 2)).cuda()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SlowMo(base, model, SlowMoConfig(tau=20, gradients=gradients))
+    x = torch.randn(8, 30, device="cuda")
+    try:
+        for k in range(6):
+            if k == 2:  # the first steps allocate
+                torch.cuda.set_sync_debug_mode("error")
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "no synchronisation"
+
+
+def uneven_on_device() -> tuple[list[float], list[float], list[float]]:
+    """A worker's own values in the middle of a block, the mean, and what join() makes of them."""
+    model = nn.Linear(2, 1).cuda()
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
+    for _ in range(3):
+        optimizer.step()
+    with torch.no_grad():
+        model.weight += hvd.rank() + 1
+    own = model.weight.tolist()[0]
+    with optimizer.averaged_parameters():
+        inside = model.weight.tolist()[0]
+    optimizer.join()
+    return own, inside, model.weight.tolist()[0]

@@ -1,0 +1,24 @@
+"""Jobs for Horovod workers (see ../pool.py): gossip under the PyTorch adapter."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+
+
+def bytes_per_step(config: dict[str, Any], steps: int) -> list[int]:
+    """What each step hands to Horovod, for a model of 1,000 elements in float32."""
+    model = nn.Linear(1000, 1, bias=False)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(**config))
+    counts = [optimizer.bytes_sent]
+    for _ in range(steps):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        counts.append(optimizer.bytes_sent)
+    optimizer.join()  # nobody ends while another still waits
+    return [after - before for before, after in pairwise(counts)]

@@ -1,0 +1,1 @@
+"""Small models of each framework, and what they must be compared in."""

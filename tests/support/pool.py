@@ -1,0 +1,143 @@
+"""Real Horovod workers that stay up and take one job after the other: a launch serves many tests.
+
+A job is a function "support.module:name", called on every worker with the same arguments. A job that takes
+too long fails with what Horovod's stall check reported, and the next one gets new workers.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from hvd_slowmo.installer.local import environments
+
+TESTS = Path(__file__).resolve().parents[1]
+STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 30
+START_LIMIT_S = 120
+
+
+class Failed(Exception):
+    """What a job raised on one worker: type name and text."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(kind, text)
+        self.kind = kind
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+class Pool:
+    """`size` workers; call `run`.
+
+    horovod: the module of it that each worker uses: the same for all, or one by rank.
+    """
+
+    def __init__(self, size: int, horovod: str | Sequence[str] = "horovod.torch", **variables: str) -> None:
+        self.size = size
+        self._horovod = [horovod] * size if isinstance(horovod, str) else horovod
+        self._variables = variables
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._stack = ExitStack()
+
+    def run(self, job: str, *, limit: float = 60, **arguments: Any) -> list[Any]:
+        """The job's results by rank; raises the first failure among them."""
+        results = self.outcomes(job, limit=limit, **arguments)
+        for rank, result in enumerate(results):
+            if isinstance(result, Failed):
+                raise AssertionError(f"rank {rank} of {self.size}: {result}\n{self._tails()}")
+        return results
+
+    def outcomes(self, job: str, *, limit: float = 60, fatal: bool = False, **arguments: Any) -> list[Any]:
+        """The job's results by rank, a `Failed` where it raised, None where the worker ended.
+
+        fatal: the job breaks Horovod: a worker ends once it has answered, as a training script would.
+        """
+        if not self._workers:
+            self._start()
+            limit += START_LIMIT_S
+        for worker in self._workers:
+            assert worker.stdin is not None
+            pickle.dump((job, arguments, fatal), worker.stdin)
+            worker.stdin.flush()
+        results = [None] * self.size
+        try:
+            self._collect(results, time.monotonic() + limit, limit, job)
+        except BaseException:
+            self.close()
+            raise
+        if fatal:
+            self.close()
+        elif any(worker.poll() is not None for worker in self._workers):
+            tails = self._tails()
+            self.close()
+            raise AssertionError(f"a worker ended during {job}\n{tails}")
+        return results
+
+    def _start(self) -> None:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._logs = [folder / f"worker{rank}.log" for rank in range(self.size)]
+        started = zip(self._stack.enter_context(environments(self.size)), self._logs, self._horovod, strict=True)
+        for env, log, horovod in started:
+            env |= {
+                "POOL_HOROVOD": horovod,
+                "HOROVOD_STALL_CHECK_TIME_SECONDS": str(STALL_WARNING_S),
+                "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(STALL_SHUTDOWN_S),
+                "OMP_NUM_THREADS": "1",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+                **self._variables,
+            }
+            command = [sys.executable, "-m", "support.pool_worker"]
+            with log.open("wb") as sink:
+                worker = subprocess.Popen(
+                    command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True
+                )
+            self._workers.append(worker)
+
+    def _collect(self, results: list[Any], deadline: float, limit: float, job: str) -> None:
+        waiting = selectors.DefaultSelector()
+        for rank, worker in enumerate(self._workers):
+            assert worker.stdout is not None
+            waiting.register(worker.stdout, selectors.EVENT_READ, rank)
+        while waiting.get_map():
+            ready = waiting.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [key.data for key in waiting.get_map().values()]
+                raise AssertionError(f"{job}: no answer from ranks {late} within {limit:.0f} s\n{self._tails()}")
+            for key, _ in ready:
+                with suppress(EOFError):  # the worker has ended: its result stays None
+                    results[key.data] = pickle.load(key.fileobj)
+                waiting.unregister(key.fileobj)
+
+    def _tails(self) -> str:
+        """The last lines of what the workers wrote; Horovod's stall check names tensors and ranks there."""
+        return "\n".join(
+            f"--- rank {rank}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            for rank, log in enumerate(self._logs)
+        )
+
+    def close(self) -> None:
+        for worker in self._workers:
+            if worker.poll() is None:
+                os.killpg(worker.pid, 9)
+            worker.wait()
+            for pipe in (worker.stdin, worker.stdout):
+                if pipe is not None:
+                    with suppress(BrokenPipeError):  # a job was still in the buffer of a worker that is gone
+                        pipe.close()
+        self._workers = []
+        self._stack.close()
+
+
+PoolOf = Callable[[int], Pool]

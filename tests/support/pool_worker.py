@@ -1,0 +1,34 @@
+"""One worker of `Pool`: jobs come on standard input, results go to standard output, everything else to stderr."""
+
+import importlib
+import os
+import pickle
+
+from support.pool import Failed
+
+
+def main() -> None:
+    jobs = os.fdopen(os.dup(0), "rb")
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the results
+    # Each framework has a Horovod of its own in a process: the tests of one do without the other's.
+    importlib.import_module(os.environ["POOL_HOROVOD"]).init()
+    while True:
+        try:
+            job, arguments, fatal = pickle.load(jobs)
+        except EOFError:
+            break
+        module, name = job.split(":")
+        try:
+            result = getattr(importlib.import_module(module), name)(**arguments)
+        except Exception as error:
+            result = Failed(type(error).__name__, str(error))
+        pickle.dump(result, results)
+        results.flush()
+        if fatal:
+            os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One list of trainings that every adapter runs, and the reference beside it.
+
+A problem is a few parameters in float64 and a gradient per worker and step, written in NumPy: an adapter's test puts
+the gradient into its framework's parameters and compares the parameters after every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import hvd_slowmo.layout
+from hvd_slowmo.topology import topology
+from reference.gossip import GossipSnapshot, run_gossip
+from reference.slowmo import Snapshot, run
+
+SHAPES = ((3, 2), (4,), (), (2, 1, 2))
+SIZES = tuple(int(np.prod(shape)) for shape in SHAPES)
+DIMENSIONS = sum(SIZES)
+
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda step: 1.0,
+    "decay": lambda step: 0.9**step,
+    "steps": lambda step: 0.1 if step >= 9 else 1.0,
+    "restarts": lambda step: 0.5 * (1 + np.cos(np.pi * (step % 6) / 6)),
+    "zero": lambda step: 0.0 if 4 <= step < 12 else 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training: the settings of SlowMoConfig, the base optimizer, rates and the number of steps."""
+
+    config: dict[str, Any]
+    base: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "constant"
+    groups: tuple[int, ...] = (0, 0, 0, 0)  # the parameter group of each shape; in order
+    steps: int = 14
+    seed: int = 0
+
+    def rate(self, step: int, group: int) -> float:
+        return float((0.1, 0.04)[group] * SCHEDULES[self.schedule](step))
+
+    @property
+    def same_everywhere(self) -> bool:
+        """Whether PyTorch and Keras define the same update for it.
+
+        Keras has no parameter groups, and its momentum is in units of the rates of the time, PyTorch's of the present.
+        """
+        momentum_alike = not self.options.get("momentum") or self.schedule == "constant"
+        return len(set(self.groups)) == 1 and momentum_alike
+
+    def start(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).normal(size=DIMENSIONS)
+
+    def gradient(self, worker: int, step: int, x: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, worker, 7])
+        scale, centre = rng.uniform(0.5, 1.5, DIMENSIONS), rng.normal(size=DIMENSIONS)
+        return scale * (x - centre) + 0.3 * np.sin(x + step + worker)
+
+    def gossip_reference(
+        self, workers: int, epochs: list[tuple[int, ...]] | None = None, nodes: list[list[int]] | None = None
+    ) -> list[GossipSnapshot]:
+        """Over a gossip base; the snapshots' z is the model."""
+        config = dict(self.config)
+        base, graph = config.pop("base"), config.pop("topology", None)
+        return run_gossip(
+            self.start(),
+            self.gradient,
+            topology=topology(graph, workers, symmetric=base == "dpsgd", nodes=nodes),
+            lr=lambda worker, step, group: self.rate(step, group),
+            steps=None if epochs else self.steps,
+            epochs=epochs,
+            gossip=base,
+            nodes=nodes,
+            base=self.base,
+            base_options=self.options,
+            groups=np.repeat(self.groups, SIZES),
+            **config,
+        )
+
+    def reference(self, workers: int) -> list[Snapshot]:
+        return run(
+            self.start(),
+            self.gradient,
+            steps=self.steps,
+            workers=workers,
+            lr=lambda worker, step, group: self.rate(step, group),
+            base=self.base,
+            base_options=self.options,
+            groups=np.repeat(self.groups, SIZES),
+            **self.config,
+        )
+
+
+_WHOLE = hvd_slowmo.layout.CHUNK_BYTES
+_lock = threading.Lock()
+_inside = 0
+
+
+@contextlib.contextmanager
+def chunks_of(size: int | None) -> Iterator[None]:
+    """Messages of so many bytes. Threads share the length: the last one out brings the library's own back."""
+    global _inside
+    with _lock:
+        _inside += 1
+        if size is not None:
+            hvd_slowmo.layout.CHUNK_BYTES = size
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                hvd_slowmo.layout.CHUNK_BYTES = _WHOLE
+
+
+def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
+    """The largest difference between the workers' parameters and the reference's, over all steps."""
+    workers = len(histories)
+    if "base" in problem.config:
+        models = [snapshot.z for snapshot in problem.gossip_reference(workers)]
+    else:
+        models = [snapshot.x for snapshot in problem.reference(workers)]
+    return max(
+        float(np.abs(history[step]["x"] - model[rank]).max())
+        for rank, history in enumerate(histories)
+        for step, model in enumerate(models)
+    )
+
+
+def pieces(x: np.ndarray) -> list[np.ndarray]:
+    """The flat vector as the parameters' arrays."""
+    return [part.reshape(shape) for part, shape in zip(np.split(x, np.cumsum(SIZES)[:-1]), SHAPES, strict=True)]
+
+
+NESTEROV = {"momentum": 0.875, "nesterov": True}
+# Where both frameworks define the same update: Keras takes the constants as float32, so they are sums of few powers of
+# two, and adds eps before the correction of the bias, PyTorch behind it, so it is too small to matter.
+ADAM = {"betas": (0.875, 0.9921875), "eps": 2.0**-70}
+ADAMW = {**ADAM, "weight_decay": 2.0**-7}
+LOCAL_SGD = {"alpha": 1.0, "beta": 0.0}
+
+PROBLEMS: dict[str, Problem] = {
+    "slowmo over plain SGD": Problem({"tau": 3}),
+    "slowmo over Nesterov SGD, reset": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV, schedule="decay"),
+    "slowmo over momentum SGD, average": Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.875}),
+    "slowmo over Adam": Problem({"tau": 5, "beta": 0.7}, base="adam", options=ADAM, schedule="steps"),
+    "slowmo over Adam, average": Problem({"tau": 3, "buffers": "average"}, base="adam", options=ADAM),
+    "slowmo over AdamW, reset": Problem({"tau": 3, "alpha": 0.8, "buffers": "reset"}, base="adamw", options=ADAMW),
+    "two groups, restarting rates": Problem({"tau": 4, "alpha": 0.9}, schedule="restarts", groups=(0, 0, 1, 1)),
+    "rates of zero": Problem({"tau": 4, "nesterov": True}, schedule="zero", groups=(0, 1, 1, 1), steps=21),
+    "unscaled, Nesterov": Problem({"tau": 2, "scale_by_lr": False, "nesterov": True}, schedule="decay"),
+    "warm-up": Problem({"tau": 3, "warmup_steps": 4, "buffers": "reset"}, options=NESTEROV),
+    "gradients averaged, Lookahead on top": Problem({"tau": 3, "gradients": "all", "alpha": 0.5, "beta": 0.0}),
+    "local_sgd": Problem({"tau": 4, **LOCAL_SGD}, options=NESTEROV),
+    "lookahead": Problem({"tau": 4, "alpha": 0.5, "beta": 0.0}, base="adam", options=ADAM),
+    "bmuf": Problem({"tau": 3, "alpha": 0.9, "beta": 0.6, "scale_by_lr": False}, schedule="steps"),
+    "diloco": Problem(
+        {"tau": 5, "alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False},
+        base="adamw",
+        options=ADAMW,
+        steps=22,
+    ),
+    "momentum SGD, maintained": Problem({"tau": 4}, options={"momentum": 0.875}),
+    "slowmo over Nesterov SGD, reset, constant": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV),
+    "ar_sgd, plain": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
+    "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options=NESTEROV, schedule="decay"),
+}
+
+ALONE: dict[str, Any] = {"tau": None, **LOCAL_SGD}
+GOSSIP: dict[str, Problem] = {
+    "sgp": Problem({"base": "sgp", **ALONE}, schedule="decay"),
+    "sgp, star": Problem({"base": "sgp", "topology": "star", **ALONE}),
+    "osgp": Problem({"base": "sgp", "overlap": True, **ALONE}),
+    "osgp, star, warm-up": Problem({"base": "sgp", "overlap": True, "topology": "star", "warmup_steps": 3, **ALONE}),
+    "sgp, ring, beyond a check": Problem({"base": "sgp", "topology": "ring", **ALONE}, steps=66),
+    "dpsgd": Problem({"base": "dpsgd", **ALONE}, schedule="steps"),
+    "dpsgd over Adam": Problem({"base": "dpsgd", **ALONE}, base="adam", options=ADAM),
+    "sgp, complete, slowmo": Problem({"base": "sgp", "topology": "complete", "tau": 4}, schedule="decay"),
+    "sgp, star, slowmo": Problem({"base": "sgp", "topology": "star", "tau": 4, "alpha": 0.9}, schedule="decay"),
+    "osgp, slowmo": Problem({"base": "sgp", "overlap": True, "tau": 5, "buffers": "reset"}, options=NESTEROV),
+    "osgp, star, slowmo, Adam": Problem(
+        {"base": "sgp", "overlap": True, "topology": "star", "tau": 3, "beta": 0.7}, base="adam", options=ADAM
+    ),
+    "osgp, slowmo, warm-up, average": Problem(
+        {"base": "sgp", "overlap": True, "tau": 4, "warmup_steps": 2, "buffers": "average"}, options={"momentum": 0.875}
+    ),
+    "dpsgd, slowmo": Problem({"base": "dpsgd", "topology": "ring", "tau": 3}, schedule="restarts"),
+    "sgp, slowmo, noaverage": Problem({"base": "sgp", "average": False, "tau": 4}, schedule="decay"),
+    "sgp, star, slowmo, noaverage": Problem(
+        {"base": "sgp", "topology": "star", "average": False, "tau": 3, "nesterov": True, "scale_by_lr": False}
+    ),
+    "osgp, star, slowmo, noaverage": Problem(
+        {"base": "sgp", "overlap": True, "topology": "star", "average": False, "tau": 4, "buffers": "reset"},
+        options=NESTEROV,
+    ),
+    "local steps between": Problem({"base": "sgp", "overlap": True, "tau": 1}),
+}

@@ -1,0 +1,218 @@
+"""`support.problems.Problem` in a job of both frameworks: on threads of one process, and as jobs on Horovod workers.
+
+Keras keeps two of the parameters in another orientation than PyTorch; a job's worker imports its own framework alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvd_slowmo import ParameterMap
+from hvd_slowmo.wire import View
+from support.problems import SHAPES, SIZES, Problem, chunks_of, pieces
+
+PART3 = View.permute((2, 2, 1), (1, 2, 0))  # (2, 1, 2) on the wire
+MAP = ParameterMap(
+    {f"parts.{n}": f"net/holder/part{n}" for n in range(len(SHAPES))},
+    orient={"net/holder/part0": "transpose", "net/holder/part3": PART3},
+)
+VIEWS = [View.permute((2, 3), (1, 0)), View.same((4,)), View.same(()), PART3]
+TORCH = os.environ.get("POOL_HOROVOD") == "horovod.torch"
+
+
+class TorchWorker:
+    """PyTorch's side."""
+
+    def __init__(
+        self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
+    ) -> None:
+        from hvd_slowmo.torch import SlowMo, SlowMoConfig
+        from support.trainings.pytorch import BASES, Model, horovod_rank
+
+        self.problem = problem
+        self.rank = horovod_rank() if comm is None else comm.rank
+        self.model = Model(problem.start() + self.rank)
+        parts = list(self.model.parts)
+        groups = [{"params": parts[2:]}, {"params": parts[:2]}] if split else [{"params": parts}]
+        base = BASES[problem.base](groups, **{"lr": 1.0, **problem.options})
+        config = SlowMoConfig(**problem.config)
+        if comm is None:
+            self.optimizer = SlowMo(base, self.model, config, parameter_map=parameter_map)
+        else:
+            self.optimizer = SlowMo.over(TorchComm(comm), base, self.model, config, parameter_map=parameter_map)
+
+    def flat(self) -> np.ndarray:
+        return self.model.flat()
+
+    def step(self, batch: int, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.problem.rate(step, 0)
+        self.optimizer.zero_grad()
+        self.model.set_gradient(self.problem.gradient(self.rank, batch, self.flat()))
+        self.optimizer.step()
+
+    def join(self, **options: Any) -> Any:
+        return self.optimizer.join(**options)
+
+
+class KerasWorker:
+    """Keras' side."""
+
+    def __init__(
+        self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
+    ) -> None:
+        import keras
+        import tensorflow as tf
+
+        from hvd_slowmo.tf import SlowMo, SlowMoConfig
+        from support.trainings.keras import GraphComm, base, horovod_rank
+
+        class Holder(keras.layers.Layer):
+            def build(self, shape: Any) -> None:
+                self.parts = [
+                    self.add_weight(shape=view.own, dtype="float64", name=f"part{n}") for n, view in enumerate(VIEWS)
+                ]
+
+            def call(self, x: Any) -> Any:
+                return x
+
+        keras.config.set_floatx("float64")
+        self.problem = problem
+        self.rank = horovod_rank() if comm is None else comm.rank
+        self.model = keras.Sequential([keras.Input((1,)), Holder(name="holder")], name="net")
+        for v, view, part in zip(self.model.variables, VIEWS, pieces(problem.start() + self.rank), strict=True):
+            v.assign(view.to_own(part))
+        config = SlowMoConfig(**problem.config)
+        if comm is None:
+            self.optimizer = SlowMo(base(problem), config, parameter_map=parameter_map)
+        else:
+            self.optimizer = SlowMo.over(GraphComm(comm), base(problem), config, parameter_map=parameter_map)
+        self.optimizer.broadcast(self.model)
+        self._tf = tf
+
+    def flat(self) -> np.ndarray:
+        values = zip(self.model.variables, VIEWS, strict=True)
+        return np.concatenate([view.to_wire(v.numpy()).reshape(-1) for v, view in values])
+
+    def step(self, batch: int, step: int) -> None:
+        self.optimizer.learning_rate = self.problem.rate(step, 0)
+        gradient = pieces(self.problem.gradient(self.rank, batch, self.flat()))
+        grads = [self._tf.constant(view.to_own(g)) for view, g in zip(VIEWS, gradient, strict=True)]
+        self.optimizer.apply(grads, self.model.trainable_variables)
+
+    def join(self, **options: Any) -> Any:
+        return self.optimizer.join(self.model, **options)
+
+
+class TorchComm:
+    """A ThreadWorld's collectives on tensors of PyTorch, told to the others as NumPy's."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+
+    def start_sum(self, name: str, x: Any) -> Any:
+        return self._comm.start_sum(name, x.numpy()), x
+
+    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+        return self._comm.start_push(name, x.numpy(), weights), None
+
+    def wait(self, handle: Any) -> Any:
+        import torch
+
+        begun, x = handle
+        came = self._comm.wait(begun)
+        return torch.from_numpy(np.asarray(came)) if x is None else x
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        return self._comm.gather(name, item)
+
+
+def worker(problem: Problem, **options: Any) -> Any:
+    """A Horovod worker's, of its framework."""
+    return (TorchWorker if TORCH else KerasWorker)(problem, **options)
+
+
+def run(problem: Problem, chunk_bytes: int | None = None, **options: Any) -> list[dict[str, Any]]:
+    """The whole training on a Horovod worker; its parameters after each step."""
+    with chunks_of(chunk_bytes):
+        mine = worker(problem, **options)
+    history = [{"x": mine.flat()}]
+    for step in range(problem.steps):
+        mine.step(step, step)
+        history.append({"x": mine.flat()})
+    mine.join()  # PyTorch's last messages of OSGP would wait for Keras' next step
+    return history
+
+
+def epochs(problem: Problem, plan: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Epochs of plan[epoch][rank] steps with a join behind each; what the worker held after each join."""
+    mine = worker(problem)
+    history, taken = [], 0
+    for lengths in plan:
+        for _ in range(lengths[mine.rank]):
+            mine.step(taken, mine.optimizer.steps)
+            taken += 1
+        joined = mine.join()
+        history.append({"x": mine.flat(), "step": mine.optimizer.steps, "behind": joined.behind})
+    return history
+
+
+def resumed(
+    problem: Problem, path: Path, stop: int, **options: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The training with a checkpoint after `stop` steps, and again from there: what a worker held after each step."""
+
+    def go_on(mine: Any) -> list[dict[str, Any]]:
+        history = []
+        for step in range(stop, problem.steps):
+            mine.step(step, step)
+            history.append({"x": mine.flat()})
+        mine.join()
+        return history
+
+    mine = worker(problem, **options)
+    for step in range(stop):
+        mine.step(step, step)
+    mine.optimizer.save(path)
+    whole, again = go_on(mine), worker(problem, **options)
+    again.optimizer.load(path)
+    return whole, go_on(again)
+
+
+def rolled_back(problem: Problem, path: Path) -> tuple[str, bool]:
+    """A load while PyTorch's messages are on their way, and after a join: what is said, and whether all is back."""
+    mine = worker(problem)
+    for step in range(4):
+        mine.step(step, step)
+    mine.join()
+    mine.optimizer.save(path)
+    there = mine.flat()
+    for step in range(4, 6):
+        mine.step(step, step)
+    said = ""
+    try:
+        mine.optimizer.load(path)
+    except ValueError as error:
+        said = str(error)
+    mine.join()
+    mine.optimizer.load(path)
+    return said, bool((mine.flat() == there).all())
+
+
+def averaged(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """After two steps: own values, those within averaged_parameters(), and those behind it."""
+    mine = worker(problem)
+    for step in range(2):
+        mine.step(step, step)
+    own = mine.flat()
+    with mine.optimizer.averaged_parameters():
+        inside = mine.flat()
+    return own, inside, mine.flat()
+
+
+assert sum(SIZES) == sum(view.size for view in VIEWS)

@@ -1,0 +1,70 @@
+"""One step's gradients in a trace, as the core averages them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo_tf.layout import KerasLayout, spans
+from hvd_slowmo_tf.pieces import Pending, joined, stretch_of
+
+
+class VariableGradients:
+    """`hvd_slowmo.core.store.GradientSource` of one trace.
+
+    Args:
+        layout: of the model.
+        variables: trained by the optimizer.
+        gradients: a dense tensor for each variable, or None.
+    """
+
+    def __init__(
+        self, layout: KerasLayout, variables: Sequence[keras.Variable], gradients: Sequence[tf.Tensor | None]
+    ) -> None:
+        self._layout = layout
+        self._variables = variables
+        self._gradients = {id(v): g for v, g in zip(variables, gradients, strict=True) if g is not None}
+        self._refs = layout.refs_of("parameter")
+        self._pending = Pending(self._refs)
+        self._means: dict[int, tf.Tensor] = {}
+        self._counts: tf.Tensor = None
+
+    def read(self, chunk: Chunk) -> tf.Tensor:
+        parts = []
+        for ref, start, stop, _ in spans(self._layout, chunk):
+            own = self._gradients.get(id(ref.variable))
+            if own is None:
+                parts.append(tf.zeros([stop - start], self._wire(chunk)))
+            else:
+                parts.append(tf.cast(stretch_of(own, ref.spec.view, start, stop), self._wire(chunk)))
+        return joined(parts)
+
+    def write(self, chunk: Chunk, mean: tf.Tensor) -> None:
+        for ref, start, stop, at in spans(self._layout, chunk):
+            v = ref.variable
+            whole = self._pending.variable(ref, start, tf.cast(mean[at : at + stop - start], v.dtype))
+            if whole is not None:
+                self._means[id(v)] = whole
+
+    def present(self) -> tf.Tensor:
+        return tf.constant([float(id(ref.variable) in self._gradients) for ref in self._refs], tf.float64)
+
+    def admit(self, counts: tf.Tensor) -> None:
+        self._counts = counts
+
+    def means(self) -> list[tf.Tensor]:
+        """Return the mean gradient of each variable: dense, zeros where no worker has one."""
+        return [self._means.get(id(v), tf.zeros(v.shape, v.dtype)) for v in self._variables]
+
+    def counts(self) -> tf.Tensor:
+        """Return the number of workers that have a gradient for each variable: float64 (variables,)."""
+        # The parts of a variable have a gradient together. A variable without elements does not travel.
+        at = {id(ref.variable): number for number, ref in enumerate(self._refs)}
+        none = tf.zeros([], tf.float64)
+        return tf.stack([self._counts[at[id(v)]] if id(v) in at else none for v in self._variables])
+
+    def _wire(self, chunk: Chunk) -> str:
+        return self._layout.layout.segments[chunk.segment].dtype

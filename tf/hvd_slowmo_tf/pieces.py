@@ -1,0 +1,98 @@
+"""Stretches of variables in traces: cut out as they travel, and put together until a variable can be assigned whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import tensorflow as tf
+
+from hvd_slowmo.wire.views import View
+from hvd_slowmo_tf.layout import VariableRef
+
+
+def stretch_of(value: tf.Tensor, view: View, start: int, stop: int) -> tf.Tensor:
+    """Return elements start .. stop - 1, in the order of the wire, of the part of a variable that a view shows."""
+    if view.offset is not None:
+        return tf.reshape(value, [-1])[view.offset + start : view.offset + stop]
+    return joined(
+        [
+            tf.reshape(tf.transpose(tf.reshape(value[p.box], p.shape), p.axes), [-1])[p.start : p.stop]
+            for p in view.pieces(start, stop)
+        ]
+    )
+
+
+def joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Return flat tensors end to end."""
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+
+
+class Pending:
+    """Half-written tensors of a trace, which wait until all of a variable's new value is there.
+
+    No variable is ever assigned in part: from then on TensorFlow would copy the whole of it whenever it is read, by the
+    model's layers too. So a written stretch changes nothing by itself. Two invariants make that safe:
+
+    - Until its last stretch is written a variable has its old value, and nothing reads a tensor that it has begun to
+      write.
+    - All stretches of a variable are written in one graph (one trace, one branch of it). Those that a trace has left
+      when it was given up are of another graph, and are dropped.
+
+    Args:
+        refs: all tensors that are written, by which the parts of each variable are known.
+    """
+
+    def __init__(self, refs: Iterable[VariableRef]) -> None:
+        self._stretches: dict[tuple[str, int], dict[int, tf.Tensor]] = {}  # by tensor, by the place where each begins
+        self._parts: dict[int, dict[int, tuple[View, tf.Tensor]]] = {}  # by variable, by tensor
+        self._parts_in_all: dict[int, int] = {}
+        for ref in refs:
+            self._parts_in_all[id(ref.variable)] = self._parts_in_all.get(id(ref.variable), 0) + 1
+
+    def variable(self, ref: VariableRef, start: int, stretch: tf.Tensor) -> tf.Tensor | None:
+        """Add a stretch of a tensor; return its variable's new value once it is complete, None before."""
+        view = ref.spec.view
+        flat = self.flat("", id(ref), view.size, start, stretch)
+        if flat is None:
+            return None
+        value = _turned_back(flat, view)
+        if self._parts_in_all[id(ref.variable)] == 1:
+            return value
+        parts = self._parts.setdefault(id(ref.variable), {})
+        for key in [key for key, (_, other) in parts.items() if other.graph is not value.graph]:
+            del parts[key]
+        parts[id(ref)] = view, value
+        if len(parts) < self._parts_in_all[id(ref.variable)]:
+            return None
+        del self._parts[id(ref.variable)]
+        return _pasted(list(parts.values()), 0)
+
+    def flat(self, vector: str, key: int, size: int, start: int, stretch: tf.Tensor) -> tf.Tensor | None:
+        """Add a stretch of a flat vector of this size; return all of it once it is complete, None before."""
+        stretches = self._stretches.setdefault((vector, key), {})
+        for other in [other for other, part in stretches.items() if part.graph is not stretch.graph]:
+            del stretches[other]
+        stretches[start] = stretch
+        if sum(part.shape[0] for part in stretches.values()) < size:
+            return None
+        del self._stretches[vector, key]
+        return joined([stretches[at] for at in sorted(stretches)])
+
+
+def _turned_back(flat: tf.Tensor, view: View) -> tf.Tensor:
+    """Return the part of a variable that a view shows, from its elements in the order of the wire."""
+    if view.in_order:
+        return tf.reshape(flat, view.extent)
+    permuted = [view.shape[axis] for axis in view.axes]
+    back = sorted(range(len(view.axes)), key=view.axes.__getitem__)
+    return tf.reshape(tf.transpose(tf.reshape(flat, permuted), back), view.extent)
+
+
+def _pasted(parts: Sequence[tuple[View, tf.Tensor]], axis: int) -> tf.Tensor:
+    """Return the box that the parts fill between them; they are put together along the later axes first."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows: dict[int, list[tuple[View, tf.Tensor]]] = {}
+    for view, value in parts:
+        rows.setdefault(view.starts[axis], []).append((view, value))
+    return tf.concat([_pasted(rows[start], axis + 1) for start in sorted(rows)], axis)

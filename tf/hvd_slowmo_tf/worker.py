@@ -1,0 +1,259 @@
+"""One worker's part of a SlowMo optimizer, apart from Keras: its connections, its layout and its traces."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from hvd_slowmo.comm.protocol import Comm, ScopedComm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.assembly import Assembly, assemble
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.ledger import RATES
+from hvd_slowmo.core.metrics import Metrics, metrics_of
+from hvd_slowmo.core.names import within_step
+from hvd_slowmo.core.progress import Observed
+from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.startup import Job
+from hvd_slowmo.topology.checks import consecutive_nodes
+from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_tf.checks import refuse_strategies
+from hvd_slowmo_tf.graph_comm import GraphSafeComm
+from hvd_slowmo_tf.horovod import HorovodComm, workers
+from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
+from hvd_slowmo_tf.layout import KerasLayout, VariableRef, mapped_refs, refs_of, travelling
+from hvd_slowmo_tf.ops import TracedOps
+from hvd_slowmo_tf.store import VariableStore
+from hvd_slowmo_tf.traced_join import traced_join
+from hvd_slowmo_tf.traced_step import TracedStep, once
+from hvd_slowmo_tf.variables import OptimizerVariables
+
+
+@dataclass(frozen=True)
+class OptimizerParts:
+    """The parts of a built optimizer that a checkpoint reads and writes."""
+
+    inner: InnerOptimizer
+    variables: OptimizerVariables
+    layout: KerasLayout
+    graph: Graph | None  # of the gossip
+    workers: int  # number of workers of the job
+
+
+class KerasWorker:
+    """A plain object, into which Keras does not look.
+
+    Keras would take every variable that it finds in an optimizer's attributes for one of the optimizer's own.
+
+    Args:
+        optimizer: SlowMo.
+        inner: the optimizer that it wraps.
+        parameter_map: of the job; None in a job of one framework.
+        process_set: the Horovod process set that trains together; None for all ranks.
+        comm: the workers, in place of Horovod's.
+        observe: measure at every outer step.
+
+    Attributes:
+        job: once all workers have been brought to one start.
+        step: once it is known what travels.
+        left: ranks that have left for good.
+        averaging: within `averaged_parameters()`.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        inner: InnerOptimizer,
+        parameter_map: ParameterMap | None,
+        process_set: Any,
+        comm: Comm | None,
+        observe: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.config: SlowMoConfig = optimizer.config
+        self.inner = inner
+        self.parameter_map = parameter_map
+        self.observe = observe
+        self.job: Job | None = None
+        self.step: TracedStep | None = None
+        self.left: tuple[int, ...] = ()
+        self.averaging = False
+        self._process_set = process_set
+        self._comm = comm
+        self._graph: Graph | None = None
+        self._variables: OptimizerVariables | None = None
+        self._ops: TracedOps | None = None
+        self._join: Callable[[tf.Tensor], tf.Tensor] | None = None
+        self._model: weakref.ref[keras.Model] | None = None
+        self._model_variables: list[keras.Variable] = []
+
+    @property
+    def comm(self) -> ScopedComm:
+        """The workers under the optimizer's name, connected at the first use."""
+        if self._comm is None:
+            self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
+        return ScopedComm(self._comm, self.optimizer.name)
+
+    @property
+    def variables(self) -> OptimizerVariables:
+        """SlowMo's own variables, once the optimizer is built."""
+        assert self._variables is not None, "the optimizer is built first"
+        return self._variables
+
+    @property
+    def model(self) -> keras.Model | list[keras.Variable]:
+        """The model of the start; its variables if it was not given itself, or is gone."""
+        model = None if self._model is None else self._model()
+        return self._model_variables if model is None else model
+
+    def remember(self, model: keras.Model | None, variables: list[keras.Variable]) -> None:
+        """Remember the model that is trained, and its variables, for checkpoints."""
+        self._model = None if model is None else weakref.ref(model)
+        self._model_variables = variables
+
+    def build(self, trained: list[keras.Variable]) -> None:
+        """Make SlowMo's variables and the inner optimizer's. No communication."""
+        self.inner.build(trained, reset=self.config.inner_state == "reset" or self.config.nonfinite == "exclude")
+        vectors: tuple[str, ...] = self.config.vectors
+        weights = 0
+        if self.config.gossip is not None:
+            # Which of the workers share a node is not known yet, and does not change what is kept.
+            comm = self.comm
+            nodes = consecutive_nodes(comm.size, 1 if comm.node is None else comm.node.size)
+            self._graph = Graph(self.config, comm.size, nodes)
+            vectors, weights = (*vectors, *self._graph.vectors), comm.size
+        # With a map the tensors have another order and other shapes, which does not change the length of a chunk.
+        layout = self._lay_out(refs_of("parameter", trained, self.parameter_map is not None))
+        self._variables = OptimizerVariables(self.optimizer.add_variable, layout.layout, vectors, weights)
+
+    def refs(self, statistics: Sequence[keras.Variable] = (), model: keras.Model | None = None) -> list[VariableRef]:
+        """Return the model's tensors that take part, once the optimizer is built.
+
+        Args:
+            statistics: variables among which the floating-point ones are averaged.
+            model: needed with a map.
+        """
+        optimizer, trained = self.optimizer, self.optimizer._trainable_variables
+        if self.parameter_map is not None and model is not None:
+            return mapped_refs(model, self.parameter_map, trained)
+        ids, one_device = {id(v) for v in trained}, self.parameter_map is not None
+        averaged = [v for v in statistics if id(v) not in ids and tf.as_dtype(v.dtype).is_floating]
+        averaged += optimizer._model_variables_moving_average if optimizer.use_ema else []
+        return [*refs_of("parameter", trained, one_device), *refs_of("statistic", averaged, one_device)]
+
+    def layout_of(self, refs: Sequence[VariableRef]) -> KerasLayout:
+        """Lay out these tensors, and the inner optimizer's state where it is averaged."""
+        averages = self.config.inner_state == "average" and self.config.tau is not None
+        state = self.inner.floating_state if averages else []
+        return self._lay_out([*refs, *refs_of("optimizer_state", state, self.parameter_map is not None)])
+
+    def assemble(self, layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> TracedStep:
+        """Return a step that is made for this layout: the former one, traces and all, if nothing has changed."""
+        self._graph = graph
+        if self.parameter_map is not None:
+            self.variables.regroup(len(groups.own), self.optimizer._variables)
+        if self.step is None or not _alike(self.step.assembly, layout, groups, graph):
+            self.step = self._assembled(layout, groups, graph)
+            self._join = traced_join(self.step)
+        return self.step
+
+    def ready(self) -> TracedStep:
+        """Return the step, where it can be called or traced.
+
+        Raises:
+            ValueError: several workers have not been brought to one start, or XLA compiles this call.
+        """
+        refuse_strategies()
+        with tf.init_scope():
+            if self.comm.size == 1:
+                return self.step or self._assembled_alone()
+        if self.job is None or self.step is None:
+            raise ValueError(
+                f"{self.comm.size} workers, and they have not been brought to one start. Give fit() a "
+                "SlowMoCallback(), or call optimizer.broadcast(model.variables) before the first gradient."
+            )
+        if tf.inside_function() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise ValueError(
+                "XLA can't compile the exchange between workers. Compile the model with jit_compile=False, or give "
+                "fit() a SlowMoCallback(), which sees to it."
+            )
+        return self.step
+
+    def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a traced function with collectives in it; its errors and warnings come in plain words."""
+        assert self._ops is not None, "the workers have started"
+        return self._ops.call(traced, *arguments)
+
+    def join(self, leaving: bool) -> tuple[int, ...]:
+        """Take part in a join; return the global ranks of the workers that leave. A collective."""
+        assert self._join is not None, "made with the step"
+        leavers = self.call(self._join, tf.constant(float(leaving), tf.float64)).numpy()
+        left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
+        self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
+        return left
+
+    def average(self) -> None:
+        """Set the model to the workers' mean. A collective."""
+        machine = self.ready().assembly.machine
+        self.call(once(lambda: machine.average(self.variables.read())))
+
+    def parts(self) -> OptimizerParts:
+        """Return the parts that a checkpoint needs, also before the start.
+
+        Raises:
+            ValueError: with a map, before the start.
+        """
+        if self.step is None and self.parameter_map is not None:
+            raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
+        layout = self.layout_of(self.refs()) if self.step is None else self.step.assembly.layout
+        return OptimizerParts(self.inner, self.variables, layout, self._graph, self.comm.size)
+
+    def metrics(self) -> Metrics | None:
+        """Return the measurements of the last outer step; None before the first one."""
+        step, sent, seconds = (0, 0, 0.0) if self.step is None else self.step.comm.last_lap
+        return metrics_of(Observed(*self.variables.now.observed.tolist()), step, seconds, sent) if step else None
+
+    def refuse_if_left(self) -> None:
+        """Raise RuntimeError once some workers have left for good."""
+        if self.left:
+            raise RuntimeError(f"ranks {list(self.left)} have left in join(leaving=True): nothing can be averaged.")
+
+    def refuse_while_averaging(self, what: str) -> None:
+        """Raise RuntimeError within `averaged_parameters()`."""
+        if self.averaging:
+            raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
+
+    def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
+        parameters = sum(ref.spec.role == "parameter" for ref in refs)
+        return lay_out(refs, ParameterGroups.single(parameters), self.optimizer._chunk_bytes)
+
+    def _assembled_alone(self) -> TracedStep:
+        layout = self.layout_of(self.refs())
+        return self.assemble(layout, ParameterGroups.single(len(layout.refs_of("parameter"))), self._graph)
+
+    def _assembled(self, layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> TracedStep:
+        comm, name = self._comm, self.optimizer.name
+        assert comm is not None, "connected by now"
+        names = [f"{name}.{each}" for each in within_step(layout.layout)]
+        safe = GraphSafeComm(comm, names, timed=self.observe)
+        explain = comm.latch.explain if isinstance(comm, HorovodComm) else None
+        self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
+        store = VariableStore(layout, self.variables.vectors, self.inner)
+        scoped = ScopedComm(safe, name)
+        runtime = Runtime(self.config, layout.layout, self._ops, store, scoped, observe=self.observe)
+        assembly = assemble(runtime, layout, groups, graph)
+        return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe)
+
+
+def _alike(before: Assembly[VariableRef], layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> bool:
+    """Return whether parts that were assembled before serve this layout."""
+    same_graph = (before.graph and before.graph.digest) == (graph and graph.digest)
+    former, variables = ([id(v) for v in travelling(each)] for each in (before.layout, layout))
+    return same_graph and before.groups == groups and former == variables
