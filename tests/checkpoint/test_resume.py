@@ -95,7 +95,7 @@ def test_other_optimizers_resume_in_pytorch(tmp_path):
         train(again, optimizer, 4)
         assert same(dict(model.state_dict()), dict(again.state_dict())), make
     _, optimizer = one(base=lambda p: torch.optim.LBFGS(p))
-    optimizer.base.state[next(iter(optimizer.param_groups[0]["params"]))] = {"old_dirs": []}
+    optimizer.inner_optimizer.state[next(iter(optimizer.param_groups[0]["params"]))] = {"old_dirs": []}
     with pytest.raises(ValueError, match="keeps 'old_dirs' as list, and a checkpoint holds tensors only"):
         optimizer.save(tmp_path / "other")
 
@@ -151,4 +151,4 @@ def test_other_optimizers_with_other_options_are_refused(what, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         optimizer.load(tmp_path / "other")
     assert same(before, dict(model.state_dict()))
-    assert not optimizer.base.state
+    assert not optimizer.inner_optimizer.state

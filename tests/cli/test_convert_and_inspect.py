@@ -120,7 +120,7 @@ def test_a_training_begins_with_weights(folder, capsys):
         optimizer.step()
     optimizer.load("start.slowmo")
     assert optimizer.steps == 0
-    assert not optimizer.base.state
+    assert not optimizer.inner_optimizer.state
     assert all(torch.equal(p, torch.load("weights.pt")[name]) for name, p in model.named_parameters())
     optimizer.save("a")
     keras_model = theirs()

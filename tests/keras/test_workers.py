@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 MISUSE = {
     "tau": "ValueError: slowmo: rank 1 differs from rank 0: config: tau: it has 3 where 2 is expected",
-    "shape": "parameters, entry 0: it has slow v [3] float32 0 where slow v [2] float32 0 is expected",
+    "shape": "parameters, entry 0: it has parameter v [3] float32 0 where parameter v [2] float32 0 is expected",
     "argument": "`variables` must be Keras variables, model.variables. Received: ",
     "steps": "the workers are not at the same step: rank 0 step 5, rank 1 step 2",
     "parameter": "parameters or BatchNorm statistics are not finite (NaN or infinity) on rank 1 after step 2",

@@ -67,7 +67,7 @@ def test_functions_of_one_name_with_different_graphs():
 
 def test_different_topologies_and_nodes():
     for error in raised(2, lambda rank: SlowMoConfig(gossip=SGP(topology=("ring", "star")[rank]))):
-        assert "config: topology: it has 'star' where 'ring' is expected" in str(error)
+        assert "config: gossip: topology: it has 'star' where 'ring' is expected" in str(error)
     worlds = [ThreadWorld(1), ThreadWorld(1)]
 
     def one_has_nodes(comm):

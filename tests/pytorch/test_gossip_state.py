@@ -30,12 +30,12 @@ def step(problem, model, optimizer, rank, number, rate=None):
 def mass(model, optimizer, array, rank):
     """This worker's part of the numerators, what it has in flight included; the weights of all."""
     own = optimizer.state_dict()["slowmo"]
-    progress, flight = own["progress"], own["progress"]["flight"]
-    x = model.flat() * progress["w"][rank]
+    progress, flight = own["progress"], own["progress"]["in_flight"]
+    x = model.flat() * progress["weights"][rank]
     if flight:
         share = 1 - array[(flight - 1) % len(array), rank, rank]
         x = x + share * torch.cat(own["vectors"]["sent"]).numpy()
-    return x, sum(progress["w"]) + sum(progress["arriving"])
+    return x, sum(progress["weights"]) + sum(progress["arriving"])
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

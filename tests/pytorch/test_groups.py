@@ -21,7 +21,7 @@ def test_rates_that_are_tensors_and_filled_in_place_train_as_numbers_do(config):
         if isinstance(place, torch.Tensor):
             assert optimizer.param_groups[0]["lr"] is place
         progress = optimizer.state_dict()["slowmo"]["progress"]
-        return held(model), progress["gamma"], progress["rates"], float(place)
+        return held(model), progress["gamma"], progress["rate_sums"], float(place)
 
     rate = torch.tensor(0.125)
     tensors = ThreadWorld(2).run(lambda comm: work(comm, rate.clone()))

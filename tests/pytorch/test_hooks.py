@@ -17,8 +17,8 @@ def test_step_hooks_on_both_run_around_both_and_can_be_removed():
 
     handles = [
         optimizer.register_step_pre_hook(note("before")),
-        optimizer.base.register_step_pre_hook(note("before")),
-        optimizer.base.register_step_post_hook(note("after")),
+        optimizer.inner_optimizer.register_step_pre_hook(note("before")),
+        optimizer.inner_optimizer.register_step_post_hook(note("after")),
         optimizer.register_step_post_hook(note("after")),
     ]
     train(model, optimizer, 0, 2)
@@ -60,7 +60,7 @@ def test_state_dict_hooks_on_the_wrapper_and_on_the_base():
     model, optimizer = alone()
     train(model, optimizer, 0, 1)
     seen = []
-    for part in (optimizer, optimizer.base):
+    for part in (optimizer, optimizer.inner_optimizer):
         part.register_state_dict_pre_hook(lambda o: seen.append(("before", type(o).__name__)))
         part.register_state_dict_post_hook(lambda o, state: seen.append(("after", type(o).__name__, "slowmo" in state)))
     first = optimizer.register_state_dict_post_hook(lambda o, state: {**state, "mine": 1}, prepend=True)
@@ -79,13 +79,13 @@ def test_load_state_dict_hooks_on_the_wrapper_and_on_the_base():
     keys = set(given)
     _, fresh = alone()
     seen = []
-    for part in (fresh, fresh.base):
+    for part in (fresh, fresh.inner_optimizer):
         part.register_load_state_dict_pre_hook(lambda o, s: seen.append(("before", type(o).__name__, "slowmo" in s)))
         part.register_load_state_dict_post_hook(lambda o: seen.append(("after", type(o).__name__, fresh.steps)))
     fresh.register_load_state_dict_pre_hook(lambda o, state: state.update(rubbish=state["rubbish"] + 1))
     fresh.register_load_state_dict_pre_hook(lambda o, state: {**state, "rubbish": 1}, prepend=True)
     loaded = []
-    fresh.base.register_load_state_dict_pre_hook(lambda o, state: loaded.append(state["rubbish"]))
+    fresh.inner_optimizer.register_load_state_dict_pre_hook(lambda o, state: loaded.append(state["rubbish"]))
     fresh.load_state_dict(given)
     assert set(given) == keys  # hooks have a shallow copy
     assert seen == [("before", "SlowMo", True), ("before", "SGD", False), ("after", "SGD", 0), ("after", "SlowMo", 2)]

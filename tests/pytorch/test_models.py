@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.config import BUFFERS
+from hvd_slowmo.config import InnerState
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import Two, assert_all_same, assert_same, batch, filled, held, matrices, net, sgd, train
 
@@ -223,7 +224,7 @@ def test_reentrant_checkpoints_run_several_backwards_and_need_no_sync():
         assert "a second backward in one step" in str(result)
 
 
-@pytest.mark.parametrize("buffers", BUFFERS)
+@pytest.mark.parametrize("inner_state", get_args(InnerState))
 def test_parameters_given_with_their_names(buffers):
     def work(comm):
         model = filled(Two(), comm.rank)

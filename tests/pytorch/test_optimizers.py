@@ -3,6 +3,7 @@ optimizer to the bit."""
 
 import copy
 import inspect
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.config import BUFFERS
+from hvd_slowmo.config import InnerState
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import BARE, assert_all_same, assert_same, batch, filled, held, matrices, net
 
@@ -124,7 +125,7 @@ NO_AVERAGED_BUFFERS = ("LBFGS", "SparseAdam")  # refused: see test_wrong_argumen
 
 @pytest.mark.parametrize(
     ("name", "buffers"),
-    [(n, b) for n in CLASSES for b in BUFFERS if b != "average" or n not in NO_AVERAGED_BUFFERS],
+    [(n, b) for n in CLASSES for b in get_args(InnerState) if b != "average" or n not in NO_AVERAGED_BUFFERS],
 )
 def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_from_its_state(name, buffers):
     def work(comm):

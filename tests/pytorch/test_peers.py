@@ -129,7 +129,7 @@ def test_torchdistx_closures_defaults_and_onecycle():
         losses.append(optimizer.step(closure).item())
         schedule.step()
     assert losses[-1] < losses[0]
-    assert optimizer.base.param_groups[0]["momentum"] != 0.9  # OneCycleLR cycles it
+    assert optimizer.inner_optimizer.param_groups[0]["momentum"] != 0.9  # OneCycleLR cycles it
 
 
 def test_torchdistx_param_groups_are_not_stale_after_load_state_dict():

@@ -37,9 +37,9 @@ def test_alone_it_needs_no_horovod_launch_and_is_an_optimizer():
     model = small()
     optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=2))
     assert isinstance(optimizer, torch.optim.Optimizer)
-    assert optimizer.param_groups is optimizer.base.param_groups
-    assert optimizer.state is optimizer.base.state
-    assert optimizer.defaults is optimizer.base.defaults
+    assert optimizer.param_groups is optimizer.inner_optimizer.param_groups
+    assert optimizer.state is optimizer.inner_optimizer.state
+    assert optimizer.defaults is optimizer.inner_optimizer.defaults
     step(model, optimizer)
     assert optimizer.steps == 1
     assert "SlowMo(SGD" in repr(optimizer)
@@ -249,7 +249,7 @@ def test_two_optimizers_of_one_model_take_names_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (lambda m: ("sgd", m, SlowMoConfig()), TypeError, "`base_optimizer` must be a torch.optim.Optimizer"),
+        (lambda m: ("sgd", m, SlowMoConfig()), TypeError, "`inner_optimizer` must be a torch.optim.Optimizer"),
         (lambda m: (sgd(m), "net", SlowMoConfig()), TypeError, "`model` must be a torch.nn.Module. Received: str"),
         (lambda m: (sgd(m), m, {"tau": 3}), TypeError, "`config` must be a SlowMoConfig. Received: dict"),
         (lambda m: (sgd(small()), m, SlowMoConfig()), ValueError, "group 0 .* is not a parameter of the model"),
