@@ -15,7 +15,7 @@ from hvd_slowmo_tf.traced_step import TracedStep
 
 
 def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the join as a traced function: from 1 if this worker leaves for good, float64, to all workers' answers."""
+    """Return the join as a traced function: of a float64, 1 if this worker leaves for good; it returns everybody's."""
 
     def join(leaving: tf.Tensor) -> tf.Tensor:
         step.traces += 1

@@ -48,7 +48,7 @@ class OptimizerParts:
 
 
 class KerasWorker:
-    """A plain object, into which Keras does not look.
+    """Hold one worker's parts in a plain object, into which Keras does not look.
 
     Keras would take every variable that it finds in an optimizer's attributes for one of the optimizer's own.
 
@@ -62,7 +62,7 @@ class KerasWorker:
 
     Attributes:
         job: once all workers have been brought to one start.
-        step: once it is known what travels.
+        step: traced; made for one layout.
         left: ranks that have left for good.
         averaging: within `averaged_parameters()`.
     """
@@ -124,7 +124,7 @@ class KerasWorker:
         vectors: tuple[str, ...] = self.config.vectors
         weights = 0
         if self.config.gossip is not None:
-            # Which of the workers share a node is not known yet, and does not change what is kept.
+            # The ranks of a node are not known yet; they do not change the vectors that are kept.
             comm = self.comm
             nodes = consecutive_nodes(comm.size, 1 if comm.node is None else comm.node.size)
             self._graph = Graph(self.config, comm.size, nodes)
