@@ -42,7 +42,7 @@ def bipartite(m: int) -> Array:
 
     Example:
         >>> bipartite(4)[0, 0].tolist()
-        [0.5, 0.5, 0.0, 0.0]
+        [0.5, 0.0, 0.0, 0.5]
     """
     if m == 1:
         return np.eye(1)[np.newaxis]
