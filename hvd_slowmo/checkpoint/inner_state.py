@@ -73,7 +73,12 @@ class OptimizerKind:
 
 
 def spell_kind(name: str) -> str:
-    """Return a kind in words."""
+    """Return a kind in words.
+
+    Example:
+        >>> spell_kind("adam"), spell_kind("torch.RMSprop")
+        ('Adam or AdamW', 'torch.RMSprop')
+    """
     return {SGD: "SGD", ADAM: "Adam or AdamW"}.get(name, name)
 
 

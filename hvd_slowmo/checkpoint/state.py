@@ -126,7 +126,13 @@ def trained(state: WorkerState) -> list[TensorSpec]:
 
 
 def at_rest(progress: Progress) -> bool:
-    """Return whether no message is in flight and every push-sum weight is 1, as without gossip."""
+    """Return whether no message is in flight and every push-sum weight is 1, as without gossip.
+
+    Example:
+        >>> nothing = np.zeros(0)
+        >>> at_rest(Progress(3, 1, 1, nothing, nothing, 0, nothing, PushSum(np.ones(2), np.zeros(2), 0)))
+        True
+    """
     mixing = progress.mixing
     return not mixing.in_flight and bool((np.asarray(mixing.weights) == 1).all())
 

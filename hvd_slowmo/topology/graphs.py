@@ -39,6 +39,10 @@ def bipartite(m: int) -> Array:
 
     Raises:
         ValueError: m is odd, so that one worker would be left over.
+
+    Example:
+        >>> bipartite(4)[0, 0].tolist()
+        [0.5, 0.0, 0.0, 0.5]
     """
     if m == 1:
         return np.eye(1)[np.newaxis]
@@ -56,17 +60,32 @@ def bipartite(m: int) -> Array:
 
 
 def complete(m: int) -> Array:
-    """Return the complete exponential graph: to all workers 1, 2, 4, ... places on, equal shares, one kept."""
+    """Return the complete exponential graph: to all workers 1, 2, 4, ... places on, equal shares, one kept.
+
+    Example:
+        >>> (complete(5)[0, :, 0] > 0).tolist()
+        [True, True, True, False, True]
+    """
     return _shares(m, _powers_below(m))[np.newaxis]
 
 
 def ring(m: int) -> Array:
-    """Return the ring: to both neighbours at every step, equal shares, one kept. Symmetric, for any m."""
+    """Return the ring: to both neighbours at every step, equal shares, one kept. Symmetric, for any m.
+
+    Example:
+        >>> (ring(5)[0, :, 0] > 0).tolist()
+        [True, True, False, False, True]
+    """
     return _shares(m, {1 % m, -1 % m} - {0})[np.newaxis]  # two workers: the neighbours are one and the same
 
 
 def full(m: int) -> Array:
-    """Return the full graph: to all, equal shares. The mean at every step, for m - 1 messages per worker."""
+    """Return the full graph: to all, equal shares. The mean at every step, for m - 1 messages per worker.
+
+    Example:
+        >>> full(2).tolist()
+        [[[0.5, 0.5], [0.5, 0.5]]]
+    """
     return np.full((1, m, m), 1 / m)
 
 
@@ -77,6 +96,10 @@ def star(m: int) -> Array:
     and keeps one. Push-sum weights move on this graph: after the first step the hub's is (m + 1) / 2 and the others'
     1/2. Both directions at once would leave them at 1 for m = 2, where such a star is a ring; in alternation they move
     for every m > 1, and the weights differ from step to step.
+
+    Example:
+        >>> star(2).tolist()
+        [[[1.0, 0.5], [0.0, 0.5]], [[0.5, 0.0], [0.5, 1.0]]]
     """
     if m == 1:
         return np.eye(1)[np.newaxis]

@@ -56,6 +56,12 @@ def mixed_late(kept: Any, sent: Any, w: Any, arriving: Any) -> tuple[Any, Any]:
         kept, sent: `Parts` of this step, (m, 1) and (m, m).
         w: (m, 1), ones at the start.
         arriving: (m, 1), by receiver, zeros at the start.
+
+    Example:
+        >>> kept, sent = parts(np.full((1, 2, 2), 0.5))
+        >>> w, arriving = mixed_late(kept[0], sent[0], np.ones((2, 1)), np.zeros((2, 1)))
+        >>> w.tolist(), arriving.tolist()
+        ([[0.5], [0.5]], [[0.5], [0.5]])
     """
     return kept * w + arriving, sent @ w
 
@@ -66,15 +72,29 @@ def in_flight(kept: Any, w: Any) -> Any:
     Args:
         kept: `Parts.kept` of the step.
         w: before the step.
+
+    Example:
+        >>> in_flight(np.array([[0.5]]), np.array([[3.0]])).tolist()
+        [[1.5]]
     """
     return w - kept * w
 
 
 def debiased(x: Any, w: Any) -> Any:
-    """Return z, which the model shows and at which the gradient is taken."""
+    """Return z, which the model shows and at which the gradient is taken.
+
+    Example:
+        >>> debiased(3.0, 1.5)
+        2.0
+    """
     return x / w
 
 
 def carried_over(z_new: Any, x: Any, w: Any) -> Any:
-    """Return the numerators after an inner step that took z = x / w to z_new; bitwise z_new where w is 1."""
+    """Return the numerators after an inner step that took z = x / w to z_new; bitwise z_new where w is 1.
+
+    Example:
+        >>> carried_over(1.0, 3.0, 1.5)
+        2.0
+    """
     return z_new + (x - x / w)
