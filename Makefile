@@ -46,9 +46,10 @@ test-fast: setup  ## run the tests that take no more than a few seconds
 test-install: setup  ## run the tests that make environments of one framework each, from nothing (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)
 
-lint: setup  ## check style, format and types
+lint: setup  ## check style, format, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 clean:  ## remove .venv and what the tools left (the user's cache keeps Horovod's wheel)
