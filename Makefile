@@ -24,8 +24,9 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
 
 # Steps of the set-up. The target of a step is a stamp in .venv, written after the step has succeeded: an up-to-date .venv
-# costs nothing, and a failed or interrupted step is repeated. Two calls at once would write into one .venv, so `setup`
-# locks the directory and builds the stamps in a second make, which keeps the lock until it ends.
+# costs nothing, and a failed or interrupted step is repeated. A stamp has the time at which its step started, so that a
+# file edited meanwhile is newer. Two calls at once would write into one .venv, so `setup` locks the directory and builds
+# the stamps in a second make, which keeps the lock until it ends.
 
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Exists while pip writes into .venv. Killed, pip can leave a package that it later takes for complete.
@@ -64,7 +65,7 @@ setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first tim
 
 .venv/.horovod: $(wildcard hvd_slowmo/installer/*.py) .venv/.packages | .venv/.checkout
 	@echo "Installing Horovod (2 to 6 minutes to build it, once; seconds from your cache)"
-	@rm -f $@; $(BIN)/hvd-slowmo install-horovod && touch $@
+	@rm -f $@; touch $@.started; $(BIN)/hvd-slowmo install-horovod && mv $@.started $@
 
 start_clock = started=$$(date +%s)
 read_clock = echo "  done in $$(($$(date +%s) - started)) s"
@@ -74,14 +75,14 @@ read_clock = echo "  done in $$(($$(date +%s) - started)) s"
 define pip_install
 log=$(subst /.,/,$@).log; rm -f $@; touch $(UNFINISHED); trap 'exit 130' INT; \
 	$(BIN)/python -m pip --disable-pip-version-check --no-input install $(1) >$$log 2>&1; status=$$?; \
-	[ $$status -ge 128 ] || rm $(UNFINISHED); \
 	if [ $$status -ne 0 ]; then \
+		[ $$status -ge 128 ] || rm $(UNFINISHED); \
 		{ grep -i '^ *error' $$log || cat $$log; } | tail -n 25 >&2; \
 		echo "pip failed; the full log is $(CURDIR)/$$log. Check the network and pip's settings (pip config list)," \
 			"then run make setup again." >&2; \
 		exit 1; \
 	fi; \
-	$(read_clock); touch $@
+	$(read_clock); mv $(UNFINISHED) $@
 endef
 
 demo: setup  ## train a classifier with SlowMo on four local workers; FRAMEWORK=tf: with Keras

@@ -33,7 +33,7 @@ case "$*" in
         ;;
     *requirements-dev.txt)
         step packages
-        [ ! -e slow ] || sleep 1
+        [ ! -e slow ] || { touch installing; sleep 1; }
         ;;
     *urlopen*) exit 1 ;;
     "-S -c "*) echo "IDENTITY in $PWD" ;;
@@ -86,6 +86,12 @@ class Checkout:
     def ran(self):
         return (self.folder / "ran").read_text().split()
 
+    def wait_for(self, name):
+        deadline = time.monotonic() + 60
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     def mark(self, name):
         (self.folder / name).touch()
 
@@ -107,9 +113,7 @@ def test_a_second_call_does_nothing(checkout):
     ran, said = checkout.setup()
     assert ran == STEPS
     assert said.count("done in") == 3  # the installer reports its own time
-    started = time.monotonic()
     assert checkout.setup() == ([], "")
-    assert time.monotonic() - started < 0.5
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -149,10 +153,7 @@ def test_a_failure_after_a_change_is_repeated_even_if_the_change_is_undone(check
 def test_an_interrupted_step_is_repeated_in_a_new_environment(checkout, step, number):
     checkout.mark(f"hang-{step}")
     process = checkout.start()
-    deadline = time.monotonic() + 30
-    while not (checkout.folder / "hanging").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    checkout.wait_for("hanging")
     os.killpg(process.pid, number)
     process.communicate(timeout=30)
     assert process.returncode != 0
@@ -185,6 +186,16 @@ def test_a_change_repeats_the_steps_that_depend_on_it(checkout, changed, steps):
     checkout.change(changed)
     assert checkout.setup()[0] == steps
     assert checkout.setup()[0] == []
+
+
+def test_a_file_that_is_edited_while_its_step_runs_is_not_missed(checkout):
+    checkout.mark("slow")
+    process = checkout.start()
+    checkout.wait_for("installing")
+    checkout.change("requirements-dev.txt")
+    process.communicate(timeout=60)
+    assert checkout.ran() == STEPS
+    assert checkout.setup()[0] == ["packages", "checkout", "horovod"]
 
 
 def test_another_python_makes_a_new_environment_which_later_calls_keep(checkout):
