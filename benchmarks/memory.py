@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hvd_slowmo.gossip import SGP
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 CASES = {
@@ -38,8 +39,8 @@ GOSSIP = {  # nothing is sent by one worker: these are measured with Horovod
     "SGP, star": SlowMoConfig.sgp(topology="star"),
     "OSGP": SlowMoConfig.osgp(),
     "D-PSGD": SlowMoConfig.dpsgd(),
-    "SlowMo over SGP": SlowMoConfig(tau=2, base="sgp"),
-    "SlowMo over OSGP": SlowMoConfig(tau=2, base="sgp", overlap=True),
+    "SlowMo over SGP": SlowMoConfig(gossip=SGP(), tau=2),
+    "SlowMo over OSGP": SlowMoConfig(gossip=SGP(overlap=True), tau=2),
 }
 
 

@@ -85,7 +85,7 @@ def record(config: SlowMoConfig, name: str, steps: int, batch: int) -> tuple[lis
     model = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2016), nn.ReLU(), nn.Linear(2016, 74))
     base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     spans: list[Span] = []
-    optimizer = SlowMo.over(WatchedComm(spans), base, model, config, name=name)
+    optimizer = SlowMo(base, model, config, comm=WatchedComm(spans), name=name)
     x, y = torch.randn(batch, 1024), torch.randint(74, (batch,))
     begins = []
     for _ in range(steps):

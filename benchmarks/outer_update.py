@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.protocol.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 
@@ -42,7 +42,7 @@ class Idle(torch.optim.SGD):
 
 def wrapped(tensors: int, size: int, tau: int, device: str) -> SlowMo:
     model = nn.ParameterList([nn.Parameter(torch.rand(size, device=device)) for _ in range(tensors)])
-    return SlowMo.over(SoloComm(), Idle(model.parameters(), lr=0.1), model, SlowMoConfig(tau=tau))
+    return SlowMo(Idle(model.parameters(), lr=0.1), model, SlowMoConfig(tau=tau), comm=SoloComm())
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_slowmo import SlowMoConfig
+from hvd_slowmo.gossip import DPSGD, SGP
 
 TAU = 12
 ALONE = "no communication"  # the method that the others are compared with
@@ -30,10 +31,10 @@ def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
         "ours: OSGP": (SlowMoConfig.osgp(), "osgp"),
         "ours: D-PSGD": (SlowMoConfig.dpsgd(), "dpsgd"),
         "ours: SlowMo over AR-SGD": (SlowMoConfig(tau=TAU, gradients="all"), "slowmo.all"),
-        "ours: SlowMo over D-PSGD": (SlowMoConfig(tau=tau_gossip, base="dpsgd"), "slowmo.dpsgd"),
-        "ours: SlowMo over SGP": (SlowMoConfig(tau=tau_gossip, base="sgp"), "slowmo.sgp"),
-        "ours: SlowMo over OSGP": (SlowMoConfig(tau=tau_gossip, base="sgp", overlap=True), "slowmo.osgp"),
-        "ours: SlowMo over SGP, noaverage": (SlowMoConfig(tau=tau_gossip, base="sgp", average=False), "slowmo.alone"),
+        "ours: SlowMo over D-PSGD": (SlowMoConfig(gossip=DPSGD(), tau=tau_gossip), "slowmo.dpsgd"),
+        "ours: SlowMo over SGP": (SlowMoConfig(gossip=SGP(), tau=tau_gossip), "slowmo.sgp"),
+        "ours: SlowMo over OSGP": (SlowMoConfig(gossip=SGP(overlap=True), tau=tau_gossip), "slowmo.osgp"),
+        "ours: SlowMo over SGP, noaverage": (SlowMoConfig(gossip=SGP(), tau=tau_gossip, average=False), "slowmo.alone"),
     }
 
 

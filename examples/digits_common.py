@@ -38,13 +38,13 @@ from hvd_slowmo import SlowMoConfig
 
 def outer(args: Namespace, **settings: Any) -> SlowMoConfig:
     """SlowMo with the options' settings, over the base that the settings name."""
-    return SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, buffers=args.buffers, **settings)
+    return SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, inner_state=args.buffers, **settings)
 
 
 # The methods that can be compared: what each means to SlowMo, given the options.
 METHODS: dict[str, Callable[[Namespace], SlowMoConfig]] = {
     "ar-sgd": lambda args: SlowMoConfig.ar_sgd(),
-    "local-sgd": lambda args: SlowMoConfig.local_sgd(args.tau, buffers=args.buffers),
+    "local-sgd": lambda args: SlowMoConfig.local_sgd(args.tau, inner_state=args.buffers),
     "slowmo": outer,
     "slowmo-ar-sgd": lambda args: outer(args, gradients="all"),
     "d-psgd": lambda args: SlowMoConfig.dpsgd(),

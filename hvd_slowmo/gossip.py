@@ -63,6 +63,14 @@ class DPSGD:
 
     topology: Topology = None
 
+    def __new__(cls, *_: Any, **settings: Any) -> DPSGD:
+        """Refuse overlap, which SGP alone has."""
+        if "overlap" in settings:
+            raise TypeError(
+                "DPSGD has no setting `overlap`: only in SGP do late messages have a weight. Use SGP(overlap=True)."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "topology", _checked_topology(self.topology))
 

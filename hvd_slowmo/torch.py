@@ -1,12 +1,13 @@
 """The PyTorch door: `import hvd_slowmo.torch as slowmo`."""
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.join import Joined
+from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.horovod import workers
 from hvd_slowmo_torch.optimizer import SlowMo
 
 init = workers.init
 
-__all__ = ["Joined", "Metrics", "ParameterMap", "SlowMo", "SlowMoConfig", "init"]
+__all__ = ["DPSGD", "SGP", "JoinResult", "Metrics", "ParameterMap", "SlowMo", "SlowMoConfig", "init"]

@@ -11,7 +11,7 @@ from typing import Any
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
-# Variables in which launchers tell a worker the number of workers: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
+# The number of workers as launchers tell it: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
 _WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 MakeComm = Callable[[Any, Comm | None], Comm]

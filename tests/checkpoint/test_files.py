@@ -10,8 +10,9 @@ import stat
 import numpy as np
 import pytest
 
-from hvd_slowmo import safefile, snapshot
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.checkpoint import file as safefile
+from hvd_slowmo.checkpoint import job as snapshot
+from hvd_slowmo.comm.threads import ThreadWorld
 from support.checkpoints import RESET, loaded, saved
 from support.trainings.pytorch import advance, build, same
 

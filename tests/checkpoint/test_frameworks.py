@@ -11,14 +11,18 @@ import keras
 import tensorflow as tf
 from keras import layers as kl
 
-from hvd_slowmo import ParameterMap, safefile, snapshot
-from hvd_slowmo.comm import SoloComm, ThreadWorld
-from hvd_slowmo.safefile import SnapshotError
+from hvd_slowmo import ParameterMap
+from hvd_slowmo.checkpoint import file as safefile
+from hvd_slowmo.checkpoint import job as snapshot
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.tf import SlowMo as KerasSlowMo
 from hvd_slowmo.tf import SlowMoCallback
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.checkpoints import files
 from support.models.keras import fit
+from support.problems import config_of
 from support.trainings.checkpoints import CASES, KerasWorker, TorchWorker, apart
 from support.trainings.keras import GraphComm, doubles
 from support.trainings.mixed import TorchComm
@@ -67,7 +71,7 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
 @pytest.mark.parametrize("steps", [5, 6])
 def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
     """In the middle of a block each goes on with its own state, also where ranks have changed their framework."""
-    config, base = {"tau": 3, "buffers": "reset"}, CASES["momentum"][1]
+    config, base = {"tau": 3, "inner_state": "reset"}, CASES["momentum"][1]
 
     def side(worker):
         given = [] if isinstance(worker, TorchWorker) else [worker.model]
@@ -95,18 +99,18 @@ def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{"tau": 2, "buffers": "reset"}, {"tau": 3, "gradients": "all"}])
+@pytest.mark.parametrize("config", [{"tau": 2, "inner_state": "reset"}, {"tau": 3, "gradients": "all"}])
 def test_a_job_of_both_frameworks_in_float32_goes_on_with_another_number_of_workers(config, tmp_path):
     """0.1 is another number in Keras, where rates have float32."""
 
     def made(comm):
-        given = SlowMoConfig(**config)
+        given = config_of(config)
         if comm.rank != 1:
             model = nn.Sequential(nn.Linear(4, 3))
             base = torch.optim.SGD(model.parameters(), lr=0.1)
-            return model, SlowMo.over(TorchComm(comm), base, model, given, parameter_map=ParameterMap())
+            return model, SlowMo(base, model, given, comm=TorchComm(comm), parameter_map=ParameterMap())
         other = keras.Sequential([keras.Input((4,)), kl.Dense(3)])
-        optimizer = KerasSlowMo.over(GraphComm(comm), keras.optimizers.SGD(0.1), given, parameter_map=ParameterMap())
+        optimizer = KerasSlowMo(keras.optimizers.SGD(0.1), given, comm=GraphComm(comm), parameter_map=ParameterMap())
         optimizer.broadcast(other)
         return other, optimizer
 
@@ -151,7 +155,7 @@ def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
     config = SlowMoConfig(tau=3)
     torch.manual_seed(1)
     base = torch.optim.AdamW(ours.parameters(), lr=0.1, amsgrad=True)
-    optimizer = SlowMo.over(SoloComm(), base, ours, config)
+    optimizer = SlowMo(base, ours, config, comm=SoloComm())
     for k in range(4):
         for p in ours.parameters():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
@@ -180,19 +184,19 @@ def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
 
 def test_what_one_framework_alone_names_is_refused_by_the_other(tmp_path):
     model = nn.ParameterList([nn.Parameter(torch.ones(2))])
-    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), comm=SoloComm())
     optimizer.save(tmp_path / "torch")
     part = keras.Variable(np.ones(2, "float32"))
     other = KerasSlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2))
     with pytest.raises(ValueError, match=r"give the Keras model: optimizer.save\(path, model\)"):
         other.load(tmp_path / "torch")
     other.broadcast([part])
-    with pytest.raises(SnapshotError, match=r"by the names of torch alone.*of keras alone: .*ParameterList is not a"):
+    with pytest.raises(CheckpointError, match=r"by the names of torch alone.*of keras alone: .*ParameterList is not a"):
         other.load(tmp_path / "torch")
     with pytest.raises(TypeError, match="a ParameterMap needs the Keras model"):
         other.save(tmp_path / "keras", parameter_map=ParameterMap())
     other.save(tmp_path / "keras")
-    with pytest.raises(SnapshotError, match=r"by the names of keras alone.*: only the variables were given"):
+    with pytest.raises(CheckpointError, match=r"by the names of keras alone.*: only the variables were given"):
         optimizer.load(tmp_path / "keras")
 
 
@@ -214,7 +218,7 @@ class Scale(keras.layers.Layer):
 
 def test_explicit_pairs_and_a_schedule(tmp_path):
     model = Scaled()
-    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(model.parameters(), lr=0.5), model, SlowMoConfig(tau=2))
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.5), model, SlowMoConfig(tau=2), comm=SoloComm())
     for _ in range(3):
         model.scale.grad = torch.ones(2)
         optimizer.step()
@@ -223,7 +227,7 @@ def test_explicit_pairs_and_a_schedule(tmp_path):
     theirs = keras.Sequential([keras.Input((2,)), Scale(name="scaled"), kl.Dense(3, name="out")], name="net")
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([3], [0.5, 0.25])
     other = KerasSlowMo(keras.optimizers.SGD(schedule), SlowMoConfig(tau=2))
-    with pytest.raises(SnapshotError, match=r"by the names of a ParameterMap, here .* keras alone: .*Scale is not a"):
+    with pytest.raises(CheckpointError, match=r"by the names of a ParameterMap, here .* keras alone: .*Scale is not a"):
         other.load(tmp_path / "a", theirs)
     other.load(tmp_path / "a", theirs, parameter_map=paired)
     np.testing.assert_array_equal(theirs.layers[0].scale.numpy(), model.scale.detach().numpy())
@@ -251,8 +255,10 @@ def test_kept_by_keras_alone(tmp_path):
     fit(again, other, range(4, 9), callbacks=[SlowMoCallback()])
     assert same([v.numpy() for v in model.variables], [v.numpy() for v in again.variables])
     ours = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    slow = SlowMo.over(SoloComm(), torch.optim.SGD(ours.parameters(), lr=0.1), ours, SlowMoConfig(tau=3))
-    with pytest.raises(SnapshotError, match="has anchor, v, average beside the model, this optimizer keeps anchor, v"):
+    slow = SlowMo(torch.optim.SGD(ours.parameters(), lr=0.1), ours, SlowMoConfig(tau=3), comm=SoloComm())
+    with pytest.raises(
+        CheckpointError, match="has anchor, v, average beside the model, this optimizer keeps anchor, v"
+    ):
         slow.load(tmp_path / "a")
 
 
@@ -262,7 +268,7 @@ def test_micro_batches_that_wait_are_not_saved_and_a_load_drops_them(tmp_path):
     fit(model, optimizer, range(4))
     optimizer.save(tmp_path / "a", model)
     fit(model, optimizer, range(4, 7))
-    with pytest.raises(SnapshotError, match="multiple of gradient_accumulation_steps=2 calls"):
+    with pytest.raises(CheckpointError, match="multiple of gradient_accumulation_steps=2 calls"):
         optimizer.save(tmp_path / "b", model)
     assert not (tmp_path / "b").exists()
     ends = []

@@ -8,9 +8,9 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from hvd_slowmo import safefile
-from hvd_slowmo.comm import ThreadWorld
-from hvd_slowmo.safefile import SnapshotError
+from hvd_slowmo.checkpoint import file as safefile
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.torch import SlowMoConfig
 from support.checkpoints import RESET, damaged, one, saved
 from support.trainings.pytorch import advance, build, held, same
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_another_training_is_refused(what, checkpoint):
     make, message = OTHERS[what]
     model, optimizer = make()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(SnapshotError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         optimizer.load(checkpoint)
     assert same([p.detach() for p in model.parameters()], before)
     assert optimizer.steps == 0
@@ -100,12 +100,12 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, monkeypatch):
         "empty": "is no checkpoint",
         "plain.safetensors": "a safetensors file of something else",
     }.items():
-        with pytest.raises(SnapshotError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             optimizer.load(folder / name)
-    with pytest.raises(SnapshotError, match="in a folder that there is"):
+    with pytest.raises(CheckpointError, match="in a folder that there is"):
         optimizer.save(folder / "nowhere" / "checkpoint")
     with monkeypatch.context() as patch:
         patch.setattr(safefile, "FORMAT", 2)
         optimizer.save(folder / "newer")
-    with pytest.raises(SnapshotError, match="has format 2, this version of hvd-slowmo reads format 1"):
+    with pytest.raises(CheckpointError, match="has format 2, this version of hvd-slowmo reads format 1"):
         optimizer.load(folder / "newer")

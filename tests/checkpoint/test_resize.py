@@ -4,28 +4,28 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from support.checkpoints import RESET, loaded, saved
 from support.problems import LOCAL_SGD, Problem
 from support.trainings.pytorch import advance, build, same
 
-AVERAGED = Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.875})
+AVERAGED = Problem({"tau": 4, "inner_state": "average"}, options={"momentum": 0.875})
 MAINTAINED = Problem({"tau": 4}, options={"momentum": 0.875})
 AR_SGD = Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options={"momentum": 0.5})
-NOAVERAGE = Problem({"base": "sgp", "topology": "star", "tau": 4, "average": False})
+NOAVERAGE = Problem({"gossip": "sgp", "topology": "star", "tau": 4, "average": False})
 RESIZES = {
     "an outer step": (RESET, 4, False, None),
     "buffers averaged": (AVERAGED, 4, False, None),
     "no buffers": (Problem({"tau": 4}), 8, False, None),
     "gradients averaged": (AR_SGD, 3, False, None),
     "a join": (Problem({"tau": 4}), 6, True, None),
-    "gossip at an outer step": (Problem({"base": "sgp", "overlap": True, "tau": 4}), 4, False, None),
+    "gossip at an outer step": (Problem({"gossip": "sgp", "overlap": True, "tau": 4}), 4, False, None),
     "before the first step": (MAINTAINED, 0, False, None),
     "the middle of a block": (RESET, 5, False, "its own parameters and statistics.*base optimizer's buffers"),
-    "buffers maintained": (MAINTAINED, 4, False, "its own the base optimizer's buffers, which.*buffers='reset'"),
+    "buffers maintained": (MAINTAINED, 4, False, "its own the base optimizer's buffers, which.*inner_state='reset'"),
     "a join with buffers": (RESET, 6, True, "its own the base optimizer's buffers"),
-    "gossip": (Problem({"base": "sgp", "topology": "star", "tau": 4}), 3, False, "its own parameters.*numerators"),
-    "in flight": (Problem({"base": "sgp", "overlap": True, "tau": 4}), 3, False, "its own .*messages in flight"),
+    "gossip": (Problem({"gossip": "sgp", "topology": "star", "tau": 4}), 3, False, "its own parameters.*numerators"),
+    "in flight": (Problem({"gossip": "sgp", "overlap": True, "tau": 4}), 3, False, "its own .*messages in flight"),
     "noaverage": (NOAVERAGE, 4, False, "its own .*slow momentum"),
 }
 

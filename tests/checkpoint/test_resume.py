@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hvd_slowmo.comm import ThreadWorld
-from hvd_slowmo.safefile import SnapshotError
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.errors import CheckpointError
 from support.checkpoints import one, train
 from support.problems import GOSSIP, PROBLEMS
 from support.trainings.pytorch import advance, build, same
@@ -77,7 +77,7 @@ def test_groups_are_as_they_were_or_become_one_where_they_were_alike(tmp_path):
             assert optimizer.steps == 2
         else:
             _, optimizer = one()
-            with pytest.raises(SnapshotError, match="in parameter groups of their own"):
+            with pytest.raises(CheckpointError, match="in parameter groups of their own"):
                 optimizer.load(tmp_path / "two")
             _, optimizer = one(groups=head((0.3,)))
             optimizer.load(tmp_path / "two")
@@ -148,7 +148,7 @@ def test_other_optimizers_with_other_options_are_refused(what, tmp_path):
     optimizer.save(tmp_path / "other")
     model, optimizer = one(base=lambda p: torch.optim.RMSprop(p, lr=0.1, **second))
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    with pytest.raises(SnapshotError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         optimizer.load(tmp_path / "other")
     assert same(before, dict(model.state_dict()))
     assert not optimizer.base.state

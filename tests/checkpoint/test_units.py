@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_slowmo import safefile
-from hvd_slowmo.base_state import Carried, converted
-from hvd_slowmo.safefile import SnapshotError
+from hvd_slowmo.checkpoint import file as safefile
+from hvd_slowmo.checkpoint.inner_state import Carried, converted
+from hvd_slowmo.errors import CheckpointError
 from support.checkpoints import one
 
 
@@ -21,7 +21,7 @@ def test_momentum_in_the_units_of_both_frameworks():
     assert carried.buffers("velocity", {"x": m * 2}) == {"velocity": {"x": pytest.approx(m * 2)}, "momentum": {}}
     assert not carried.buffers("velocity", {"x": m})["momentum"], "once it has moved it is forgotten"
     assert not converted("x", b * 0, "momentum", 0.0).any()
-    with pytest.raises(SnapshotError, match="at a learning rate of 0"):
+    with pytest.raises(CheckpointError, match="at a learning rate of 0"):
         converted("x", m, "momentum", 0.0)
 
 

@@ -14,9 +14,10 @@ from torch import nn
 import keras
 from keras import layers as kl
 
-from hvd_slowmo import safefile, snapshot
-from hvd_slowmo.cli import main
-from hvd_slowmo.comm import SoloComm
+from hvd_slowmo.checkpoint import file as safefile
+from hvd_slowmo.checkpoint import job as snapshot
+from hvd_slowmo.cli.main import main
+from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.checkpoints import RESET, damaged, files, saved
 from support.trainings.pytorch import same
@@ -58,7 +59,7 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = SlowMo.over(SoloComm(), base, model, SlowMoConfig(tau=2))
+    optimizer = SlowMo(base, model, SlowMoConfig(tau=2), comm=SoloComm())
     for _ in range(3):
         model(torch.randn(5, 2, 3, 3)).square().mean().backward()
         optimizer.step()
@@ -114,7 +115,7 @@ def test_a_training_begins_with_weights(folder, capsys):
     assert main(["inspect", "start.slowmo"]) == 0
     assert "weights alone" in capsys.readouterr().out
     model = ours()
-    optimizer = SlowMo.over(SoloComm(), torch.optim.Adam(model.parameters(), 0.125), model, SlowMoConfig(tau=2))
+    optimizer = SlowMo(torch.optim.Adam(model.parameters(), 0.125), model, SlowMoConfig(tau=2), comm=SoloComm())
     for _ in range(3):
         optimizer.step()
     optimizer.load("start.slowmo")
@@ -229,7 +230,7 @@ def test_bfloat16_goes_around_all_formats_to_the_bit(folder):
     assert all(x.dtype == np.float32 for x in load_file("g.safetensors").values())
     assert same(load_file("g.safetensors"), {name: x.float().numpy() for name, x in expected.items()})
     ours, theirs = half(), theirs_half()
-    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(ours.parameters(), 0.125), ours, SlowMoConfig(tau=2))
+    optimizer = SlowMo(torch.optim.SGD(ours.parameters(), 0.125), ours, SlowMoConfig(tau=2), comm=SoloComm())
     optimizer.load("b.slowmo")
     assert same(dict(ours.state_dict()), expected)
     KerasSlowMo(keras.optimizers.SGD(0.125), SlowMoConfig(tau=2)).load("b.slowmo", theirs)
@@ -243,7 +244,7 @@ def test_plain_weights_of_another_precision_begin_a_training(folder):
     names = {"0.weight": "0.linear.weight", "0.bias": "0.linear.bias"}  # on the wire
     save_torch_file({names[key]: x.half() for key, x in model.state_dict().items()}, folder / "half.safetensors")
     convert("half.safetensors", "start.slowmo", "--torch", "convert_command_models:other")
-    optimizer = SlowMo.over(SoloComm(), torch.optim.SGD(model.parameters(), 0.1), model, SlowMoConfig(tau=2))
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), 0.1), model, SlowMoConfig(tau=2), comm=SoloComm())
     optimizer.load("start.slowmo")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvd_slowmo.cli import main
+from hvd_slowmo.cli.main import main
 from support.installation import ROOT, run_code
 
 
@@ -16,7 +16,7 @@ def _without_frameworks(*arguments, cache):
                     raise ModuleNotFoundError(name)
 
         sys.meta_path.insert(0, Absent())
-        from hvd_slowmo.cli import main
+        from hvd_slowmo.cli.main import main
         sys.exit(main({list(arguments)!r}))
     """
     return run_code(code, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(cache))

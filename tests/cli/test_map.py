@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvd_slowmo.cli import main
+from hvd_slowmo.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("float64")
 

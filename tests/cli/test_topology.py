@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from hvd_slowmo import cli
-from hvd_slowmo.graphs import NAMED
-from hvd_slowmo.topology import moves_weights, spectral_gap, topology
+from hvd_slowmo.cli.main import main as cli
+from hvd_slowmo.topology.analysis import moves_weights, spectral_gap
+from hvd_slowmo.topology.checks import topology
+from hvd_slowmo.topology.graphs import NAMED
 from support.graphs import CASES
 
 

@@ -58,9 +58,10 @@ def test_a_script_that_forgets_init_is_told_so(tmp_path):
 REPEATED = """
 import copy, time
 import horovod.torch as hvd, torch
-import hvd_slowmo.layout, hvd_slowmo.torch as slowmo
+import hvd_slowmo.torch as slowmo
 hvd.init()
-hvd_slowmo.layout.CHUNK_BYTES = 4096  # several messages at once
+slowmo.SlowMo._chunk_bytes = 4096  # several messages at once
+
 
 def train(steps, resumed=None):
     torch.manual_seed(hvd.rank())

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hvd_slowmo.comm import MeteredComm, SoloComm, ThreadWorld, WorldError
+from hvd_slowmo.comm.protocol import MeteredComm, SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 
 # shares[i][j]: what worker i gets of worker j's
 SHARES = np.array([[0.0, 0.5, 0.25], [0.0, 0.0, 0.25], [1.0, 0.0, 0.0]])

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hvd_slowmo.hosts import hosts_by_rendezvous
+from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from hvd_slowmo.comm import SoloComm, ThreadWorld, WorldError
-from hvd_slowmo.handshake import agree
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld, WorldError
+from hvd_slowmo.core.handshake import agree
 
 
 def test_sums_and_gathers_in_rank_order():

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import warnings
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from hvd_slowmo import SlowMoConfig
-from hvd_slowmo.config import TOPOLOGIES
-from hvd_slowmo.graphs import NAMED, ring
+from hvd_slowmo.gossip import DPSGD, SGP, TopologyName
+from hvd_slowmo.topology.graphs import NAMED, ring
 
 
 @pytest.mark.parametrize(
@@ -27,27 +28,64 @@ from hvd_slowmo.graphs import NAMED, ring
         ({"beta": None}, TypeError, "beta=None"),
         ({"nesterov": 1}, TypeError, "`nesterov` must be True or False"),
         ({"scale_by_lr": "no"}, TypeError, "scale_by_lr='no'"),
-        ({"buffers": "keep"}, ValueError, "'maintain', 'reset', 'average'. Received: buffers='keep'"),
+        ({"inner_state": "keep"}, ValueError, "'maintain', 'reset', 'average'. Received: inner_state='keep'"),
         ({"gradients": None}, TypeError, "gradients=None"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps=-1"),
-        ({"base": "gossip"}, ValueError, "'local', 'sgp', 'dpsgd'. Received: base='gossip'"),
-        ({"overlap": 1}, TypeError, "`overlap` must be True or False. Received: overlap=1"),
+        ({"gossip": "sgp"}, TypeError, r"`gossip` must be None, SGP\(...\) or DPSGD\(...\). Received: gossip='sgp'"),
         ({"average": None}, TypeError, "`average` must be True or False. Received: average=None"),
-        ({"topology": "ring"}, ValueError, "`topology` is for a gossip base. Received: base='local', topology='ring'"),
-        ({"overlap": True}, ValueError, "`overlap` is for a gossip base. Received: base='local', overlap=True"),
-        ({"average": False}, ValueError, "`average` is for a gossip base. Received: base='local', average=False"),
-        ({"base": "dpsgd", "overlap": True}, ValueError, r"`overlap` is for base='sgp' \(OSGP\)"),
-        ({"base": "sgp", "gradients": "all"}, ValueError, "there is nothing to gossip. Received: base='sgp'"),
-        ({"base": "dpsgd", "nonfinite": "exclude"}, ValueError, "'exclude' can't work over base='dpsgd'"),
-        ({"base": "sgp", "average": False, "buffers": "average"}, ValueError, "use buffers='maintain' or 'reset'"),
-        ({"base": "sgp", "topology": 3}, TypeError, "an array of numbers or a function .* Received: topology=3"),
-        ({"base": "sgp", "topology": [["a"]]}, TypeError, "`topology` must be None, a name"),
-        ({"base": "sgp", "topology": "rings"}, ValueError, "'ring', 'full', 'star'.* Received: topology='rings'"),
-        ({"base": "sgp", "topology": "function f"}, ValueError, "that is a function f, and only its name was"),
+        ({"average": False}, ValueError, "needs gossip between the outer steps. Received: gossip=None, average=False"),
+        (
+            {"gossip": SGP(), "gradients": "all"},
+            ValueError,
+            r"leaves nothing to gossip. Received: gossip=SGP\(topology=None",
+        ),
+        (
+            {"gossip": DPSGD(), "nonfinite": "exclude"},
+            ValueError,
+            r"'exclude' can't work with gossip=DPSGD\(topology=None",
+        ),
+        (
+            {"gossip": SGP(), "average": False, "inner_state": "average"},
+            ValueError,
+            "use inner_state='maintain' or 'reset'",
+        ),
     ],
 )
 def test_invalid_settings_say_what_was_received(settings, error, words):
     with pytest.raises(error, match=words):
+        SlowMoConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: SGP(overlap=1), TypeError, "`overlap` must be True or False. Received: overlap=1"),
+        (lambda: DPSGD(overlap=True), TypeError, r"DPSGD has no setting `overlap`.* Use SGP\(overlap=True\)"),
+        (lambda: SGP(topology=3), TypeError, "an array of numbers or a function .* Received: topology=3"),
+        (lambda: DPSGD(topology=[["a"]]), TypeError, "`topology` must be None, a name"),
+        (lambda: SGP(topology="rings"), ValueError, "'ring', 'full', 'star'.* Received: topology='rings'"),
+        (lambda: SGP(topology="function f"), ValueError, "that is a function f, and only its name was"),
+    ],
+)
+def test_invalid_gossip_says_what_was_received(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"topology": "ring"}, r"Use gossip=SGP\(topology=...\) or gossip=DPSGD"),
+        ({"overlap": True}, r"Use gossip=SGP\(overlap=True\)"),
+        ({"base": "sgp"}, r"no setting `base`. Use gossip=SGP"),
+        ({"buffers": "reset"}, "Use inner_state."),
+        ({"slowmo_frequency": 12}, "Use tau."),
+        ({"momentum": 0.5}, "Use beta."),
+        ({"lr": 1.0}, "Use alpha."),
+    ],
+)
+def test_names_of_other_libraries_are_told_the_name_here(settings, words):
+    with pytest.raises(TypeError, match=words):
         SlowMoConfig(**settings)
 
 
@@ -57,12 +95,12 @@ def test_invalid_settings_say_what_was_received(settings, error, words):
         ({"beta": 0, "nesterov": True}, "nesterov=True"),
         ({"beta": 0, "scale_by_lr": False}, "scale_by_lr=False"),
         ({"tau": None, "gradients": "all", "alpha": 0.7}, "alpha=0.7"),
-        ({"tau": None, "gradients": "all", "buffers": "reset"}, "buffers='reset'"),
+        ({"tau": None, "gradients": "all", "inner_state": "reset"}, "inner_state='reset'"),
         ({"tau": None, "gradients": "all", "warmup_steps": 5}, "warmup_steps=5"),
         ({"tau": None}, "the workers never meet"),
         ({"tau": None, "gradients": "node"}, "the nodes never meet"),
-        ({"tau": None, "base": "sgp", "beta": 0, "average": False}, "average=False"),
-        ({"tau": None, "base": "dpsgd", "beta": 0.7}, "beta=0.7"),
+        ({"tau": None, "gossip": SGP(), "beta": 0, "average": False}, "average=False"),
+        ({"tau": None, "gossip": DPSGD(), "beta": 0.7}, "beta=0.7"),
     ],
 )
 def test_settings_without_effect_warn(settings, words):
@@ -83,36 +121,36 @@ def test_presets_are_the_published_methods():
         assert SlowMoConfig.local_sgd(8, warmup_steps=3).warmup_steps == 3
 
 
-def test_presets_of_gossip_are_the_bases_alone_or_below_slowmo():
+def test_presets_of_gossip_are_the_methods_alone_or_below_slowmo():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert SlowMoConfig.sgp() == SlowMoConfig(base="sgp", tau=None, alpha=1, beta=0)
-        assert SlowMoConfig.osgp() == SlowMoConfig(base="sgp", overlap=True, tau=None, alpha=1, beta=0)
-        assert SlowMoConfig.dpsgd() == SlowMoConfig(base="dpsgd", tau=None, alpha=1, beta=0)
-        assert SlowMoConfig.sgp(tau=48) == SlowMoConfig(base="sgp", tau=48)
+        assert SlowMoConfig.sgp() == SlowMoConfig(gossip=SGP(), tau=None, alpha=1, beta=0)
+        assert SlowMoConfig.osgp() == SlowMoConfig(gossip=SGP(overlap=True), tau=None, alpha=1, beta=0)
+        assert SlowMoConfig.dpsgd() == SlowMoConfig(gossip=DPSGD(), tau=None, alpha=1, beta=0)
+        assert SlowMoConfig.sgp(tau=48) == SlowMoConfig(gossip=SGP(), tau=48)
         assert SlowMoConfig.osgp(tau=48, beta=0.6, average=False, topology="star") == SlowMoConfig(
-            base="sgp", overlap=True, tau=48, beta=0.6, average=False, topology="star"
+            gossip=SGP(topology="star", overlap=True), tau=48, beta=0.6, average=False
         )
         assert SlowMoConfig.dpsgd(tau=None, topology="ring") == SlowMoConfig.dpsgd(topology="ring")
 
 
 def test_the_names_of_topologies_are_those_that_there_are():
-    assert tuple(NAMED) == TOPOLOGIES
+    assert tuple(NAMED) == get_args(TopologyName)
 
 
 def test_facts_make_the_same_config_again():
     """Through JSON, as Keras stores them."""
     for topology in (None, "star", np.full((2, 2), 0.5), [[[0.5, 0.5], [0.5, 0.5]]]):
-        config = SlowMoConfig(base="sgp", topology=topology, overlap=True, average=False)
-        assert SlowMoConfig(**json.loads(json.dumps(config.facts()))) == config
-    assert hash(SlowMoConfig(base="sgp", topology=np.eye(2)))
+        config = SlowMoConfig(gossip=SGP(topology=topology, overlap=True), average=False)
+        assert SlowMoConfig.from_facts(json.loads(json.dumps(config.facts()))) == config
+    assert hash(SlowMoConfig(gossip=SGP(topology=np.eye(2))))
 
 
 def test_facts_have_the_name_of_a_function():
-    facts = SlowMoConfig(base="sgp", topology=ring).facts()
-    assert facts["topology"] == "function ring"
+    facts = SlowMoConfig(gossip=SGP(topology=ring)).facts()
+    assert facts["gossip"]["topology"] == "function ring"
     with pytest.raises(ValueError, match="compile=False"):
-        SlowMoConfig(**facts)
+        SlowMoConfig.from_facts(facts)
 
 
 def test_a_config_is_frozen_keyword_only_and_normalised():

@@ -1,21 +1,30 @@
 """The core's pure parts: schedule, layout, outer update, ledger."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hvd_slowmo.layout
 from hvd_slowmo import SlowMoConfig
-from hvd_slowmo.layout import Entry, Segment, layout
-from hvd_slowmo.ledger import AVERAGE, TRAINING, Row, complaint, oddity, verdict
-from hvd_slowmo.ops import EagerOps
-from hvd_slowmo.outer import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.schedule import plan, steps_to_meeting, workers_equal
-from hvd_slowmo_torch.fast import outer_update_
+from hvd_slowmo.core.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
+from hvd_slowmo.core.ops import EagerOps
+from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma, outer_update
+from hvd_slowmo.core.schedule import step_plan, steps_to_meeting, workers_equal
+from hvd_slowmo.wire.tensors import TensorSpec
+from hvd_slowmo.wire.views import View
+from hvd_slowmo_torch.outer_update import outer_update_
 
 OPS = EagerOps()
+
+
+@dataclass(frozen=True)
+class Ref:
+    spec: TensorSpec
+    device: str = "cpu"
 
 
 @given(tau=st.integers(1, 7), warmup=st.integers(0, 6))
@@ -23,7 +32,7 @@ def test_the_schedule_is_warm_up_then_blocks_of_tau(tau, warmup):
     config = SlowMoConfig(tau=tau, warmup_steps=warmup)
     position = 0
     for step in range(40):
-        now = plan(config, step)
+        now = step_plan(config, step)
         assert now.average_gradients == (step < warmup)
         assert bool(now.begin) == (warmup > 0 and step == warmup - 1)
         if step >= warmup:
@@ -48,14 +57,18 @@ def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():
     sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), min_size=1, max_size=8),
     chunk_bytes=st.integers(1, 80),
 )
-def test_chunks_and_pieces_cover_every_element_once(sizes, chunk_bytes):
-    entries = tuple(Entry(str(i), (n,), "float64", group) for i, (n, group) in enumerate(sizes))
-    segment = Segment("slow", "float64", 8, "cpu", entries)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hvd_slowmo.layout, "CHUNK_BYTES", chunk_bytes)
-        laid = layout([segment], 3)
+def test_chunks_and_tiles_cover_every_element_once(sizes, chunk_bytes):
+    refs = [
+        Ref(TensorSpec(str(i), "parameter", (n,), "float64", View.same((n,)), "")) for i, (n, _) in enumerate(sizes)
+    ]
+    groups = ParameterGroups(tuple(group for _, group in sizes), (0, 1, 2))
+    if not any(n for n, _ in sizes):
+        with pytest.raises(ValueError, match="no parameter with an element"):
+            lay_out(refs, groups, chunk_bytes)
+        return
+    laid = lay_out(refs, groups, chunk_bytes).layout
     owners = [(i, k) for i, (n, _) in enumerate(sizes) for k in range(n)]
-    groups = [group for n, group in sizes for _ in range(n)]
+    expected_groups = [group for n, group in sizes for _ in range(n)]
     seen, seen_groups = [], []
     for chunk in laid.chunks:
         assert 0 < chunk.size * 8 <= max(chunk_bytes, 8)
@@ -65,11 +78,23 @@ def test_chunks_and_pieces_cover_every_element_once(sizes, chunk_bytes):
             seen += [(number, k) for k in range(start, stop)]
             at += stop - start
         assert at == chunk.size
-        assert [p.start for p in chunk.pieces] == [chunk.start, *(p.stop for p in chunk.pieces[:-1])]
-        assert chunk.pieces[-1].stop == chunk.stop
-        seen_groups += [p.group for p in chunk.pieces for _ in range(p.size)]
+        tiles = list(chunk.tiles())
+        assert [p.start for p in tiles] == [chunk.start, *(p.stop for p in tiles[:-1])]
+        assert tiles[-1].stop == chunk.stop
+        seen_groups += [p.group for p in tiles for _ in range(p.size)]
     assert seen == owners
-    assert seen_groups == groups
+    assert seen_groups == expected_groups
+
+
+def test_regrouping_changes_no_message():
+    specs = [TensorSpec(name, "parameter", (5,), "float32", View.same((5,)), name) for name in "abc"]
+    laid = lay_out([Ref(spec) for spec in specs], ParameterGroups.single(3), 24)
+    regrouped = laid.regrouped(ParameterGroups((0, 1, 0), (0, 1)), specs)
+    ends = [(chunk.start, chunk.stop) for chunk in laid.layout.chunks]
+    assert [(chunk.start, chunk.stop) for chunk in regrouped.layout.chunks] == ends == [(0, 6), (6, 12), (12, 15)]
+    tiles = [(tile.start, tile.stop, tile.group) for chunk in regrouped.layout.chunks for tile in chunk.tiles()]
+    assert tiles == [(0, 5, 0), (5, 6, 1), (6, 10, 1), (10, 12, 0), (12, 15, 0)]
+    assert regrouped.layout.group_count == 2
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -130,8 +155,8 @@ def rows(*workers):
     return np.array(workers, dtype=np.float64)
 
 
-def row(step=12, purpose=TRAINING, live=1, finite=1, share=1.0, rate=1.2):
-    return [*Row(step, purpose, live, 0, finite, share, 1, step, 12, 0.0), rate]
+def row(step=12, reason=TRAINING, training=1, finite=1, weight=1.0, rate=1.2):
+    return [*Row(step, reason, training, 0, finite, weight, 1, step, 12, 0.0), rate]
 
 
 GOOD = row()
@@ -139,8 +164,8 @@ GOOD = row()
 
 def test_the_ledger_judges_every_worker_by_the_table():
     found = verdict(OPS, rows(GOOD, GOOD), "raise")
-    assert not found.bad
-    assert not found.odd
+    assert not found.failed
+    assert not found.rates_differ
     assert found.weight == 2
     assert found.gamma == pytest.approx([0.1])
 
@@ -149,7 +174,7 @@ def test_the_ledger_judges_every_worker_by_the_table():
     ("wrong", "words"),
     [
         (row(step=24), "not at the same step: rank 5 step 12, rank 7 step 24"),
-        (row(purpose=AVERAGE), "rank 7 is in averaged_parameters"),
+        (row(reason=AVERAGE), "rank 7 is in averaged_parameters"),
         (row(finite=0), "not finite .* on rank 7 after step 12"),
         (row(rate=float("nan")), "learning rate on rank 7 .* group 0 is nan"),
         (row(rate=-1.0), "learning rate on rank 7 .* is -1.0"),
@@ -158,18 +183,18 @@ def test_the_ledger_judges_every_worker_by_the_table():
 )
 def test_the_ledger_names_the_rank_that_is_wrong(wrong, words):
     table = rows(GOOD, wrong)
-    assert verdict(OPS, table, "raise").bad
+    assert verdict(OPS, table, "raise").failed
     with pytest.raises(ValueError, match=words):
-        OPS.refuse(True, table, complaint([5, 7], "slowmo"), None)
+        OPS.error_if(True, table, error_text([5, 7], "slowmo"), None)
 
 
 def test_rates_that_differ_are_averaged_and_warn_once(caplog):
     table = rows(GOOD, row(rate=2.4))
     found = verdict(OPS, table, "raise")
-    assert not found.bad
+    assert not found.failed
     assert found.gamma == pytest.approx([0.15])
     ops = EagerOps()
     for _ in range(2):
-        ops.warn("rates", found.odd, table, oddity([0, 1], "slowmo"))
+        ops.warn("rates", found.rates_differ, table, rates_warning([0, 1], "slowmo"))
     assert [record.getMessage() for record in caplog.records if "rank 0: 0.1; rank 1: 0.2" in record.getMessage()]
     assert len(caplog.records) == 1

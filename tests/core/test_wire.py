@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.wire import View
+from hvd_slowmo.wire.views import View
 
 
 @st.composite

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_slowmo import SlowMoConfig, cli
+from hvd_slowmo import SlowMoConfig
+from hvd_slowmo.cli.main import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.workers]
 
 
 def test_the_doctor_is_content_with_the_development_environment():
-    said = run(python_here, "-m", "hvd_slowmo.cli", "doctor", cwd=ROOT)
+    said = run(python_here, "-m", "hvd_slowmo.cli.main", "doctor", cwd=ROOT)
     assert "Training works here" in said
     assert "Two workers summed a tensor with PyTorch" in said
     assert "Two workers summed a tensor with TensorFlow" in said

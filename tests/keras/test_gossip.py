@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_slowmo.comm import ThreadWorld
-from hvd_slowmo.graphs import ring
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo.topology.graphs import ring
 from support.problems import GOSSIP, distance
 from support.trainings import keras as keras_training
 

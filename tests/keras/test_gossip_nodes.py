@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from support.problems import Problem
 from support.trainings import keras as keras_training
 
@@ -16,7 +16,7 @@ NODES = [[0, 2], [1, 3]]  # not in order
 
 @pytest.mark.slow
 def test_uneven_data_equal_the_oracle():
-    config = {"base": "sgp", "topology": "star", "overlap": True, "gradients": "node", "tau": 4}
+    config = {"gossip": "sgp", "topology": "star", "overlap": True, "gradients": "node", "tau": 4}
     problem = Problem(config, options={"momentum": 0.75})
     plan = [(5, 3, 2, 4), (3, 3, 3, 3)]
     worlds = [ThreadWorld(2) for _ in NODES]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvd_slowmo.topology import topology
+from hvd_slowmo.topology.checks import topology
 from reference.gossip import run_gossip
 from support.jobs import keras_gossip as jobs
 from support.problems import GOSSIP, distance
@@ -11,7 +11,7 @@ from support.trainings.pytorch import same
 
 SAME = {name: problem for name, problem in GOSSIP.items() if problem.same_everywhere}
 TOLERANCE = 1e-12
-OSGP = {"base": "sgp", "overlap": True, "topology": "star", "tau": 4}
+OSGP = {"gossip": "sgp", "overlap": True, "topology": "star", "tau": 4}
 pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 

@@ -30,8 +30,8 @@ def test_wrong_arguments():
         (TypeError, "is a SlowMo optimizer already", lambda: bare(bare(SGD(0.1)))),
         (TypeError, "is a MultiOptimizer, which has a learning rate for each", lambda: bare(multi)),
         (TypeError, "is a MultiOptimizer", lambda: bare(Scaled(multi))),
-        (ValueError, "Use buffers='average'", lambda: SlowMo(free(0.1), SlowMoConfig(buffers="reset"))),
-        (ValueError, "Use buffers='average'", lambda: SlowMo(free(0.1), SlowMoConfig(nonfinite="exclude"))),
+        (ValueError, "Use inner_state='average'", lambda: SlowMo(free(0.1), SlowMoConfig(inner_state="reset"))),
+        (ValueError, "Use inner_state='average'", lambda: SlowMo(free(0.1), SlowMoConfig(nonfinite="exclude"))),
         (ValueError, "give no process_set", lambda: SlowMo(SGD(0.1), SlowMoConfig(gradients="node"), process_set=1)),
     ):
         with pytest.raises(error, match=re.escape(words_)):

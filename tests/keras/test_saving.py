@@ -25,7 +25,7 @@ INNERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INNERS)
 def test_a_model_file_goes_on_in_the_middle_of_a_block(name, tmp_path):
-    settings = SlowMoConfig(tau=3, buffers="reset", alpha=0.875)
+    settings = SlowMoConfig(tau=3, inner_state="reset", alpha=0.875)
     model = net()
     fit(model, SlowMo(INNERS[name](), settings, name="mine", metrics=True), range(4))
     model.save(tmp_path / "model.keras")
@@ -128,7 +128,7 @@ def test_backup_and_restore_in_the_middle_of_a_block_is_the_run_without_a_stop(t
         last = keras.callbacks.LambdaCallback(on_epoch_begin=check)
         backup = keras.callbacks.BackupAndRestore(str(folder))
         model = net()
-        optimizer = SlowMo(Adam(decay()), SlowMoConfig(tau=3, buffers="reset"))
+        optimizer = SlowMo(Adam(decay()), SlowMoConfig(tau=3, inner_state="reset"))
         fit(model, optimizer, range(5), epochs=4, callbacks=[*[each() for each in callbacks], backup, last])
         return held(model)
 

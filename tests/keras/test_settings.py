@@ -118,7 +118,7 @@ def test_the_rate_is_whatever_callbacks_assign():
 
 
 def test_a_schedule_counts_slowmos_iterations_though_a_reset_starts_the_inner_ones_anew():
-    model, optimizer = net(), SlowMo(Adam(decay()), SlowMoConfig(tau=2, buffers="reset"))
+    model, optimizer = net(), SlowMo(Adam(decay()), SlowMoConfig(tau=2, inner_state="reset"))
     loop(model, optimizer, range(5))
     assert int(optimizer.iterations) == 5
     assert int(optimizer.inner_optimizer.iterations) == 1

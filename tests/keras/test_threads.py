@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 import torch
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo.torch import SlowMo as Other
 from support.models.keras import batch, fit, held, loop, net, same, with_statistics
-from support.problems import Problem
+from support.problems import Problem, config_of, with_node
 from support.trainings.keras import GraphComm, Worker, doubles
 from support.trainings.pytorch import Model, advance
 
@@ -33,7 +33,7 @@ def variables(*values, **options):
 
 
 def over(comm, inner, given, **config):
-    optimizer = SlowMo.over(comm, inner, SlowMoConfig(**config))
+    optimizer = SlowMo(inner, config_of(config), comm=comm)
     optimizer.broadcast(given)
     return optimizer
 
@@ -45,7 +45,7 @@ def ramp(*values):
 def test_workers_that_have_not_started_and_xla_raise_with_the_cure():
     def work(comm):
         given = variables([1.0, 2.0])
-        optimizer = SlowMo.over(comm, SGD(0.1), SlowMoConfig(tau=2))
+        optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2), comm=comm)
         with pytest.raises(ValueError, match=r"optimizer.broadcast\(model.variables\) before the first gradient"):
             optimizer.apply(ramp([1.0, 1.0]), given)
         optimizer.broadcast(given)
@@ -69,7 +69,7 @@ def test_gradients_of_all_equal_one_worker_on_the_joined_batch_and_meet_the_inne
 
     def work(comm):
         model = net(comm.rank)
-        optimizer = SlowMo.over(comm, inner(), SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(inner(), SlowMoConfig.ar_sgd(), comm=comm)
         optimizer.broadcast(model.variables)
         return loop(model, optimizer, range(5), rank=comm.rank)
 
@@ -128,7 +128,7 @@ def test_a_worker_in_a_join_takes_all_that_the_others_do(gradients):
         given = variables([8.0, 1.0], [4.0])
         given[0].constraint = keras.constraints.NonNeg()
         inner = SGD(0.5, weight_decay=0.25, use_ema=True, ema_momentum=0.5)
-        optimizer = SlowMo.over(comm, inner, SlowMoConfig(tau=2, beta=0.9, gradients=gradients), metrics=True)
+        optimizer = SlowMo(inner, SlowMoConfig(tau=2, beta=0.9, gradients=gradients), comm=comm, metrics=True)
         optimizer.broadcast(given)
         for _ in range(6 if comm.rank else 1):
             optimizer.apply(ramp([1.0, 3.0], None), given)
@@ -212,7 +212,7 @@ def test_rates_that_differ_warn_once_with_the_ranks(caplog):
 def test_buffers(buffers):
     def work(comm):
         given = variables([8.0])
-        optimizer = over(comm, keras.optimizers.Nadam(0.125), given, tau=2, buffers=buffers)
+        optimizer = over(comm, keras.optimizers.Nadam(0.125), given, tau=2, inner_state=buffers)
         for _ in range(2):
             optimizer.apply(ramp([1.0 + comm.rank]), given)
         inner = optimizer.inner_optimizer
@@ -231,7 +231,7 @@ def test_statistics_are_averaged_at_outer_steps_and_joins_and_seeds_are_left_alo
     def work(comm):
         model = with_statistics()
         model.add(keras.layers.Dropout(0.5, seed=comm.rank))
-        optimizer = SlowMo.over(comm, SGD(0.1), SlowMoConfig(tau=2))
+        optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2), comm=comm)
         optimizer.broadcast(model.variables)
         loop(model, optimizer, range(2), rank=comm.rank)
         after = held(model)
@@ -256,7 +256,7 @@ def test_metrics_equal_the_pytorch_adapters():
     def theirs(comm):
         model = Model(problem.start())
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = Other.over(comm, base, model, SlowMoConfig(**problem.config), metrics=True)
+        optimizer = Other(base, model, config_of(problem.config), comm=comm, metrics=True)
         found = []
         for step in range(problem.steps):
             advance(problem, model, optimizer, comm.rank, range(step, step + 1))
@@ -265,7 +265,7 @@ def test_metrics_equal_the_pytorch_adapters():
 
     def ours(comm):
         worker = Worker(problem, comm)
-        worker.optimizer = SlowMo.over(GraphComm(comm), SGD(0.1), SlowMoConfig(**problem.config), metrics=True)
+        worker.optimizer = SlowMo(SGD(0.1), config_of(problem.config), comm=GraphComm(comm), metrics=True)
         worker.optimizer.broadcast(worker.parts)
         found = []
         for step in range(problem.steps):
@@ -291,8 +291,8 @@ def test_gradients_averaged_within_nodes():
     def work(comm):
         given = variables([8.0])
         node = nodes[comm.rank // 2].member(comm.rank % 2)
-        optimizer = SlowMo.over(
-            GraphComm(comm), SGD(1.0), SlowMoConfig(tau=2, beta=0.0, gradients="node"), node=GraphComm(node)
+        optimizer = SlowMo(
+            SGD(1.0), SlowMoConfig(tau=2, beta=0.0, gradients="node"), comm=with_node(GraphComm(comm), GraphComm(node))
         )
         optimizer.broadcast(given)
         seen = []
@@ -316,7 +316,7 @@ def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, base):
 
     def joined(comm, node):
         given = variables([8.0, -1.0])
-        optimizer = SlowMo.over(GraphComm(comm), SGD(0.25), config, node=GraphComm(node))
+        optimizer = SlowMo(SGD(0.25), config, comm=with_node(GraphComm(comm), GraphComm(node)))
         optimizer.broadcast(given)
         for _ in range(lengths[comm.rank]):
             optimizer.apply([given[0].value - float(comm.rank)], given)
@@ -325,7 +325,7 @@ def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, base):
 
     def theirs(comm, node):
         model = torch.nn.ParameterList([torch.tensor([8.0, -1.0], dtype=torch.float64)])
-        optimizer = Other.over(comm, torch.optim.SGD(model.parameters(), lr=0.25), model, config, node=node)
+        optimizer = Other(torch.optim.SGD(model.parameters(), lr=0.25), model, config, comm=with_node(comm, node))
         for _ in range(lengths[comm.rank]):
             optimizer.zero_grad()
             (0.5 * (model[0] - float(comm.rank)).square().sum()).backward()
@@ -347,6 +347,6 @@ def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, base):
 def test_fit_needs_the_callback():
     def work(comm):
         with pytest.raises(ValueError, match="Give fit\\(\\) a SlowMoCallback"):
-            fit(net(), SlowMo.over(comm, SGD(0.1), SlowMoConfig(tau=2)), range(2))
+            fit(net(), SlowMo(SGD(0.1), SlowMoConfig(tau=2), comm=comm), range(2))
 
     run(2, work)

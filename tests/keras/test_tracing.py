@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_slowmo.comm import SoloComm
+from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from hvd_slowmo_tf.effects import KeptComm
+from hvd_slowmo_tf.graph_comm import KeptComm
 from support.models.keras import fit, held, net, sentences, step_of, words
 from support.models.keras_optimizers import SGD
-from support.problems import chunks_of
+from support.problems import chunks_of, config_of
 
 # Keras turns bfloat16 and h5 files into NumPy in a way that NumPy 2 warns of, whatever the optimizer.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -25,9 +25,9 @@ def operations(graph):
     return found
 
 
-@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "warmup_steps": 3, "buffers": "reset"}], ids=str)
+@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "warmup_steps": 3, "inner_state": "reset"}], ids=str)
 def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
-    model, optimizer = net(), SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config), metrics=True)
+    model, optimizer = net(), SlowMo(SGD(0.1, momentum=0.5), config_of(config), metrics=True)
     fit(model, optimizer, range(5), epochs=4)
     assert optimizer.engine.traces == 1
     assert optimizer.steps == 20
@@ -57,11 +57,11 @@ def test_embeddings_of_any_number_of_words_take_few_traces():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "buffers": "reset", "nonfinite": "exclude"}], ids=str)
+@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "inner_state": "reset", "nonfinite": "exclude"}], ids=str)
 def test_xla_compiles_a_worker_alone(config):
     compiled, plain = net(), net()
-    fit(plain, SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config)), range(5))
-    fit(compiled, SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(**config)), range(5), compiled={"jit_compile": True})
+    fit(plain, SlowMo(SGD(0.1, momentum=0.5), config_of(config)), range(5))
+    fit(compiled, SlowMo(SGD(0.1, momentum=0.5), config_of(config)), range(5), compiled={"jit_compile": True})
     for a, b in zip(held(compiled), held(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

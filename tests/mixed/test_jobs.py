@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from support.problems import ADAM, ALONE, LOCAL_SGD, NESTEROV, Problem, distance
 
 pytestmark = [pytest.mark.workers, pytest.mark.slow]
@@ -13,22 +13,22 @@ pytestmark = [pytest.mark.workers, pytest.mark.slow]
 TOLERANCE = 1e-9
 ULPS = 8 * np.finfo(np.float64).eps  # relative to the largest value
 
-OSGP = {"base": "sgp", "overlap": True}
+OSGP = {"gossip": "sgp", "overlap": True}
 CORE = {
     "local": Problem({"tau": 3, **LOCAL_SGD}, options=NESTEROV, steps=60),
     "slowmo": Problem({"tau": 3, "alpha": 0.9}, options=NESTEROV, steps=60),
-    "sgp": Problem({"base": "sgp", **ALONE}, schedule="decay", steps=60),
-    "sgp, slowmo": Problem({"base": "sgp", "tau": 4}, schedule="decay", steps=60),
+    "sgp": Problem({"gossip": "sgp", **ALONE}, schedule="decay", steps=60),
+    "sgp, slowmo": Problem({"gossip": "sgp", "tau": 4}, schedule="decay", steps=60),
     "osgp": Problem({**OSGP, **ALONE}, steps=60),
-    "osgp, slowmo": Problem({**OSGP, "tau": 4, "buffers": "reset"}, options=NESTEROV, steps=60),
+    "osgp, slowmo": Problem({**OSGP, "tau": 4, "inner_state": "reset"}, options=NESTEROV, steps=60),
 }
 OTHERS = {
-    "adam, reset": Problem({"tau": 3, "buffers": "reset"}, base="adam", options=ADAM, steps=30),
-    "dpsgd": Problem({"base": "dpsgd", **ALONE}, schedule="steps"),
-    "dpsgd, slowmo": Problem({"base": "dpsgd", "tau": 3}),
-    "sgp, slowmo, noaverage": Problem({"base": "sgp", "average": False, "tau": 4}, schedule="decay"),
+    "adam, reset": Problem({"tau": 3, "inner_state": "reset"}, base="adam", options=ADAM, steps=30),
+    "dpsgd": Problem({"gossip": "dpsgd", **ALONE}, schedule="steps"),
+    "dpsgd, slowmo": Problem({"gossip": "dpsgd", "tau": 3}),
+    "sgp, slowmo, noaverage": Problem({"gossip": "sgp", "average": False, "tau": 4}, schedule="decay"),
     "osgp, slowmo, noaverage": Problem({**OSGP, "average": False, "tau": 4}),
-    "warm-up": Problem({"tau": 3, "warmup_steps": 4, "buffers": "reset"}, options=NESTEROV),
+    "warm-up": Problem({"tau": 3, "warmup_steps": 4, "inner_state": "reset"}, options=NESTEROV),
     "osgp, warm-up": Problem({**OSGP, "warmup_steps": 3, **ALONE}),
     "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
     "gradients averaged, Lookahead": Problem({"tau": 3, "gradients": "all", "alpha": 0.5, "beta": 0.0}),
@@ -105,7 +105,7 @@ def test_parameter_groups_of_pytorch_alone(mixed_workers):
         {"tau": 3, "warmup_steps": 4},
         {"tau": None, **LOCAL_SGD, "gradients": "all"},
         {"tau": 4, **OSGP},
-        {"tau": 3, "base": "sgp", "average": False},
+        {"tau": 3, "gossip": "sgp", "average": False},
     ],
 )
 def test_join_with_uneven_data(mixed_workers, config):
@@ -181,7 +181,7 @@ EXPECTED = {
     "unknown": "torch.nn.modules.activation.PReLU is not a layer whose Keras form is known",
     "no map": "rank 1 differs from rank 0: parameter_map: it has None where",
     "another map": "rank 1 differs from rank 0: parameter_map: orient: it has",
-    "average": "buffers='average' needs to be one, since it averages what base optimizers keep: it has 'Keras' where",
+    "average": "inner_state='average' needs to be one, since it averages the inner optimizers' state: it has 'Keras'",
     "argument": "`parameter_map` must be a ParameterMap. Received: str",
     "not finite": "parameters or BatchNorm statistics are not finite (NaN or infinity) on rank 1 after step 3",
 }

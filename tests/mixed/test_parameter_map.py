@@ -13,14 +13,15 @@ import keras
 from keras import layers as kl
 
 from hvd_slowmo import ParameterMap
-from hvd_slowmo.comparing import compare
-from hvd_slowmo.copying import copy_to_keras, copy_to_torch
-from hvd_slowmo.parameter_map import pair
-from hvd_slowmo.wire import View, describe
-from hvd_slowmo_tf.describe import entries_keras
-from hvd_slowmo_tf.weights import read_keras, variables_of
-from hvd_slowmo_torch.describe import entries_torch
-from hvd_slowmo_torch.weights import read_torch
+from hvd_slowmo.interop.compare import compare
+from hvd_slowmo.interop.copy import copy_to_keras, copy_to_torch
+from hvd_slowmo.wire.parameter_map import pair
+from hvd_slowmo.wire.tensors import describe
+from hvd_slowmo.wire.views import View
+from hvd_slowmo_tf.interop.layers import entries_keras
+from hvd_slowmo_tf.interop.weights import read_keras, variables_of
+from hvd_slowmo_torch.interop.layers import entries_torch
+from hvd_slowmo_torch.interop.weights import read_torch
 from support.models.pairs import MODELS, First, attention, differences, lstm, sequential
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -12,14 +12,15 @@ import tensorflow as tf
 from keras import layers as kl
 
 from hvd_slowmo import ParameterMap, SlowMoConfig
-from hvd_slowmo.comm import SoloComm, ThreadWorld
-from hvd_slowmo.copying import copy_to_keras
-from hvd_slowmo.starting import Groups, Position, common_groups, hand_out, meet
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.core.startup import Groups, Position, common_groups, hand_out, meet
+from hvd_slowmo.interop.copy import copy_to_keras
 from hvd_slowmo.torch import SlowMo
-from hvd_slowmo_tf import planning as keras_planning
-from hvd_slowmo_tf.inner import Inner
+from hvd_slowmo_tf import layout as keras_planning
+from hvd_slowmo_tf.inner_optimizer import Inner
 from hvd_slowmo_tf.store import TfStore
-from hvd_slowmo_torch import planning as torch_planning
+from hvd_slowmo_torch import layout as torch_planning
 from hvd_slowmo_torch.store import TorchStore
 from support.problems import Problem, chunks_of, distance
 from support.trainings.keras import doubles
@@ -171,7 +172,7 @@ def test_what_one_framework_alone_can_read_comes_from_its_first_worker():
 def test_what_the_pytorch_adapter_refuses_with_a_map():
     def over(model, parameters, **options):
         base = torch.optim.SGD(parameters, lr=0.1)
-        return SlowMo.over(SoloComm(), base, model, CONFIG, parameter_map=ParameterMap(), **options)
+        return SlowMo(base, model, CONFIG, comm=SoloComm(), parameter_map=ParameterMap(), **options)
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"It lacks: 1.weight, 1.bias. Add them, or freeze them"):
@@ -203,7 +204,7 @@ def test_what_the_keras_adapter_refuses_with_a_map():
 
 @pytest.mark.parametrize(
     "config",
-    [{"tau": 3}, {"tau": 3, "base": "sgp"}, pytest.param({"tau": 3, "warmup_steps": 2}, marks=pytest.mark.slow)],
+    [{"tau": 3}, {"tau": 3, "gossip": "sgp"}, pytest.param({"tau": 3, "warmup_steps": 2}, marks=pytest.mark.slow)],
 )
 def test_both_start_the_same_collectives_in_the_same_order(config):
     """ThreadWorld refuses what Horovod would forgive: other names, lengths or types in any place."""

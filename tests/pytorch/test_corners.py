@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 AR = SlowMoConfig.ar_sgd()
@@ -21,7 +21,7 @@ def batch(rank, k, size=8):
 def worker(comm, config, proto=None, lr=0.1, **settings):
     model = copy.deepcopy(proto) if proto is not None else nn.Linear(4, 2)
     base = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    return model, SlowMo.over(comm, base, model, config, **settings)
+    return model, SlowMo(base, model, config, comm=comm, **settings)
 
 
 def equal(results):
@@ -195,7 +195,7 @@ def test_a_backward_that_failed_before_it_sent_anything_can_be_repeated():
 
 
 def test_a_backward_that_failed_after_it_sent_gradients_is_an_error(monkeypatch):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 8)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 8)
 
     def work(comm):
         model, optimizer = worker(comm, AR, nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
@@ -289,7 +289,7 @@ def test_an_optimizer_that_is_dropped_leaves_no_hooks_behind():
     def work(comm):
         mine = copy.deepcopy(model)
         for _ in range(2):
-            optimizer = SlowMo.over(comm, torch.optim.SGD(mine.parameters(), lr=0.1), mine, AR)
+            optimizer = SlowMo(torch.optim.SGD(mine.parameters(), lr=0.1), mine, AR, comm=comm)
             for k in range(2):
                 optimizer.zero_grad()
                 mine(batch(comm.rank, k)).sum().backward()
@@ -337,7 +337,7 @@ def test_two_optimizers_in_one_backward_whose_ranks_reach_different_parts():
     def work(comm):
         parts = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
         both = [
-            SlowMo.over(comm, torch.optim.SGD(part.parameters(), lr=0.1), parts, AR, name=f"part{i}")
+            SlowMo(torch.optim.SGD(part.parameters(), lr=0.1), parts, AR, comm=comm, name=f"part{i}")
             for i, part in enumerate(parts)
         ]
         x = batch(comm.rank, 0)

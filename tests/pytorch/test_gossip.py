@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import GOSSIP, distance
 from support.trainings.pytorch import advance, build, epochs, resumed, run, same
@@ -57,7 +57,7 @@ def test_a_group_is_added_where_nothing_is_in_flight(settings):
         for p in model:
             p.grad = torch.zeros_like(p)
         base = torch.optim.SGD([model[0]], lr=0.0)
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig.sgp(**settings))
+        optimizer = SlowMo(base, model, SlowMoConfig.sgp(**settings), comm=comm)
         for _ in range(3):
             optimizer.step()
         with pytest.raises(ValueError, match=r"parameters can.t be added while messages are on their way"):

@@ -8,14 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hvd_slowmo.layout
-from hvd_slowmo.comm import ThreadWorld
-from hvd_slowmo.graphs import NAMED
-from hvd_slowmo.topology import topology
-from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.topology.checks import topology
+from hvd_slowmo.topology.graphs import NAMED
+from hvd_slowmo.torch import SlowMo
 from reference.gossip import walk_gossip
 from support.graphs import any_graph
-from support.problems import LOCAL_SGD, SCHEDULES, Problem, distance
+from support.problems import LOCAL_SGD, SCHEDULES, Problem, config_of, distance
 from support.trainings.pytorch import build, epochs, run
 
 TOLERANCE = 1e-12
@@ -28,10 +27,10 @@ def bases(workers):
     for name in NAMED:
         if name == "bipartite" and workers % 2 and workers > 1:
             continue
-        yield {"base": "sgp", "topology": name}
-        yield {"base": "sgp", "topology": name, "overlap": True}
+        yield {"gossip": "sgp", "topology": name}
+        yield {"gossip": "sgp", "topology": name, "overlap": True}
         if name in SYMMETRIC:
-            yield {"base": "dpsgd", "topology": name}
+            yield {"gossip": "dpsgd", "topology": name}
 
 
 def equal_the_oracle(workers, above):
@@ -90,7 +89,7 @@ def examples(number):
 @given(data=st.data(), workers=st.integers(1, 4), chunk_bytes=st.sampled_from([None, 8, 24, 40, 96]))
 def test_any_settings(data, workers, chunk_bytes):
     problem = data.draw(problems(workers))
-    with patch.object(hvd_slowmo.layout, "CHUNK_BYTES", chunk_bytes or hvd_slowmo.layout.CHUNK_BYTES):
+    with patch.object(SlowMo, "_chunk_bytes", chunk_bytes or SlowMo._chunk_bytes):
         histories = ThreadWorld(workers).run(lambda comm: run(problem, comm))
     assert distance(histories, problem) < TOLERANCE
 
@@ -121,7 +120,7 @@ def lopsided(m):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("spec", [lopsided, lopsided(3), lopsided(3).tolist(), lopsided(3)[np.newaxis]])
 def test_a_topology_of_ones_own(spec, overlap):
-    problem = Problem({"base": "sgp", "topology": spec, "overlap": overlap, "tau": 4}, steps=6)
+    problem = Problem({"gossip": "sgp", "topology": spec, "overlap": overlap, "tau": 4}, steps=6)
     histories = ThreadWorld(3).run(lambda comm: run(problem, comm))
     assert distance(histories, problem) < TOLERANCE
 
@@ -135,7 +134,7 @@ NODES = {"2 nodes of 2": [[0, 1], [2, 3]], "3 of 2, not in order": [[0, 3], [1, 
 def test_nodes(nodes, above, overlap):
     """Gossip between nodes whose workers average their gradients; with uneven data."""
     ranks = NODES[nodes]
-    config = {"base": "sgp", "topology": "star", "overlap": overlap, "gradients": "node", **ABOVE[above]}
+    config = {"gossip": "sgp", "topology": "star", "overlap": overlap, "gradients": "node", **ABOVE[above]}
     problem = Problem(config, options={"momentum": 0.8})
     plan = [(5, 3, 4, 4, 6, 2)[: 2 * len(ranks)], (2, 2, 2, 2, 2, 2)[: 2 * len(ranks)]]
     worlds = [ThreadWorld(2) for _ in ranks]
@@ -164,7 +163,7 @@ def test_nodes(nodes, above, overlap):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [{}, {"overlap": True}, {"base": "dpsgd"}], ids=["SGP", "OSGP", "D-PSGD"])
+@pytest.mark.parametrize("base", [{}, {"overlap": True}, {"gossip": "dpsgd"}], ids=["SGP", "OSGP", "D-PSGD"])
 def test_strongly_different_workers_stay_with_the_oracle(base):
     """The experiment of reference/test_gossip_against_others.py, on noise and over two long blocks: what is written
     there about the oracle holds for the adapter."""
@@ -173,7 +172,7 @@ def test_strongly_different_workers_stay_with_the_oracle(base):
     centre = 3 * (centre - centre.mean(axis=0))
     noise = np.random.default_rng(1).normal(size=(steps, workers, d))
     rate = (workers / 2**15) ** 0.5
-    config = {"base": "sgp", "tau": 128, "alpha": 1.0, "beta": 0.0, **base}
+    config = {"gossip": "sgp", "tau": 128, "alpha": 1.0, "beta": 0.0, **base}
 
     def gradient(rank, step, x):
         return 2 * x / (1 + x**2) ** 2 + centre[rank] + noise[step, rank]
@@ -181,7 +180,7 @@ def test_strongly_different_workers_stay_with_the_oracle(base):
     def work(comm):
         model = torch.nn.Linear(d, 1, bias=False, dtype=torch.float64)
         torch.nn.init.constant_(model.weight, 0.8)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=rate), model, SlowMoConfig(**config))
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=rate), model, config_of(config), comm=comm)
         for step in range(steps):
             z = model.weight.detach()[0].numpy()
             model.weight.grad = torch.tensor(gradient(comm.rank, step, z))[None]

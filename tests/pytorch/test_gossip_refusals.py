@@ -5,16 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
-from hvd_slowmo.schedule import CHECK_STEPS
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.core.schedule import CHECK_STEPS
+from hvd_slowmo.gossip import SGP
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from support.problems import GOSSIP
+from support.problems import GOSSIP, config_of, with_node
 from support.trainings.pytorch import advance, build
 
 
 def construct(comm, config):
     model = nn.Linear(2, 1)
-    return model, SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, config)
+    return model, SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config, comm=comm)
 
 
 def raised(workers, config_of):
@@ -28,11 +29,11 @@ def raised(workers, config_of):
         (3, {"topology": np.full((2, 2), 0.5)}, "for 3 workers"),
         (2, {"topology": np.array([[0.5, 0.5], [0.4, 0.5]])}, "columns that sum to 1"),
         (2, {"topology": np.eye(2)}, "connected"),
-        (3, {"base": "dpsgd", "topology": "exponential"}, "symmetric for D-PSGD"),
+        (3, {"gossip": "dpsgd", "topology": "exponential"}, "symmetric for D-PSGD"),
     ],
 )
 def test_a_topology_that_cant_be_used(workers, settings, words):
-    for error in raised(workers, lambda rank: SlowMoConfig(**{"base": "sgp", **settings})):
+    for error in raised(workers, lambda rank: config_of({"gossip": "sgp", **settings})):
         assert isinstance(error, ValueError)
         assert words in str(error)
 
@@ -44,7 +45,7 @@ def test_a_function_that_fails_on_one_worker_is_heard_by_all():
                 raise RuntimeError("no graph today")
             return np.full((m, m), 1 / m)
 
-        return SlowMoConfig(base="sgp", topology=graph)
+        return SlowMoConfig(gossip=SGP(topology=graph))
 
     errors = raised(3, config)
     assert isinstance(errors[1], RuntimeError)
@@ -57,7 +58,7 @@ def test_functions_of_one_name_with_different_graphs():
             kept = 0.5 if rank < 2 else 0.25
             return kept * np.eye(m) + (1 - kept) * np.roll(np.eye(m), 1, axis=0)
 
-        return SlowMoConfig(base="sgp", topology=graph)
+        return SlowMoConfig(gossip=SGP(topology=graph))
 
     for error in raised(3, config):
         assert isinstance(error, ValueError)
@@ -65,15 +66,15 @@ def test_functions_of_one_name_with_different_graphs():
 
 
 def test_different_topologies_and_nodes():
-    for error in raised(2, lambda rank: SlowMoConfig(base="sgp", topology=("ring", "star")[rank])):
+    for error in raised(2, lambda rank: SlowMoConfig(gossip=SGP(topology=("ring", "star")[rank]))):
         assert "config: topology: it has 'star' where 'ring' is expected" in str(error)
     worlds = [ThreadWorld(1), ThreadWorld(1)]
 
     def one_has_nodes(comm):
         model = nn.Linear(2, 1)
-        config, node = SlowMoConfig(base="sgp", gradients=("local", "node")[comm.rank]), worlds[comm.rank].member(0)
+        config, node = SlowMoConfig(gossip=SGP(), gradients=("local", "node")[comm.rank]), worlds[comm.rank].member(0)
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        return SlowMo.over(comm, base, model, config, node=node if comm.rank else None)
+        return SlowMo(base, model, config, comm=with_node(comm, node if comm.rank else None))
 
     for error in ThreadWorld(2).run(one_has_nodes, return_exceptions=True):
         assert "config: gradients: it has 'node' where 'local' is expected" in str(error)
@@ -97,7 +98,7 @@ def test_gossip_alone_looks_after_who_is_finite(config):
 
 def test_noaverage_looks_after_who_is_finite():
     def work(comm):
-        model, optimizer = construct(comm, SlowMoConfig(base="sgp", average=False, tau=4))
+        model, optimizer = construct(comm, SlowMoConfig(gossip=SGP(), average=False, tau=4))
         for _ in range(4):
             model.weight.grad = torch.full_like(model.weight, np.inf if comm.rank == 2 else 1.0)
             optimizer.step()

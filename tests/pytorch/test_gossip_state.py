@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.gossip import SGP
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.graphs import any_graph
 from support.problems import GOSSIP, LOCAL_SGD, Problem
@@ -46,7 +47,7 @@ def mass(model, optimizer, array, rank):
 def test_mass_is_conserved(workers, period, seed, overlap, average, tau, stop, rates):
     """At every step, under changing rates and over a resume: what base steps add, and nothing else."""
     array = any_graph(workers, period, seed)
-    config = {"base": "sgp", "topology": array, "overlap": overlap, "tau": tau, **LOCAL_SGD}
+    config = {"gossip": "sgp", "topology": array, "overlap": overlap, "tau": tau, **LOCAL_SGD}
     problem = Problem(config | ({"average": average} if tau else {}))
 
     def work(comm):
@@ -141,7 +142,7 @@ def test_resume_at_every_step_to_the_bit(name):
 @pytest.mark.parametrize(("average", "common"), [(True, True), (False, False)])
 def test_a_joins_state_is_common_with_the_average_only(average, common):
     """Without it each worker keeps a v and an anchor of its own."""
-    problem = Problem({"base": "sgp", "topology": "star", "tau": 2, "average": average})
+    problem = Problem({"gossip": "sgp", "topology": "star", "tau": 2, "average": average})
 
     def work(comm):
         model, optimizer = build(problem, comm, comm.rank)
@@ -161,7 +162,7 @@ def test_parameters_are_added_between_flights_only():
     def work(comm):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         base = torch.optim.SGD(model[0].parameters(), lr=0.1)
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig.osgp(tau=3))
+        optimizer = SlowMo(base, model, SlowMoConfig.osgp(tau=3), comm=comm)
         for number in range(8):
             x = torch.full((1, 2), 1.0 + comm.rank + number)
             optimizer.zero_grad()
@@ -182,7 +183,7 @@ def test_parameters_are_added_between_flights_only():
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_half_precision_follows_full_precision(dtype, tolerance, overlap):
-    config = SlowMoConfig(base="sgp", topology="star", overlap=overlap, tau=6)
+    config = SlowMoConfig(gossip=SGP(topology="star", overlap=overlap), tau=6)
 
     def work(comm):
         found = []
@@ -190,7 +191,7 @@ def test_half_precision_follows_full_precision(dtype, tolerance, overlap):
             model = nn.Linear(40, 1, bias=False).to(kind)
             with torch.no_grad():
                 model.weight.copy_(torch.linspace(-1, 1, 40)[None])
-            optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, config)
+            optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config, comm=comm)
             for k in range(27):
                 noise = torch.randn(1, 40, generator=torch.Generator().manual_seed(100 * comm.rank + k))
                 model.weight.grad = (model.weight.detach().double() + noise).to(kind)

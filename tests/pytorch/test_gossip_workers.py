@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hvd_slowmo.topology import out_degree, topology
+from hvd_slowmo.topology.analysis import out_degree
+from hvd_slowmo.topology.checks import topology
 from support.problems import GOSSIP, distance
 from support.trainings.pytorch import same
 
@@ -50,7 +51,7 @@ def test_joins_with_uneven_data(workers, size):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_sends_as_many_vectors_as_the_graph_has_edges_from_a_worker(workers, size, overlap):
     for name in ("exponential", "complete", "full"):
-        config = {"base": "sgp", "tau": None, "alpha": 1.0, "beta": 0.0, "topology": name, "overlap": overlap}
+        config = {"gossip": "sgp", "tau": None, "alpha": 1.0, "beta": 0.0, "topology": name, "overlap": overlap}
         for rank, sent in enumerate(
             workers(size).run("support.jobs.pytorch_gossip:bytes_per_step", config=config, steps=5)
         ):

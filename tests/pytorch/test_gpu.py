@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import SoloComm, ThreadWorld
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import PROBLEMS, distance
 
@@ -49,7 +50,7 @@ def test_an_inner_step_never_waits_for_the_device(workers, gradients):
 def test_an_outer_step_waits_for_the_device_once():
     model = nn.Sequential(nn.Linear(30, 50), nn.BatchNorm1d(50), nn.Linear(50, 2)).cuda()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = SlowMo.over(SoloComm(), base, model, SlowMoConfig(tau=1))
+    optimizer = SlowMo(base, model, SlowMoConfig(tau=1), comm=SoloComm())
     model(torch.randn(8, 30, device="cuda")).square().mean().backward()
     optimizer.step()
     torch.cuda.set_sync_debug_mode("warn")
@@ -74,7 +75,7 @@ def test_the_outer_update_is_that_of_the_cpu(dtype, nesterov):
             model = copy.deepcopy(start).to(device, dtype)
             base = torch.optim.SGD(model.parameters(), lr=0.1)
             config = SlowMoConfig(tau=2, alpha=0.9, nesterov=nesterov)
-            optimizer = SlowMo.over(comm, base, model, config)
+            optimizer = SlowMo(base, model, config, comm=comm)
             for k in range(8):
                 for number, p in enumerate(model.parameters()):
                     noise = torch.Generator().manual_seed(100 * comm.rank + 2 * k + number)
@@ -94,8 +95,8 @@ def test_a_loss_scaler(fused):
     torch.manual_seed(1)
     ours = nn.Linear(3, 2).cuda()
     theirs = copy.deepcopy(ours)
-    wrapped = SlowMo.over(
-        SoloComm(), torch.optim.Adam(ours.parameters(), lr=0.01, fused=fused), ours, SlowMoConfig.local_sgd(2)
+    wrapped = SlowMo(
+        torch.optim.Adam(ours.parameters(), lr=0.01, fused=fused), ours, SlowMoConfig.local_sgd(2), comm=SoloComm()
     )
     bare = torch.optim.Adam(theirs.parameters(), lr=0.01, fused=fused)
     scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=3) for _ in range(2)]
@@ -125,7 +126,7 @@ def test_join_and_averaged_parameters(workers):
 
 def test_a_device_has_its_own_copies_and_streams():
     """The staging alone, against a plain copy, while the stream is busy."""
-    from hvd_slowmo_torch.staging import CudaCopies, Outbox
+    from hvd_slowmo_torch.host_staging import CudaCopies, Outbox
 
     def submit(name, x):
         assert x.is_pinned()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import NESTEROV, Problem, distance
 from support.trainings.pytorch import advance, build, held
@@ -30,13 +30,13 @@ def batch(rank, k):
 def worker(comm, config=None, **settings):
     model = net()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, SlowMo.over(comm, base, model, config or SlowMoConfig.ar_sgd(), **settings)
+    return model, SlowMo(base, model, config or SlowMoConfig.ar_sgd(), comm=comm, **settings)
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 40])
 def test_gradients_are_the_mean_when_backward_returns(monkeypatch, chunk_bytes):
     if chunk_bytes:
-        monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", chunk_bytes)
 
     def work(comm):
         model, optimizer = worker(comm)
@@ -137,7 +137,7 @@ class NodeProblem(Problem):
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_gradients_averaged_within_nodes_equal_the_reference(nodes, warmup):
-    config = {"tau": 4, "gradients": "node", "warmup_steps": warmup, "buffers": "reset"}
+    config = {"tau": 4, "gradients": "node", "warmup_steps": warmup, "inner_state": "reset"}
     problem = Problem(config, options=NESTEROV, schedule="decay")
     worlds = [ThreadWorld(len(ranks)) for ranks in NODES[nodes]]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import Two, assert_all_same, assert_same, batch, filled, held, matrices, net, sgd, train
 
@@ -15,7 +15,7 @@ def test_rates_that_are_tensors_and_filled_in_place_train_as_numbers_do(config):
     def work(comm, rate):
         model = net()
         base = sgd(model, lr=rate if comm.rank == 0 else 7 * rate)  # rank 0's counts
-        optimizer = SlowMo.over(comm, base, model, config)
+        optimizer = SlowMo(base, model, config, comm=comm)
         place = optimizer.param_groups[0]["lr"]
         train(model, optimizer, comm.rank, 7, schedule=lr_scheduler.StepLR(optimizer, 2, 0.5))
         if isinstance(place, torch.Tensor):
@@ -35,7 +35,7 @@ def test_rates_that_are_tensors_and_filled_in_place_train_as_numbers_do(config):
 def test_a_join_gives_rates_that_are_tensors_back(config):
     def work(comm):
         model = net()
-        optimizer = SlowMo.over(comm, sgd(model, lr=torch.tensor(0.1)), model, config)
+        optimizer = SlowMo(sgd(model, lr=torch.tensor(0.1)), model, config, comm=comm)
         place = optimizer.param_groups[0]["lr"]
         train(model, optimizer, comm.rank, 2 + 3 * comm.rank)
         optimizer.join()
@@ -48,12 +48,12 @@ def test_a_join_gives_rates_that_are_tensors_back(config):
 @pytest.mark.parametrize("later", ["number", "tensor"])
 @pytest.mark.parametrize("config", [SlowMoConfig(tau=4), SlowMoConfig.ar_sgd()], ids=["local", "all"])
 def test_a_group_added_within_a_block_under_a_scheduler(monkeypatch, config, later):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 20)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 20)
 
     def work(comm):
         model = filled(Two(), comm.rank)
         base = torch.optim.SGD(model.a.parameters(), lr=torch.tensor(1 / 64), momentum=0.9)
-        optimizer = SlowMo.over(comm, base, model, config)
+        optimizer = SlowMo(base, model, config, comm=comm)
         schedule = lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
         train(model, optimizer, comm.rank, 2)
         rate = 1 / 32 if later == "number" else torch.tensor(1 / 32)
@@ -86,7 +86,7 @@ def test_a_group_added_within_a_block_under_a_scheduler(monkeypatch, config, lat
 def test_a_wrong_group_on_one_worker_is_refused_by_all_and_training_goes_on(group, words):
     def work(comm):
         model = filled(Two())
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.a.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(torch.optim.SGD(model.a.parameters(), lr=0.1), model, SlowMoConfig(tau=2), comm=comm)
         with pytest.raises(ValueError, match=words):
             optimizer.add_param_group(group(model) if comm.rank else {"params": model.b.parameters()})
         assert len(optimizer.param_groups) == 1
@@ -101,8 +101,8 @@ def test_a_wrong_group_on_one_worker_is_refused_by_all_and_training_goes_on(grou
 def test_accumulated_gradients_are_one_step():
     def work(comm):
         model, together = matrices(), matrices()
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=2))
-        other = SlowMo.over(comm, sgd(together), together, SlowMoConfig(tau=2), name="together")
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=2), comm=comm)
+        other = SlowMo(sgd(together), together, SlowMoConfig(tau=2), comm=comm, name="together")
         for k in range(4):
             optimizer.zero_grad()
             for part in range(3):
@@ -121,11 +121,11 @@ def test_accumulated_gradients_are_one_step():
 
 
 def test_an_accumulated_gradient_that_the_last_backward_does_not_touch_is_averaged(monkeypatch):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 20)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 20)
 
     def work(comm):
         model = filled(Two())
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig.ar_sgd(), comm=comm)
         with optimizer.no_sync():
             model(batch(comm.rank, 0)).square().mean().backward()
         model.b(batch(comm.rank, 1)).square().mean().backward()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from reference.join import run_epochs
 from support.problems import NESTEROV, Problem
@@ -17,8 +17,8 @@ from support.trainings.pytorch import build, epochs, same
 
 SETTINGS = {
     "slowmo": Problem({"tau": 4, "alpha": 0.9}, options={"momentum": 0.9}),
-    "slowmo, reset, decaying rates": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV, schedule="decay"),
-    "slowmo, average": Problem({"tau": 3, "buffers": "average"}, options={"momentum": 0.9}),
+    "slowmo, reset, decaying rates": Problem({"tau": 4, "inner_state": "reset"}, options=NESTEROV, schedule="decay"),
+    "slowmo, average": Problem({"tau": 3, "inner_state": "average"}, options={"momentum": 0.9}),
     "nesterov, two groups": Problem({"tau": 5, "nesterov": True}, schedule="restarts", groups=(0, 0, 1, 1)),
     "local_sgd": Problem({"tau": 4, "alpha": 1.0, "beta": 0.0}),
     "warm-up": Problem({"tau": 4, "warmup_steps": 6}, options={"momentum": 0.9}),
@@ -177,7 +177,7 @@ def test_overflowed_steps_and_a_join(gradients):
     def work(comm):
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
-        optimizer = SlowMo.over(comm, torch.optim.Adam(model.parameters(), lr=0.01), model, config)
+        optimizer = SlowMo(torch.optim.Adam(model.parameters(), lr=0.01), model, config, comm=comm)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         for epoch in range(2):
             for k in range(4 + 3 * ((comm.rank + epoch) % 3)):
@@ -202,7 +202,7 @@ def four_steps(comm, proto, ranks, broken=None):
     rank, model = ranks[comm.rank], copy.deepcopy(proto)
     config = SlowMoConfig(tau=4, nonfinite="exclude")
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = SlowMo.over(comm, base, model, config)
+    optimizer = SlowMo(base, model, config, comm=comm)
     for k in range(4):
         optimizer.zero_grad()
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(100 * rank + k))
@@ -232,7 +232,7 @@ def test_nobody_finite_raises_on_every_worker():
     def work(comm):
         model = nn.Linear(2, 1)
         config = SlowMoConfig(tau=2, nonfinite="exclude")
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, config)
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config, comm=comm)
         with torch.no_grad():
             model.weight[0, 0] = float("nan")
         for _ in range(2):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_slowmo.comm import ThreadWorld
-from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from support.problems import Problem
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.torch import SlowMo
+from support.problems import Problem, config_of
 from support.trainings.pytorch import BASES, Model, advance
 
 PROBLEM = Problem({"tau": 3, "alpha": 0.8}, steps=12)
@@ -15,7 +15,7 @@ PROBLEM = Problem({"tau": 3, "alpha": 0.8}, steps=12)
 def work(comm, problem=PROBLEM, metrics=True):
     model = Model(problem.start())
     base = BASES[problem.base](model.parameters(), lr=0.1)
-    optimizer = SlowMo.over(comm, base, model, SlowMoConfig(**problem.config), metrics=metrics)
+    optimizer = SlowMo(base, model, config_of(problem.config), comm=comm, metrics=metrics)
     seen, before, held = [], [], []
     for step in range(problem.steps):
         if step % 3 == 2:  # the inner step that ends the block, as SlowMo will see it
@@ -57,7 +57,7 @@ def test_measuring_changes_nothing_of_the_training():
     def plain(comm):
         model = Model(problem.start())
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig(**problem.config))
+        optimizer = SlowMo(base, model, config_of(problem.config), comm=comm)
         with pytest.raises(RuntimeError, match="metrics=True"):
             optimizer.metrics()
         return advance(problem, model, optimizer, comm.rank, range(problem.steps))
@@ -75,7 +75,7 @@ def test_local_sgd_has_a_divergence_and_no_momentum():
 
 
 def test_without_the_average_they_are_the_workers_own():
-    config = {"tau": 3, "beta": 0.5, "base": "sgp", "average": False}
+    config = {"tau": 3, "beta": 0.5, "gossip": "sgp", "average": False}
     results = ThreadWorld(3).run(lambda comm: work(comm, Problem(config, steps=6)))
     for seen, _, held in results:
         first, second = seen[2], seen[5]

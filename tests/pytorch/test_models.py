@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.config import BUFFERS
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import Two, assert_all_same, assert_same, batch, filled, held, matrices, net, sgd, train
@@ -43,7 +43,7 @@ def test_gradients_of_a_compiled_model_are_averaged():
         model(batch(0, 0))  # compiled here: workers as threads would compile at the same time
 
     def work(comm):
-        optimizer = SlowMo.over(comm, sgd(models[comm.rank]), compiled[comm.rank], SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(sgd(models[comm.rank]), compiled[comm.rank], SlowMoConfig.ar_sgd(), comm=comm)
         train(compiled[comm.rank], optimizer, comm.rank, 3)
         return held(models[comm.rank])
 
@@ -65,7 +65,7 @@ class Wrapped(nn.Module):
 def test_a_wrapper_that_renames_parameters_is_on_all_workers_or_none(wrappers):
     def work(comm):
         model = Wrapped(net()) if comm.rank in wrappers else net()
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=2), comm=comm)
         train(model, optimizer, comm.rank, 2)
         return held(model)
 
@@ -83,7 +83,7 @@ def test_a_wrapper_that_renames_parameters_is_on_all_workers_or_none(wrappers):
 def test_an_optimizer_of_a_submodule_trains_that_and_averages_the_models_statistics(config):
     def work(comm):
         model = filled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), comm.rank)
-        optimizer = SlowMo.over(comm, sgd(model[2]), model, config)
+        optimizer = SlowMo(sgd(model[2]), model, config, comm=comm)
         start, last = held(model[0]), model[2].weight.detach().clone()
         for k in range(4):
             model.zero_grad()
@@ -104,8 +104,8 @@ def test_an_optimizer_of_a_submodule_trains_that_and_averages_the_models_statist
 def gan(comm, config, foreign):
     """Two models, two optimizers; the generator's backward goes through the discriminator."""
     g, d = filled(nn.Linear(2, 4), 1), filled(nn.Linear(4, 1), 2)
-    of_g = SlowMo.over(comm, torch.optim.Adam(g.parameters(), lr=0.01), g, config, name="g")
-    of_d = SlowMo.over(comm, torch.optim.Adam(d.parameters(), lr=0.01), d, config, name="d")
+    of_g = SlowMo(torch.optim.Adam(g.parameters(), lr=0.01), g, config, comm=comm, name="g")
+    of_d = SlowMo(torch.optim.Adam(d.parameters(), lr=0.01), d, config, comm=comm, name="d")
     for k in range(4):
         noise = batch(comm.rank, k, 6, 2)
         of_d.zero_grad()
@@ -132,11 +132,11 @@ def test_a_gan_without_no_sync_is_told_about_it():
 
 
 def test_one_backward_averages_the_gradients_of_two_optimizers_over_parts_of_one_model(monkeypatch):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 20)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 20)
 
     def work(comm):
         model = filled(Two())
-        both = [SlowMo.over(comm, sgd(model.get_submodule(n)), model, SlowMoConfig.ar_sgd(), name=n) for n in "ab"]
+        both = [SlowMo(sgd(model.get_submodule(n)), model, SlowMoConfig.ar_sgd(), comm=comm, name=n) for n in "ab"]
         for k in range(3):
             model.zero_grad()
             model(batch(comm.rank, k)).square().mean().backward()
@@ -151,14 +151,14 @@ def test_one_backward_averages_the_gradients_of_two_optimizers_over_parts_of_one
 @pytest.mark.parametrize("frozen", ["some", "all"])
 @pytest.mark.parametrize("chunk_bytes", [20, 2**20])
 def test_gradients_of_parameters_unfrozen_later_are_averaged_when_backward_returns(monkeypatch, frozen, chunk_bytes):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", chunk_bytes)
 
     def work(comm):
         model = filled(Two())
         model.a.requires_grad_(False)
         if frozen == "all":
             model.b.requires_grad_(False)
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig.ar_sgd(), comm=comm)
         start = held(model)
         if frozen == "some":
             train(model, optimizer, comm.rank, 2)
@@ -182,7 +182,7 @@ def test_gradients_of_parameters_unfrozen_later_are_averaged_when_backward_retur
 def test_a_model_may_be_copied_and_pickled_and_the_copy_is_on_its_own():
     def work(comm):
         model = net()
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig.ar_sgd(), comm=comm)
         train(model, optimizer, comm.rank, 1)
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), swa_utils.AveragedModel(model).module]
         if comm.rank == 0:  # no exchange: the other worker is not here
@@ -198,7 +198,7 @@ def test_a_model_may_be_copied_and_pickled_and_the_copy_is_on_its_own():
 def checkpointed(comm, reentrant, context):
     """Two steps with averaged gradients through two checkpoints; reentrant None: none."""
     model = filled(Two())
-    optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig.ar_sgd())
+    optimizer = SlowMo(sgd(model), model, SlowMoConfig.ar_sgd(), comm=comm)
     for k in range(2):
         optimizer.zero_grad()
         x = batch(comm.rank, k).requires_grad_()
@@ -228,7 +228,7 @@ def test_parameters_given_with_their_names(buffers):
     def work(comm):
         model = filled(Two(), comm.rank)
         base = torch.optim.Adam(model.a.named_parameters(), lr=0.01)
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig(tau=2, buffers=buffers))
+        optimizer = SlowMo(base, model, SlowMoConfig(tau=2, inner_state=buffers), comm=comm)
         train(model, optimizer, comm.rank, 1)
         optimizer.add_param_group({"params": [(f"b.{name}", p) for name, p in model.b.named_parameters()]})
         train(model, optimizer, comm.rank, 3, 1)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import SoloComm, ThreadWorld
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.config import BUFFERS
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import BARE, assert_all_same, assert_same, batch, filled, held, matrices, net
@@ -91,7 +92,7 @@ def trajectory(name, settings, wrap, model_of=model_for, input_of=input_for):
 def test_every_optimizer_with_every_option_is_the_bare_one_to_the_bit(name, settings):
     """Where torch refuses an option (capturable on the CPU, differentiable with leaves), SlowMo passes its error on."""
     bare = trajectory(name, settings, lambda base, model: base)
-    wrapped = trajectory(name, settings, lambda base, model: SlowMo.over(SoloComm(), base, model, BARE))
+    wrapped = trajectory(name, settings, lambda base, model: SlowMo(base, model, BARE, comm=SoloComm()))
     if isinstance(bare[0], type):
         assert settings.keys() & {"capturable", "differentiable"}, bare
     assert_same(wrapped, bare)
@@ -108,11 +109,11 @@ def test_sparse_gradients_are_the_bare_optimizers_to_the_bit(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_optimizer_on_workers_with_equal_data_is_the_bare_one_to_the_bit(monkeypatch, name):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 20)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 20)
     bare = trajectory(name, {}, lambda base, model: base)
 
     def work(comm):
-        return trajectory(name, {}, lambda base, model: SlowMo.over(comm, base, model, BARE))
+        return trajectory(name, {}, lambda base, model: SlowMo(base, model, BARE, comm=comm))
 
     for result in ThreadWorld(2).run(work):
         assert_same(result, bare)
@@ -130,7 +131,7 @@ def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_fr
         def begin():
             model = model_for(name)
             base = CLASSES[name](model.parameters(), lr=0.01)
-            return model, SlowMo.over(comm, base, model, SlowMoConfig(tau=2, buffers=buffers))
+            return model, SlowMo(base, model, SlowMoConfig(tau=2, inner_state=buffers), comm=comm)
 
         def advance(model, optimizer, steps):
             for k in steps:
@@ -161,7 +162,7 @@ def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_fr
 def test_sparse_gradients_can_not_be_averaged_and_every_worker_says_so():
     def work(comm):
         model = model_for("SparseAdam")
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.ar_sgd(), comm=comm)
         model(input_for("SparseAdam", comm.rank)).sum().backward()
         optimizer.step()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import assert_all_same, batch, filled, held, sgd
 
@@ -35,14 +35,14 @@ class Zoo(nn.Module):
 @pytest.mark.parametrize("chunk_bytes", [8, 44])
 @pytest.mark.parametrize(
     "config",
-    [SlowMoConfig(tau=2), SlowMoConfig(tau=2, buffers="average", warmup_steps=1), SlowMoConfig.ar_sgd()],
+    [SlowMoConfig(tau=2), SlowMoConfig(tau=2, inner_state="average", warmup_steps=1), SlowMoConfig.ar_sgd()],
     ids=["maintain", "average", "all"],
 )
 def test_types_and_layouts_in_one_model_train_as_contiguous_ones_do(monkeypatch, config, chunk_bytes):
     def work(comm, plain):
         model = filled(Zoo(plain), comm.rank)
         strides = [p.stride() for p in model.parameters()]
-        optimizer = SlowMo.over(comm, sgd(model, weight_decay=0.1), model, config)
+        optimizer = SlowMo(sgd(model, weight_decay=0.1), model, config, comm=comm)
         for k in range(5):
             optimizer.zero_grad()
             model(comm.rank, k).backward()
@@ -54,7 +54,7 @@ def test_types_and_layouts_in_one_model_train_as_contiguous_ones_do(monkeypatch,
         return held(model), state
 
     plain = ThreadWorld(3).run(lambda comm: work(comm, True))
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", chunk_bytes)
     results = ThreadWorld(3).run(lambda comm: work(comm, False))
     assert_all_same([parameters for parameters, _ in results])
     for (parameters, state), (expected, expected_state) in zip(results, plain, strict=True):
@@ -66,7 +66,7 @@ def test_types_and_layouts_in_one_model_train_as_contiguous_ones_do(monkeypatch,
 def test_workers_of_different_memory_formats_agree():
     def work(comm):
         model = filled(Zoo(plain=comm.rank == 0), comm.rank)
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=2), comm=comm)
         for k in range(2):
             optimizer.zero_grad()
             model(comm.rank, k).backward()
@@ -97,7 +97,7 @@ def holding(value):
 def test_parameters_that_can_not_be_trained_are_refused_at_construction_by_all(model, error, words):
     def work(comm):
         mine = model()
-        SlowMo.over(comm, torch.optim.SGD(mine.parameters(), lr=0.1), mine, SlowMoConfig(tau=2))
+        SlowMo(torch.optim.SGD(mine.parameters(), lr=0.1), mine, SlowMoConfig(tau=2), comm=comm)
 
     for result in ThreadWorld(2).run(work, return_exceptions=True):
         assert isinstance(result, error)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import Problem
 from support.trainings.pytorch import run
@@ -16,7 +16,7 @@ def worker(comm, config, seed=0, model=None, base=None):
     torch.manual_seed(seed)
     model = model or nn.Linear(4, 2)
     base = base or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, SlowMo.over(comm, base, model, config)
+    return model, SlowMo(base, model, config, comm=comm)
 
 
 def train(model, optimizer, rank, steps, first=0):
@@ -64,7 +64,7 @@ def test_fairscale_torchdistx_a_rate_of_zero_is_no_error():
 def test_fairscale_torchdistx_half_precision_keeps_the_slow_state_in_float32(dtype):
     def work(comm):
         model = nn.Linear(4, 2).to(dtype)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), comm=comm)
         for k in range(4):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 0.1 + comm.rank + k)
@@ -102,7 +102,7 @@ def test_torchdistx_a_parameter_unfrozen_later_under_adam():
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         model[1].requires_grad_(False)
         base = torch.optim.Adam(model.parameters(), lr=0.01)
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(base, model, SlowMoConfig(tau=2), comm=comm)
         train(model, optimizer, comm.rank, 4)
         assert not any(base.state[p] for p in model[1].parameters())
         model[1].requires_grad_(True)
@@ -145,7 +145,7 @@ def test_postlocalsgd_every_parameter_is_averaged_whether_or_not_it_has_a_gradie
     def work(comm):
         model = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(3)])
         config = SlowMoConfig.local_sgd(1)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=1.0), model, config)
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=1.0), model, config, comm=comm)
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(0.0)
@@ -166,7 +166,7 @@ def test_postlocalsgd_parameters_are_never_rebound():
 
 
 def test_torchft_tensors_larger_than_a_chunk_are_not_dropped(monkeypatch):
-    monkeypatch.setattr("hvd_slowmo.layout.CHUNK_BYTES", 12)
+    monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 12)
 
     def work(comm):
         model, optimizer = worker(comm, SlowMoConfig.local_sgd(1))

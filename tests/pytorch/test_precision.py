@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 HALF = [torch.bfloat16, torch.float16]
@@ -18,7 +18,7 @@ def test_rounding_of_the_write_never_enters_the_momentum(dtype):
 
     def work(comm):
         model = nn.Linear(64, 1, bias=False).to(dtype)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=1.0), model, SlowMoConfig(tau=1, beta=0.9))
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=1.0), model, SlowMoConfig(tau=1, beta=0.9), comm=comm)
         model.weight.grad = torch.linspace(0.1, 0.3, 64).to(dtype)[None]
         optimizer.step()
         model.weight.grad = torch.zeros_like(model.weight)
@@ -44,7 +44,7 @@ def test_the_outer_trajectory_is_that_of_the_written_values(dtype, nesterov):
     def work(comm):
         torch.manual_seed(0)
         model = nn.Linear(50, 1, bias=False).to(dtype)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.05), model, config)
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.05), model, config, comm=comm)
         ends, starts, anchors = [], [model.weight.detach().double().clone()], []
         for k in range(30):
             noise = torch.randn(1, 50, generator=torch.Generator().manual_seed(100 * comm.rank + k))
@@ -109,7 +109,7 @@ def test_pytorch_76282_an_overflow_on_one_rank_does_not_shift_its_steps():
     def work(comm):
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=4))
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=4), comm=comm)
         grad_scaler = scaler()
         overflows = torch.rand(24, generator=torch.Generator().manual_seed(comm.rank)) < 0.3
         outer = []

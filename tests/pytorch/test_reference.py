@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from support.problems import NESTEROV, PROBLEMS, Problem, distance
 from support.trainings.pytorch import resumed, run, same
 
@@ -34,7 +34,7 @@ def problems(draw):
         "beta": draw(st.sampled_from([0.3, 0.6, 0.9])),
         "nesterov": draw(st.booleans()),
         "scale_by_lr": draw(st.booleans()),
-        "buffers": draw(st.sampled_from(["maintain", "reset", "average"])),
+        "inner_state": draw(st.sampled_from(["maintain", "reset", "average"])),
         "gradients": draw(st.sampled_from(["local", "local", "all"])),
         "warmup_steps": draw(st.integers(0, 4)),
     }

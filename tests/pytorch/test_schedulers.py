@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import BARE, assert_same, batch, held, net, sgd, train
 
@@ -92,7 +92,7 @@ def test_every_scheduler_sets_the_rates_of_the_bare_optimizer_and_goes_on_after_
 def test_a_plateau_of_each_workers_own_loss_warns_once_and_workers_stay_equal(caplog):
     def work(comm):
         model = net()
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=2), comm=comm)
         schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
         after = []
         for k in range(8):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import ThreadWorld
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 
@@ -65,7 +65,7 @@ def test_everyone_starts_from_rank_0_parameters_buffers_and_base_state():
         if comm.rank == 0:
             model(torch.ones(4, 4)).sum().backward()
             base.step()
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig())
+        optimizer = SlowMo(base, model, SlowMoConfig(), comm=comm)
         return copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"], optimizer.param_groups[0]["lr"]))
 
     first, *others = on_threads(3, work)
@@ -84,7 +84,7 @@ def test_tied_frozen_and_float64_parameters():
         model.b.weight = model.a.weight
         model.c = nn.Parameter(torch.full((5,), 1 / 3), requires_grad=False)
         model.d = nn.Parameter(torch.ones(2, dtype=torch.float64))
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), comm=comm)
         kept = model.c.clone()
         for k in range(6):
             (model.b(model.a(torch.full((1, 3), comm.rank + k + 1.0))).sum() * model.d.sum()).backward()
@@ -104,7 +104,7 @@ def test_tied_frozen_and_float64_parameters():
 def test_batchnorm_statistics_are_averaged_at_the_outer_step(config):
     def work(comm):
         model = small()
-        optimizer = SlowMo.over(comm, sgd(model), model, config)
+        optimizer = SlowMo(sgd(model), model, config, comm=comm)
         mine = []
         for k in range(3):
             torch.manual_seed(comm.rank * 10 + k)
@@ -135,7 +135,7 @@ def test_buffers_that_hold_infinities_and_constants_stay_to_the_bit():
         model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
         model.register_buffer("table", torch.rand(100, generator=torch.Generator().manual_seed(1)))
         kept = model.table.clone()
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=1))
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=1), comm=comm)
         for k in range(3):
             step(model, optimizer, comm.rank, k)
         assert torch.equal(model.table, kept)
@@ -147,7 +147,7 @@ def test_buffers_that_hold_infinities_and_constants_stay_to_the_bit():
 def test_averaged_parameters_show_the_mean_and_give_the_own_back():
     def work(comm):
         model = small()
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=4))
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=4), comm=comm)
         for k in range(2):
             model(torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * comm.rank + k))).sum().backward()
             optimizer.step()
@@ -173,7 +173,7 @@ def test_a_group_added_within_a_block():
         torch.manual_seed(3)
         model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         config = SlowMoConfig(tau=4)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model["a"].parameters(), lr=0.1), model, config)
+        optimizer = SlowMo(torch.optim.SGD(model["a"].parameters(), lr=0.1), model, config, comm=comm)
         late = torch.tensor([[1.0, comm.rank]])
         for k in range(8):
             if k == 2:
@@ -196,7 +196,7 @@ def test_a_group_added_within_a_block():
 def test_gradients_averaged_with_a_parameter_that_one_rank_does_not_use():
     def work(comm):
         model = nn.ModuleDict({"used": nn.Linear(1, 1), "rare": nn.Linear(1, 1), "never": nn.Linear(1, 1)})
-        optimizer = SlowMo.over(comm, sgd(model, weight_decay=0.1), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(sgd(model, weight_decay=0.1), model, SlowMoConfig.ar_sgd(), comm=comm)
         x = torch.ones(1, 1)
         loss = model["used"](x) + (model["rare"](x) if comm.rank == 0 else 0)
         loss.sum().backward()
@@ -212,7 +212,7 @@ def test_gradients_averaged_with_a_parameter_that_one_rank_does_not_use():
 def test_gradients_averaged_in_every_call_of_a_closure():
     def work(comm):
         model = nn.Linear(1, 1, bias=False)
-        optimizer = SlowMo.over(comm, torch.optim.SGD(model.parameters(), lr=0.5), model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.5), model, SlowMoConfig.ar_sgd(), comm=comm)
         before = model.weight.item()
 
         def closure():
@@ -231,7 +231,7 @@ def test_two_optimizers_of_one_model_take_names_of_their_own():
     def work(comm):
         model = nn.ModuleDict({"g": nn.Linear(2, 2), "d": nn.Linear(2, 2)})
         both = [
-            SlowMo.over(comm, torch.optim.SGD(model[k].parameters(), lr=0.1), model, SlowMoConfig(tau=tau), name=k)
+            SlowMo(torch.optim.SGD(model[k].parameters(), lr=0.1), model, SlowMoConfig(tau=tau), comm=comm, name=k)
             for k, tau in (("g", 2), ("d", 3))
         ]
         for k in range(6):
@@ -255,12 +255,12 @@ def test_two_optimizers_of_one_model_take_names_of_their_own():
         (lambda m: (sgd(small()), m, SlowMoConfig()), ValueError, "group 0 .* is not a parameter of the model"),
         (lambda m: (sgd(m.to(torch.complex64)), m, SlowMoConfig()), TypeError, "complex64"),
         (
-            lambda m: (torch.optim.LBFGS(m.parameters()), m, SlowMoConfig(buffers="average")),
+            lambda m: (torch.optim.LBFGS(m.parameters()), m, SlowMoConfig(inner_state="average")),
             ValueError,
             "can't work with LBFGS",
         ),
         (
-            lambda m: (torch.optim.SparseAdam(m.parameters()), m, SlowMoConfig(buffers="average")),
+            lambda m: (torch.optim.SparseAdam(m.parameters()), m, SlowMoConfig(inner_state="average")),
             ValueError,
             "can't work with SparseAdam",
         ),
@@ -284,7 +284,7 @@ def saved(config=None, size=1, rank=0, steps=3, hidden=3):
 
     def work(comm):
         model = nn.Sequential(nn.Linear(4, hidden), nn.Linear(hidden, 1))
-        optimizer = SlowMo.over(comm, sgd(model), model, config or SlowMoConfig(tau=4))
+        optimizer = SlowMo(sgd(model), model, config or SlowMoConfig(tau=4), comm=comm)
         for k in range(steps):
             step(model, optimizer, comm.rank, k)
         return copy.deepcopy(optimizer.state_dict())
@@ -322,7 +322,7 @@ def test_whose_file_serves_whom(steps, common, caplog):
 
     def work(comm):
         model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
-        optimizer = SlowMo.over(comm, sgd(model), model, SlowMoConfig(tau=4))
+        optimizer = SlowMo(sgd(model), model, SlowMoConfig(tau=4), comm=comm)
         optimizer.load_state_dict(state)
         return optimizer.steps
 
@@ -342,7 +342,7 @@ def test_buffers_of_torchs_other_optimizers(name, buffers):
         model = nn.Linear(4, 3)
         base = getattr(torch.optim, name)(model.parameters(), lr=0.01)
         initial = copy.deepcopy(base.state_dict()["state"])
-        optimizer = SlowMo.over(comm, base, model, SlowMoConfig(tau=2, buffers=buffers))
+        optimizer = SlowMo(base, model, SlowMoConfig(tau=2, inner_state=buffers), comm=comm)
         for k in range(4):
             generator = torch.Generator().manual_seed(10 * comm.rank + k)
             optimizer.zero_grad()

@@ -91,7 +91,7 @@ def walk_gossip(
     beta: float = 0.5,
     nesterov: bool = False,
     scale_by_lr: bool = True,
-    buffers: str = "maintain",
+    inner_state: str = "maintain",
     average: bool = True,
     gradients: str = "local",
     nodes: Sequence[Sequence[int]] | None = None,
@@ -118,8 +118,8 @@ def walk_gossip(
         raise ValueError("topology must be (period, m, m), with columns that sum to 1")
     if gossip not in ("sgp", "dpsgd") or gradients not in ("local", "node", "all"):
         raise ValueError(f"unknown gossip or gradients: {gossip!r}, {gradients!r}")
-    if base not in _BASES or buffers not in ("maintain", "reset", "average"):
-        raise ValueError(f"unknown base or buffers: {base!r}, {buffers!r}")
+    if base not in _BASES or inner_state not in ("maintain", "reset", "average"):
+        raise ValueError(f"unknown base or inner_state: {base!r}, {inner_state!r}")
     if gossip == "dpsgd" and (overlap or np.any(np.abs(topology - topology.transpose(0, 2, 1)) > 1e-12)):
         raise ValueError("dpsgd has a symmetric topology and no overlap")
     if warmup_steps < 0 or (tau is not None and tau < 1):
@@ -224,10 +224,10 @@ def walk_gossip(
         for round_ in range(max(batches)):
             after_warmup = clock - warmup_steps
             begins = tau is not None and after_warmup >= 0 and after_warmup % tau == 0
-            if begins and buffers == "average":
+            if begins and inner_state == "average":
                 _mean_buffers(state)
             elif begins:
-                _begin_block(buffers, state)
+                _begin_block(inner_state, state)
             live = [i for i in range(m) if round_ < batches[i]]
             inner_step(live, everyone if after_warmup < 0 else teams)
             clock += 1

@@ -61,7 +61,7 @@ def run_epochs(
     beta: float = 0.5,
     nesterov: bool = False,
     scale_by_lr: bool = True,
-    buffers: str = "maintain",
+    inner_state: str = "maintain",
     gradients: str = "local",
     warmup_steps: int = 0,
 ) -> list[Epoch]:
@@ -91,7 +91,7 @@ def run_epochs(
     m = workers
     if any(len(batches) != m or min(batches, default=0) < 0 for batches in epochs):
         raise ValueError("every epoch must name the number of batches of every worker")
-    x0, group, rate_of = _checked(x0, groups, lr, m, tau, warmup_steps, base, buffers, gradients)
+    x0, group, rate_of = _checked(x0, groups, lr, m, tau, warmup_steps, base, inner_state, gradients)
     n_groups = int(group.max(initial=0)) + 1
 
     x = np.tile(x0, (m, 1))  # (m, d)
@@ -135,10 +135,10 @@ def run_epochs(
             live = [i for i in range(m) if round_ < batches[i]]
             warm = clock < warmup_steps
             if not warm and tau is not None and (clock - warmup_steps) % tau == 0:  # line 2, on all workers
-                if buffers == "average":
+                if inner_state == "average":
                     _mean_buffers(state)
                 else:
-                    _begin_block(buffers, state)
+                    _begin_block(inner_state, state)
             inner_steps(live, average=warm or gradients == "all")
             clock += 1
 

@@ -121,13 +121,13 @@ def _outer_step(start: Array, x_mean: Array, u: Array, v: Array, gamma: Array, g
 
 def _checked(
     x0: Array, groups: NDArray[np.integer[Any]] | None, lr: float | Rate, workers: int, tau: int | None,
-    warmup_steps: int, base: str, buffers: str, gradients: str,
+    warmup_steps: int, base: str, inner_state: str, gradients: str,
 ) -> tuple[Array, NDArray[np.int64], Rate]:  # fmt: skip
     """The arguments that `run` and `run_epochs` share: x0 (d,) copied, the group of each coordinate (d,), the rate."""
     if workers < 1 or warmup_steps < 0 or (tau is not None and tau < 1):
         raise ValueError("workers and tau must be positive, warmup_steps not negative")
-    if base not in _BASES or buffers not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
-        raise ValueError(f"unknown base, buffers or gradients: {base!r}, {buffers!r}, {gradients!r}")
+    if base not in _BASES or inner_state not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
+        raise ValueError(f"unknown base, inner_state or gradients: {base!r}, {inner_state!r}, {gradients!r}")
     x0 = np.array(x0, dtype=np.float64)
     group = np.zeros(x0.shape, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
     if x0.ndim != 1 or group.shape != x0.shape or np.any(group < 0):
@@ -150,7 +150,7 @@ def run(
     beta: float = 0.5,
     nesterov: bool = False,
     scale_by_lr: bool = True,
-    buffers: str = "maintain",
+    inner_state: str = "maintain",
     gradients: str = "local",
     warmup_steps: int = 0,
 ) -> list[Snapshot]:
@@ -167,7 +167,7 @@ def run(
     alpha, beta: the slow learning rate and the slow momentum (lines 7 and 8).
     nesterov: x_{t+1,0} = x_{t,0} - alpha (beta gamma_t u_{t+1} + Delta) in place of line 8.
     scale_by_lr: False takes gamma_t = 1 in lines 7 and 8: heavy-ball or Nesterov SGD on Delta.
-    buffers: line 2, "maintain", "reset" or "average", at the beginning of every block, the first included.
+    inner_state: line 2, "maintain", "reset" or "average", at the beginning of every block, the first included.
     gradients: "local", or "all": averaged over the workers at every step, before the base optimizer.
     warmup_steps: so many first steps average the gradients and belong to no block. The first anchor follows them.
         Workers must be equal there (they are, if their rates are), else ValueError: there is no one x_{0,0}.
@@ -178,7 +178,7 @@ def run(
     m = workers
     if steps < 0:
         raise ValueError("steps must not be negative")
-    x0, group, rate_of = _checked(x0, groups, lr, m, tau, warmup_steps, base, buffers, gradients)
+    x0, group, rate_of = _checked(x0, groups, lr, m, tau, warmup_steps, base, inner_state, gradients)
     n_groups = int(group.max(initial=0)) + 1
 
     x = np.tile(x0, (m, 1))  # (m, d)
@@ -216,7 +216,7 @@ def run(
     block = steps + 1 if tau is None else tau  # None: one block that never ends
     for first in range(warmup_steps, steps, block):  # for t = 0..T-1
         if tau is not None:
-            _begin_block(buffers, state)  # line 2
+            _begin_block(inner_state, state)  # line 2
         rate_sums[:] = 0
         for step in range(first, min(first + block, steps)):  # for k = 0..tau-1
             inner_step(step, average=gradients == "all")

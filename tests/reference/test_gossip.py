@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.topology import topology
+from hvd_slowmo.topology.checks import topology
 from reference.gossip import run_gossip, walk_gossip
 from support.gossip_quadratics import Array, D, Gradient, Rate, any_graph, climb, close, common, masses, problem, wavy
 
@@ -91,8 +91,8 @@ def test_a_worker_without_steps_of_its_own_keeps_v() -> None:
 
 
 def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence[int]], lr: Rate, tau: int | None,
-           alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, buffers: str, average: bool,
-           overlap: bool, warmup: int) -> list[tuple[list[Array], list[float], list[Array], list[Array]]]:  # fmt: skip
+           alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, inner_state: str,
+           average: bool, overlap: bool, warmup: int) -> list[tuple[list[Array], list[float], list[Array], list[Array]]]:  # fmt: skip
     """z, w, anchor and v of each worker after every step and join: a worker at a time, messages in a box, and the outer
     step in the rearranged form. SGD with momentum on x = w z."""
     m, clock = p.shape[1], 0
@@ -122,8 +122,8 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
     for batches in epochs:
         left = list(batches)
         while any(left):
-            if tau and clock >= warmup and (clock - warmup) % tau == 0 and buffers != "maintain":
-                buffer = [np.zeros(D) if buffers == "reset" else sum(buffer) / m] * m
+            if tau and clock >= warmup and (clock - warmup) % tau == 0 and inner_state != "maintain":
+                buffer = [np.zeros(D) if inner_state == "reset" else sum(buffer) / m] * m
             live = [i for i in range(m) if left[i]]
             g = {i: gradient(i, had[i], x[i] / w[i]) for i in live}
             if clock < warmup:
@@ -170,7 +170,7 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
     data=st.data(), m=st.integers(1, 4), period=st.integers(1, 3), seed=st.integers(0, 99), warmup=st.integers(0, 4),
     tau=st.sampled_from([None, 1, 2, 3, 5]), alpha=st.sampled_from([0.5, 1.0, 1.3]), beta=st.sampled_from([0.0, 0.6]),
     nesterov=st.booleans(), scale_by_lr=st.booleans(), momentum=st.sampled_from([0.0, 0.8]), average=st.booleans(),
-    overlap=st.booleans(), buffers=st.sampled_from(["maintain", "reset", "average"]), unequal=st.booleans(),
+    overlap=st.booleans(), inner_state=st.sampled_from(["maintain", "reset", "average"]), unequal=st.booleans(),
 )  # fmt: skip
 def test_message_by_message(
     data: st.DataObject, m: int, period: int, seed: int, warmup: int, momentum: float, unequal: bool, **c: Any

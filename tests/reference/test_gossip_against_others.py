@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.topology import consecutive_nodes, topology
+from hvd_slowmo.topology.checks import consecutive_nodes, topology
 from reference.gossip import run_gossip, walk_gossip
 from reference.join import run_epochs
 from reference.slowmo import run
@@ -21,7 +21,7 @@ from support.gossip_quadratics import BASES, Array, D, close, common, masses, pr
 
 SLOWMO: dict[str, Any] = {
     "alpha": st.sampled_from([0.7, 1.0]), "beta": st.sampled_from([0.0, 0.6]), "nesterov": st.booleans(),
-    "scale_by_lr": st.booleans(), "buffers": st.sampled_from(["maintain", "reset", "average"]),
+    "scale_by_lr": st.booleans(), "inner_state": st.sampled_from(["maintain", "reset", "average"]),
     "tau": st.sampled_from([None, 1, 3, 4]), "warmup_steps": st.integers(0, 4), "n_groups": st.integers(1, 2),
 }  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_snapshots_are_copies() -> None:
 @pytest.mark.parametrize(("bad", "message"), [
     ({"topology": np.ones((1, 2, 2))}, "columns"), ({"topology": np.eye(2)}, "period"),
     ({"gossip": "local"}, "unknown"), ({"gradients": "some"}, "unknown"), ({"base": "lion"}, "unknown"),
-    ({"buffers": "keep"}, "unknown"),
+    ({"inner_state": "keep"}, "unknown"),
     ({"gossip": "dpsgd"}, "symmetric"), ({"gossip": "dpsgd", "overlap": True}, "symmetric"), ({"tau": 0}, "positive"),
     ({"warmup_steps": -1}, "negative"), ({"epochs": [(1, 1)]}, "either"), ({"steps": None}, "either"),
     ({"steps": None, "epochs": [(1,)]}, "every epoch"), ({"steps": -1}, "every epoch"),

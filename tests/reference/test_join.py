@@ -169,7 +169,7 @@ def test_averages_weigh_by_steps() -> None:
     name=st.sampled_from(sorted(BASES)), workers=st.integers(1, 4), tau=st.integers(1, 4),
     lengths=st.lists(st.integers(0, 3), min_size=1, max_size=4), alpha=st.sampled_from([0.7, 1.0]),
     beta=st.sampled_from([0.0, 0.6]), nesterov=st.booleans(), scale_by_lr=st.booleans(), n_groups=st.integers(1, 2),
-    buffers=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
+    inner_state=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
 )  # fmt: skip
 def test_whole_blocks_are_run(name: str, tau: int, workers: int, lengths: list[int], n_groups: int, **c: Any) -> None:
     """Equal epochs of whole blocks: no join changes anything, to the bit."""
@@ -195,7 +195,7 @@ def test_one_worker_never_notices_a_join(name: str, buffers: str, tau: int | Non
     base, options = BASES[name]
     x0, gradient = problem(1)
     c: dict[str, Any] = {"workers": 1, "lr": wavy, "base": base, "base_options": options, "tau": tau,
-                         "buffers": buffers, "groups": np.arange(D) % 2, "warmup_steps": 5}  # fmt: skip
+                         "inner_state": buffers, "groups": np.arange(D) % 2, "warmup_steps": 5}  # fmt: skip
     lengths = [3, 0, 4, 1, 6, 11, 2]
     history = run(x0, gradient, steps=sum(lengths), **c)
     for end, e in zip(np.cumsum(lengths), run_epochs(x0, gradient, epochs=[[n] for n in lengths], **c), strict=True):
@@ -207,7 +207,7 @@ def test_one_worker_never_notices_a_join(name: str, buffers: str, tau: int | Non
 
 
 def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: Rate, groups: NDArray[np.int64],
-           tau: int, alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, buffers: str,
+           tau: int, alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, inner_state: str,
            ) -> list[tuple[Array, Array, Array, Array, int, list[int], int]]:  # fmt: skip
     """Base SGD with momentum, gradients local. Returns for each epoch the fields of Epoch, x of one worker."""
     m, n_groups = workers, groups.max() + 1
@@ -241,8 +241,8 @@ def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: R
             v, previous, outer_steps = w + delta, gamma, outer_steps + 1
             anchor = mean + (1 - alpha) * delta - alpha * (beta * v if nesterov else w)
             x, since, covered, sums = [anchor] * m, [0] * m, [0] * m, [np.zeros(n_groups)] * m
-            if buffers != "maintain":
-                buffer = [np.zeros(D) if buffers == "reset" else np.mean(buffer, axis=0)] * m
+            if inner_state != "maintain":
+                buffer = [np.zeros(D) if inner_state == "reset" else np.mean(buffer, axis=0)] * m
         clock = max(own)
         if any(since):
             x = [np.average(x, axis=0, weights=since)] * m
@@ -257,7 +257,7 @@ def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: R
     data=st.data(), workers=st.integers(1, 4), tau=st.integers(1, 6), seed=st.integers(0, 99),
     alpha=st.sampled_from([0.5, 1.0, 1.3]), beta=st.sampled_from([0.0, 0.6]), nesterov=st.booleans(),
     scale_by_lr=st.booleans(), momentum=st.sampled_from([0.0, 0.8]), n_groups=st.integers(1, 2),
-    buffers=st.sampled_from(["maintain", "reset", "average"]), lr=st.sampled_from([wavy, common]),
+    inner_state=st.sampled_from(["maintain", "reset", "average"]), lr=st.sampled_from([wavy, common]),
 )  # fmt: skip
 def test_second_telling(data: st.DataObject, workers: int, seed: int, n_groups: int, momentum: float, **c: Any) -> None:
     one = st.lists(st.integers(0, 13), min_size=workers, max_size=workers)
@@ -304,7 +304,7 @@ def test_averaged_gradients_are_one_big_batch(
     x0, gradient = problem(3)
     epochs = [(6, 3, 0), (0, 2, 1), (5, 9, 2), (0, 0, 0), (3, 3, 3)]
     one, ends = merged(gradient, epochs)
-    c: dict[str, Any] = {"lr": common, "base": base, "base_options": options, "tau": tau, "buffers": buffers,
+    c: dict[str, Any] = {"lr": common, "base": base, "base_options": options, "tau": tau, "inner_state": buffers,
                          "gradients": gradients, "warmup_steps": warmup, "beta": 0.6, "alpha": 0.9}  # fmt: skip
     history = run(x0, one, steps=ends[-1], workers=1, **c)
     outer_steps = 0 if tau is None else [sum(s.outer for s in history[: end + 1]) for end in ends][-1]
@@ -354,7 +354,8 @@ def test_the_mean_of_buffers_counts_a_worker_without_any() -> None:
     the buffers .5 and .25 and the step count 1 become .25, .125 and .5, on both workers; worker 0's second step:
     count 1.5, .125 + .5 and .09375 + .25."""
     history = run_epochs(np.zeros(1), climb(1, 1), epochs=[(1, 0), (1, 0)], workers=2, lr=1.0, tau=1, beta=0,
-                         base="adam", base_options={"betas": (0.5, 0.75), "eps": 0.0}, buffers="average")  # fmt: skip
+                         base="adam", base_options={"betas": (0.5, 0.75), "eps": 0.0},
+                         inner_state="average")  # fmt: skip
     second = (0.625 / (1 - 0.5**1.5)) / math.sqrt(0.34375 / (1 - 0.75**1.5))
     close(column(history), [1, 1 + second])
 
@@ -370,7 +371,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="positive"):
         run_epochs(x0, gradient, epochs=[], workers=2, lr=0.1, tau=0)
     with pytest.raises(ValueError, match="unknown base"):
-        run_epochs(x0, gradient, epochs=[], workers=2, lr=0.1, buffers="keep")
+        run_epochs(x0, gradient, epochs=[], workers=2, lr=0.1, inner_state="keep")
     with pytest.raises(ValueError, match="join in warm-up"):
         run_epochs(x0, gradient, epochs=[(2, 2)], workers=2, lr=wavy, warmup_steps=3)
     with pytest.raises(ValueError, match="end of warm-up"):

@@ -98,7 +98,7 @@ def test_line_2_by_hand(strategy: str, moved: list[float]) -> None:
     (1.5, 4.5), the buffers; 5 on average. Then the first step of block 1, from -5."""
     history = run(
         np.zeros(1), lambda i, s, x: np.full(1, 1.0 + 2 * i), steps=3, workers=2, lr=1.0, tau=2, alpha=1, beta=0,
-        base_options={"momentum": 0.5}, buffers=strategy,
+        base_options={"momentum": 0.5}, inner_state=strategy,
     )  # fmt: skip
     assert history[2].anchor.item() == -5
     assert (-5 - history[3].x[:, 0]).tolist() == moved
@@ -169,7 +169,7 @@ def test_snapshots_are_copies() -> None:
 
 @pytest.mark.parametrize(("bad", "message"), [
     ({"workers": 0}, "positive"), ({"tau": 0}, "positive"), ({"steps": -1}, "negative"), ({"warmup_steps": -1}, "neg"),
-    ({"base": "lion"}, "unknown"), ({"buffers": "zero"}, "unknown"), ({"gradients": "some"}, "unknown"),
+    ({"base": "lion"}, "unknown"), ({"inner_state": "zero"}, "unknown"), ({"gradients": "some"}, "unknown"),
     ({"groups": np.zeros(D + 1, dtype=np.int64)}, "groups"), ({"groups": np.full(D, -1)}, "groups"),
     ({"base_options": {"nesterov": True}}, "Nesterov"), ({"lr": wavy, "warmup_steps": 2}, "workers differ"),
     ({"gradient": lambda i, s, x: None}, "gradient must"),

@@ -67,7 +67,7 @@ class TorchWorker:
 def torch_slowmo(
     x0: Array, gradient: Gradient, *, steps: int, workers: int, lr: Rate, base: str,
     options: dict[str, Any], groups: NDArray[np.int64], tau: int | None, alpha: float = 1.0, beta: float = 0.0,
-    nesterov: bool = False, scale_by_lr: bool = True, buffers: str = "maintain", gradients: str = "local",
+    nesterov: bool = False, scale_by_lr: bool = True, inner_state: str = "maintain", gradients: str = "local",
     warmup_steps: int = 0,
 ) -> Array:  # fmt: skip
     """algorithm.md's oracle: an outer torch SGD(lr=alpha, momentum=beta, nesterov) on Delta, its momentum buffer
@@ -83,10 +83,10 @@ def torch_slowmo(
             if step == warmup_steps:
                 outer.set(team[0].x)
             rates_seen = []
-            if buffers == "reset" and tau is not None:
+            if inner_state == "reset" and tau is not None:
                 for w in team:
                     w.optimizer = w.make()
-            elif buffers == "average" and tau is not None:
+            elif inner_state == "average" and tau is not None:
                 for entries in zip(*(w.buffers() for w in team), strict=True):
                     mean = torch.stack([s[name] for s, name in entries]).mean(dim=0)
                     for s, name in entries:
@@ -137,7 +137,7 @@ def test_base_alone_is_torch(name: str) -> None:
     name=st.sampled_from(sorted(BASES)), seed=st.integers(0, 999), workers=st.integers(1, 4), tau=st.integers(1, 6),
     steps=st.integers(0, 30), warmup_steps=st.integers(0, 7), alpha=st.sampled_from([0.5, 0.7, 1.0, 1.3]),
     beta=st.sampled_from([0.0, 0.5, 0.9]), nesterov=st.booleans(), scale_by_lr=st.booleans(),
-    buffers=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
+    inner_state=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
     n_groups=st.integers(1, 2), unequal=st.booleans(),
 )  # fmt: skip
 def test_whole_is_outer_torch_sgd(

@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
-from hvd_slowmo.comm import SoloComm, ThreadWorld
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import Problem
 from support.trainings.pytorch import advance, build, held
 
-RESET = Problem({"tau": 4, "buffers": "reset"}, options={"momentum": 0.875})
+RESET = Problem({"tau": 4, "inner_state": "reset"}, options={"momentum": 0.875})
 
 
 def saved(path, workers, steps, problem=RESET, join=False, before=lambda optimizer: None):
@@ -71,7 +72,7 @@ def one(config=None, groups=None, model=None, base=None):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     base = base or (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.5))
-    optimizer = SlowMo.over(SoloComm(), base(groups(model) if groups else model.parameters()), model, config or CONFIG)
+    optimizer = SlowMo(base(groups(model) if groups else model.parameters()), model, config or CONFIG, comm=SoloComm())
     return model, optimizer
 
 

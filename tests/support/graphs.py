@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hvd_slowmo.graphs import NAMED, Array
+from hvd_slowmo.topology.graphs import NAMED, Array
 
 SIZES = range(1, 17)
 CASES = [(name, m) for name in NAMED for m in SIZES if not (name == "bipartite" and m % 2 and m > 1)]

@@ -1,4 +1,4 @@
-"""`hvd_slowmo_torch.staging.Copies` without a device, to try the way through host memory anywhere."""
+"""`hvd_slowmo_torch.host_staging.Copies` without a device, to try the way through host memory anywhere."""
 
 from __future__ import annotations
 

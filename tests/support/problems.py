@@ -7,6 +7,7 @@ the gradient into its framework's parameters and compares the parameters after e
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-import hvd_slowmo.layout
-from hvd_slowmo.topology import topology
+from hvd_slowmo import DPSGD, SGP, SlowMoConfig
+from hvd_slowmo.core.layout import CHUNK_BYTES
+from hvd_slowmo.topology.checks import topology
 from reference.gossip import GossipSnapshot, run_gossip
 from reference.slowmo import Snapshot, run
 
@@ -69,15 +71,15 @@ class Problem:
     ) -> list[GossipSnapshot]:
         """Over a gossip base; the snapshots' z is the model."""
         config = dict(self.config)
-        base, graph = config.pop("base"), config.pop("topology", None)
+        method, graph = config.pop("gossip"), config.pop("topology", None)
         return run_gossip(
             self.start(),
             self.gradient,
-            topology=topology(graph, workers, symmetric=base == "dpsgd", nodes=nodes),
+            topology=topology(graph, workers, symmetric=method == "dpsgd", nodes=nodes),
             lr=lambda worker, step, group: self.rate(step, group),
             steps=None if epochs else self.steps,
             epochs=epochs,
-            gossip=base,
+            gossip=method,
             nodes=nodes,
             base=self.base,
             base_options=self.options,
@@ -99,32 +101,52 @@ class Problem:
         )
 
 
-_WHOLE = hvd_slowmo.layout.CHUNK_BYTES
 _lock = threading.Lock()
 _inside = 0
+_OPTIMIZERS = ("hvd_slowmo_torch.optimizer", "hvd_slowmo_tf.optimizer")
 
 
 @contextlib.contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
-    """Messages of so many bytes. Threads share the length: the last one out brings the library's own back."""
+    """Make optimizers with messages of so many bytes. Threads share the length: the last one out restores it."""
     global _inside
+    optimizers = [sys.modules[name].SlowMo for name in _OPTIMIZERS if name in sys.modules]
     with _lock:
         _inside += 1
         if size is not None:
-            hvd_slowmo.layout.CHUNK_BYTES = size
+            for optimizer in optimizers:
+                optimizer._chunk_bytes = size
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
             if not _inside:
-                hvd_slowmo.layout.CHUNK_BYTES = _WHOLE
+                for optimizer in optimizers:
+                    optimizer._chunk_bytes = CHUNK_BYTES
+
+
+def config_of(settings: dict[str, Any]) -> SlowMoConfig:
+    """Return the configuration with the settings of a problem, whose gossip is spelled as the oracle has it."""
+    settings = dict(settings)
+    method = settings.pop("gossip", None)
+    options = {key: settings.pop(key) for key in ("topology", "overlap") if key in settings}
+    if method is None:
+        assert not options, "these are settings of gossip"
+        return SlowMoConfig(**settings)
+    return SlowMoConfig(gossip={"sgp": SGP, "dpsgd": DPSGD}[method](**options), **settings)
+
+
+def with_node(comm: Any, node: Any) -> Any:
+    """Return a worker's Comm with the workers of its node."""
+    comm.node = node
+    return comm
 
 
 def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
     """The largest difference between the workers' parameters and the reference's, over all steps."""
     workers = len(histories)
-    if "base" in problem.config:
+    if "gossip" in problem.config:
         models = [snapshot.z for snapshot in problem.gossip_reference(workers)]
     else:
         models = [snapshot.x for snapshot in problem.reference(workers)]
@@ -149,15 +171,15 @@ LOCAL_SGD = {"alpha": 1.0, "beta": 0.0}
 
 PROBLEMS: dict[str, Problem] = {
     "slowmo over plain SGD": Problem({"tau": 3}),
-    "slowmo over Nesterov SGD, reset": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV, schedule="decay"),
-    "slowmo over momentum SGD, average": Problem({"tau": 4, "buffers": "average"}, options={"momentum": 0.875}),
+    "slowmo over Nesterov SGD, reset": Problem({"tau": 4, "inner_state": "reset"}, options=NESTEROV, schedule="decay"),
+    "slowmo over momentum SGD, average": Problem({"tau": 4, "inner_state": "average"}, options={"momentum": 0.875}),
     "slowmo over Adam": Problem({"tau": 5, "beta": 0.7}, base="adam", options=ADAM, schedule="steps"),
-    "slowmo over Adam, average": Problem({"tau": 3, "buffers": "average"}, base="adam", options=ADAM),
-    "slowmo over AdamW, reset": Problem({"tau": 3, "alpha": 0.8, "buffers": "reset"}, base="adamw", options=ADAMW),
+    "slowmo over Adam, average": Problem({"tau": 3, "inner_state": "average"}, base="adam", options=ADAM),
+    "slowmo over AdamW, reset": Problem({"tau": 3, "alpha": 0.8, "inner_state": "reset"}, base="adamw", options=ADAMW),
     "two groups, restarting rates": Problem({"tau": 4, "alpha": 0.9}, schedule="restarts", groups=(0, 0, 1, 1)),
     "rates of zero": Problem({"tau": 4, "nesterov": True}, schedule="zero", groups=(0, 1, 1, 1), steps=21),
     "unscaled, Nesterov": Problem({"tau": 2, "scale_by_lr": False, "nesterov": True}, schedule="decay"),
-    "warm-up": Problem({"tau": 3, "warmup_steps": 4, "buffers": "reset"}, options=NESTEROV),
+    "warm-up": Problem({"tau": 3, "warmup_steps": 4, "inner_state": "reset"}, options=NESTEROV),
     "gradients averaged, Lookahead on top": Problem({"tau": 3, "gradients": "all", "alpha": 0.5, "beta": 0.0}),
     "local_sgd": Problem({"tau": 4, **LOCAL_SGD}, options=NESTEROV),
     "lookahead": Problem({"tau": 4, "alpha": 0.5, "beta": 0.0}, base="adam", options=ADAM),
@@ -169,37 +191,38 @@ PROBLEMS: dict[str, Problem] = {
         steps=22,
     ),
     "momentum SGD, maintained": Problem({"tau": 4}, options={"momentum": 0.875}),
-    "slowmo over Nesterov SGD, reset, constant": Problem({"tau": 4, "buffers": "reset"}, options=NESTEROV),
+    "slowmo over Nesterov SGD, reset, constant": Problem({"tau": 4, "inner_state": "reset"}, options=NESTEROV),
     "ar_sgd, plain": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
     "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options=NESTEROV, schedule="decay"),
 }
 
 ALONE: dict[str, Any] = {"tau": None, **LOCAL_SGD}
 GOSSIP: dict[str, Problem] = {
-    "sgp": Problem({"base": "sgp", **ALONE}, schedule="decay"),
-    "sgp, star": Problem({"base": "sgp", "topology": "star", **ALONE}),
-    "osgp": Problem({"base": "sgp", "overlap": True, **ALONE}),
-    "osgp, star, warm-up": Problem({"base": "sgp", "overlap": True, "topology": "star", "warmup_steps": 3, **ALONE}),
-    "sgp, ring, beyond a check": Problem({"base": "sgp", "topology": "ring", **ALONE}, steps=66),
-    "dpsgd": Problem({"base": "dpsgd", **ALONE}, schedule="steps"),
-    "dpsgd over Adam": Problem({"base": "dpsgd", **ALONE}, base="adam", options=ADAM),
-    "sgp, complete, slowmo": Problem({"base": "sgp", "topology": "complete", "tau": 4}, schedule="decay"),
-    "sgp, star, slowmo": Problem({"base": "sgp", "topology": "star", "tau": 4, "alpha": 0.9}, schedule="decay"),
-    "osgp, slowmo": Problem({"base": "sgp", "overlap": True, "tau": 5, "buffers": "reset"}, options=NESTEROV),
+    "sgp": Problem({"gossip": "sgp", **ALONE}, schedule="decay"),
+    "sgp, star": Problem({"gossip": "sgp", "topology": "star", **ALONE}),
+    "osgp": Problem({"gossip": "sgp", "overlap": True, **ALONE}),
+    "osgp, star, warm-up": Problem({"gossip": "sgp", "overlap": True, "topology": "star", "warmup_steps": 3, **ALONE}),
+    "sgp, ring, beyond a check": Problem({"gossip": "sgp", "topology": "ring", **ALONE}, steps=66),
+    "dpsgd": Problem({"gossip": "dpsgd", **ALONE}, schedule="steps"),
+    "dpsgd over Adam": Problem({"gossip": "dpsgd", **ALONE}, base="adam", options=ADAM),
+    "sgp, complete, slowmo": Problem({"gossip": "sgp", "topology": "complete", "tau": 4}, schedule="decay"),
+    "sgp, star, slowmo": Problem({"gossip": "sgp", "topology": "star", "tau": 4, "alpha": 0.9}, schedule="decay"),
+    "osgp, slowmo": Problem({"gossip": "sgp", "overlap": True, "tau": 5, "inner_state": "reset"}, options=NESTEROV),
     "osgp, star, slowmo, Adam": Problem(
-        {"base": "sgp", "overlap": True, "topology": "star", "tau": 3, "beta": 0.7}, base="adam", options=ADAM
+        {"gossip": "sgp", "overlap": True, "topology": "star", "tau": 3, "beta": 0.7}, base="adam", options=ADAM
     ),
     "osgp, slowmo, warm-up, average": Problem(
-        {"base": "sgp", "overlap": True, "tau": 4, "warmup_steps": 2, "buffers": "average"}, options={"momentum": 0.875}
+        {"gossip": "sgp", "overlap": True, "tau": 4, "warmup_steps": 2, "inner_state": "average"},
+        options={"momentum": 0.875},
     ),
-    "dpsgd, slowmo": Problem({"base": "dpsgd", "topology": "ring", "tau": 3}, schedule="restarts"),
-    "sgp, slowmo, noaverage": Problem({"base": "sgp", "average": False, "tau": 4}, schedule="decay"),
+    "dpsgd, slowmo": Problem({"gossip": "dpsgd", "topology": "ring", "tau": 3}, schedule="restarts"),
+    "sgp, slowmo, noaverage": Problem({"gossip": "sgp", "average": False, "tau": 4}, schedule="decay"),
     "sgp, star, slowmo, noaverage": Problem(
-        {"base": "sgp", "topology": "star", "average": False, "tau": 3, "nesterov": True, "scale_by_lr": False}
+        {"gossip": "sgp", "topology": "star", "average": False, "tau": 3, "nesterov": True, "scale_by_lr": False}
     ),
     "osgp, star, slowmo, noaverage": Problem(
-        {"base": "sgp", "overlap": True, "topology": "star", "average": False, "tau": 4, "buffers": "reset"},
+        {"gossip": "sgp", "overlap": True, "topology": "star", "average": False, "tau": 4, "inner_state": "reset"},
         options=NESTEROV,
     ),
-    "local steps between": Problem({"base": "sgp", "overlap": True, "tau": 1}),
+    "local steps between": Problem({"gossip": "sgp", "overlap": True, "tau": 1}),
 }

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from hvd_slowmo.graphs import Array
-from hvd_slowmo.topology import spectral_gap, steps_to_consensus, topology
+from hvd_slowmo.topology.analysis import spectral_gap, steps_to_consensus
+from hvd_slowmo.topology.checks import topology
+from hvd_slowmo.topology.graphs import Array
 from support.graphs import CASES, mixed
 
 POWERS = (1, 2, 4, 8, 16, 32)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvd_slowmo.graphs import NAMED, Array
-from hvd_slowmo.topology import topology
+from hvd_slowmo.topology.checks import topology
+from hvd_slowmo.topology.graphs import NAMED, Array
 from support.graphs import SIZES
 
 

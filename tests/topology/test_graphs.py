@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from hvd_slowmo.graphs import NAMED
-from hvd_slowmo.topology import consecutive_nodes, moves_weights, out_degree, topology
+from hvd_slowmo.topology.analysis import moves_weights, out_degree
+from hvd_slowmo.topology.checks import consecutive_nodes, topology
+from hvd_slowmo.topology.graphs import NAMED
 from support.graphs import CASES, SIZES, mixed
 
 

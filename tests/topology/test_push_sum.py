@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo import pushsum
-from hvd_slowmo.topology import topology
+from hvd_slowmo.topology.checks import push_sum as pushsum
+from hvd_slowmo.topology.checks import topology
 from support.graphs import CASES
 
 

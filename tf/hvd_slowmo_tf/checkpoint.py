@@ -221,9 +221,10 @@ def name_model(
         ValueError: a variable can't travel, with a map.
 
     Example:
-        >>> tensors, variables = name_model(keras.Sequential([keras.Input((2,)), keras.layers.PReLU()]), None)
+        >>> layers = [keras.Input((2,)), keras.layers.PReLU(name="p")]
+        >>> tensors, variables = name_model(keras.Sequential(layers, name="model"), None)
         >>> tensors.naming, list(variables)
-        ('keras', ['0.p_re_lu/alpha'])
+        ('keras', ['0.model/p/alpha'])
     """
     return _name(model, _variables_of(model), model.trainable_variables, parameter_map)
 

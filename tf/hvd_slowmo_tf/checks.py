@@ -69,13 +69,7 @@ def check_together(inner: InnerOptimizer, config: SlowMoConfig, parameter_map: P
 
 
 def check_model_variables(variables: Sequence[object], model: keras.Model | None, mapped: bool) -> None:
-    """Refuse variables that no start can be made from.
-
-    Args:
-        variables: all of the model's.
-        model: where it was given itself.
-        mapped: whether there is a `ParameterMap`.
-    """
+    """Refuse variables with which no job can start."""
     if not variables:
         raise ValueError(
             "there are no variables: the model is not built. Where a worker may have no data, call the model on a "

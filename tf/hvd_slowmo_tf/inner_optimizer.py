@@ -16,11 +16,8 @@ class InnerOptimizer:
     The settings that depend on a count of steps move to SlowMo, so that a reset can't touch them and steps that
     overflowed count: the learning rate with its schedule, gradient accumulation, and the moving average of the weights.
 
-    Args:
-        optimizer: as the user gave it.
-
     Attributes:
-        optimizer: as given.
+        optimizer: as the user gave it.
         innermost: the optimizer within its LossScaleOptimizer, if it has one.
         moved: the settings that have moved, as keyword arguments of keras.optimizers.Optimizer.
 
@@ -51,12 +48,7 @@ class InnerOptimizer:
         self.innermost.use_ema = False
 
     def build(self, variables: list[keras.Variable], reset: bool) -> None:
-        """Make the optimizer's variables.
-
-        Args:
-            variables: that it trains.
-            reset: remember the values from before the first step, for `reset`.
-        """
+        """Make the optimizer's variables; with `reset`, remember their values from before the first step."""
         with tf.init_scope():
             if not self.optimizer.built:
                 self.optimizer.build(variables)
@@ -83,11 +75,7 @@ class InnerOptimizer:
         self.innermost._learning_rate.assign(tf.cast(rate, self.innermost._learning_rate.dtype))
 
     def serialized(self, rate: Any) -> dict[str, Any]:
-        """Return the optimizer as it was given, with the settings that have moved, for a model file.
-
-        Args:
-            rate: the learning rate as Keras serializes it.
-        """
+        """Return the optimizer as it was given for a model file; `rate` is the learning rate as Keras serializes it."""
         found: dict[str, Any] = keras.saving.serialize_keras_object(self.optimizer)
         alone = self.optimizer is self.innermost
         innermost = found["config"] if alone else found["config"]["inner_optimizer"]["config"]

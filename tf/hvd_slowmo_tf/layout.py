@@ -20,17 +20,11 @@ from hvd_slowmo_tf.interop.weights import variables_of
 
 @dataclass(frozen=True, eq=False)
 class VariableRef:
-    """A tensor of the wire, and the variable that it is, or is a part of.
-
-    Attributes:
-        spec: the tensor; its view leads from the variable to the wire.
-        variable: of the model or of an optimizer.
-        device: of the variable; empty with a `ParameterMap`, where devices must not change the messages.
-    """
+    """A tensor of the wire, and the variable that it is a part, or all, of."""
 
     spec: TensorSpec
     variable: keras.Variable
-    device: str
+    device: str  # empty with a ParameterMap, where devices must not change the messages
 
 
 KerasLayout = ModelLayout[VariableRef]
@@ -53,24 +47,17 @@ def refs_of(role: Role, variables: Sequence[keras.Variable], one_device: bool) -
 def mapped_refs(
     model: keras.Model, parameter_map: ParameterMap, trained: Sequence[keras.Variable]
 ) -> list[VariableRef]:
-    """Return the tensors of a model in the names and shapes that a map gives them.
-
-    Args:
-        model: built.
-        parameter_map: of the job.
-        trained: the optimizer's variables.
+    """Return the tensors of a built model in the names and shapes that a map gives them.
 
     Raises:
         TypeError: a variable that is not of a real floating-point type.
-        ValueError: the map does not fit the model, or the optimizer does not train the model's trainable variables.
+        ValueError: the map does not fit the model, or `trained` are not the model's trainable variables.
     """
     known = variables_of(model)
     refs = [VariableRef(spec, known[spec.own], "") for spec in entries_keras(model, parameter_map)]
     in_model = {id(ref.variable): ref.variable for ref in refs if ref.spec.role == "parameter"}
     in_optimizer = {id(v): v for v in trained}
-    differing = [
-        v.path for key, v in (in_model | in_optimizer).items() if not (key in in_model and key in in_optimizer)
-    ]
+    differing = [v.path for key, v in (in_model | in_optimizer).items() if (key in in_model) != (key in in_optimizer)]
     if differing:
         raise ValueError(
             "with a parameter_map the optimizer must train what the model does, and that differs for "

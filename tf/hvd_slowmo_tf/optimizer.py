@@ -60,8 +60,6 @@ class SlowMo(keras.optimizers.Optimizer):
             model.
 
     Attributes:
-        inner_optimizer: as given.
-        config: as given.
         worker: this worker's part apart from Keras; internal.
 
     Raises:
@@ -240,7 +238,7 @@ class SlowMo(keras.optimizers.Optimizer):
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
 
-        They are equal on all workers but for the last two.
+        All but the last two are equal on all workers.
 
         Raises:
             RuntimeError: constructed without metrics=True.
@@ -288,15 +286,12 @@ class SlowMo(keras.optimizers.Optimizer):
     ) -> JoinResult:
         """Wait for workers with more data, and leave all with the workers' mean. A collective.
 
-        Use it at the end of an epoch, before evaluating and before saving on rank 0. See the PyTorch adapter's; here
-        `iterations` too become those of the worker with the most steps.
+        Use it at the end of an epoch, before evaluating and before saving on rank 0. `steps` and `iterations` become
+        those of the worker with the most steps.
 
         Args:
             variables: None, or the variables that were given to `broadcast`, which are checked; or the model.
             leaving: this worker stops for good; the others find its rank in `JoinResult.left`.
-
-        Returns:
-            The number of steps by which this worker was behind, and the ranks that have left.
 
         Raises:
             ValueError: as in `apply`, on every rank.
@@ -397,7 +392,7 @@ class SlowMo(keras.optimizers.Optimizer):
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")
 class _ScaledSlowMo(SlowMo, keras.optimizers.LossScaleOptimizer):
-    """SlowMo around a LossScaleOptimizer. To Keras it is one, so that compile() does not wrap another around it."""
+    """SlowMo around a LossScaleOptimizer; to Keras it is one, so that compile() does not wrap another around it."""
 
     # A scaler's are its inner optimizer's. SlowMo has its own, as around any other.
     learning_rate = keras.optimizers.Optimizer.learning_rate

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import tensorflow as tf
 
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.layout import VariableRef
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def stretch_of(value: tf.Tensor, view: View, start: int, stop: int) -> tf.Tensor:
@@ -28,14 +33,14 @@ def joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 class Pending:
-    """Half-written tensors of a trace, which wait until all of a variable's new value is there.
+    """Half-written variables, which wait until all of their new values are there.
 
     No variable is ever assigned in part: from then on TensorFlow would copy the whole of it whenever it is read, by the
     model's layers too. So a written stretch changes nothing by itself. Two invariants make that safe:
 
     - Until its last stretch is written a variable has its old value, and nothing reads a tensor that it has begun to
       write.
-    - All stretches of a variable are written in one graph (one trace, one branch of it). Those that a trace has left
+    - All stretches of a variable are written in one graph: one trace, and one branch of it. Those that a trace has left
       when it was given up are of another graph, and are dropped.
 
     Args:
@@ -43,40 +48,41 @@ class Pending:
     """
 
     def __init__(self, refs: Iterable[VariableRef]) -> None:
-        self._stretches: dict[tuple[str, int], dict[int, tf.Tensor]] = {}  # by tensor, by the place where each begins
-        self._parts: dict[int, dict[int, tuple[View, tf.Tensor]]] = {}  # by variable, by tensor
-        self._parts_in_all: dict[int, int] = {}
-        for ref in refs:
-            self._parts_in_all[id(ref.variable)] = self._parts_in_all.get(id(ref.variable), 0) + 1
+        self._stretches: dict[tuple[str, int], tuple[tf.Graph, dict[int, tf.Tensor]]] = {}  # by the place of each
+        self._parts: dict[int, tuple[tf.Graph, dict[int, tuple[View, tf.Tensor]]]] = {}  # by the tensor of each
+        self._parts_in_all = Counter(id(ref.variable) for ref in refs)
 
     def variable(self, ref: VariableRef, start: int, stretch: tf.Tensor) -> tf.Tensor | None:
         """Add a stretch of a tensor; return its variable's new value once it is complete, None before."""
-        view = ref.spec.view
+        view, key = ref.spec.view, id(ref.variable)
         flat = self.flat("", id(ref), view.size, start, stretch)
         if flat is None:
             return None
         value = _turned_back(flat, view)
-        if self._parts_in_all[id(ref.variable)] == 1:
+        if self._parts_in_all[key] == 1:
             return value
-        parts = self._parts.setdefault(id(ref.variable), {})
-        for key in [key for key, (_, other) in parts.items() if other.graph is not value.graph]:
-            del parts[key]
+        parts = _of_this_graph(self._parts, key)
         parts[id(ref)] = view, value
-        if len(parts) < self._parts_in_all[id(ref.variable)]:
+        if len(parts) < self._parts_in_all[key]:
             return None
-        del self._parts[id(ref.variable)]
+        del self._parts[key]
         return _pasted(list(parts.values()), 0)
 
     def flat(self, vector: str, key: int, size: int, start: int, stretch: tf.Tensor) -> tf.Tensor | None:
         """Add a stretch of a flat vector of this size; return all of it once it is complete, None before."""
-        stretches = self._stretches.setdefault((vector, key), {})
-        for other in [other for other, part in stretches.items() if part.graph is not stretch.graph]:
-            del stretches[other]
+        stretches = _of_this_graph(self._stretches, (vector, key))
         stretches[start] = stretch
         if sum(part.shape[0] for part in stretches.values()) < size:
             return None
         del self._stretches[vector, key]
         return joined([stretches[at] for at in sorted(stretches)])
+
+
+def _of_this_graph(pending: dict[K, tuple[tf.Graph, dict[int, V]]], key: K) -> dict[int, V]:
+    graph = tf.compat.v1.get_default_graph()
+    if key not in pending or pending[key][0] is not graph:
+        pending[key] = graph, {}
+    return pending[key][1]
 
 
 def _turned_back(flat: tf.Tensor, view: View) -> tf.Tensor:

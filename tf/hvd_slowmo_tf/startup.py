@@ -25,10 +25,10 @@ class StartingKerasWorker:
     """`hvd_slowmo.core.startup.StartingWorker` of a Keras optimizer.
 
     Args:
-        worker: the optimizer's.
+        worker: of the optimizer.
         variables: all of the model's.
-        statistics: those among them that are averaged without being trained, if they are of a floating-point type.
-        model: the model, if it was given itself.
+        statistics: variables among them that may be averaged without being trained.
+        model: if it was given itself.
     """
 
     framework = "Keras"

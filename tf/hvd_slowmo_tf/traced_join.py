@@ -15,10 +15,7 @@ from hvd_slowmo_tf.traced_step import TracedStep
 
 
 def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the join as a traced function.
-
-    It takes a float64 scalar, 1 if this worker leaves for good, and returns who leaves, float64 (workers,).
-    """
+    """Return the join as a traced function: from 1 if this worker leaves for good, float64, to all workers' answers."""
 
     def join(leaving: tf.Tensor) -> tf.Tensor:
         step.traces += 1
@@ -34,11 +31,7 @@ def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
 
 
 class JoiningStep:
-    """`hvd_slowmo.core.join.JoiningWorker` in one trace.
-
-    Args:
-        step: of this worker.
-    """
+    """`hvd_slowmo.core.join.JoiningWorker` in one trace."""
 
     def __init__(self, step: TracedStep) -> None:
         self._step = step

@@ -54,9 +54,7 @@ class OptimizerVariables:
     def regroup(self, groups: int, variables: list[keras.Variable]) -> None:
         """Keep learning rates of so many groups, where workers of another framework have several.
 
-        Args:
-            groups: number of common groups.
-            variables: the optimizer's, among which the new variables take the places of the old ones.
+        The new variables take the places of the old ones among `variables`, the optimizer's.
         """
         for field in PER_GROUP:
             old = self.scalars[field]

@@ -1,4 +1,4 @@
-"""What SlowMo refuses when it is constructed."""
+"""Checks of the constructor's arguments."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from torch.optim import Optimizer
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.inner_optimizer import fresh
+from hvd_slowmo_torch.worker import Settings
 
 
-def check_types(base: Any, model: Any, config: Any, name: Any, parameter_map: Any) -> None:
-    """Refuse arguments of SlowMo that are something else altogether."""
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}")
-    if hasattr(base, "averaged_parameters"):  # SlowMo itself imports this module
-        raise TypeError("`base_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
+def check_types(inner: Any, model: Any, settings: Settings) -> None:
+    """Refuse arguments of the wrong type.
+
+    Raises:
+        TypeError: naming the argument and the type received.
+    """
+    config, name, parameter_map = settings.config, settings.name, settings.parameter_map
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"`inner_optimizer` must be a torch.optim.Optimizer. Received: {type(inner).__name__}")
+    if hasattr(inner, "averaged_parameters"):  # SlowMo itself imports this module
+        raise TypeError("`inner_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module. Received: {type(model).__name__}")
     if not isinstance(config, SlowMoConfig):
@@ -29,14 +35,14 @@ def check_types(base: Any, model: Any, config: Any, name: Any, parameter_map: An
         raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
 
 
-def check_base(base: Optimizer, config: SlowMoConfig) -> None:
-    """Refuse a base optimizer that can't do what the settings ask for, now rather than in the middle of training."""
-    for number, group in enumerate(base.param_groups):
+def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:
+    """Refuse an inner optimizer that can't serve these settings, now rather than in the middle of training."""
+    for number, group in enumerate(inner.param_groups):
         if "lr" not in group:
-            raise ValueError(f"parameter group {number} of the base optimizer has no learning rate 'lr'.")
-    if config.tau is not None and (config.buffers == "reset" or config.nonfinite == "exclude"):
-        fresh(base)
-    if (config.gradients != "local" or config.warmup_steps) and isinstance(base, torch.optim.LBFGS):
+            raise ValueError(f"parameter group {number} of the inner optimizer has no learning rate 'lr'.")
+    if config.tau is not None and (config.inner_state == "reset" or config.nonfinite == "exclude"):
+        fresh(inner)
+    if (config.gradients != "local" or config.warmup_steps) and isinstance(inner, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS evaluates its closure as often as its own losses tell it, on every worker differently: "
             "gradients can't be averaged with it. Use gradients='local' without warm-up."

@@ -1,4 +1,4 @@
-"""Averaged gradients are complete when backward returns, so that clipping, `unscale_` and the scaler see the average.
+"""Hooks that average gradients in backward, so that clipping, `unscale_` and the scaler see the average.
 
 As in DistributedDataParallel: hooks notice when a chunk's gradients are accumulated and send it while backward goes on;
 a callback at the end of backward sends the rest and waits. Exactly one exchange per step: a worker in a join, which has
@@ -17,68 +17,84 @@ import torch
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from hvd_slowmo.core.gradient_average import GradientMean
-from hvd_slowmo_torch.store import TorchStore
+from hvd_slowmo.core.gradient_average import Attendance, GradientAverages
+from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo_torch.presence import WorkerPresence
+from hvd_slowmo_torch.store import TorchGradients
 
 
-class BackwardMean:
+class GradientHooks:
     """Hooks on the parameters that average the gradients of one optimizer.
 
-    Args:
-        exchange: the core's exchange, of the workers over which this step averages.
-        store: where chunks lie.
-        begin: called when the first gradient of a step comes; raises where nothing can be averaged any more.
-        send_rest, finish: called when backward is over. All optimizers whose parameters a backward has reached send
-            before one of them waits, or workers that reach different ones would wait for each other.
+    The hooks hold this object weakly: they must not keep an optimizer alive that nobody uses.
 
-    The three are methods, and held weakly: hooks on parameters must not keep an optimizer alive that nobody uses.
+    Args:
+        averages: the core's exchanges.
+        source: the gradients.
+        presence: of this worker.
+
+    Attributes:
+        due: the coming step averages gradients.
+        done: that has happened.
+        accumulating: within `accumulate()`.
+        attendance: of the last exchange.
     """
 
-    def __init__(
-        self,
-        exchange: GradientMean,
-        store: TorchStore,
-        begin: Callable[[], None],
-        send_rest: Callable[[], None],
-        finish: Callable[[], None],
-    ) -> None:
-        self.exchange = exchange
-        self.due = False  # whether the coming step averages gradients
-        self.done = False  # whether that has happened
+    def __init__(self, averages: GradientAverages, source: TorchGradients, presence: WorkerPresence) -> None:
+        self.due = False
+        self.done = False
         self.accumulating = False
-        self._store = store
-        self._begin = weakref.WeakMethod(begin)
-        self._send_rest = weakref.WeakMethod(send_rest)
-        self._finish = weakref.WeakMethod(finish)
-        self._task: int | None = None  # the backward that is under way
+        self.attendance: Attendance | None = None
+        self._averages = averages
+        self._average = averages.of_all  # the coming step's exchange
+        self._source = source
+        self._presence = presence
+        self._task: int | None = None  # the backward in progress
         self._lock = threading.RLock()  # backward has a thread for the CPU and one for every device, hooks run in each
-        self._streams: set[torch.cuda.Stream] = set()  # where the gradients of this backward were written
+        self._streams: set[torch.cuda.Stream] = set()  # on which the gradients of this backward were written
         self._missing: list[int] = []  # per chunk, parameters whose gradient is not complete yet
         self._whole: list[int] = []
         self._chunks_of: dict[int, tuple[torch.Tensor, list[int]]] = {}
         self._hooks: list[RemovableHandle] = []
-        for number, chunk in enumerate(exchange.chunks):
-            parameters = [p for p, *_ in store.tensors(chunk)]
+        for number, chunk in enumerate(self._average.chunks):
+            parameters = source.parameters(chunk)
             self._whole.append(len(parameters))
             for p in parameters:
                 self._chunks_of.setdefault(id(p), (p, []))[1].append(number)
 
-    def register(self) -> None:
-        """Put the hooks on, if they are not."""
-        if not self._hooks:
+    def prepare(self, plan: StepPlan) -> None:
+        """Get ready for the coming step: put the hooks on if it averages gradients, take them off if not."""
+        self._average = self._averages.of(plan)
+        self.due = bool(self._averages.due(plan))
+        self.done = False
+        self.attendance = None
+        if not self.due:
+            self.remove()
+        elif not self._hooks:
             self._hooks = [_register(p, self._hook(numbers)) for p, numbers in self._chunks_of.values()]
 
     def remove(self) -> None:
-        """Take the hooks off, and free what averaging gradients needs."""
+        """Take the hooks off, and free the memory of averaged gradients."""
         if self._hooks:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            self._store.forget_gradients()
+            self._source.forget()
+
+    @property
+    def catch_up_from(self) -> int:
+        """The worker whose parameters count at the end of the warm-up."""
+        return 0 if self.attendance is None else int(self._average.catch_up_from.get())
+
+    @torch.no_grad()
+    def average(self) -> Attendance:
+        """Average the gradients now, where no backward has done it."""
+        self._send_rest()
+        return self._finish()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within it backward only adds to the gradients of this worker."""
+        """Let backward only add to the gradients of this worker."""
         before, self.accumulating = self.accumulating, True
         try:
             yield
@@ -108,13 +124,13 @@ class BackwardMean:
             return
         task = torch._C._current_graph_task_id()
         if self._task != task:
-            if self.exchange.sent:
+            if self._average.sent:
                 raise RuntimeError(
                     "a backward failed after some of its gradients had been sent to the other workers, or runs within "
                     "another. End this process and resume from the last checkpoint, or use "
                     "checkpoint(use_reentrant=False)."
                 )
-            _call(self._begin)
+            self._presence.refuse_if_left()
             self._task = task
             self._missing = list(self._whole)
             self._streams = set()
@@ -125,31 +141,35 @@ class BackwardMean:
             self._streams.add(torch.cuda.current_stream(parameter.device))
         # In a fixed order, the same on every worker, whatever order gradients come in.
         with torch.no_grad():
-            while self.exchange.sent < len(self._missing) and self._missing[self.exchange.sent] <= 0:
+            while self._average.sent < len(self._missing) and self._missing[self._average.sent] <= 0:
                 for stream in self._streams:  # another thread may have written this chunk's gradients
                     torch.cuda.current_stream(stream.device).wait_stream(stream)
-                self.exchange.send_next()
+                self._average.send_next(self._source)
 
     def _end(self, task: int) -> None:
+        # All optimizers whose parameters a backward has reached send before one of them waits: otherwise workers that
+        # reach different ones would wait for each other.
         if task == self._task:  # and not of a backward that failed
             with torch.no_grad():
-                _call(self._send_rest)
+                self._send_rest()
             Variable._execution_engine.queue_callback(self._wait)
 
     def _wait(self) -> None:
         self._task = None
         with torch.no_grad():
-            _call(self._finish)
+            self._finish()
 
+    def _send_rest(self) -> None:
+        self._average.send_rest(self._source, self._presence.now())
 
-def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    bound = method()
-    assert bound is not None, "the optimizer lives while its backward runs"
-    bound()
+    def _finish(self) -> Attendance:
+        self.attendance = self._average.finish(self._source)
+        self.done = True
+        return self.attendance
 
 
 def _register(parameter: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
-    """Also on a frozen parameter, which may be unfrozen later: torch takes a hook from trainable ones only."""
+    """Register a hook, also on a frozen parameter, which may be unfrozen later: torch takes trainable ones only."""
     trainable = parameter.requires_grad
     parameter.requires_grad_(True)
     try:

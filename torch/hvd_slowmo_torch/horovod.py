@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvd_slowmo.comm.horovod import Link, Workers
+from hvd_slowmo.comm.horovod import FailureLatch, Workers
+from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo_torch.host_staging import CudaCopies, Outbox, Sum
 
 # Between two looks at an unfinished collective. Horovod's own `synchronize` looks without a pause and takes the core
@@ -18,7 +19,7 @@ _PAUSE_S = 0.0002
 
 
 class Push(NamedTuple):
-    """A message under way, and others to come."""
+    """A message in flight; the results are messages received."""
 
     handle: int
     length: int
@@ -26,9 +27,14 @@ class Push(NamedTuple):
 
 
 class HorovodComm:
-    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted."""
+    """Collectives of a Horovod process set. After Horovod's error nothing more is submitted.
 
-    def __init__(self, process_set: Any) -> None:
+    Args:
+        process_set: Horovod's.
+        node: the workers of this one's node, for gradients="node".
+    """
+
+    def __init__(self, process_set: Any, node: Comm | None) -> None:
         import horovod.torch as hvd
 
         self._hvd = hvd
@@ -39,14 +45,15 @@ class HorovodComm:
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
-        self._link = Link(hvd.rank())
+        self.node = node
+        self._latch = FailureLatch(hvd.rank())
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:
-        self._link.refuse_if_broken()
+        self._latch.refuse_after_failure()
         return self._outbox.put(name, x)
 
     def start_push(self, name: str, x: torch.Tensor, weights: Any) -> Push:
-        self._link.refuse_if_broken()
+        self._latch.refuse_after_failure()
         # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
         shares = [x * float(weight) for weight in weights if weight]
         sent = torch.cat(shares) if len(shares) > 1 else shares[0] if shares else x[:0]
@@ -68,11 +75,11 @@ class HorovodComm:
         return self._outbox.take(handle)
 
     def _submit(self, name: str, x: torch.Tensor) -> Any:
-        self._link.refuse_if_broken()
+        self._latch.refuse_after_failure()
         return self._begun(self._hvd.allreduce_async_, x, op=self._hvd.Sum, name=name)
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        self._link.refuse_if_broken()
+        self._latch.refuse_after_failure()
         sent = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         length = torch.tensor([len(sent)], dtype=torch.int64)
         lengths = self._finish(self._hvd.allgather_async(length, name=f"{name}.length", process_set=self._set))
@@ -80,13 +87,13 @@ class HorovodComm:
         return [pickle.loads(part.numpy().tobytes()) for part in torch.split(everything, lengths.tolist())]
 
     def _begun(self, begin: Callable[..., int], *tensors: torch.Tensor, **options: Any) -> int:
-        """A handle. Horovod may have noticed already that another worker is gone."""
+        """Start a collective and return its handle. Horovod may have noticed already that another worker is gone."""
         from horovod.common.exceptions import HorovodInternalError
 
         try:
             return begin(*tensors, **options, process_set=self._set)
         except HorovodInternalError as error:
-            raise self._link.explain(error) from error
+            raise self._latch.explain(error) from error
 
     def _finish(self, pending: int) -> Any:
         from horovod.common.exceptions import HorovodInternalError
@@ -97,7 +104,7 @@ class HorovodComm:
                 time.sleep(_PAUSE_S)
             return self._hvd.synchronize(pending)
         except HorovodInternalError as error:
-            raise self._link.explain(error) from error
+            raise self._latch.explain(error) from error
 
 
 workers = Workers("horovod.torch", "PyTorch", "hvd_slowmo.torch", HorovodComm)

@@ -1,9 +1,15 @@
-"""The base optimizer's own state: what a reset brings back and what an average runs over."""
+"""The inner optimizer: its state before the first step, its state to average, and its step under a GradScaler.
+
+A scaler that skipped the whole of SlowMo.step() after an overflow would leave one worker a step behind the others, and
+later all of them in a deadlock (PyTorch issue 76282). So SlowMo declares that it handles scaling itself: the scaler
+then always calls step(), and only the inner optimizer's step is skipped.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,39 +17,39 @@ import torch
 from torch.optim import Optimizer
 
 
-def fresh(base: Optimizer) -> Optimizer:
-    """A new optimizer of the same class and settings over the same parameters.
+def fresh(inner: Optimizer) -> Optimizer:
+    """Return a new optimizer of the same class and settings over the same parameters.
 
     Some classes (Adagrad) fill their state when they are made, so an empty state is not "before the first step".
 
     Raises:
         ValueError: the class can't be made again from its defaults.
     """
-    accepted = inspect.signature(type(base).__init__).parameters
-    settings = {key: value for key, value in base.defaults.items() if key in accepted}
+    accepted = inspect.signature(type(inner).__init__).parameters
+    settings = {key: value for key, value in inner.defaults.items() if key in accepted}
     try:
-        return type(base)([dict(group) for group in base.param_groups], **settings)
+        return type(inner)([dict(group) for group in inner.param_groups], **settings)
     except TypeError as error:
         raise ValueError(
-            "buffers='reset', nonfinite='exclude' and a checkpoint of before the first step need to make a new "
-            f"{type(base).__name__} to know its buffers then, and that failed: {error}. Use buffers='maintain' and "
+            "inner_state='reset', nonfinite='exclude' and a checkpoint from before the first step need to make a new "
+            f"{type(inner).__name__} to know its state then, and that failed: {error}. Use inner_state='maintain' and "
             "nonfinite='raise'; load into an optimizer without steps."
         ) from error
 
 
-def reset(base: Optimizer) -> None:
-    """Bring the state back to what it was before the first step; rates and other settings stay."""
-    replace(base, fresh(base).state)
+def reset(inner: Optimizer) -> None:
+    """Reset the state to its values from before the first step; rates and other settings stay."""
+    replace(inner, fresh(inner).state)
 
 
-def replace(base: Optimizer, state: Mapping[torch.Tensor, Any]) -> None:
-    """Give it another state."""
-    base.state.clear()
-    base.state.update(state)
+def replace(inner: Optimizer, state: Mapping[torch.Tensor, Any]) -> None:
+    """Replace the state."""
+    inner.state.clear()
+    inner.state.update(state)
 
 
-def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Which state the base optimizer keeps: for each key, (parameter, tensor like its state), in parameter order.
+def averaged(inner: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the state that the inner optimizer keeps: per key, (parameter, tensor like its state), in parameter order.
 
     Found by one step of a copy over zeros, because a worker may not have a gradient for every parameter yet and all
     must agree on what they exchange.
@@ -52,11 +58,11 @@ def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor
         ValueError: state that is no floating-point tensor, or no step without a closure.
     """
     try:
-        stepped = _stepped(base)
+        stepped = _stepped(inner)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
-            f"buffers='average' can't work with {type(base).__name__}, which takes no plain step: {error}. "
-            "Use buffers='maintain' or 'reset'."
+            f"inner_state='average' can't work with {type(inner).__name__}, which takes no plain step: {error}. "
+            "Use inner_state='maintain' or 'reset'."
         ) from error
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for parameter, state in stepped:
@@ -65,27 +71,27 @@ def averaged(base: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tensor
                 continue
             if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
                 raise ValueError(
-                    f"buffers='average' can't work with {type(base).__name__}: its state {key!r} is no floating-point "
-                    f"tensor but {type(value).__name__}. Use buffers='maintain' or 'reset'."
+                    f"inner_state='average' can't work with {type(inner).__name__}: its state {key!r} is no "
+                    f"floating-point tensor but {type(value).__name__}. Use inner_state='maintain' or 'reset'."
                 )
             found.setdefault(key, []).append((parameter, value))
     return found
 
 
-def kept(base: Optimizer) -> dict[int, set[str]] | None:
-    """The names of each parameter's buffers after a step, by the parameter's id; None where no step can tell."""
+def kept(inner: Optimizer) -> dict[int, set[str]] | None:
+    """Return the names of each parameter's state after a step, by the parameter's id; None where no step can tell."""
     try:
-        stepped = _stepped(base)
+        stepped = _stepped(inner)
     except Exception:  # a class of the user's own may raise anything
         return None
     return {id(p): {key for key, value in state.items() if value is not None} for p, state in stepped}
 
 
-def _stepped(base: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """Each parameter and what a copy keeps for it after one step over zeros."""
-    parameters = [p for group in base.param_groups for p in group["params"]]
+def _stepped(inner: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """Return each parameter and the state that a copy keeps for it after one step over zeros."""
+    parameters = [p for group in inner.param_groups for p in group["params"]]
     twins = {id(p): torch.zeros_like(p, requires_grad=True) for p in parameters}
-    scratch = copy.deepcopy(base, dict(twins))  # the memo puts the twin wherever a parameter stands
+    scratch = copy.deepcopy(inner, dict(twins))  # the memo puts the twin wherever a parameter stands
     for twin in twins.values():
         twin.grad = torch.zeros_like(twin)
     scratch.step()
@@ -93,11 +99,49 @@ def _stepped(base: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
 
 
 def state_tensor(
-    base: Optimizer, parameter: torch.Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    inner: Optimizer, parameter: torch.Tensor, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """One tensor of the state; where this worker has none yet, zeros take its place."""
-    state: dict[str, Any] = base.state[parameter]
+    """Return one tensor of the state; where this worker has none yet, zeros take its place."""
+    state: dict[str, Any] = inner.state[parameter]
     if state.get(key) is None:
         state[key] = torch.zeros(shape, dtype=dtype, device=device)
     found: torch.Tensor = state[key]
     return found
+
+
+def scaled_step(inner: Optimizer, grad_scale: torch.Tensor | None, found_inf: Any) -> Any:
+    """Take the inner optimizer's step as the scaler would have taken it.
+
+    Args:
+        inner: the inner optimizer.
+        grad_scale: the factor of the gradients; None if they are unscaled already.
+        found_inf: greater than 0 if a gradient is not finite; a tensor, or 0 if there are no gradients.
+    """
+    if getattr(inner, "_step_supports_amp_scaling", False):  # fused: reads both on the device, without waiting for them
+        inner.grad_scale, inner.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+        try:
+            return inner.step()
+        finally:
+            del inner.grad_scale, inner.found_inf  # type: ignore[attr-defined]
+    if float(found_inf) > 0:
+        return None
+    if grad_scale is not None:
+        _unscale(inner, grad_scale)
+    return inner.step()
+
+
+def _unscale(inner: Optimizer, grad_scale: torch.Tensor) -> None:
+    """Divide by the scale with the scaler's own operation, so that the results are bitwise the scaler's."""
+    inverse = grad_scale.double().reciprocal().float()
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+    for group in inner.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.dtype == torch.float16:
+                raise ValueError("Attempting to unscale FP16 gradients. Keep the parameters in float32 under autocast.")
+            values = p.grad._values() if p.grad.is_sparse else p.grad
+            alike[values.device, values.dtype].append(values)
+    for (device, _), gradients in alike.items():
+        ignored = torch.zeros(1, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, ignored, inverse.to(device))

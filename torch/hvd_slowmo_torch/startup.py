@@ -1,65 +1,157 @@
-"""Before the first step: what the layout's chunks do not carry comes from rank 0 too."""
+"""A PyTorch worker's part in the start: its description, and the state that it gives to others and takes from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.startup import Job, hand_out
-from hvd_slowmo.wire.tensors import TensorSpec
+from hvd_slowmo.core.gradient_average import GradientAverage
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import lay_out
+from hvd_slowmo.core.startup import Description, Job, agree
+from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.interop.weights import read_torch, write_torch
+from hvd_slowmo_torch.layout import TensorRef, groups_of, refs_of, state_refs
+from hvd_slowmo_torch.worker import TorchWorker
+
+Own = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Tensors that the chunks do not carry, by name, and the inner optimizer's state_dict."""
 
 
-def hand_out_rest(
-    comm: Comm, name: str, job: Job, model: nn.Module, base: Optimizer, entries: Sequence[TensorSpec]
-) -> None:
-    """What the chunks do not carry: parameters that are not trained, other buffers, the base's state. A collective.
+class StartingTorchWorker:
+    """`hvd_slowmo.core.startup.StartingWorker` of a PyTorch optimizer.
 
     Args:
-        entries: those of the wire, or of the model where there is no map; "frozen" ones are in a map's only.
+        worker: the optimizer's.
+        param_group: a group to add to the inner optimizer first.
     """
-    frozen = [entry for entry in entries if entry.rule == "frozen"]
-    still = {key for key, p in model.named_parameters() if not p.requires_grad}  # chunks leave these alone
-    carried = {entry.own for entry in entries if entry.rule != "frozen"} - still
-    others = carried | {entry.own for entry in frozen}
-    named = [*model.named_parameters(), *model.named_buffers()]
-    rest = {key: x.detach() for key, x in named if key not in others}
-    values, own = hand_out(
-        comm,
-        name,
-        job,
-        lambda: read_torch(model, frozen),
-        lambda: _on_cpu(({**rest}, base.state_dict())),
+
+    framework = "PyTorch"
+
+    def __init__(self, worker: TorchWorker, param_group: dict[str, Any] | None = None) -> None:
+        self.config, self.parameter_map = worker.config, worker.settings.parameter_map
+        self.remarks: Mapping[str, Any] = {
+            "PyTorch": torch.__version__,
+            "the inner optimizer": type(worker.inner).__name__,
+        }
+        self._worker = worker
+        self._param_group = param_group
+        self._description: Description[TensorRef] | None = None
+
+    def describe(self) -> Description[TensorRef]:
+        model, inner, settings = self._worker.model, self._worker.inner, self._worker.settings
+        if self._param_group is not None:
+            inner.add_param_group(self._param_group)
+        check_types(inner, model, settings)
+        refs = refs_of(model, inner, settings.parameter_map)
+        groups = groups_of(refs, model, inner)
+        specs = [ref.spec for ref in refs]
+        if self.config.inner_state == "average" and self.config.tau is not None:
+            refs += state_refs(model, inner)
+        self._description = Description(specs, groups, lay_out(refs, groups, settings.chunk_bytes))
+        check_inner_optimizer(inner, self.config)
+        return self._description
+
+    def position(self) -> tuple[int, int]:
+        return 0, 0
+
+    def assemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
+        self._worker.assemble(description.layout, description.groups, graph)
+
+    def give_frozen(self) -> Any:
+        return read_torch(self._worker.model, self._frozen)
+
+    def give_own(self, job: Job) -> Own:
+        return _on_cpu((self._others(), self._worker.inner.state_dict()))  # type: ignore[no-any-return]
+
+    def take(self, frozen: Any | None, own: Own | None, job: Job) -> None:
+        if frozen is not None:
+            write_torch(self._worker.model, self._frozen, frozen)
+        if own is None:
+            return
+        tensors, state = own
+        with torch.no_grad():
+            for name, tensor in self._others().items():
+                tensor.copy_(tensors[name])
+        inner = self._worker.inner
+        current = inner.state_dict()
+        if state["state"] or current["state"] or _group_settings(state) != _group_settings(current):
+            inner.load_state_dict(state)
+
+    @torch.no_grad()
+    def first_vectors(self, job: Job) -> None:
+        self._worker.mixed = job.mixed
+        self._worker.progress = self._worker.assembly.machine.start()
+
+    @property
+    def _specs(self) -> Any:
+        assert self._description is not None, "described before"
+        return self._description.specs
+
+    @property
+    def _frozen(self) -> list[Any]:
+        return [spec for spec in self._specs if spec.role == "frozen"]
+
+    def _others(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the model that neither the chunks nor the frozen ones of a map carry."""
+        model = self._worker.model
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}  # chunks leave these alone
+        carried = {spec.own for spec in self._specs if spec.role != "frozen"} - frozen
+        carried |= {spec.own for spec in self._frozen}
+        named = [*model.named_parameters(), *model.named_buffers()]
+        return {name: x.detach() for name, x in named if name not in carried}
+
+
+def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
+    """Add a group to the inner optimizer: all workers get rank 0's values of it. A collective.
+
+    Raises:
+        ValueError: on every worker, if the group is wrong on one, or differs; the optimizer is as before.
+    """
+    inner, before, progress, hooks = worker.inner, worker.store, worker.progress, worker.hooks
+    count = len(inner.param_groups)
+    try:
+        description = agree(StartingTorchWorker(worker, param_group), worker.comm)
+    except Exception:
+        del inner.param_groups[count:]
+        raise
+    added = inner.param_groups[-1]
+    with torch.no_grad():
+        values = [p.detach().cpu() for p in added["params"]] if worker.comm.rank == 0 else None
+        for p, value in zip(added["params"], worker.comm.gather("group", values)[0], strict=True):
+            p.copy_(value)
+        hooks.remove()
+        worker.assemble(description.layout, description.groups, worker.assembly.graph)
+        worker.hooks.accumulating = hooks.accumulating
+        worker.store.adopt(before)
+    ops = worker.assembly.runtime.ops
+    worker.progress = progress._replace(
+        rate_sums=ops.vector([*progress.rate_sums, progress.rate_steps * float(added["lr"])]),
+        gamma=ops.vector([*progress.gamma, 0.0]),
     )
-    if values is not None:
-        write_torch(model, frozen, values)
-    if own is None:
-        return
-    tensors, state = own
-    for key, tensor in rest.items():
-        tensor.copy_(tensors[key])
-    mine = base.state_dict()
-    if state["state"] or mine["state"] or _settings(state) != _settings(mine):
-        base.load_state_dict(state)
+    worker.prepare()
 
 
-def hand_over(comm: Comm, name: str, source: int, base: Optimizer) -> None:
-    """Everybody gets one worker's base optimizer state; rates and other settings stay. A collective."""
-    mine = _on_cpu(base.state_dict()["state"]) if comm.rank == source else None
-    state = comm.gather(f"{name}.state", mine)[source]
-    if comm.rank != source:
-        groups = base.param_groups
-        base.load_state_dict({**base.state_dict(), "state": state})
-        base.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
+def hand_over(inner: Optimizer, average: GradientAverage) -> None:
+    """Give everybody one worker's inner state; learning rates and other settings stay. A collective.
+
+    Args:
+        inner: the inner optimizer.
+        average: the workers; its `catch_up_from` is the giver.
+    """
+    comm, giver = average.comm, int(average.catch_up_from.get())
+    state = comm.gather("state", _on_cpu(inner.state_dict()["state"]) if comm.rank == giver else None)[giver]
+    if comm.rank != giver:
+        groups = inner.param_groups
+        inner.load_state_dict({**inner.state_dict(), "state": state})
+        inner.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
 
 
 def _on_cpu(item: Any) -> Any:
-    """The same structure with tensors in host memory: another worker's devices are not this one's."""
+    """Return the same structure with tensors in host memory: another worker's devices are not this one's."""
     if isinstance(item, torch.Tensor):
         return item.cpu()
     if isinstance(item, dict):
@@ -69,8 +161,8 @@ def _on_cpu(item: Any) -> Any:
     return item
 
 
-def _settings(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The param_groups, with rates that are tensors as numbers so that they can be compared."""
+def _group_settings(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the param_groups, with rates that are tensors as numbers so that they can be compared."""
     return [
         {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
         for group in state["param_groups"]

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.optim import Optimizer
 
-from hvd_slowmo.core.layout import Chunk, Segment
-from hvd_slowmo_torch import inner_optimizer as base_state
-from hvd_slowmo_torch.layout import Plan
+from hvd_slowmo.core.layout import Chunk, Segment, Stretch
+from hvd_slowmo.core.progress import Vector
+from hvd_slowmo_torch import inner_optimizer as inner_state
+from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 
 
-class TorchStore:
-    """`hvd_slowmo.core.machine.Store` on PyTorch tensors. Call it under torch.no_grad()."""
+class Pieces:
+    """Finds the tensors under the stretches of a layout.
 
-    def __init__(self, plan: Plan, base: Optimizer, vectors: tuple[str, ...]) -> None:
-        self.layout = plan.layout
-        self._places = plan.places
-        self._base = base
-        self.vectors: dict[str, list[torch.Tensor | None]] = {
-            vector: [_zeros(s, s.size) if s.rule == "slow" else None for s in plan.layout.segments]
-            for vector in vectors
-        }
-        self._statistics = plan.statistics
-        self._staging: dict[tuple[str, str, str, int], torch.Tensor] = {}
-        self._spans: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {}
+    Args:
+        layout: of the model.
+    """
 
-    def read(self, vector: str, chunk: Chunk) -> torch.Tensor:
-        if vector in self.vectors:
-            return self._flat(vector, chunk)
-        gradients = vector == "gradient"
-        flat = self._stage(chunk, vector)
+    def __init__(self, layout: TorchLayout) -> None:
+        self._layout = layout
+        self._spans: dict[tuple[int, int, int], tuple[tuple[TensorRef, int, int, int], ...]] = {}
+
+    def under(self, stretch: Stretch) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+        """Yield the tensors under a stretch: (tensor, from, to in the flattened tensor, place in the stretch)."""
+        key = (stretch.segment, stretch.start, stretch.stop)
+        if key not in self._spans:
+            refs = self._layout.refs[stretch.segment]
+            self._spans[key] = tuple(
+                (refs[n], a + refs[n].offset, b + refs[n].offset, at)
+                for n, a, b, at in self._layout.layout.spans(stretch)
+            )
+        for ref, start, stop, at in self._spans[key]:
+            yield ref.find(), start, stop, at
+
+    def gather(
+        self, stretch: Stretch, flat: torch.Tensor, value: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> torch.Tensor:
+        """Copy a value of each tensor under a stretch into `flat`, zeros where it has none; return `flat`."""
         sources, targets = [], []
-        for tensor, start, stop, at in self.tensors(chunk):
-            source = _gradient(tensor) if gradients else tensor.detach()
-            target = flat[at : at + stop - start]
+        for tensor, start, stop, at in self.under(stretch):
+            source, target = value(tensor), flat[at : at + stop - start]
             if source is None:
                 target.zero_()
             else:
@@ -46,20 +52,16 @@ class TorchStore:
             torch._foreach_copy_(targets, sources)
         return flat
 
-    def write(self, vector: str, chunk: Chunk, value: torch.Tensor) -> None:
-        if vector in self.vectors:
-            flat = self._flat(vector, chunk)
-            if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
-                flat.copy_(value)
-            return
-        gradients = vector == "gradient"
+    def scatter(
+        self, stretch: Stretch, flat: torch.Tensor, target_of: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> None:
+        """Copy `flat` into a target for each tensor under a stretch, where it has one."""
         sources, targets = [], []
-        for tensor, start, stop, at in self.tensors(chunk):
-            # A frozen parameter is equal everywhere, and its mean would be so up to rounding only.
-            target = tensor.grad if gradients else None if _frozen(chunk, tensor) else tensor.detach()
+        for tensor, start, stop, at in self.under(stretch):
+            target = target_of(tensor)
             if target is None:
                 continue
-            source = value[at : at + stop - start]
+            source = flat[at : at + stop - start]
             if not target.is_floating_point():
                 source = source.round()
             if target.is_contiguous():
@@ -72,97 +74,155 @@ class TorchStore:
         if targets:
             torch._foreach_copy_(targets, sources)
 
-    def written(self, chunk: Chunk, anchor: torch.Tensor) -> torch.Tensor:
-        own = getattr(torch, self.layout.segments[chunk.segment].entries[0].dtype)
+
+class TorchStore:
+    """`hvd_slowmo.core.store.Store` on PyTorch tensors. Call it under torch.no_grad().
+
+    Args:
+        layout: of the model.
+        inner: the inner optimizer.
+        names: of the vectors that are kept beside the model.
+
+    Attributes:
+        vectors: per name, a flat tensor for each segment of parameters; None for the other segments.
+    """
+
+    def __init__(self, layout: TorchLayout, inner: Optimizer, names: Sequence[str]) -> None:
+        self.layout = layout.layout
+        self._inner = inner
+        self._pieces = Pieces(layout)
+        self._watched = [
+            *layout.refs_of("parameter"),
+            *(ref for ref in layout.refs_of("statistic") if ref.watched),
+        ]
+        self._refs = layout.refs
+        self.vectors: dict[str, list[torch.Tensor | None]] = {
+            name: [zeros_of(s, s.size) if s.role == "parameter" else None for s in self.layout.segments]
+            for name in names
+        }
+        self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
+
+    def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
+        if vector in self.vectors:
+            return self._flat(vector, stretch)
+        return self._pieces.gather(stretch, self._stage(stretch), torch.Tensor.detach)
+
+    def write(self, vector: str, stretch: Stretch, value: torch.Tensor) -> None:
+        if vector in self.vectors:
+            flat = self._flat(vector, stretch)
+            if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
+                flat.copy_(value)
+        elif stretch.role == "parameter":
+            self._pieces.scatter(stretch, value, _trainable)
+        else:
+            self._pieces.scatter(stretch, value, torch.Tensor.detach)
+
+    def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
+        own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
     def zeros(self, chunk: Chunk) -> torch.Tensor:
-        return self._stage(chunk, "model").zero_()  # in place of what would be read there
-
-    def forget_gradients(self) -> None:
-        """Free the places where gradients were put together."""
-        self._staging = {key: place for key, place in self._staging.items() if key[0] != "gradient"}
-
-    def present(self) -> list[float]:
-        return [0.0 if p.grad is None else 1.0 for p in self._parameters()]
-
-    def admit(self, counts: Any) -> None:
-        for p, count in zip(self._parameters(), counts, strict=True):
-            if count and p.grad is None:
-                p.grad = torch.zeros_like(p)
+        return self._stage(chunk).zero_()  # in place of the stretch that would be read there
 
     def finite(self) -> bool:
         by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for tensor in [*self._parameters(), *(slot() for slot in self._statistics)]:
+        for ref in self._watched:
+            tensor = ref.find()
             by_device.setdefault(tensor.device, []).append(tensor.detach())
-        for parameters in by_device.values():
+        for tensors in by_device.values():
             # A finite norm has finite parts only, and costs a tenth of looking at each. Another may have overflowed.
-            norms = torch.stack([norm.float() for norm in torch._foreach_norm(parameters)])
-            if not bool(norms.isfinite().all()) and not all(bool(p.isfinite().all()) for p in parameters):
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
+            if not bool(norms.isfinite().all()) and not all(bool(p.isfinite().all()) for p in tensors):
                 return False
         return True
 
-    def reset_base(self) -> None:
-        base_state.reset(self._base)
+    def reset_inner_state(self) -> None:
+        inner_state.reset(self._inner)
 
     def adopt(self, before: TorchStore) -> None:
         """Take over the vectors of a store over the same parameters and fewer: the new ones start where they are."""
         for number, segment in enumerate(self.layout.segments):
-            if segment.rule != "slow":
+            if segment.role != "parameter":
                 continue
-            # A new group stands behind those of its segment, so what was there is the beginning of what is.
+            # A new group stands behind those of its segment, so the old segment is the beginning of the new one.
             old = next((n for n, s in enumerate(before.layout.segments) if _same_place(s, segment)), None)
             length = 0 if old is None else before.layout.segments[old].size
-            for vector, flats in self.vectors.items():
+            for name, flats in self.vectors.items():
                 flat = flats[number]
-                assert flat is not None, "slow segments have every vector"
+                assert flat is not None, "segments of parameters have every vector"
                 if old is not None:
-                    flat[:length] = before.vectors[vector][old]  # type: ignore[assignment]
-                if vector == "anchor":
-                    new = [slot().detach().reshape(-1).to(flat.dtype) for slot, *_ in self._places[number]]
+                    former = before.vectors[name][old]
+                    assert former is not None, "segments of parameters have every vector"
+                    flat[:length] = former
+                if name == "anchor":
+                    new = [ref.find().detach().reshape(-1).to(flat.dtype) for ref in self._refs[number]]
                     flat[length:] = torch.cat(new)[length:]
 
-    def _parameters(self) -> Iterator[torch.Tensor]:
-        """One for each trained entry."""
-        for segment, places in zip(self.layout.segments, self._places, strict=True):
-            if segment.rule == "slow":
-                yield from (slot() for slot, *_ in places)
+    def _flat(self, vector: str, stretch: Stretch) -> torch.Tensor:
+        whole = self.vectors[vector][stretch.segment]
+        assert whole is not None, "only segments of parameters have vectors"
+        return whole[stretch.start : stretch.stop]
 
-    def _flat(self, vector: str, chunk: Chunk) -> torch.Tensor:
-        whole = self.vectors[vector][chunk.segment]
-        assert whole is not None, "only slow segments have an anchor and v"
-        return whole[chunk.start : chunk.stop]
+    def _stage(self, stretch: Stretch) -> torch.Tensor:
+        """Return memory to put a stretch together: two per type and device, since one travels while another is used."""
+        segment = self.layout.segments[stretch.segment]
+        key = (segment.dtype, segment.device, stretch.index % 2)
+        if key not in self._staging or len(self._staging[key]) < stretch.size:
+            self._staging[key] = zeros_of(segment, stretch.size)
+        return self._staging[key][: stretch.size]
 
-    def _stage(self, chunk: Chunk, vector: str) -> torch.Tensor:
-        """A place to put a chunk together.
 
-        Two per type and device, since one travels while another is used; gradients have one each, since all of them
-        travel at once.
-        """
-        segment = self.layout.segments[chunk.segment]
-        place = chunk.index if vector == "gradient" else chunk.index % 2
-        key = (vector, segment.dtype, segment.device, place)
-        if key not in self._staging or len(self._staging[key]) < chunk.size:
-            self._staging[key] = _zeros(segment, chunk.size)
-        return self._staging[key][: chunk.size]
+class TorchGradients:
+    """`hvd_slowmo.core.store.GradientSource` on the parameters' `grad`. Call it under torch.no_grad().
 
-    def tensors(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, int, int, int]]:
-        """The tensors under a chunk: (tensor, from, to within it, place within the chunk)."""
-        places, key = self._places[chunk.segment], (chunk.segment, chunk.start, chunk.stop)
-        if key not in self._spans:
-            spans = self.layout.spans(chunk)
-            offsets = [place.offset for place in places]
-            self._spans[key] = tuple((n, a + offsets[n], b + offsets[n], at) for n, a, b, at in spans)
-        for number, start, stop, at in self._spans[key]:
-            yield places[number].slot(), start, stop, at
+    Args:
+        layout: of the model.
+    """
+
+    def __init__(self, layout: TorchLayout) -> None:
+        self.layout = layout.layout
+        self._pieces = Pieces(layout)
+        self._parameters = layout.refs_of("parameter")
+        self._staging: dict[int, torch.Tensor] = {}  # one per chunk, since all of them travel at once
+
+    def read(self, chunk: Chunk) -> torch.Tensor:
+        if chunk.index not in self._staging:
+            self._staging[chunk.index] = zeros_of(self.layout.segments[chunk.segment], chunk.size)
+        return self._pieces.gather(chunk, self._staging[chunk.index], _gradient)
+
+    def write(self, chunk: Chunk, mean: torch.Tensor) -> None:
+        self._pieces.scatter(chunk, mean, _gradient)
+
+    def present(self) -> list[float]:
+        return [0.0 if ref.find().grad is None else 1.0 for ref in self._parameters]
+
+    def admit(self, counts: Vector) -> None:
+        for ref, count in zip(self._parameters, counts, strict=True):
+            p = ref.find()
+            if count and p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def parameters(self, chunk: Chunk) -> list[torch.Tensor]:
+        """Return the parameters under a chunk."""
+        return [p for p, *_ in self._pieces.under(chunk)]
+
+    def forget(self) -> None:
+        """Free the memory in which gradients are put together."""
+        self._staging = {}
+
+
+def zeros_of(segment: Segment, size: int) -> torch.Tensor:
+    """Return zeros of a segment's type on its device."""
+    return torch.zeros(size, dtype=getattr(torch, segment.dtype), device=segment.device)
 
 
 def _same_place(a: Segment, b: Segment) -> bool:
-    return (a.rule, a.dtype, a.device, a.entries[0].dtype) == (b.rule, b.dtype, b.device, b.entries[0].dtype)
+    return (a.role, a.dtype, a.device, a.tensors[0].dtype) == (b.role, b.dtype, b.device, b.tensors[0].dtype)
 
 
-def _frozen(chunk: Chunk, tensor: torch.Tensor) -> bool:
-    return chunk.rule == "slow" and not tensor.requires_grad
+def _trainable(parameter: torch.Tensor) -> torch.Tensor | None:
+    # A frozen parameter is equal everywhere, and its mean would be so up to rounding only.
+    return parameter.detach() if parameter.requires_grad else None
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -172,7 +232,3 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
             "dense. Use Embedding(sparse=False), or gradients='local' without warm-up."
         )
     return parameter.grad
-
-
-def _zeros(segment: Segment, size: int) -> torch.Tensor:
-    return torch.zeros(size, dtype=getattr(torch, segment.dtype), device=segment.device)

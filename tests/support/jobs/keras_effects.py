@@ -10,8 +10,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.grappler import tf_optimizer
 
-from hvd_slowmo_tf.comm import HorovodComm
-from hvd_slowmo_tf.effects import KeptComm
+from hvd_slowmo_tf.graph_comm import KeptComm
+from hvd_slowmo_tf.horovod import HorovodComm
 
 
 class AsSeveral(HorovodComm):

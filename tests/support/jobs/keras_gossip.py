@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+from hvd_slowmo.tf import SlowMo, SlowMoCallback
+from support.problems import config_of
 from support.trainings.keras import doubles
 
 FEATURES, BATCH, RATE = 5, 4, 0.125  # the rate is one that float32 has exactly
@@ -36,7 +37,7 @@ def compiled(config: dict[str, Any], accumulated: int | None = None, **options: 
     model = keras.Sequential([keras.Input((FEATURES,)), layer], name="model")  # one name for each that is made
     model.set_weights([start()[:, np.newaxis]])
     sgd = keras.optimizers.SGD(RATE, gradient_accumulation_steps=accumulated)
-    model.compile(SlowMo(sgd, SlowMoConfig(**config)), "mse", **options)
+    model.compile(SlowMo(sgd, config_of(config)), "mse", **options)
     return model
 
 

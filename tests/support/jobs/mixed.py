@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import ParameterMap, SlowMoConfig
-from support.problems import Problem
+from support.problems import Problem, config_of
 from support.trainings.mixed import MAP, TORCH, worker
 
 
@@ -102,7 +102,7 @@ def batches(rank: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def trained(config: dict[str, Any], lengths: list[int], epochs: int = 2) -> list[dict[str, np.ndarray]]:
     """The network on uneven data, each epoch with a join; what the wire has of it after each."""
     hvd = horovod()
-    model, optimizer = network("", SlowMoConfig(**config))
+    model, optimizer = network("", config_of(config))
     step = torch_step(model, optimizer) if TORCH else keras_step(model, optimizer)
     history = []
     for _ in range(epochs):
@@ -138,12 +138,12 @@ def keras_step(model: Any, optimizer: Any) -> Any:
 
 def on_the_wire(model: Any) -> dict[str, np.ndarray]:
     if TORCH:
-        from hvd_slowmo_torch.describe import entries_torch
-        from hvd_slowmo_torch.weights import read_torch
+        from hvd_slowmo_torch.interop.layers import entries_torch
+        from hvd_slowmo_torch.interop.weights import read_torch
 
         return {name: value.copy() for name, value in read_torch(model, entries_torch(model)).items()}
-    from hvd_slowmo_tf.describe import entries_keras
-    from hvd_slowmo_tf.weights import read_keras, variables_of
+    from hvd_slowmo_tf.interop.layers import entries_keras
+    from hvd_slowmo_tf.interop.weights import read_keras, variables_of
 
     return read_keras(variables_of(model), entries_keras(model))
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from hvd_slowmo_torch.comm import workers
+from hvd_slowmo_torch.horovod import workers
 from support.late_copies import LateCopies
 from support.problems import Problem
 from support.trainings.pytorch import run

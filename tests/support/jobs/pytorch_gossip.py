@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo.torch import SlowMo
+from support.problems import config_of
 
 
 def bytes_per_step(config: dict[str, Any], steps: int) -> list[int]:
     """What each step hands to Horovod, for a model of 1,000 elements in float32."""
     model = nn.Linear(1000, 1, bias=False)
-    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(**config))
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config_of(config))
     counts = [optimizer.bytes_sent]
     for _ in range(steps):
         model.weight.grad = torch.ones_like(model.weight)

@@ -9,9 +9,9 @@ from torch import nn
 import keras
 from keras import layers as kl
 
-from hvd_slowmo.comparing import compare
-from hvd_slowmo_tf.describe import entries_keras
-from hvd_slowmo_torch.describe import entries_torch
+from hvd_slowmo.interop.compare import compare
+from hvd_slowmo_tf.interop.layers import entries_keras
+from hvd_slowmo_torch.interop.layers import entries_torch
 
 
 class First(nn.Module):

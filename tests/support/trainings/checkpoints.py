@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_slowmo.config import SlowMoConfig
+from support.problems import config_of
 
 START = {  # on the wire
     "0.linear.weight": (5, 4),
@@ -38,8 +38,8 @@ class TorchWorker:
         import torch
 
         from hvd_slowmo.torch import SlowMo
-        from hvd_slowmo_torch.describe import entries_torch
-        from hvd_slowmo_torch.weights import read_torch, write_torch
+        from hvd_slowmo_torch.interop.layers import entries_torch
+        from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 
         linear = torch.nn.Linear
         self.model = torch.nn.Sequential(linear(4, 5), torch.nn.Tanh(), linear(5, 3)).double()
@@ -49,12 +49,12 @@ class TorchWorker:
         name, options = base
         options = {"betas": options["betas"], "eps": 2.0**-70} if "betas" in options else options
         sgd = getattr(torch.optim, name)(self.model.parameters(), lr=RATE, **options)
-        settings = SlowMoConfig(**config)
+        settings = config_of(config)
         self.optimizer: Any
         if comm is None:
             self.optimizer = SlowMo(sgd, self.model, settings)
         else:
-            self.optimizer = SlowMo.over(comm, sgd, self.model, settings)
+            self.optimizer = SlowMo(sgd, self.model, settings, comm=comm)
         self.values = lambda: {name: x.copy() for name, x in read_torch(self.model, entries).items()}
 
     def save(self, path: Any) -> None:
@@ -85,8 +85,8 @@ class KerasWorker:
         import keras
 
         from hvd_slowmo.tf import SlowMo
-        from hvd_slowmo_tf.describe import entries_keras
-        from hvd_slowmo_tf.weights import read_keras, variables_of, write_keras
+        from hvd_slowmo_tf.interop.layers import entries_keras
+        from hvd_slowmo_tf.interop.weights import read_keras, variables_of, write_keras
         from support.trainings.keras import GraphComm
 
         dense = keras.layers.Dense
@@ -97,8 +97,8 @@ class KerasWorker:
         name, options = base
         if "betas" in options:
             options = {"beta_1": options["betas"][0], "beta_2": options["betas"][1], "epsilon": 2.0**-70}
-        inner, settings = getattr(keras.optimizers, name)(RATE, **options), SlowMoConfig(**config)
-        self.optimizer = SlowMo(inner, settings) if comm is None else SlowMo.over(GraphComm(comm), inner, settings)
+        inner, settings = getattr(keras.optimizers, name)(RATE, **options), config_of(config)
+        self.optimizer = SlowMo(inner, settings) if comm is None else SlowMo(inner, settings, comm=GraphComm(comm))
         self.optimizer.broadcast(self.model.variables)
         self.values = lambda: read_keras(variables_of(self.model), entries)
 
@@ -126,10 +126,10 @@ SGD = ("SGD", {"momentum": 0.875, "nesterov": True})
 ADAM = ("Adam", {"betas": (0.875, 0.9921875)})  # which float32 has exactly: Keras takes them so
 CASES: dict[str, tuple[dict[str, Any], Base]] = {
     "momentum": ({"tau": 4}, SGD),
-    "Adam": ({"tau": 4, "buffers": "average"}, ADAM),
-    "reset": ({"tau": 3, "buffers": "reset", "alpha": 0.8}, SGD),
-    "osgp": ({"tau": 5, "base": "sgp", "topology": "star", "overlap": True}, SGD),
-    "dpsgd": ({"tau": None, "alpha": 1.0, "beta": 0.0, "base": "dpsgd"}, ADAM),
+    "Adam": ({"tau": 4, "inner_state": "average"}, ADAM),
+    "reset": ({"tau": 3, "inner_state": "reset", "alpha": 0.8}, SGD),
+    "osgp": ({"tau": 5, "gossip": "sgp", "topology": "star", "overlap": True}, SGD),
+    "dpsgd": ({"tau": None, "alpha": 1.0, "beta": 0.0, "gossip": "dpsgd"}, ADAM),
 }
 
 

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from support.problems import Problem, chunks_of, pieces
+from hvd_slowmo.tf import SlowMo
+from support.problems import Problem, chunks_of, config_of, pieces, with_node
 
 
 def base(problem: Problem) -> keras.optimizers.Optimizer:
@@ -31,6 +31,7 @@ class GraphComm:
         self._comm = comm
         self._started: dict[int, Any] = {}
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+        self.node: Any = None if comm.node is None else GraphComm(comm.node)
 
     def start_sum(self, name: str, x: Any) -> Any:
         def start(value: np.ndarray) -> np.int64:
@@ -67,12 +68,12 @@ class Worker:
             keras.Variable(part, dtype="float64", name=f"part{number}")
             for number, part in enumerate(pieces(problem.start() + self.rank))
         ]
-        config = SlowMoConfig(**problem.config)
+        config = config_of(problem.config)
         if comm is None:
             self.optimizer = SlowMo(base(problem), config)
         else:
             around = None if node is None else GraphComm(node)
-            self.optimizer = SlowMo.over(GraphComm(comm), base(problem), config, node=around)
+            self.optimizer = SlowMo(base(problem), config, comm=with_node(GraphComm(comm), around))
         self.optimizer.broadcast(self.parts)
 
     def flat(self) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import ParameterMap
-from hvd_slowmo.wire import View
-from support.problems import SHAPES, SIZES, Problem, chunks_of, pieces
+from hvd_slowmo.wire.views import View
+from support.problems import SHAPES, SIZES, Problem, chunks_of, config_of, pieces
 
 PART3 = View.permute((2, 2, 1), (1, 2, 0))  # (2, 1, 2) on the wire
 MAP = ParameterMap(
@@ -30,7 +30,7 @@ class TorchWorker:
     def __init__(
         self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
     ) -> None:
-        from hvd_slowmo.torch import SlowMo, SlowMoConfig
+        from hvd_slowmo.torch import SlowMo
         from support.trainings.pytorch import BASES, Model, horovod_rank
 
         self.problem = problem
@@ -39,11 +39,11 @@ class TorchWorker:
         parts = list(self.model.parts)
         groups = [{"params": parts[2:]}, {"params": parts[:2]}] if split else [{"params": parts}]
         base = BASES[problem.base](groups, **{"lr": 1.0, **problem.options})
-        config = SlowMoConfig(**problem.config)
+        config = config_of(problem.config)
         if comm is None:
             self.optimizer = SlowMo(base, self.model, config, parameter_map=parameter_map)
         else:
-            self.optimizer = SlowMo.over(TorchComm(comm), base, self.model, config, parameter_map=parameter_map)
+            self.optimizer = SlowMo(base, self.model, config, comm=TorchComm(comm), parameter_map=parameter_map)
 
     def flat(self) -> np.ndarray:
         return self.model.flat()
@@ -68,7 +68,7 @@ class KerasWorker:
         import keras
         import tensorflow as tf
 
-        from hvd_slowmo.tf import SlowMo, SlowMoConfig
+        from hvd_slowmo.tf import SlowMo
         from support.trainings.keras import GraphComm, base, horovod_rank
 
         class Holder(keras.layers.Layer):
@@ -86,11 +86,11 @@ class KerasWorker:
         self.model = keras.Sequential([keras.Input((1,)), Holder(name="holder")], name="net")
         for v, view, part in zip(self.model.variables, VIEWS, pieces(problem.start() + self.rank), strict=True):
             v.assign(view.to_own(part))
-        config = SlowMoConfig(**problem.config)
+        config = config_of(problem.config)
         if comm is None:
             self.optimizer = SlowMo(base(problem), config, parameter_map=parameter_map)
         else:
-            self.optimizer = SlowMo.over(GraphComm(comm), base(problem), config, parameter_map=parameter_map)
+            self.optimizer = SlowMo(base(problem), config, comm=GraphComm(comm), parameter_map=parameter_map)
         self.optimizer.broadcast(self.model)
         self._tf = tf
 
@@ -114,6 +114,7 @@ class TorchComm:
     def __init__(self, comm: Any) -> None:
         self._comm = comm
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
+        self.node: Any = None if comm.node is None else TorchComm(comm.node)
 
     def start_sum(self, name: str, x: Any) -> Any:
         return self._comm.start_sum(name, x.numpy()), x

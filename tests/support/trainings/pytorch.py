@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_slowmo.comm import Comm
-from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from support.problems import Problem, chunks_of, pieces
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.torch import SlowMo
+from support.problems import Problem, chunks_of, config_of, pieces, with_node
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -44,10 +44,10 @@ def build(
         for number in sorted(set(problem.groups))
     ]
     base = BASES[problem.base](groups, **{"lr": 1.0, **problem.options})
-    config = SlowMoConfig(**problem.config)
+    config = config_of(problem.config)
     if comm is None:
         return model, SlowMo(base, model, config)
-    return model, SlowMo.over(comm, base, model, config, node=node)
+    return model, SlowMo(base, model, config, comm=with_node(comm, node))
 
 
 def advance(problem: Problem, model: Model, optimizer: SlowMo, rank: int, steps: range) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The outer update in place: fewer passes over memory of the core's `outer_update`, which is its oracle."""
+"""The outer update in place: fewer passes over memory than the core's `outer_update`, which is its oracle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvd_slowmo.core.outer_update import Momentum, outer_update
 def outer_update_(
     config: SlowMoConfig, mean: torch.Tensor, anchor: torch.Tensor, v: torch.Tensor | None, m: Momentum
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `outer_update`; the results lie in the memory of anchor and v, and that of mean is used up."""
+    """Do as `outer_update`; the results lie in the memory of anchor and v, and that of mean is used up."""
     if v is None or m.gain != 1:  # no momentum, or a block without a rate, which keeps v as it was
         return outer_update(config, mean, anchor, v, m)
     delta = anchor - mean
@@ -24,3 +24,8 @@ def outer_update_(
         torch.sub(mean, v, alpha=config.alpha * m.carried, out=anchor)
         torch.add(delta, v, alpha=m.carried, out=v)
     return anchor, v
+
+
+def divide_(total: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Divide in place: the sum is not needed any more."""
+    return total.div_(divisor)

@@ -1,0 +1,166 @@
+"""One worker's part of a SlowMo optimizer, apart from torch.optim: its connections, its position and its steps.
+
+All that changes lives in this one object. Wrappers such as Lightning's copy an optimizer's attributes; the copies share
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.assembly import Assembly, assemble
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
+from hvd_slowmo.core.metrics import Metrics, metrics_of
+from hvd_slowmo.core.ops import EagerOps
+from hvd_slowmo.core.outer_update import Kernels
+from hvd_slowmo.core.progress import Observed, Progress
+from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_torch.gradient_hooks import GradientHooks
+from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.outer_update import divide_, outer_update_
+from hvd_slowmo_torch.presence import WorkerPresence
+from hvd_slowmo_torch.store import TorchGradients, TorchStore
+
+# Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
+_CACHED = 2**17
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The constructor's arguments besides optimizer, model and workers."""
+
+    config: SlowMoConfig
+    name: str
+    metrics: bool
+    parameter_map: ParameterMap | None
+    chunk_bytes: int = CHUNK_BYTES
+
+
+class TorchWorker:
+    """Takes the steps of one worker.
+
+    Args:
+        inner: the inner optimizer.
+        model: the module that is trained.
+        settings: the constructor's other arguments.
+        comm: the workers.
+
+    Attributes:
+        assembly: the core's parts; made in the start, and anew by add_param_group().
+        progress: the scalar state.
+        mixed: the job has workers of several frameworks.
+        averaging: within averaged_parameters().
+    """
+
+    assembly: Assembly[TensorRef]
+    store: TorchStore
+    hooks: GradientHooks
+    progress: Progress
+
+    def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
+        self.inner, self.model, self.settings, self.config = inner, model, settings, settings.config
+        self._meter = MeteredComm(comm)
+        self.comm = ScopedComm(self._meter, settings.name)
+        self.presence = WorkerPresence(inner)
+        self.mixed = False
+        self.averaging = False
+        self._metrics: Metrics | None = None
+        self._metered = (0, 0.0)  # bytes sent and seconds waited, up to the last outer step
+
+    def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
+        """Make everything that a step needs; the vectors are zeros."""
+        names = (*self.config.vectors, *(() if graph is None else graph.vectors))
+        self.store = TorchStore(layout, self.inner, names)
+        on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
+        runtime = Runtime(
+            self.config,
+            layout.layout,
+            EagerOps(torch.from_numpy, torch.Tensor.numpy),
+            self.store,
+            self.comm,
+            Kernels(outer_update_, divide_, _CACHED if on_cpu else None),
+            self.settings.metrics,
+        )
+        self.assembly = assemble(runtime, layout, groups, graph)
+        self.presence.groups = groups
+        self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout), self.presence)
+
+    def prepare(self) -> None:
+        """Get ready for the coming step."""
+        self.hooks.prepare(self.assembly.machine.plan(self.progress))
+
+    def settle(self, progress: Progress) -> None:
+        """Go on from this position; the vectors have their values already."""
+        self.assembly.machine.mixing.discard_in_flight()
+        self.progress = progress
+        self.prepare()
+
+    def step(self, take_inner_step: Callable[[], Any]) -> Any:
+        """Take one inner step, and the outer step where it is due; return the result of `take_inner_step`.
+
+        Gradients have been averaged before, where the step averages them.
+        """
+        plan = self.assembly.machine.plan(self.progress)
+        if plan.outer or plan.mix or plan.check:
+            self.presence.refuse_if_left()
+        rates = self.presence.rates()
+        try:
+            result = take_inner_step()
+            with torch.no_grad():
+                self.progress = self.assembly.machine.after_inner_step(
+                    self.progress,
+                    rates,
+                    training=int(not self.presence.joining),
+                    catch_up_from=self.hooks.catch_up_from,
+                )
+        finally:
+            self.prepare()
+        if self.settings.metrics and plan.outer:
+            self._measure()
+        return result
+
+    @property
+    def gradients_missing(self) -> bool:
+        """Whether this step averages gradients, and no backward has done it yet."""
+        return self.hooks.due and not self.hooks.done
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all parameters and buffers of the model by name."""
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+
+    def refuse_while_averaging(self, what: str) -> None:
+        """Raise RuntimeError within averaged_parameters()."""
+        if self.averaging:
+            raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed over for sums and messages."""
+        return self._meter.bytes_sent
+
+    def metrics(self) -> Metrics | None:
+        """Return the measurements of the last outer step; None before the first one.
+
+        Raises:
+            RuntimeError: nothing is measured.
+        """
+        if not self.settings.metrics:
+            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
+        return self._metrics
+
+    def _measure(self) -> None:
+        sent, waited = self._meter.bytes_sent, self._meter.seconds_waited
+        seen = Observed(*self.progress.observed.tolist())
+        self._metrics = metrics_of(seen, int(self.progress.step), waited - self._metered[1], sent - self._metered[0])
+        self._metered = (sent, waited)
