@@ -1,8 +1,9 @@
-# Needs Python >= 3.10 with venv, a C++ compiler, make, and the package index; everything else goes into .venv and the user's cache.
-#   make demo FRAMEWORK=tf       trains with Keras instead of PyTorch
-#   make demo ARGS="--help"      hands options to the example
-#   make test-fast ARGS="-k ..." hands options to pytest
-#   make setup PYTHON=python3.12 sets .venv up with another Python
+# Needs Python >= 3.10 with its venv module, a C++ compiler, make, flock and PyPI. Everything is installed into .venv, and
+# Horovod's wheel is kept in the user's cache.
+#   make demo FRAMEWORK=tf         train with Keras instead of PyTorch
+#   make demo ARGS="--help"        pass options to the example
+#   make test-fast ARGS="-k ..."   pass options to pytest
+#   make setup PYTHON=python3.12   make .venv anew with another Python
 
 PYTHON ?= python3
 ARGS ?=
@@ -10,47 +11,108 @@ FRAMEWORK ?= torch
 DEMO_torch := examples/digits_torch.py
 DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
-# Processes of pytest; a test of workers starts more. A file's tests stay together, and so do workers that serve them.
+# Processes of pytest; a test with workers starts more. The tests of a file stay together, and so do the workers they share.
 PARALLEL := -n auto --maxprocesses 2 --dist loadfile
-# The launcher imports TensorFlow where it is installed, which has much to say about itself.
+# Where TensorFlow is installed, the launcher imports it, and TensorFlow logs a lot.
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help setup demo demo-mixed bench test test-all test-fast test-install lint clean
 
-help:  ## say what there is
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
 
-setup:  ## set .venv up: packages, this checkout, Horovod (minutes the first time, then nothing)
-	@$(PYTHON) tools/setup_venv.py
+# Steps of the set-up. The target of a step is a stamp in .venv, written after the step has succeeded: an up-to-date .venv
+# costs nothing, and a failed or interrupted step is repeated. A stamp has the time at which its step started, so that a
+# file edited meanwhile is newer. Two calls at once would write into one .venv, so `setup` locks the directory and builds
+# the stamps in a second make, which keeps the lock until it ends.
 
-demo: setup  ## train a classifier with SlowMo on four workers of this machine; FRAMEWORK=tf: with Keras
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Exists while pip writes into .venv. Killed, pip can leave a package that it later takes for complete.
+UNFINISHED := .venv/.unfinished
+IDENTITY = -S -c 'import sys; print("Python", *sys.version_info[:3], sys.base_prefix, "in $(CURDIR)")'
+# The Python that .venv must come from: the one that the command line or the environment names, else any.
+WANTED = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+
+setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first time, then nothing)
+	@exec 9<. && { flock -n 9 || { echo "Another make is setting up .venv; waiting for it"; flock 9; }; }; \
+	if [ -e $(UNFINISHED) ] || [ "$$($(WANTED) $(IDENTITY) 2>&1)" != "$$(cat .venv/.python 2>&1)" ]; then \
+		rm -f .venv/.python; \
+	fi; \
+	exec $(MAKE) --silent --no-print-directory .venv/.horovod
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON) is missing or older than Python 3.10. Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Creating .venv with $$($(PYTHON) --version)"
+	@$(start_clock); rm -rf .venv; $(PYTHON) -m venv .venv || { \
+		echo "Install Python's venv module (Debian, Ubuntu: apt install python3-venv), or name another Python:" \
+			"make setup PYTHON=python3.12" >&2; exit 1; }; \
+	$(read_clock); $(PYTHON) $(IDENTITY) >$@
+
+.venv/.packages: requirements-dev.txt .venv/.python
+	@echo "Installing the packages of requirements-dev.txt (one to a few minutes)"
+	@$(start_clock); index=; \
+	if timeout 5 $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=4)' 2>&- >&-; \
+	then index="--extra-index-url $(CPU_INDEX)"; echo "  PyTorch: CPU build from $(CPU_INDEX)"; \
+	else echo "  PyTorch: from pip's own indexes, since $(CPU_INDEX) does not answer (PyPI has a CUDA build of several GB)"; fi; \
+	$(call pip_install,$$index -r requirements-dev.txt)
+
+.venv/.checkout: setup.py pyproject.toml hvd_slowmo/version.py .venv/.packages
+	@echo "Installing this checkout into .venv, editable"
+	@$(start_clock); $(call pip_install,--no-deps --no-build-isolation --editable .)
+
+.venv/.horovod: $(wildcard hvd_slowmo/installer/*.py) .venv/.packages | .venv/.checkout
+	@echo "Installing Horovod (2 to 6 minutes to build it, once; seconds from your cache)"
+	@rm -f $@; touch $@.started; $(BIN)/hvd-slowmo install-horovod && mv $@.started $@
+
+start_clock = started=$$(date +%s)
+read_clock = echo "  done in $$(($$(date +%s) - started)) s"
+
+# $(call pip_install,ARGUMENTS): install, log the output, and write the stamp; after a failure, show the errors. pip undoes a
+# failed installation itself, but not an interrupted one (status 128 and above), which leaves UNFINISHED behind.
+define pip_install
+log=$(subst /.,/,$@).log; rm -f $@; touch $(UNFINISHED); trap 'exit 130' INT; \
+	$(BIN)/python -m pip --disable-pip-version-check --no-input install $(1) >$$log 2>&1; status=$$?; \
+	if [ $$status -ne 0 ]; then \
+		[ $$status -ge 128 ] || rm $(UNFINISHED); \
+		{ grep -i '^ *error' $$log || cat $$log; } | tail -n 25 >&2; \
+		echo "pip failed; the full log is $(CURDIR)/$$log. Check the network and pip's settings (pip config list)," \
+			"then run make setup again." >&2; \
+		exit 1; \
+	fi; \
+	$(read_clock); mv $(UNFINISHED) $@
+endef
+
+demo: setup  ## train a classifier with SlowMo on four local workers; FRAMEWORK=tf: with Keras
 	$(if $(DEMO_$(FRAMEWORK)),,$(error FRAMEWORK is "$(FRAMEWORK)"; it must be torch or tf))
 	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python $(DEMO_$(FRAMEWORK)) $(ARGS)
 
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
 	@$(QUIET) $(BIN)/python examples/digits_mixed.py $(ARGS)
 
-bench: setup  ## what a step costs, beside what else one could use; loopback and 1 Gbit/s (about half an hour)
+bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
 	@$(BIN)/python -m pytest -m "not install and not thorough" $(PARALLEL) $(ARGS)
 
-test-all: setup  ## run all tests, those with more sizes and settings too
+test-all: setup  ## run all tests, with more sizes and settings
 	@$(BIN)/python -m pytest -m "not install" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds
 	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
-test-install: setup  ## run the tests that make environments of one framework each, from nothing (about ten minutes)
+test-install: setup  ## install each framework alone into a new environment and train (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)
 
-lint: setup  ## check style, format and types
+lint: setup  ## check style, format, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
-clean:  ## remove .venv and what the tools left (the user's cache keeps Horovod's wheel)
+clean:  ## remove .venv and the tools' caches (the user's cache keeps Horovod's wheel)
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -65,8 +65,8 @@ def fetch(sdist: Sdist, folder: Path, work: Path, tools_env: Mapping[str, str], 
         [*arguments, "--dest", str(work), "--requirement", str(requirement)],
         reporter,
         what=f"downloading {sdist.filename}",
-        cure=f"check the network and pip's settings (`pip config list`); or fetch {sdist.filename} elsewhere, say from "
-        f"https://pypi.org/project/{sdist.name}/{sdist.version}/#files, and put it into {folder}.",
+        cure=f"check the network and pip's settings (`pip config list`); or download {sdist.filename} on another "
+        f"machine (the files of {sdist.name} {sdist.version} on PyPI), and put it into {folder}.",
         env=tools_env,
         # Elsewhere than in a checkout of this project, whose folders would be importable.
         cwd=work,
