@@ -251,7 +251,7 @@ def test_plain_weights_of_another_precision_begin_a_training(folder):
 def test_inspect_shows_what_is_there(folder, capsys):
     assert main(["inspect", "checkpoint"]) == 0
     told = capsys.readouterr().out
-    assert "checkpoint: 1 worker at step 3 (1 of 2 in its block), base optimizer sgd" in told
+    assert "checkpoint: 1 worker at step 3 (1 of 2 in its block), inner optimizer sgd" in told
     assert "model/0.conv.weight" in told
     assert "float32  3x2x2x2" in told
     assert "tau           2" in told
@@ -262,12 +262,10 @@ def test_inspect_shows_what_is_there(folder, capsys):
     assert "by names that only torch has" in told
     assert "rank 1" in told
     assert "own.rank0-" in told
-    assert (
-        "Resumes on 2 workers only: each has its own parameters and statistics, the base optimizer's buffers." in told
-    )
+    assert "Resumes on 2 workers only: each has its own parameters and statistics, inner optimizer state." in told
     (first, *_) = sorted(folder.glob("own.rank*"))
     assert main(["inspect", first.name]) == 0
-    assert "what rank 0 of 2 alone has" in capsys.readouterr().out
+    assert "the file of rank 0 of 2 alone" in capsys.readouterr().out
     first.unlink()
     assert main(["inspect", "own"]) == 1
     assert "is missing: it belongs to own" in capsys.readouterr().err

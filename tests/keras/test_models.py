@@ -78,7 +78,7 @@ def test_a_second_fit_goes_on_in_the_block_of_the_first():
     x, y = (np.concatenate(parts) for parts in zip(*(batch(0, k) for k in range(3)), strict=True))
     twice.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
     assert same(held(once), held(twice))
-    assert optimizer.engine.traces == 1
+    assert optimizer.worker.step.traces == 1
 
 
 @pytest.mark.slow

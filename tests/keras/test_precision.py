@@ -69,7 +69,7 @@ def test_bfloat16(policy):
         assert same(loop(ours, bare(SGD(0.1)), range(3)), expected)
         optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2))
         loop(slow, optimizer, range(4))
-        vectors = optimizer._inside.state.vectors
+        vectors = optimizer.worker.variables.vectors
         assert {v.dtype for parts in vectors.values() for v in parts} == {"float32"}
         flat = np.concatenate([v.reshape(-1).astype("float32") for v in held(slow)])
         anchor = tf.cast(vectors["anchor"][0].value, slow.weights[0].dtype)
@@ -85,7 +85,7 @@ def test_rounding_of_the_write_never_enters_the_momentum(dtype):
     v = keras.Variable(np.zeros(64), dtype=dtype)
     optimizer = SlowMo(SGD(1.0), SlowMoConfig(tau=1, beta=0.9))
     optimizer.apply([tf.cast(tf.linspace(0.1, 0.3, 64), dtype)], [v])
-    vectors = optimizer._inside.state.vectors
+    vectors = optimizer.worker.variables.vectors
     momentum, anchor = vectors["v"][0].numpy(), vectors["anchor"][0].numpy()
     for _ in range(50):
         optimizer.apply([tf.zeros(64, dtype)], [v])

@@ -61,13 +61,13 @@ def test_what_is_not_finite_raises_and_nothing_is_written(kind):
     v = keras.Variable(np.ones(2, "float32"))
     optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2))
     optimizer.apply([tf.ones(2)], [v])
-    anchor = optimizer._inside.state.vectors["anchor"][0].numpy()
+    anchor = optimizer.worker.variables.vectors["anchor"][0].numpy()
     if kind == "rate":
         optimizer.learning_rate = float("nan")
         optimizer.inner_optimizer.update_step = lambda *given: None
     with pytest.raises(ValueError, match=r"not finite|not a finite number"):
         optimizer.apply([tf.constant([1.0, np.nan])], [v])
-    np.testing.assert_array_equal(optimizer._inside.state.vectors["anchor"][0].numpy(), anchor)
+    np.testing.assert_array_equal(optimizer.worker.variables.vectors["anchor"][0].numpy(), anchor)
     assert optimizer.steps == 1
 
 

@@ -29,11 +29,13 @@ def operations(graph):
 def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     model, optimizer = net(), SlowMo(SGD(0.1, momentum=0.5), config_of(config), metrics=True)
     fit(model, optimizer, range(5), epochs=4)
-    assert optimizer.engine.traces == 1
+    assert optimizer.worker.step.traces == 1
     assert optimizer.steps == 20
-    concrete = optimizer.engine.step.get_concrete_function([tf.zeros(v.shape) for v in model.trainable_variables])
+    concrete = optimizer.worker.step.function.get_concrete_function(
+        [tf.zeros(v.shape) for v in model.trainable_variables]
+    )
     assert not [op for op in operations(concrete.graph) if "PyFunc" in op]
-    assert optimizer.engine.traces == 1
+    assert optimizer.worker.step.traces == 1
 
 
 def test_no_variable_is_assigned_in_part():
@@ -41,7 +43,9 @@ def test_no_variable_is_assigned_in_part():
     with chunks_of(64):
         model, optimizer = net(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
         fit(model, optimizer, range(4))
-    concrete = optimizer.engine.step.get_concrete_function([tf.zeros(v.shape) for v in model.trainable_variables])
+    concrete = optimizer.worker.step.function.get_concrete_function(
+        [tf.zeros(v.shape) for v in model.trainable_variables]
+    )
     found = operations(concrete.graph)
     assert "AssignVariableOp" in found
     assert not [op for op in found if "StridedSliceAssign" in op or "Scatter" in op]
@@ -53,7 +57,7 @@ def test_embeddings_of_any_number_of_words_take_few_traces():
     step = step_of(model, optimizer)
     for samples in (3, 4, 5, 6, 7, 8, 9, 4):
         step(*map(tf.constant, sentences(0, samples, samples)))
-    assert optimizer.engine.traces <= 3
+    assert optimizer.worker.step.traces <= 3
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def test_both_describe_the_same_and_train_the_same(name):
     ours, theirs = make_torch().double(), make_keras()
     a, b = entries_torch(ours), entries_keras(theirs)
     assert describe(a) == describe(b)
-    assert sum(e.size for e in a if e.rule == "slow") == sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    assert sum(e.size for e in a if e.role == "parameter") == sum(
+        p.numel() for p in ours.parameters() if p.requires_grad
+    )
     assert all(e.view.offset is not None for e in a), "PyTorch permutes nothing"
     copy_to_keras(ours, theirs)
     output, gradients = differences(ours, theirs, shape)
@@ -249,7 +251,7 @@ REFUSED_KERAS = {
     "merge": (lambda: sequential((5, 3), kl.Bidirectional(kl.GRU(4), merge_mode="sum")), "merge_mode='sum'"),
     "einsum": (
         lambda: sequential((5, 3), kl.EinsumDense("abc,bcd->ad", (4,))),
-        "only what is a Dense on the last axis",
+        "must be a Dense on the last axis",
     ),
     "axes": (lambda: sequential((5, 3), kl.LayerNormalization(axis=(1, 2))), "normalises over several axes"),
     "renorm": (lambda: sequential((3,), kl.BatchNormalization(renorm=True)), "no batch renormalization"),
@@ -283,7 +285,7 @@ def matched(ours, theirs, parameter_map=None):
         (lambda: nn.LayerNorm(3), lambda: sequential((3,), kl.LayerNormalization()),
          "has note eps 1e-05 in PyTorch and eps 0.001 in Keras"),
         (lambda: nn.Linear(3, 4).requires_grad_(False), lambda: sequential((3,), kl.Dense(4)),
-         "has rule frozen in PyTorch and slow in Keras"),
+         "has role frozen in PyTorch and parameter in Keras"),
         (lambda: nn.Linear(3, 4), lambda: sequential((3,), kl.Dense(4, dtype="float32")),
          "has type float64 in PyTorch and float32 in Keras"),
         (lambda: nn.MultiheadAttention(8, 4), lambda: attention(8, 2), "has note heads 4 in PyTorch and heads 2"),
@@ -296,7 +298,7 @@ def test_models_that_differ_say_where(make_torch, make_keras, message):
 
 def test_slips_in_a_map_name_the_nearest():
     ours = nn.Sequential(nn.Linear(3, 4)).double()
-    with pytest.raises(ValueError, match=r"'0.wieght' .* meets nothing of the PyTorch model. Nearest: 0.weight"):
+    with pytest.raises(ValueError, match=r"'0.wieght' .* matches nothing of the PyTorch model. Nearest: 0.weight"):
         entries_torch(ours, ParameterMap({"0.wieght": "x"}))
     with pytest.raises(ValueError, match="two partners"):
         entries_torch(ours, ParameterMap({"0.weight": "x", "*.weight": "y_*"}))
@@ -332,6 +334,6 @@ def test_buffers_travel_only_where_it_is_said():
 def test_frozen_batch_norm_keeps_its_statistics():
     ours = nn.BatchNorm1d(3).requires_grad_(False)
     theirs = sequential((3,), kl.BatchNormalization(epsilon=1e-5, trainable=False))
-    assert {a.rule for a, _ in matched(ours, theirs)} == {"frozen"}
-    rules = [a.rule for a, _ in matched(nn.BatchNorm1d(3), sequential((3,), kl.BatchNormalization(epsilon=1e-5)))]
-    assert rules == ["slow", "slow", "mean", "mean"]
+    assert {a.role for a, _ in matched(ours, theirs)} == {"frozen"}
+    rules = [a.role for a, _ in matched(nn.BatchNorm1d(3), sequential((3,), kl.BatchNormalization(epsilon=1e-5)))]
+    assert rules == ["parameter", "parameter", "statistic", "statistic"]

@@ -91,7 +91,7 @@ def test_both_stores_write_the_same(stores):
 
 def test_what_a_trace_that_was_given_up_has_written_is_of_no_consequence(stores):
     _, other, _, theirs = stores
-    chunks = [chunk for chunk in other.layout.chunks if chunk.rule == "slow"]
+    chunks = [chunk for chunk in other.layout.chunks if chunk.role == "parameter"]
     values = [other.read("model", chunk) for chunk in chunks]
     before = [v.numpy() for v in theirs.trainable_variables]
     for cut in range(len(chunks)):
@@ -116,7 +116,7 @@ def test_gradients_of_both_are_the_same_and_one_that_lacks_is_known(stores):
     other.set_gradients(theirs.trainable_variables, [*given[:-1], None])
     assert mine.present() == other.present()
     assert mine.present().count(0.0) == 1
-    slow = [chunk for chunk in mine.layout.chunks if chunk.rule == "slow"]
+    slow = [chunk for chunk in mine.layout.chunks if chunk.role == "parameter"]
     for chunk in slow:
         flat = other.read("gradient", chunk)
         assert np.array_equal(mine.read("gradient", chunk).numpy(), flat.numpy())

@@ -225,11 +225,11 @@ def test_reentrant_checkpoints_run_several_backwards_and_need_no_sync():
 
 
 @pytest.mark.parametrize("inner_state", get_args(InnerState))
-def test_parameters_given_with_their_names(buffers):
+def test_parameters_given_with_their_names(inner_state):
     def work(comm):
         model = filled(Two(), comm.rank)
         base = torch.optim.Adam(model.a.named_parameters(), lr=0.01)
-        optimizer = SlowMo(base, model, SlowMoConfig(tau=2, inner_state=buffers), comm=comm)
+        optimizer = SlowMo(base, model, SlowMoConfig(tau=2, inner_state=inner_state), comm=comm)
         train(model, optimizer, comm.rank, 1)
         optimizer.add_param_group({"params": [(f"b.{name}", p) for name, p in model.b.named_parameters()]})
         train(model, optimizer, comm.rank, 3, 1)

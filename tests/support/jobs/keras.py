@@ -29,7 +29,7 @@ def misuse(kind: str) -> str:
             optimizer.broadcast(given)
             again = SlowMo(SGD(0.1), config)
             again.build(given)
-            again._inside.state.scalars[0].assign(2 if odd else 5)
+            again.worker.variables.scalars["step"].assign(2 if odd else 5)
             optimizer = again
         optimizer.broadcast(given)
         if kind == "parameter":
@@ -50,7 +50,7 @@ def starts(kind: str) -> list[Any]:
         for v in optimizer.inner_optimizer.variables:
             if v.name.endswith("momentum"):
                 v.assign(v.value + 1 + hvd.rank())
-        optimizer._inside.state.scalars[0].assign(4)
+        optimizer.worker.variables.scalars["step"].assign(4)
         optimizer._iterations.assign(4)
     optimizer.broadcast(model.variables)
     momentum = optimizer.inner_optimizer.momentums[0].numpy()

@@ -66,13 +66,13 @@ def source(kind: str, batches: int) -> dict[str, Any]:
 
 def held(model: keras.Model) -> dict[str, Any]:
     optimizer = model.optimizer
-    vectors = optimizer._inside.state.vectors
+    vectors = optimizer.worker.variables.vectors
     return {
         "weights": [v.numpy() for v in model.weights],
         "vectors": [v.numpy() for name in sorted(vectors) for v in vectors[name]],
         "steps": optimizer.steps,
         "iterations": int(optimizer.iterations.numpy()),
-        "traces": optimizer.engine.traces,
+        "traces": optimizer.worker.step.traces,
     }
 
 

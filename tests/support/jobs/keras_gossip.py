@@ -57,7 +57,7 @@ def fit(config: dict[str, Any], lengths: list[int], epochs: int, unknown: bool =
             given = {"x": tf.data.Dataset.from_generator(lambda: iter(pairs), output_signature=signature)}
         seen = Seen()
         model.fit(**given, epochs=epochs, verbose=0, callbacks=[SlowMoCallback(), seen])
-        return seen.weights, model.optimizer.steps, model.optimizer.engine.traces
+        return seen.weights, model.optimizer.steps, model.optimizer.worker.step.traces
 
 
 class Seen(keras.callbacks.Callback):

@@ -52,7 +52,7 @@ def misuse(kind: str) -> str:
                     with torch.no_grad():
                         model.weight[1, 1] = float("inf")
                 if kind == "steps":
-                    optimizer._progress = optimizer._progress._replace(step=5)
+                    optimizer.worker.progress = optimizer.worker.progress._replace(step=5)
             if odd and kind == "place" and k == 2:
                 with optimizer.averaged_parameters():
                     pass
@@ -140,7 +140,7 @@ def large(elements: int) -> bool:
     """Several chunks of the real length; the mean of rank-dependent values is right everywhere."""
     model = nn.ParameterList([nn.Parameter(torch.zeros(elements)), nn.Parameter(torch.zeros(3))])
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.local_sgd(1))
-    assert len(optimizer._machine.layout.chunks) > 2
+    assert len(optimizer.worker.assembly.machine.layout.chunks) > 2
     ramp = torch.arange(elements, dtype=torch.float32) % 1000
     with torch.no_grad():
         model[0].copy_(ramp * (hvd.rank() + 1))
@@ -221,7 +221,7 @@ def on_device(width: int) -> list[float]:
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).cuda()
     base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     optimizer = SlowMo(base, model, SlowMoConfig(tau=2, warmup_steps=3))
-    assert len(optimizer._machine.layout.chunks) > 2
+    assert len(optimizer.worker.assembly.machine.layout.chunks) > 2
     for _ in range(7):
         optimizer.zero_grad()
         model(torch.randn(16, width, device="cuda")).square().mean().backward()

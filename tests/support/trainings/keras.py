@@ -80,7 +80,7 @@ class Worker:
         return np.concatenate([part.numpy().reshape(-1) for part in self.parts])
 
     def held(self) -> dict[str, Any]:
-        vectors = self.optimizer._inside.state.vectors
+        vectors = self.optimizer.worker.variables.vectors
         return {"x": self.flat(), **{name: np.concatenate([v.numpy() for v in vs]) for name, vs in vectors.items()}}
 
     def step(self, batch: int, step: int) -> None:
