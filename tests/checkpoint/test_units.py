@@ -5,33 +5,19 @@ import pytest
 import torch
 
 from hvd_slowmo.checkpoint import file as safefile
-from hvd_slowmo.checkpoint.inner_state import Carried, converted
+from hvd_slowmo.checkpoint.inner_state import convert_momentum
 from hvd_slowmo.errors import CheckpointError
 from support.checkpoints import one
 
 
 def test_momentum_in_the_units_of_both_frameworks():
     b = np.random.default_rng(0).normal(size=50)
-    m = converted("x", b, "velocity", 0.3)
+    m = convert_momentum("x", b, "velocity", 0.3)
     np.testing.assert_allclose(m, -0.3 * b, rtol=1e-15)
-    assert not np.array_equal(converted("x", m, "momentum", 0.3), b), "a conversion rounds, and so is not undone"
-    carried = Carried()
-    carried.taken("x", b, 0.3)
-    assert carried.buffers("velocity", {"x": m})["momentum"]["x"] is b
-    assert carried.buffers("velocity", {"x": m * 2}) == {"velocity": {"x": pytest.approx(m * 2)}, "momentum": {}}
-    assert not carried.buffers("velocity", {"x": m})["momentum"], "once it has moved it is forgotten"
-    assert not converted("x", b * 0, "momentum", 0.0).any()
+    np.testing.assert_allclose(convert_momentum("x", m, "momentum", 0.3), b, rtol=1e-15)
+    assert not convert_momentum("x", b * 0, "momentum", 0.0).any()
     with pytest.raises(CheckpointError, match="at a learning rate of 0"):
-        converted("x", m, "momentum", 0.0)
-
-
-def test_a_rate_comes_back_as_it_was_given_where_it_was_only_rounded():
-    carried, single = Carried(), float(np.float32(0.1))
-    carried.taken_rate("x", 0.1)
-    assert carried.rate("x", single, np.dtype("float32")) == 0.1
-    assert carried.rate("x", single, np.dtype("float64")) == single
-    carried.taken_rate("x", single)
-    assert carried.rate("x", 0.1, np.dtype("float64")) == 0.1
+        convert_momentum("x", m, "momentum", 0.0)
 
 
 @pytest.mark.parametrize("tensor", [False, True])
@@ -49,7 +35,8 @@ def test_a_rate_that_a_script_has_set_is_saved(tensor, tmp_path):
     optimizer = made(0.5)
     optimizer.load(safe)
     optimizer.save(safe)
-    assert safefile.read(safe)[1]["progress/learning_rate"][0] == given
+    expected = float(np.float32(given)) if tensor else given
+    assert safefile.read(safe)[1]["progress/learning_rate"][0] == expected
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(then) if tensor else then
     optimizer.save(safe)
