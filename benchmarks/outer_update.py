@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hvd_slowmo.comm.protocol.protocol import SoloComm
+from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 
@@ -71,12 +71,12 @@ def main() -> None:
         optimizer = wrapped(count, 1000, 10**9, args.device)
         extra = [
             clock(lambda o=optimizer: [o.step() for _ in range(1000)], args.device)
-            - clock(lambda o=optimizer: [o.base.step() for _ in range(1000)], args.device)
+            - clock(lambda o=optimizer: [o.inner_optimizer.step() for _ in range(1000)], args.device)
             for _ in range(9)
         ]
         around = [
-            clock(lambda o=optimizer: [o.base.step() for _ in range(1000)], args.device)
-            - clock(lambda o=optimizer: [Idle.step.__wrapped__(o.base) for _ in range(1000)], args.device)
+            clock(lambda o=optimizer: [o.inner_optimizer.step() for _ in range(1000)], args.device)
+            - clock(lambda o=optimizer: [Idle.step.__wrapped__(o.inner_optimizer) for _ in range(1000)], args.device)
             for _ in range(9)
         ]
         print(

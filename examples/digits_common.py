@@ -8,7 +8,7 @@ standard deviation:
     options                                     AR-SGD       Local SGD     SlowMo
     none (15 seeds)                             98.5 ± 0.6   94.7 ± 1.0    96.9 ± 1.0
     --first-seed 100 --seeds 6                  98.2 ± 0.9   94.4 ± 1.2    97.1 ± 1.1
-    --buffers maintain --shards random          -            98.3 ± 0.4    97.5 ± 1.0
+    --inner-state maintain --shards random          -            98.3 ± 0.4    97.5 ± 1.0
     --lr 0.1                                    -            87.0 ± 22.5   89.4 ± 6.8
 
 digits_keras.py, 15 seeds:                      98.4 ± 0.6   96.0 ± 0.8   97.2 ± 1.0
@@ -33,27 +33,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
-from hvd_slowmo import SlowMoConfig
+from hvd_slowmo import DPSGD, SGP, SlowMoConfig
 
 
 def outer(args: Namespace, **settings: Any) -> SlowMoConfig:
     """SlowMo with the options' settings, over the base that the settings name."""
-    return SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, inner_state=args.buffers, **settings)
+    return SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, inner_state=args.inner_state, **settings)
 
 
 # The methods that can be compared: what each means to SlowMo, given the options.
 METHODS: dict[str, Callable[[Namespace], SlowMoConfig]] = {
     "ar-sgd": lambda args: SlowMoConfig.ar_sgd(),
-    "local-sgd": lambda args: SlowMoConfig.local_sgd(args.tau, inner_state=args.buffers),
+    "local-sgd": lambda args: SlowMoConfig.local_sgd(args.tau, inner_state=args.inner_state),
     "slowmo": outer,
     "slowmo-ar-sgd": lambda args: outer(args, gradients="all"),
     "d-psgd": lambda args: SlowMoConfig.dpsgd(),
-    "slowmo-d-psgd": lambda args: outer(args, base="dpsgd"),
+    "slowmo-d-psgd": lambda args: outer(args, gossip=DPSGD()),
     "sgp": lambda args: SlowMoConfig.sgp(),
-    "slowmo-sgp": lambda args: outer(args, base="sgp"),
-    "slowmo-sgp-noaverage": lambda args: outer(args, base="sgp", average=False),
+    "slowmo-sgp": lambda args: outer(args, gossip=SGP()),
+    "slowmo-sgp-noaverage": lambda args: outer(args, gossip=SGP(), average=False),
     "osgp": lambda args: SlowMoConfig.osgp(),
-    "slowmo-osgp": lambda args: outer(args, base="sgp", overlap=True),
+    "slowmo-osgp": lambda args: outer(args, gossip=SGP(overlap=True)),
 }
 DEFAULT = ("ar-sgd", "local-sgd", "slowmo")  # what is quick to see; the others are for who asks for them
 
@@ -95,7 +95,7 @@ def parse(
     add("--batch-size", type=int, default=8, help="images per worker and step")
     add("--lr", type=float, default=0.05, help="learning rate; a tenth of it in the last fifth of the epochs")
     add(
-        "--buffers",
+        "--inner-state",
         choices=("maintain", "reset", "average"),
         default="reset",
         help="the base optimizer's momentum at the beginning of a block of tau steps",
@@ -230,7 +230,7 @@ def report(name: str, args: Namespace, runs: Sequence[Run], workers: int) -> Non
     picture(
         runs,
         f"Digits on {workers} workers, shards {args.shards}: τ = {args.tau}, α = {args.alpha:g}, β = {args.beta:g}, "
-        f"buffers {args.buffers}, {seeds}",
+        f"buffers {args.inner_state}, {seeds}",
         args.out / f"{name}.png",
     )
     print(f"\n{table(runs)}\n\nWritten: {args.out / name}.json, {args.out / name}.png", flush=True)

@@ -26,7 +26,7 @@ ITEMSIZE = {"float32": 4, "float64": 8}
 
 
 class Ref(Protocol):
-    """Where an adapter finds a tensor again."""
+    """An adapter's reference to one of its tensors."""
 
     @property
     def spec(self) -> TensorSpec:

@@ -35,7 +35,7 @@ class Mixing(Protocol):
     """One worker's mixing between outer steps."""
 
     equal_weights: bool
-    """Whether every worker weighs 1 in an average. Otherwise it weighs its own steps since the last one / tau."""
+    """True if every worker weighs 1 in an average; otherwise it weighs its own steps since the last one / tau."""
 
     def initial(self) -> PushSum:
         """Return the state at rest: every weight is 1 and no message is in flight."""
@@ -72,7 +72,7 @@ class Mixing(Protocol):
 
     @property
     def in_flight(self) -> bool:
-        """Whether messages have been started whose result has not been taken, so that others must send theirs."""
+        """True while messages have been started whose result has not been taken, so that others must send theirs."""
 
     def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
         """Let the numerators follow an outer step of this worker alone, which has moved z."""

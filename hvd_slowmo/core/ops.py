@@ -37,7 +37,7 @@ class Ops(Protocol):
     """Operations on scalars: Python numbers or NumPy vectors; in a trace, tensors of both."""
 
     keeps_handles: bool
-    """Whether a collective can be in flight between two calls of the state machine."""
+    """True if a collective can be in flight between two calls of the state machine."""
 
     def cell(self, value: bool | int) -> Cell:
         """Return a new cell with this value."""

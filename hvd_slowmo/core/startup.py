@@ -63,17 +63,17 @@ class Job:
 
     @property
     def mixed(self) -> bool:
-        """Whether there are workers of several frameworks."""
+        """True with workers of several frameworks."""
         return len(set(self.frameworks)) > 1
 
     @property
     def fresh(self) -> bool:
-        """Whether nobody has made a step."""
+        """True if no worker has made a step."""
         return not any(self.steps)
 
     @property
     def restored_first(self) -> bool:
-        """Whether rank 0 alone has loaded a checkpoint."""
+        """True if rank 0 alone has loaded a checkpoint."""
         return bool(self.steps[0]) and not any(self.steps[1:])
 
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.core.handshake import agree
 
@@ -78,25 +78,25 @@ def test_a_world_has_workers():
 def test_agreement_names_the_rank_and_the_first_difference(caplog):
     def differ(comm):
         facts = {"config": {"tau": 3 if comm.rank < 2 else 4, "beta": comm.rank}, "parameters": [["w", 1]]}
-        agree(comm, "slowmo", facts, {}, None)
+        agree(ScopedComm(comm, "slowmo"), facts, {}, None)
 
     for result in ThreadWorld(3).run(differ, return_exceptions=True):
         assert isinstance(result, ValueError)
         assert "rank 1 differs from rank 0: config: beta: it has 1 where 0 is expected" in str(result)
 
     def more(comm):
-        agree(comm, "slowmo", {"parameters": [["w", 1], ["b", 2]][: 2 - comm.rank]}, {}, None)
+        agree(ScopedComm(comm, "slowmo"), {"parameters": [["w", 1], ["b", 2]][: 2 - comm.rank]}, {}, None)
 
     for result in ThreadWorld(2).run(more, return_exceptions=True):
         assert "it has 1 entries where 2 are expected" in str(result)
 
-    ThreadWorld(2).run(lambda comm: agree(comm, "slowmo", {}, {"PyTorch": f"2.{comm.rank}"}, None))
+    ThreadWorld(2).run(lambda comm: agree(ScopedComm(comm, "slowmo"), {}, {"PyTorch": f"2.{comm.rank}"}, None))
     assert "PyTorch differs: rank 1 has 2.1, rank 0 has 2.0" in caplog.text
 
 
 def test_an_error_on_one_worker_is_heard_by_all():
     def wrong(comm):
-        agree(comm, "slowmo", {}, {}, "no such model" if comm.rank == 1 else None)
+        agree(ScopedComm(comm, "slowmo"), {}, {}, "no such model" if comm.rank == 1 else None)
 
     for result in ThreadWorld(2).run(wrong, return_exceptions=True):
         assert isinstance(result, ValueError)
@@ -107,4 +107,4 @@ def test_alone_nothing_is_sent():
     x = np.ones(2)
     solo = SoloComm()
     assert solo.wait(solo.start_sum("x", x)) is x
-    agree(solo, "slowmo", {"a": 1}, {}, None)
+    agree(ScopedComm(solo, "slowmo"), {"a": 1}, {}, None)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvd_slowmo import DPSGD, SGP
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -22,10 +24,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_options_make_the_methods() -> None:
-    args = common.parse(None, arguments=["--tau", "5", "--alpha", "0.9", "--beta", "0.3", "--buffers", "average"])
+    args = common.parse(None, arguments=["--tau", "5", "--alpha", "0.9", "--beta", "0.3", "--inner-state", "average"])
     slowmo, local, ar = (common.METHODS[name](args) for name in ("slowmo", "local-sgd", "ar-sgd"))
-    assert (slowmo.tau, slowmo.alpha, slowmo.beta, slowmo.buffers) == (5, 0.9, 0.3, "average")
-    assert (local.tau, local.alpha, local.beta, local.buffers) == (5, 1, 0, "average")
+    assert (slowmo.tau, slowmo.alpha, slowmo.beta, slowmo.inner_state) == (5, 0.9, 0.3, "average")
+    assert (local.tau, local.alpha, local.beta, local.inner_state) == (5, 1, 0, "average")
     assert (ar.tau, ar.gradients) == (None, "all")
 
 
@@ -33,11 +35,11 @@ def test_the_options_make_the_gossip_methods() -> None:
     args = common.parse(None, arguments=["--tau", "5", "--beta", "0.3"])
     made = {name: method(args) for name, method in common.METHODS.items()}
     assert [made[name].tau for name in ("d-psgd", "sgp", "osgp")] == [None] * 3
-    for name, base, overlap in (("d-psgd", "dpsgd", False), ("sgp", "sgp", False), ("osgp", "sgp", True)):
+    for name, gossip in (("d-psgd", DPSGD()), ("sgp", SGP()), ("osgp", SGP(overlap=True))):
         for config in (made[name], made[f"slowmo-{name}"]):
-            assert (config.base, config.overlap, config.average) == (base, overlap, True)
+            assert (config.gossip, config.average) == (gossip, True)
         assert (made[f"slowmo-{name}"].tau, made[f"slowmo-{name}"].beta) == (5, 0.3)
-    assert (made["slowmo-sgp-noaverage"].base, made["slowmo-sgp-noaverage"].average) == ("sgp", False)
+    assert (made["slowmo-sgp-noaverage"].gossip, made["slowmo-sgp-noaverage"].average) == (SGP(), False)
     assert (made["slowmo-ar-sgd"].tau, made["slowmo-ar-sgd"].gradients) == (5, "all")
 
 

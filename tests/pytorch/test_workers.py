@@ -9,8 +9,10 @@ pytestmark = pytest.mark.workers
 MISUSE = {
     "tau": "ValueError: slowmo: rank 1 differs from rank 0: config: tau: it has 4 where 3 is expected",
     "beta": "config: beta: it has 0.6 where 0.5 is expected",
-    "shape": "parameters, entry 0: it has parameter weight [5, 3] float32 0 where parameter weight [4, 3] float32 0 is expected",
-    "names": "parameters, entry 0: it has parameter bias [4] float32 0 where parameter weight [4, 3] float32 0 is expected",
+    "shape": "parameters, entry 0: it has parameter weight [5, 3] float32 0 "
+    "where parameter weight [4, 3] float32 0 is expected",
+    "names": "parameters, entry 0: it has parameter bias [4] float32 0 "
+    "where parameter weight [4, 3] float32 0 is expected",
     "order": "it has parameter b.weight [2, 2] float32 0 where parameter a.weight [2, 2] float32 0 is expected",
     "type": "it has parameter weight [4, 3] float64 0 where parameter weight [4, 3] float32 0 is expected",
     "argument": "`inner_optimizer` must be a torch.optim.Optimizer. Received: str",

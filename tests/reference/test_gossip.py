@@ -92,7 +92,8 @@ def test_a_worker_without_steps_of_its_own_keeps_v() -> None:
 
 def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence[int]], lr: Rate, tau: int | None,
            alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, inner_state: str,
-           average: bool, overlap: bool, warmup: int) -> list[tuple[list[Array], list[float], list[Array], list[Array]]]:  # fmt: skip
+           average: bool, overlap: bool,
+           warmup: int) -> list[tuple[list[Array], list[float], list[Array], list[Array]]]:  # fmt: skip
     """z, w, anchor and v of each worker after every step and join: a worker at a time, messages in a box, and the outer
     step in the rearranged form. SGD with momentum on x = w z."""
     m, clock = p.shape[1], 0

@@ -19,7 +19,7 @@ class Copies(Protocol):
     """The ways between a device and host memory. Tests have ways of their own, since most machines have no GPU."""
 
     def needed(self, x: torch.Tensor) -> bool:
-        """Whether x must go through host memory."""
+        """Return whether x must go through host memory."""
 
     def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
         """Begin to copy x: where in host memory, and what tells whether it is there. x must live until it is."""

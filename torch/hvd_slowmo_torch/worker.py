@@ -131,7 +131,7 @@ class TorchWorker:
 
     @property
     def gradients_missing(self) -> bool:
-        """Whether this step averages gradients, and no backward has done it yet."""
+        """True while this step is to average gradients and no backward has done it."""
         return self.hooks.due and not self.hooks.done
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
