@@ -54,7 +54,7 @@ def test_workers_that_do_not_mean_the_same_are_told(tmp_path):
         advance(RESET, model, optimizer, comm.rank, range(1 + comm.rank))
         with pytest.raises(ValueError, match="not at the same step: rank 0 step 1, rank 1 step 2"):
             optimizer.save(tmp_path / "checkpoint")
-        optimizer._averaging = True
+        optimizer.worker.averaging = True
         with pytest.raises(RuntimeError, match="within averaged_parameters"):
             optimizer.save(tmp_path / "checkpoint")
 

@@ -51,8 +51,8 @@ def test_the_command_prints_the_map_and_how_far_the_models_are_apart(tmp_path, m
     lines = [line.split() for line in out.splitlines()]
     assert ["0.conv.weight", "parameter", "2x1x3x3", "0.weight", "2x1x3x3", "net/conv/kernel", "3x3x1x2", "axes",
             "3", "2", "0", "1"] in lines  # fmt: skip
-    assert ["1.linear.weight", "parameter", "3x32", "3.weight", "3x32", "net/out/kernel", "32x3", "as", "4x4x2x3", "axes",
-            "3", "2", "0", "1"] in lines  # fmt: skip
+    assert ["1.linear.weight", "parameter", "3x32", "3.weight", "3x32", "net/out/kernel", "32x3", "as", "4x4x2x3",
+            "axes", "3", "2", "0", "1"] in lines  # fmt: skip
     status, out, _ = run("ours", "other")
     assert status == 1
     assert "The outputs differ by more than rounding." in out

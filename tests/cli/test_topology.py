@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hvd_slowmo.cli.main import main as cli
+from hvd_slowmo.cli import main as cli
 from hvd_slowmo.topology.analysis import moves_weights, spectral_gap
 from hvd_slowmo.topology.checks import topology
 from hvd_slowmo.topology.graphs import NAMED

@@ -12,17 +12,19 @@ import tensorflow as tf
 from keras import layers as kl
 
 from hvd_slowmo import ParameterMap, SlowMoConfig
-from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.startup import Groups, Position, common_groups, hand_out, meet
+from hvd_slowmo.core.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.startup import Position, common_groups, hand_out, meet
 from hvd_slowmo.interop.copy import copy_to_keras
 from hvd_slowmo.torch import SlowMo
-from hvd_slowmo_tf import layout as keras_planning
-from hvd_slowmo_tf.inner_optimizer import Inner
-from hvd_slowmo_tf.store import TfStore
-from hvd_slowmo_torch import layout as torch_planning
-from hvd_slowmo_torch.store import TorchStore
-from support.problems import Problem, chunks_of, distance
+from hvd_slowmo_tf.gradients import VariableGradients
+from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
+from hvd_slowmo_tf.layout import mapped_refs
+from hvd_slowmo_tf.store import VariableStore
+from hvd_slowmo_torch.layout import groups_of, refs_of
+from hvd_slowmo_torch.store import TorchGradients, TorchStore
+from support.problems import Problem, distance
 from support.trainings.keras import doubles
 from support.trainings.mixed import KerasWorker, TorchWorker
 
@@ -49,26 +51,36 @@ def keras_model():
 
 
 @pytest.fixture(scope="module")
-def stores():
-    """Both adapters' stores over models of the same values, with messages of 10 elements."""
+def models():
     ours, theirs = Torch(), keras_model()
     for tensor in ours.state_dict().values():
         if tensor.is_floating_point():
             nn.init.normal_(tensor)
     copy_to_keras(ours, theirs)
-    base = torch.optim.SGD(ours.parameters(), lr=0.1)
-    inner = Inner(keras.optimizers.SGD(0.1))
-    with chunks_of(40):
-        entries = torch_planning.entries_of(ours, base, ParameterMap())
-        plan = torch_planning.lay_out(ours, base, CONFIG, entries, torch_planning.groups_of(entries, ours, base))
-        placed = keras_planning.mapped(theirs, ParameterMap(), theirs.trainable_variables)
-        other = keras_planning.lay_out(placed, (), None, one_device=True)
-    return TorchStore(plan, base, ()), TfStore(other, inner, {}), ours, theirs
+    return ours, theirs
 
 
-def test_both_stores_have_the_same_chunks_and_read_the_same(stores):
+@pytest.fixture(scope="module")
+def layouts(models):
+    """Both adapters' layouts of models of the same values, with messages of 10 elements."""
+    ours, theirs = models
+    inner = torch.optim.SGD(ours.parameters(), lr=0.1)
+    refs = refs_of(ours, inner, ParameterMap())
+    others = mapped_refs(theirs, ParameterMap(), theirs.trainable_variables)
+    parameters = sum(ref.spec.role == "parameter" for ref in others)
+    return lay_out(refs, groups_of(refs, ours, inner), 40), lay_out(others, ParameterGroups.single(parameters), 40)
+
+
+@pytest.fixture(scope="module")
+def stores(models, layouts):
+    ours, theirs = models
+    mine = TorchStore(layouts[0], torch.optim.SGD(ours.parameters(), lr=0.1), ())
+    return mine, VariableStore(layouts[1], {}, InnerOptimizer(keras.optimizers.SGD(0.1))), ours, theirs
+
+
+def test_both_stores_have_the_same_chunks_and_read_the_same(stores, layouts):
     mine, other, *_ = stores
-    assert mine.layout.chunks == other.layout.chunks
+    assert mine.layout.chunks == layouts[1].layout.chunks
     assert len(mine.layout.chunks) > 15
     for chunk in mine.layout.chunks:
         assert np.array_equal(mine.read("model", chunk).numpy(), other.read("model", chunk).numpy())
@@ -89,9 +101,9 @@ def test_both_stores_write_the_same(stores):
             assert np.array_equal(v.numpy(), expected.numpy()), v.path
 
 
-def test_what_a_trace_that_was_given_up_has_written_is_of_no_consequence(stores):
+def test_what_a_trace_that_was_given_up_has_written_is_of_no_consequence(stores, layouts):
     _, other, _, theirs = stores
-    chunks = [chunk for chunk in other.layout.chunks if chunk.role == "parameter"]
+    chunks = layouts[1].layout.parameter_chunks
     values = [other.read("model", chunk) for chunk in chunks]
     before = [v.numpy() for v in theirs.trainable_variables]
     for cut in range(len(chunks)):
@@ -102,8 +114,8 @@ def test_what_a_trace_that_was_given_up_has_written_is_of_no_consequence(stores)
         assert all(np.array_equal(v.numpy(), x) for v, x in zip(theirs.trainable_variables, before, strict=True)), cut
 
 
-def test_gradients_of_both_are_the_same_and_one_that_lacks_is_known(stores):
-    mine, other, ours, theirs = stores
+def test_gradients_of_both_are_the_same_and_one_that_lacks_is_known(models, layouts):
+    ours, theirs = models
     twin = keras_model()
     for p in ours.parameters():
         p.grad = torch.randn_like(p)
@@ -113,28 +125,28 @@ def test_gradients_of_both_are_the_same_and_one_that_lacks_is_known(stores):
         p.data = torch.zeros_like(p) if g.grad is None else g.grad
     copy_to_keras(gradients, twin)
     given = [v.value for v in twin.trainable_variables]
-    other.set_gradients(theirs.trainable_variables, [*given[:-1], None])
-    assert mine.present() == other.present()
+    mine = TorchGradients(layouts[0])
+    other = VariableGradients(layouts[1], theirs.trainable_variables, [*given[:-1], None])
+    assert mine.present() == other.present().numpy().tolist()
     assert mine.present().count(0.0) == 1
-    slow = [chunk for chunk in mine.layout.chunks if chunk.role == "parameter"]
-    for chunk in slow:
-        flat = other.read("gradient", chunk)
-        assert np.array_equal(mine.read("gradient", chunk).numpy(), flat.numpy())
-        other.write("gradient", chunk, flat)
-    for before, after in zip(given[:-1], other.gradients(theirs.trainable_variables), strict=False):
+    for chunk in layouts[0].layout.parameter_chunks:
+        flat = other.read(chunk)
+        assert np.array_equal(mine.read(chunk).numpy(), flat.numpy())
+        other.write(chunk, flat)
+    for before, after in zip(given[:-1], other.means(), strict=False):
         assert np.array_equal(before, after)
     other.admit(tf.range(len(mine.present()), dtype=tf.float64))
-    counts = other.counts(theirs.trainable_variables).numpy()
+    counts = other.counts().numpy()
     assert len(counts) == len(theirs.trainable_variables)
     assert len(set(counts)) == len(counts)
 
 
 def test_common_groups_are_within_one_group_everywhere():
     everyone = [(0, 0, 1, 1, 0), (0, 0, 0, 0, 0), (2, 0, 1, 1, 2)]
-    assert common_groups(everyone, 0) == Groups((0, 1, 2, 2, 0), (0, 0, 1))
-    assert common_groups(everyone, 1) == Groups((0, 1, 2, 2, 0), (0, 0, 0))
+    assert common_groups(everyone, 0) == ParameterGroups((0, 1, 2, 2, 0), (0, 0, 1))
+    assert common_groups(everyone, 1) == ParameterGroups((0, 1, 2, 2, 0), (0, 0, 0))
     found = common_groups(everyone, 2)
-    assert found == Groups((0, 1, 2, 2, 0), (2, 0, 1))
+    assert found == ParameterGroups((0, 1, 2, 2, 0), (2, 0, 1))
     assert [found.common(own) for own in (0, 1, 2, 3)] == [1, 2, 0, None]
 
 
@@ -150,16 +162,16 @@ def test_common_groups_are_within_one_group_everywhere():
 def test_starts_that_do_not_go_together_raise_everywhere(positions, message):
     def work(comm):
         with pytest.raises(ValueError, match=message):
-            meet(comm, "x", Position(*positions[comm.rank], (0,)))
+            meet(ScopedComm(comm, "x"), Position(*positions[comm.rank], (0,)))
 
     ThreadWorld(2).run(work)
 
 
 def test_what_one_framework_alone_can_read_comes_from_its_first_worker():
     def work(comm):
-        job = meet(comm, "x", Position("abab"[comm.rank], 0, 0, (0,)))
+        job = meet(ScopedComm(comm, "x"), Position("abab"[comm.rank], 0, 0, (0,)))
         assert job.mixed
-        return hand_out(comm, "x", job, lambda: f"common {comm.rank}", lambda: f"own {comm.rank}")
+        return hand_out(ScopedComm(comm, "x"), job, lambda: f"common {comm.rank}", lambda: f"own {comm.rank}")
 
     assert ThreadWorld(4).run(work) == [
         (None, None),
@@ -181,7 +193,7 @@ def test_what_the_pytorch_adapter_refuses_with_a_map():
     with pytest.raises(ValueError, match="no parameters can be added"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     model[1].requires_grad_(False)
-    assert sum(segment.size for segment in over(model, model.parameters())._machine.layout.segments) == 6
+    assert sum(segment.size for segment in over(model, model.parameters()).worker.assembly.machine.layout.segments) == 6
 
 
 def test_what_the_keras_adapter_refuses_with_a_map():

@@ -17,7 +17,7 @@ def train() -> float:
         model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     scheduler.step()
-    joined: slowmo.Joined = optimizer.join()
+    joined: slowmo.JoinResult = optimizer.join()
     behind: int = joined.behind
     metrics: slowmo.Metrics | None = optimizer.metrics()
     with optimizer.averaged_parameters():

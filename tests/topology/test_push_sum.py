@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.topology.checks import push_sum as pushsum
+from hvd_slowmo.topology import push_sum as pushsum
 from hvd_slowmo.topology.checks import topology
 from support.graphs import CASES
 
