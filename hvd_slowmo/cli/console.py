@@ -1,4 +1,4 @@
-"""Printing of the installer's progress."""
+"""Print the installer's progress."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Console:
-    """A `Reporter` that prints: progress on one changing line of a terminal, elsewhere as a line every now and then.
+    """A `Reporter` that prints to stdout.
 
-    As a context manager it ends the changing line.
+    In a terminal, progress is one line that is redrawn. Otherwise, a new line appears about every 20 seconds. On exit,
+    the context manager erases the redrawn line.
 
     Args:
-        verbose: print the output of the commands too.
+        verbose: print the output of the commands too, and do not redraw lines.
 
     Example:
         >>> with Console(verbose=False) as console:
@@ -40,12 +41,12 @@ class Console:
         print(text, flush=True)
 
     def detail(self, line: str) -> None:
-        """Print a command's line, if verbose."""
+        """Print one line of a command's output, if verbose."""
         if self._verbose:
             print(line, flush=True)
 
     def progress(self, what: str, percent: int | None, seconds: float) -> None:
-        """Redraw the progress line, or print one if the last is old enough."""
+        """Redraw the progress line, or print a new one if the last is at least 20 seconds old."""
         share = "" if percent is None else f"{percent:3d} %, "
         text = f"  {what}: {share}{int(seconds) // 60} min {int(seconds) % 60:02d} s"
         if self._terminal:

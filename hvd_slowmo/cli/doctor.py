@@ -13,8 +13,8 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add `doctor` to the command line."""
     parser = commands.add_parser(
         "doctor",
-        help="show what is installed, and what prevents training",
-        description="Examines the frameworks and Horovod of this environment. The exit status is 1 if training would "
+        help="show the installed versions and any problem that prevents training",
+        description="Examine the frameworks and Horovod of this environment. The exit status is 1 if training would "
         "not work here, and 0 otherwise.",
     )
     parser.set_defaults(run=_doctor)
@@ -34,7 +34,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _show(finding: Finding) -> None:
-    first, *more = [*finding.text.splitlines(), *([f"Fix: {finding.cure}"] if finding.cure else [])]
+    first, *more = [*finding.text.splitlines(), *([f"Fix: {finding.fix}"] if finding.fix else [])]
     print(f"{finding.level.value:<8} {first}")
     for line in more:
         print(f"{'':<8} {line}")

@@ -19,10 +19,10 @@ def add_install_horovod(commands: argparse._SubParsersAction[argparse.ArgumentPa
     """Add `install-horovod` to the command line."""
     parser = commands.add_parser(
         "install-horovod",
-        help="build, install and try Horovod for the installed frameworks",
-        description="Builds Horovod for the PyTorch and TensorFlow of this environment (2 to 6 minutes, once: the "
-        "result is kept in the user's cache), installs it, and has two workers sum a tensor with each framework. gloo "
-        "is always built: it has no requirements.",
+        help="build, install and verify Horovod for the installed frameworks",
+        description="Build Horovod for the PyTorch and TensorFlow of this environment (2 to 6 minutes, once: the wheel "
+        "is kept in the user's cache), install it, and sum a tensor over two workers with each framework. gloo is "
+        "always included, because it has no requirements.",
     )
     parser.add_argument("--mpi", action="store_true", help="build with MPI as well")
     parser.add_argument(
@@ -32,14 +32,17 @@ def add_install_horovod(commands: argparse._SubParsersAction[argparse.ArgumentPa
     )
     parser.add_argument("--rebuild", action="store_true", help="build even if the cache has a wheel")
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="compile N files at once (default: by processors and memory)"
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="compile N files at once (default: as many as processors and memory allow)",
     )
-    parser.add_argument("--verbose", action="store_true", help="show the whole output of the build")
+    parser.add_argument("--verbose", action="store_true", help="show the full output of the build")
     parser.set_defaults(run=_install_horovod)
 
 
 def _install_horovod(arguments: argparse.Namespace) -> int:
-    # As an exception, SIGTERM passes through the places that end the build's processes and remove its directory.
+    # Converted into an exception, SIGTERM unwinds the code that stops the build's processes and removes its directory.
     signal.signal(signal.SIGTERM, _terminate)
     options = Options(mpi=arguments.mpi, nccl=arguments.nccl, rebuild=arguments.rebuild, jobs=arguments.jobs)
     started = time.monotonic()
@@ -52,7 +55,7 @@ def _install_horovod(arguments: argparse.Namespace) -> int:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, and is {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer. Received: {text}")
     return value
 
 

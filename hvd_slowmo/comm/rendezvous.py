@@ -1,4 +1,4 @@
-"""Which worker is on which host, before Horovod has started."""
+"""Exchange of the workers' host names before Horovod starts."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 _PAUSE_S = 0.05
-_open = build_opener(ProxyHandler({})).open  # the server is one of this job, behind no proxy
+_open = build_opener(ProxyHandler({})).open  # the server belongs to this job and is not behind a proxy
 
 
 def hosts_by_rendezvous(host: str, environment: Mapping[str, str] = os.environ) -> list[str] | None:
-    """Every worker's host, by rank, through the server at which horovodrun has gloo's workers find each other.
+    """Return the host name of every worker, by rank, through horovodrun's rendezvous server for gloo.
 
-    Horovod could tell them once it has started, but its process sets must be known then, and a second start beside
-    workers that have not ended the first one may find these's old addresses.
+    Horovod can report the hosts only after its initialization, which already needs the process sets derived from them.
+    A second initialization is unsafe: while other workers are still ending the first one, it may find their old
+    addresses.
 
     Args:
-        host: this worker's.
+        host: host name of this worker.
+        environment: environment variables, as set by horovodrun.
 
     Returns:
-        None where there is no such server: under MPI, or in an elastic job.
+        The host names, or None if the job has no such server (under MPI) or is elastic.
 
     Raises:
-        TimeoutError: a worker has not come within Horovod's own limit.
+        TimeoutError: a worker has not called init() within HOROVOD_GLOO_TIMEOUT_SECONDS (default 30).
+        OSError: the server cannot be reached.
     """
     names = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT", "HOROVOD_RANK", "HOROVOD_SIZE")
     if any(name not in environment for name in names) or environment.get("HOROVOD_ELASTIC") == "1":
@@ -46,8 +49,8 @@ def hosts_by_rendezvous(host: str, environment: Mapping[str, str] = os.environ) 
                 raise
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"rank {len(found)} has not called init() within {limit:.0f} s. Start all workers together, or set "
-                    "HOROVOD_GLOO_TIMEOUT_SECONDS."
+                    f"rank {len(found)} has not called init() within {limit:.0f} s. Start all workers together, or "
+                    "increase HOROVOD_GLOO_TIMEOUT_SECONDS."
                 ) from None
             time.sleep(_PAUSE_S)
     return found

@@ -1,4 +1,4 @@
-"""From Horovod's sources to a wheel, apart from the user's packages except for the frameworks."""
+"""Build a wheel from Horovod's sources, isolated from the user's packages except for the frameworks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS = (
     "packaging",
 )
 
-# Set by an outer make or by a user for other projects, these would break or slow the build.
+# An outer make or the user may have set these for other projects. They would break the build or slow it down.
 _DROPPED = (
     "MAKEFLAGS",
     "MFLAGS",
@@ -36,24 +36,29 @@ _DROPPED = (
 
 
 def install_tools(folder: Path, pip: Pip, reporter: Reporter) -> None:
-    """Install the build's own CMake and setuptools into `folder`, away from the user's packages.
+    """Install CMake and setuptools for the build into `folder`, separate from the user's packages.
+
+    Args:
+        folder: target directory; pip creates it.
+        pip: pip of the running environment.
+        reporter: receives the progress.
 
     Raises:
-        InstallError: pip cannot.
+        InstallError: pip fails, for instance without a network.
     """
     reporter.say("Fetching the build tools (CMake, setuptools)")
     pip.run(
         ["install", "--no-user", "--quiet", "--target", str(folder), *TOOLS],
         reporter,
         what="fetching the build tools",
-        cure="check the network and pip's settings (`pip config list`).",
+        fix="check the network and pip's settings (`pip config list`).",
     )
 
 
 def tools_environment(tools: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Return `env` with the tools first on Python's and the shell's path."""
+    """Return a copy of `env` with the directory `tools` first on `PYTHONPATH` and its `bin` first on `PATH`."""
     python_path = [str(tools), *filter(None, [env.get("PYTHONPATH")])]
-    # The interpreter's own folder too: the environment need not be an activated one.
+    # The interpreter's directory too: the virtual environment may not be activated.
     path = [str(tools / "bin"), str(Path(sys.executable).parent), env.get("PATH", os.defpath)]
     return {**env, "PYTHONPATH": os.pathsep.join(python_path), "PATH": os.pathsep.join(path)}
 
@@ -61,7 +66,14 @@ def tools_environment(tools: Path, env: Mapping[str, str]) -> dict[str, str]:
 def build_environment(
     tools: Path, env: Mapping[str, str], frameworks: tuple[Framework, ...], options: Options
 ) -> dict[str, str]:
-    """Return the environment that makes Horovod's setup.py build what `options` say for `frameworks`."""
+    """Return the environment variables with which Horovod's setup.py builds for `frameworks`.
+
+    Args:
+        tools: directory of the build tools; see `install_tools`.
+        env: the user's environment variables. Build settings of other projects are dropped.
+        frameworks: the frameworks to build for.
+        options: MPI, NCCL and the number of compile jobs.
+    """
     own = ("HOROVOD_WITH", "HOROVOD_GPU", "HOROVOD_CPU")
     clean = {name: value for name, value in env.items() if name not in _DROPPED and not name.startswith(own)}
     result = tools_environment(tools, clean)
@@ -83,7 +95,7 @@ def build_environment(
 
 
 def cxx_standard(frameworks: tuple[Framework, ...]) -> int:
-    """Return the C++ standard to compile with."""
+    """Return the C++ standard to compile with, such as 17: the newest that any framework requires."""
     return max(framework.cxx for framework in frameworks)
 
 
@@ -95,23 +107,23 @@ def build_wheel(
     reporter: Reporter,
     changes: tuple[patches.Patch, ...] = patches.PATCHES,
 ) -> Path:
-    """Patch the sources in `source` and build them; return the wheel.
+    """Patch the sources in `source`, build them, and return the path of the wheel.
 
     Args:
         source: root of the unpacked sources.
-        recipe: what is built; it travels in the wheel.
-        env: see `build_environment`.
-        log: takes the whole output.
-        reporter: is told how far it is.
-        changes: what to change in the sources.
+        recipe: the inputs of the build; the wheel contains them as a record.
+        env: environment variables of the build; see `build_environment`.
+        log: file that receives the full output.
+        reporter: receives the progress.
+        changes: patches to apply to the sources.
 
     Raises:
-        InstallError: the build fails, or ends without a usable wheel.
+        InstallError: a patch does not match, the build fails, or it produces no usable wheel.
     """
     patches.apply(source, changes)
     work = source.parent
     library, wheels = work / "lib", work / "dist"
-    # bdist_wheel packs all that lies in the folder of the built package; Horovod's own metadata.json gets in so too.
+    # bdist_wheel packs every file in the directory of the built package, as it does with Horovod's own metadata.json.
     record = library / RECORD
     record.parent.mkdir(parents=True)
     record.write_text(recipe.to_json(), encoding="utf-8")
@@ -124,13 +136,13 @@ def build_wheel(
     if status != 0:
         raise InstallError(
             f"Horovod's build failed (exit status {status}):\n{process.first_error(log)}",
-            "the log says more; `hvd-slowmo doctor` shows the compiler and the versions in use.",
+            "read the log; `hvd-slowmo doctor` lists the compiler and the versions in use.",
             log,
         )
     built = sorted(wheels.glob("*.whl"))
     if len(built) != 1 or not is_whole(built[0], recipe):
         raise InstallError(
-            "Horovod's build ended without error, and without a usable wheel.",
+            "Horovod's build ended without an error, but also without a usable wheel.",
             "run again with --rebuild and read the log.",
             log,
         )

@@ -1,4 +1,4 @@
-"""The user's cache of built wheels: whole files or none, one builder at a time."""
+"""The user's cache of built wheels: it holds complete files only, and one process builds at a time."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ from hvd_slowmo.installer.reporter import Reporter
 
 @dataclass(frozen=True)
 class Cache:
-    """Folders under one root.
+    """Cache of source archives, wheels and logs.
 
     Attributes:
-        root: usually `~/.cache/hvd-slowmo`; see `user_cache`.
+        root: directory of the cache, usually `~/.cache/hvd-slowmo`; see `user_cache`.
     """
 
     root: Path
 
     @property
     def sdists(self) -> Path:
-        """Where source archives are kept."""
+        """Return the directory of the source archives."""
         return self.root / "sdist"
 
     def log(self, name: str) -> Path:
-        """Return the file for a log; logs are kept."""
+        """Return the path of the log `name`; logs are kept."""
         return self.root / "logs" / f"{name}.log"
 
     def find(self, recipe: Recipe) -> Path | None:
-        """Return the wheel built by `recipe`, None if there is no whole one."""
+        """Return the path of the wheel built from `recipe`, or None if the cache has no complete one."""
         for wheel in sorted(self._folder(recipe).glob("*.whl")):
             if is_whole(wheel, recipe):
                 return wheel
         return None
 
     def put(self, recipe: Recipe, wheel: Path) -> Path:
-        """Keep a wheel and return its place; others see it whole or not at all."""
+        """Copy a wheel into the cache and return its new path; the copy appears atomically.
+
+        Raises:
+            OSError: the wheel cannot be read, or the cache cannot be written.
+        """
         folder = self._folder(recipe)
         folder.mkdir(parents=True, exist_ok=True)
         incoming = folder / f".incoming-{os.getpid()}"
@@ -50,9 +54,12 @@ class Cache:
 
     @contextlib.contextmanager
     def building(self, recipe: Recipe, reporter: Reporter) -> Iterator[Path]:
-        """Give an empty folder to build in, to one process at a time; it is removed at the end.
+        """Create an empty build directory for one process at a time, and remove it on exit.
 
-        A second process that wants the same wheel waits, and should look for it again once it has the folder.
+        A second process that needs the same wheel waits. It should call `find` again as soon as it has the directory.
+
+        Raises:
+            OSError: the cache cannot be written.
         """
         folder = self.root / "build" / recipe.key
         with _locked(self.root / "locks" / recipe.key, reporter):
@@ -68,15 +75,15 @@ class Cache:
 
 
 def user_cache(env: Mapping[str, str]) -> Cache:
-    """Return the cache of the user: in $XDG_CACHE_HOME, or else in ~/.cache."""
+    """Return the user's cache, below $XDG_CACHE_HOME if that is an absolute path and below ~/.cache otherwise."""
     base = env.get("XDG_CACHE_HOME", "")
-    # The specification tells programs to ignore a relative path.
+    # The XDG specification requires that programs ignore a relative path.
     folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
     return Cache(folder / "hvd-slowmo")
 
 
 def is_whole(wheel: Path, recipe: Recipe) -> bool:
-    """Return whether a wheel is readable to its end, was built by `recipe`, and has each framework's library."""
+    """Return True if `wheel` is undamaged, was built from `recipe` and contains the library of each framework."""
     libraries = {"torch": "horovod/torch/mpi_lib_v2", "tensorflow": "horovod/tensorflow/mpi_lib"}
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -100,6 +107,6 @@ def _locked(path: Path, reporter: Reporter) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            reporter.say("Another process builds the same Horovod; waiting for it")
+            reporter.say("Another process is building the same Horovod; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file, also by the process's death, gives the lock back
+        yield  # closing the file releases the lock, also when the process is killed

@@ -1,4 +1,4 @@
-"""Two workers on this machine, with a time limit: do they sum a tensor, and is one that waits for ever reported?"""
+"""Checks with two workers on this machine and a time limit: an allreduce, and Horovod's stall check."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TAIL = 12
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a check.
+    """Result of a check.
 
     Attributes:
-        error: what went wrong, None if nothing did.
-        seconds: how long it took.
-        facts: what the workers say of Horovod's build: "gloo", "mpi", "nccl".
+        error: error message followed by the last output of the workers, or None if the check passed.
+        seconds: duration.
+        facts: "gloo", "mpi" and "nccl", each True if Horovod was built with it, as reported by worker 0.
     """
 
     error: str | None
@@ -37,14 +37,27 @@ class Result:
 
 
 def allreduce(framework: str, time_limit: float = TIME_LIMIT) -> Result:
-    """Let two workers sum a tensor with one framework."""
+    """Sum a tensor over two workers with one framework.
+
+    Args:
+        framework: "torch" or "tensorflow".
+        time_limit: in seconds, with the startup of the workers.
+
+    Returns:
+        The result. Failures are reported in `Result.error`, not raised.
+    """
     return _run(framework, "allreduce", {}, time_limit, wait_for=(0, 1))
 
 
 def stall(framework: str, time_limit: float = STALL_TIME_LIMIT) -> Result:
-    """Let one worker wait for a tensor that the other never sends; Horovod should end that with an error.
+    """Check that Horovod raises an error in a worker that waits for a tensor which the other worker never sends.
 
-    The time limit comes on top of an allowance for the workers' start.
+    Args:
+        framework: "torch" or "tensorflow".
+        time_limit: in seconds, without the startup of the workers, which has a separate allowance.
+
+    Returns:
+        The result. Failures are reported in `Result.error`, not raised.
     """
     env = {
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "1",
@@ -56,7 +69,7 @@ def stall(framework: str, time_limit: float = STALL_TIME_LIMIT) -> Result:
 
 def _run(framework: str, task: str, extra: Mapping[str, str], time_limit: float, wait_for: tuple[int, ...]) -> Result:
     started = time.monotonic()
-    # Two workers may not fit on one GPU, and what is checked is Horovod.
+    # Hide the GPUs: two workers may not fit on one, and the check concerns Horovod only.
     settings = {
         "CUDA_VISIBLE_DEVICES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -79,7 +92,7 @@ def _watch(
     time_limit: float,
     wait_for: tuple[int, ...],
 ) -> Result:
-    # runpy, in an empty folder: neither the installer's modules nor files of the user's folder become importable.
+    # runpy in an empty directory keeps the installer's modules and the user's files from becoming importable.
     code = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(_WORKER), framework, task]
     with tempfile.TemporaryDirectory() as folder:

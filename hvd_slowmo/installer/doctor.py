@@ -1,4 +1,4 @@
-"""`hvd-slowmo doctor`: what is installed, what Horovod was built with and for, and whether one could train."""
+"""`hvd-slowmo doctor`: examine the frameworks, Horovod's build and its ability to train."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INSTALL = "run `hvd-slowmo install-horovod`."
 
 
 class Level(enum.Enum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
@@ -33,21 +33,27 @@ class Level(enum.Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the doctor saw.
+    """One observation of the doctor.
 
     Attributes:
-        level: how bad it is; a problem keeps a user from training.
-        text: what it is.
-        cure: what to do about it, "" where nothing need be done.
+        level: severity; a problem prevents training.
+        text: description.
+        fix: action for the user, or "" if none is needed.
     """
 
     level: Level
     text: str
-    cure: str = ""
+    fix: str = ""
 
 
 def examine(env: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield the findings, one by one as they are made; the last ones start workers and take some seconds."""
+    """Yield the findings one by one, as soon as each is known.
+
+    The last ones start workers and take several seconds.
+
+    Args:
+        env: the user's environment variables.
+    """
     yield Finding(Level.OK, f"hvd-slowmo {__version__}, Python {platform.python_version()} ({sys.executable})")
     frameworks = detect()
     yield from _frameworks(frameworks)
@@ -90,30 +96,32 @@ def _frameworks(found: tuple[Framework, ...]) -> Iterator[Finding]:
             wanted = ".".join(map(str, MINIMUM[framework.name]))
             others = any(other.supported for other in found)
             level = Level.WARNING if others else Level.PROBLEM
-            yield Finding(level, f"{title}: too old", f"update it to {wanted} or newer, then {_INSTALL}")
+            yield Finding(level, f"{title}: too old", f"upgrade to {wanted} or newer, then {_INSTALL}")
     if package_folder("keras") is not None:
         try:
             yield Finding(Level.OK, f"Keras {importlib.metadata.version('keras')}")
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(Level.NOTE, "Keras, of an unknown version")
+            yield Finding(Level.NOTE, "Keras, version unknown")
 
 
 def _compiler(env: Mapping[str, str], standard: int) -> Finding:
     try:
         compiler = preflight.require_compiler(env, standard)
     except InstallError as error:
-        return Finding(Level.NOTE, f"{error.cause} It is needed only to build Horovod anew.", error.cure)
+        return Finding(Level.NOTE, f"{error.cause} It is needed only to rebuild Horovod.", error.fix)
     result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return Finding(Level.OK, f"C++ compiler {compiler}: {(result.stdout.splitlines() or ['unknown version'])[0]}")
 
 
 def _origin(version: str, built: recipe.Recipe | None) -> Finding:
     if built is None:
-        return Finding(Level.NOTE, f"Horovod {version}, not built by this hvd-slowmo: it has no record of how")
+        return Finding(Level.NOTE, f"Horovod {version}, not built by hvd-slowmo, without a record of its build")
     targets = ", ".join(f"{name} {target}" for name, target in built.frameworks.items())
     if built.patches != patches.digest():
         return Finding(
-            Level.NOTE, f"Horovod {version}, built for {targets} with the patches of another hvd-slowmo", _INSTALL
+            Level.NOTE,
+            f"Horovod {version}, built for {targets} with the patches of another hvd-slowmo version",
+            _INSTALL,
         )
     return Finding(Level.OK, f"Horovod {version}, built for {targets} with this hvd-slowmo's patches")
 
@@ -122,7 +130,7 @@ def _launcher(env: Mapping[str, str]) -> Finding:
     places = os.pathsep.join([env.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     found = shutil.which("horovodrun", path=places)
     if found is None:
-        return Finding(Level.PROBLEM, "The command horovodrun is missing, which starts the workers", _INSTALL)
+        return Finding(Level.PROBLEM, "The command horovodrun, which starts the workers, is missing", _INSTALL)
     return Finding(Level.OK, f"horovodrun: {found}")
 
 
@@ -142,7 +150,7 @@ def _match(framework: Framework, targets: Mapping[str, str]) -> Iterator[Finding
     if target is not None and target != framework.version:
         yield Finding(
             Level.WARNING,
-            f"Horovod was built for {framework.title} {target}, and {framework.version} is installed: they may crash",
+            f"Horovod was built for {framework.title} {target}, but {framework.version} is installed: it may crash",
             _INSTALL,
         )
 
@@ -153,35 +161,36 @@ def _allreduce(framework: Framework, targets: Mapping[str, str]) -> tuple[Findin
         return Finding(Level.OK, f"Two workers summed a tensor with {framework.title} ({result.seconds:.1f} s)"), result
     if framework.name not in targets:
         text = f"Horovod was built without {framework.title}"
-        cure = "run `hvd-slowmo install-horovod`: it builds for every framework that is installed."
-        return Finding(Level.PROBLEM, text, cure), result
+        fix = "run `hvd-slowmo install-horovod`, which builds for every installed framework."
+        return Finding(Level.PROBLEM, text, fix), result
     text = f"Two workers could not sum a tensor with {framework.title}: {result.error}"
-    cure = (
-        "run `hvd-slowmo install-horovod --rebuild`; if it fails again, see that processes here can connect to "
-        "each other on 127.0.0.1."
+    fix = (
+        "run `hvd-slowmo install-horovod --rebuild`. If it fails again, check that processes on this machine can "
+        "connect to each other on 127.0.0.1."
     )
-    return Finding(Level.PROBLEM, text, cure), result
+    return Finding(Level.PROBLEM, text, fix), result
 
 
 def _operations(facts: Mapping[str, bool], frameworks: tuple[Framework, ...]) -> Finding:
     have = [name for name in ("gloo", "mpi", "nccl") if facts.get(name)]
     text = "Horovod's operations: " + (", ".join(have) or "none")
     if not facts.get("nccl") and any(framework.cuda for framework in frameworks):
-        cure = "for GPU training over NCCL run `hvd-slowmo install-horovod --nccl`; it needs the CUDA toolkit."
-        return Finding(Level.NOTE, text + "; of GPU tensors PyTorch's are refused, TensorFlow's copied", cure)
+        fix = "for GPU training over NCCL, run `hvd-slowmo install-horovod --nccl`; it needs the CUDA toolkit."
+        text += "; GPU tensors are refused in PyTorch and copied to the CPU in TensorFlow"
+        return Finding(Level.NOTE, text, fix)
     return Finding(Level.OK, text)
 
 
 def _stall_check(framework: Framework, built: recipe.Recipe | None) -> Finding:
     if built is not None and built.stall_check_mended:
-        return Finding(Level.OK, "The stall check works: Horovod was built with it mended")
+        return Finding(Level.OK, "The stall check works: Horovod was built with the patch that fixes it")
     result = check.stall(framework.name)
     if result.error is None:
         return Finding(
-            Level.OK, f"The stall check works: a tensor that never came was reported ({result.seconds:.1f} s)"
+            Level.OK, f"The stall check works: Horovod reported a tensor that never arrived ({result.seconds:.1f} s)"
         )
     return Finding(
         Level.WARNING,
-        "The stall check does not work: a worker that waits for ever is not reported, whatever HOROVOD_STALL_* say",
+        "The stall check does not work: a worker that waits forever is never reported, for any HOROVOD_STALL_* setting",
         _INSTALL,
     )

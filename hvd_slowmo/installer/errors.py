@@ -1,4 +1,4 @@
-"""The one exception of the installer."""
+"""The installer's exception."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from pathlib import Path
 
 
 class InstallError(Exception):
-    """Something keeps Horovod from being built, installed or used.
+    """Error that prevents Horovod from being built, installed or used.
 
     Args:
-        cause: what is wrong, in one or two sentences.
-        cure: what the user can do about it.
-        log: file with the full output of the command that failed, if one was run.
+        cause: the problem, in one or two sentences.
+        fix: action for the user.
+        log: file with the full output of the failed command, or None if no command was run.
     """
 
-    def __init__(self, cause: str, cure: str, log: Path | None = None) -> None:
+    def __init__(self, cause: str, fix: str, log: Path | None = None) -> None:
         super().__init__(cause)
         self.cause = cause
-        self.cure = cure
+        self.fix = fix
         self.log = log
 
     def __str__(self) -> str:
-        lines = [self.cause, f"Cure: {self.cure}"]
+        lines = [self.cause, f"Fix: {self.fix}"]
         if self.log is not None:
             lines.append(f"Full log: {self.log}")
         return "\n".join(lines)

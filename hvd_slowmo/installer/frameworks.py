@@ -1,4 +1,4 @@
-"""Which frameworks are installed in the running environment, found without importing them."""
+"""Detection of the installed frameworks, without importing them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import MappingProxyType
 from hvd_slowmo.installer.errors import InstallError
 
 MINIMUM: Mapping[str, tuple[int, int]] = MappingProxyType({"torch": (2, 1), "tensorflow": (2, 16)})
-"""The oldest version of each framework that is supported."""
+"""The oldest supported version of each framework, as (major, minor)."""
 
 TITLES: Mapping[str, str] = MappingProxyType({"torch": "PyTorch", "tensorflow": "TensorFlow"})
 
@@ -25,10 +25,10 @@ class Framework:
     """An installed framework.
 
     Attributes:
-        name: its import name, "torch" or "tensorflow".
-        version: its full version, with the local part (2.13.0+cpu).
-        cuda: whether it was built with CUDA.
-        cxx: the oldest C++ standard that its headers compile with.
+        name: import name, "torch" or "tensorflow".
+        version: full version with the local part, such as "2.13.0+cpu".
+        cuda: True if it was built with CUDA.
+        cxx: the oldest C++ standard with which its headers compile, such as 17.
     """
 
     name: str
@@ -38,31 +38,31 @@ class Framework:
 
     @property
     def title(self) -> str:
-        """Its name as people write it."""
+        """Return the name as written in prose, such as "PyTorch"."""
         return TITLES[self.name]
 
     @property
     def supported(self) -> bool:
-        """Whether it is new enough."""
+        """Return True if the version is at least the one in `MINIMUM`."""
         return release(self.version) >= MINIMUM[self.name]
 
 
 def release(version: str) -> tuple[int, int]:
-    """Return the first two numbers of a version, (0, 0) if it does not start with two."""
+    """Return the major and minor number of `version`, or (0, 0) if it does not start with two numbers."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
 
 def detect() -> tuple[Framework, ...]:
-    """Return the frameworks installed here, of whatever version, PyTorch first."""
+    """Return the installed frameworks in any version, PyTorch first."""
     return tuple(found for found in (_torch(), _tensorflow()) if found is not None)
 
 
 def supported(found: tuple[Framework, ...]) -> tuple[Framework, ...]:
-    """Return those of `found` that are new enough.
+    """Return the frameworks in `found` that are new enough.
 
     Raises:
-        InstallError: there is none.
+        InstallError: none is new enough, or `found` is empty.
     """
     usable = tuple(framework for framework in found if framework.supported)
     if usable:
@@ -70,19 +70,19 @@ def supported(found: tuple[Framework, ...]) -> tuple[Framework, ...]:
     wanted = " or ".join(f"{TITLES[name]} >= {major}.{minor}" for name, (major, minor) in MINIMUM.items())
     if found:
         have = ", ".join(f"{framework.title} {framework.version}" for framework in found)
-        cause = f"Horovod is built against {wanted}, and this environment has only {have}."
+        cause = f"Horovod is built against {wanted}, but this environment has only {have}."
     else:
-        cause = f"Horovod is built against {wanted}, and this environment has neither."
+        cause = f"Horovod is built against {wanted}, but this environment has neither."
     raise InstallError(
         cause, "install the framework first, for instance with `pip install torch` or `pip install tensorflow`."
     )
 
 
 def package_folder(name: str) -> Path | None:
-    """Return the folder of an installed package, None where there is none.
+    """Return the directory of the installed package `name`, or None if it is not installed.
 
-    A folder without `__init__.py`, such as `torch/` at the root of this project's checkout, imports as an empty
-    namespace when the real package is absent; it has no origin, and does not count.
+    A directory without `__init__.py`, such as `torch/` at the root of this project's checkout, imports as an empty
+    namespace package when the real package is absent. It has no origin and is ignored.
     """
     try:
         spec = importlib.util.find_spec(name)
@@ -97,7 +97,7 @@ def _torch() -> Framework | None:
     folder = package_folder("torch")
     if folder is None:
         return None
-    # torch/version.py is written by PyTorch's build. Its version is fuller than the distribution's: with "+cu130".
+    # PyTorch's build writes torch/version.py. Unlike the distribution's version, this one has the suffix "+cu130".
     text = _read(folder / "version.py")
     version = re.search(r"""^__version__\s*=\s*['"]([^'"]+)['"]""", text, re.MULTILINE)
     cuda = re.search(r"""^cuda\b[^=\n]*=\s*['"]""", text, re.MULTILINE)

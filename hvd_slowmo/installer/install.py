@@ -1,4 +1,4 @@
-"""`hvd-slowmo install-horovod`: from an environment with a framework to a Horovod that has summed a tensor in it."""
+"""`hvd-slowmo install-horovod`: build, install and verify Horovod for the frameworks of the running environment."""
 
 from __future__ import annotations
 
@@ -19,10 +19,19 @@ from hvd_slowmo.installer.reporter import Reporter
 
 
 def install_horovod(options: Options, cache: Cache, env: Mapping[str, str], reporter: Reporter) -> None:
-    """Build Horovod for the frameworks installed here, or take it from the cache; install it; sum a tensor with it.
+    """Install Horovod for the installed frameworks, and sum a tensor with it.
+
+    The wheel comes from the cache if possible, and is built otherwise.
+
+    Args:
+        options: settings of the build.
+        cache: cache of wheels.
+        env: the user's environment variables.
+        reporter: receives the progress.
 
     Raises:
-        InstallError: something is missing or fails. Until a finished wheel is there, the environment is left as it was.
+        InstallError: a requirement is missing or a step fails. The environment is unchanged until the wheel is
+            finished.
     """
     preflight.require_platform()
     require_usable_environment()
@@ -30,7 +39,7 @@ def install_horovod(options: Options, cache: Cache, env: Mapping[str, str], repo
     frameworks = supported(found)
     for framework in found:
         if framework not in frameworks:
-            reporter.say(f"{framework.title} {framework.version} is too old, and Horovod is built without it")
+            reporter.say(f"{framework.title} {framework.version} is too old: Horovod is built without it")
     wanted = recipe.recipe(sdist.HOROVOD, frameworks, options, env)
     pip = Pip(cache.log(f"install-{wanted.key}"))
     pip.log.unlink(missing_ok=True)
@@ -53,10 +62,21 @@ def obtain_wheel(
     reporter: Reporter,
     changes: tuple[patches.Patch, ...] = patches.PATCHES,
 ) -> Path:
-    """Return the wheel of `wanted`: from the cache, or else built and put there.
+    """Return the path of the wheel of `wanted` in the cache, and build it first if it is missing.
+
+    Args:
+        source: Horovod's source distribution.
+        wanted: recipe of the wheel.
+        frameworks: the frameworks to build for.
+        options: settings of the build; `rebuild` ignores existing wheels.
+        cache: cache of wheels and sources.
+        env: the user's environment variables.
+        pip: pip of the running environment.
+        reporter: receives the progress.
+        changes: patches to apply to the sources.
 
     Raises:
-        InstallError: a build is needed, and something is missing for it or it fails.
+        InstallError: a build is needed, and it fails or one of its requirements is missing.
     """
     if not options.rebuild and (wheel := cache.find(wanted)) is not None:
         reporter.say(f"Horovod {wanted.horovod} for {describe(frameworks)} was built before: {wheel}")
@@ -71,7 +91,7 @@ def obtain_wheel(
     with cache.building(wanted, reporter) as work:
         wheel = cache.find(wanted)
         if wheel is not None and (not options.rebuild or wheel.stat().st_mtime > started):
-            return wheel  # built by the process that was waited for
+            return wheel  # built by the process for which this one waited
         tools = work / "tools"
         build.install_tools(tools, pip, reporter)
         archive = sdist.fetch(source, cache.sdists, work, build.tools_environment(tools, env), pip, reporter)
@@ -83,20 +103,22 @@ def obtain_wheel(
 
 
 def install_wheel(wheel: Path, pip: Pip, reporter: Reporter) -> None:
-    """Install a finished wheel; first what it needs, so that no failure leaves a Horovod that cannot start.
+    """Install the requirements of `wheel`, then `wheel`.
+
+    In this order, a failure does not leave a Horovod that cannot be imported.
 
     Raises:
         InstallError: pip fails.
     """
-    cure = "read the log; `pip install --no-deps` by hand of the wheel named there shows the same error."
-    reporter.say("Installing Horovod and what it imports")
-    pip.run(["install", "--quiet", *requirements(wheel)], reporter, what="installing what Horovod imports", cure=cure)
+    fix = f"read the log; `pip install {wheel}` by hand shows the same error."
+    reporter.say("Installing Horovod and its requirements")
+    pip.run(["install", "--quiet", *requirements(wheel)], reporter, what="installing Horovod's requirements", fix=fix)
     arguments = ["install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)]
-    pip.run(arguments, reporter, what="installing Horovod", cure=cure)
+    pip.run(arguments, reporter, what="installing Horovod", fix=fix)
 
 
 def requirements(wheel: Path) -> list[str]:
-    """Return what a wheel says it needs, without its extras."""
+    """Return the requirements of `wheel` as pip takes them, without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = HeaderParser().parsestr(archive.read(name).decode())
@@ -104,22 +126,22 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def verify(frameworks: tuple[Framework, ...], reporter: Reporter) -> None:
-    """Let two workers sum a tensor with each framework.
+    """Sum a tensor over two workers with each framework.
 
     Raises:
-        InstallError: one of them fails.
+        InstallError: the sum fails with one of them.
     """
-    importlib.invalidate_caches()  # Horovod has just been installed, beside this running process
+    importlib.invalidate_caches()  # Horovod was installed while this process was running
     for framework in frameworks:
         result = check.allreduce(framework.name)
         if result.error is not None:
             raise InstallError(
-                f"Horovod is installed, and two workers could not sum a tensor with {framework.title}: {result.error}",
-                "`hvd-slowmo doctor` examines the installation; `hvd-slowmo install-horovod --rebuild` builds it anew.",
+                f"Horovod is installed, but two workers could not sum a tensor with {framework.title}: {result.error}",
+                "examine the installation with `hvd-slowmo doctor`, or run `hvd-slowmo install-horovod --rebuild`.",
             )
         reporter.say(f"Two workers summed a tensor with {framework.title} {framework.version} ({result.seconds:.1f} s)")
 
 
 def describe(frameworks: tuple[Framework, ...]) -> str:
-    """Return the frameworks' names and versions as text."""
+    """Return the frameworks' names and versions, such as "PyTorch 2.13.0 and TensorFlow 2.20.0"."""
     return " and ".join(f"{framework.title} {framework.version}" for framework in frameworks)

@@ -1,4 +1,4 @@
-"""The environment of workers on this machine: what horovodrun gives them, without its start of 7 to 11 seconds."""
+"""Environment of workers on this machine, as set by horovodrun but without its startup time of 7 to 11 seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def environments(size: int) -> Iterator[list[dict[str, str]]]:
-    """One environment per worker, by rank; their meeting point lives as long as the context.
+    """Yield the environment variables of each worker, by rank; their rendezvous server runs until exit.
+
+    Args:
+        size: number of workers.
 
     Raises:
         ImportError: Horovod is not installed.
@@ -28,7 +31,7 @@ def environments(size: int) -> Iterator[list[dict[str, str]]]:
         yield [{**os.environ, **run, **create_slot_env_vars(slot)} for slot in slots]
     finally:
         server.stop()
-        server._httpd.server_close()  # stop() ends the thread and leaves the port open
+        server._httpd.server_close()  # stop() ends the thread but leaves the port open
 
 
 def _loopback() -> str:

@@ -1,4 +1,4 @@
-"""What the user chooses about a build."""
+"""The user's settings of a build."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ _PASSED_ON_PREFIXES = ("HOROVOD_BUILD_", "HOROVOD_NCCL_")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings of one build; gloo is always built.
+    """Settings of one build; gloo is always included.
 
     Attributes:
-        mpi: build MPI in as well.
+        mpi: build with MPI as well.
         nccl: sum GPU tensors with NCCL.
         rebuild: build even if the cache has a wheel.
-        jobs: compile so many files at once; None: as many as processors and memory allow.
+        jobs: number of files to compile at once; None: as many as processors and memory allow.
+
+    Raises:
+        ValueError: `jobs` is less than 1.
     """
 
     mpi: bool = False
@@ -28,15 +31,17 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"`jobs` must be a positive integer. Received: jobs={self.jobs}")
+            raise ValueError(
+                f"`jobs` must be a positive integer. Received: jobs={self.jobs}. Use None for the default."
+            )
 
     def identity(self) -> dict[str, bool]:
-        """The settings that change what is built."""
+        """Return the settings on which the content of the wheel depends."""
         return {"mpi": self.mpi, "nccl": self.nccl}
 
 
 def passed_on(env: Mapping[str, str]) -> dict[str, str]:
-    """Return those variables of the user's environment that reach the compiler and change what is built."""
+    """Return the variables in `env` that reach the compiler and change the wheel."""
     return {
         name: value
         for name, value in sorted(env.items())
@@ -45,7 +50,7 @@ def passed_on(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def default_jobs() -> int:
-    """Return how many files to compile at once: one per processor, and not more than one per 3 GB of memory."""
+    """Return the number of files to compile at once: one per processor, but at most one per 3 GB of memory."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

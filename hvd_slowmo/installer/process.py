@@ -1,4 +1,4 @@
-"""Running a command: all output into a log, progress told while it runs, nothing left behind when it is stopped."""
+"""Run commands with a log and progress reports, and stop them together with their child processes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,17 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> int:
-    """Run `command`, append its output (both streams) to `log`, and return its exit status.
+    """Run `command`, append its stdout and stderr to `log`, and return its exit status.
 
-    While it runs, the reporter is told every now and then how long it has run and, where the output is CMake's, how far
-    it is.
+    While the command runs, the reporter regularly receives the elapsed time and, for CMake's output, the percentage.
+
+    Args:
+        command: program and arguments.
+        log: file that receives the output.
+        reporter: receives each line and the progress.
+        what: description of the action, such as "building Horovod".
+        env: environment variables; None: those of this process.
+        cwd: working directory; None: that of this process.
 
     Raises:
         OSError: the command cannot be started, or the log cannot be written.
@@ -54,7 +61,7 @@ def run(
             text=True,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # a compiler's children end with it: see stop()
+            start_new_session=True,  # stop() ends a compiler's child processes too
         )
         try:
             assert process.stdout is not None
@@ -80,7 +87,10 @@ def run(
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a process started in a session of its own, with all its children; nothing happens if it has ended."""
+    """Kill a process that leads its session, with all its child processes, and close its streams.
+
+    A process that has already ended is not signaled.
+    """
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -91,7 +101,13 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def first_error(log: Path, count: int = 8) -> str:
-    """Return the first error of a compiler or CMake in a log and what follows it, or else the log's end."""
+    """Return `count` lines of a log, from the first error of the compiler or CMake on.
+
+    Without such an error, return the last `count` lines.
+
+    Raises:
+        OSError: the log cannot be read.
+    """
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines):
         if _ERROR.search(line):

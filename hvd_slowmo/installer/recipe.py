@@ -1,4 +1,4 @@
-"""What a build of Horovod depends on: the key of the wheel cache, and the record that travels with the wheel."""
+"""Inputs of a build of Horovod: the key of the wheel cache, and the record inside the wheel."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from hvd_slowmo.installer.options import Options, passed_on
 from hvd_slowmo.installer.sdist import Sdist
 
 RECORD = "horovod/hvd_slowmo_build.json"
-"""Where the record lies in the wheel and, installed, beside Horovod's own files."""
+"""Path of the record in the wheel and, once installed, among Horovod's files."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a built wheel depends on.
+    """Inputs of a build; together they determine the wheel.
 
     Attributes:
         horovod: version of Horovod.
-        sdist: hash of its sources.
-        patches: hash of the changes to them.
-        stall_check_mended: whether one of these mends the stall check.
-        frameworks: full version of each framework it is built against.
+        sdist: SHA-256 hash of the source archive.
+        patches: SHA-256 hash of the patches.
+        stall_check_mended: True if one of the patches fixes the stall check.
+        frameworks: full version of each framework, by import name.
         python: implementation, version and ABI of Python.
         platform: operating system, processor and C library.
-        options: the settings of the build.
-        environment: the variables of the user's environment that reach the compiler.
+        options: settings of the build, by name.
+        environment: the user's environment variables that reach the compiler.
     """
 
     horovod: str
@@ -48,12 +48,12 @@ class Recipe:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the record as text; the same recipe gives the same text."""
+        """Return the record as JSON; equal recipes give equal text."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @property
     def key(self) -> str:
-        """Name of the recipe in the cache."""
+        """Return the recipe's name in the cache: 20 hexadecimal digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:20]
 
 
@@ -64,7 +64,15 @@ def recipe(
     env: Mapping[str, str],
     changes: tuple[patches.Patch, ...] = patches.PATCHES,
 ) -> Recipe:
-    """Return the recipe for building `sdist` in the running environment."""
+    """Return the recipe for building `sdist` in the running environment.
+
+    Args:
+        sdist: the source distribution.
+        frameworks: the frameworks to build for.
+        options: settings of the build.
+        env: the user's environment variables.
+        changes: patches to apply to the sources.
+    """
     return Recipe(
         horovod=sdist.version,
         sdist=sdist.sha256,
@@ -79,7 +87,7 @@ def recipe(
 
 
 def read(text: str) -> Recipe | None:
-    """Return the recipe that a record holds, None if it is not one of this version's records."""
+    """Return the recipe in a record, or None if `text` is not a record of this version."""
     try:
         fields = json.loads(text)
         return Recipe(**fields)
@@ -88,7 +96,7 @@ def read(text: str) -> Recipe | None:
 
 
 def installed() -> Recipe | None:
-    """Return the recipe of the installed Horovod, None where it has none (another's build) or there is no Horovod."""
+    """Return the recipe of the installed Horovod, or None if Horovod is absent or was not built by hvd-slowmo."""
     try:
         distribution = importlib.metadata.distribution("horovod")
         return read(Path(str(distribution.locate_file(RECORD))).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How the installer tells what it does; the command line prints it, the tests record it."""
+"""Interface for the installer's messages, which the command line prints and the tests record."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Receives the installer's messages."""
+    """Receiver of the installer's messages."""
 
     def say(self, text: str) -> None:
-        """Take one line about what happens now."""
+        """Report the current action in one line."""
 
     def detail(self, line: str) -> None:
-        """Take one line of a command's own output."""
+        """Report one line of a command's output."""
 
     def progress(self, what: str, percent: int | None, seconds: float) -> None:
-        """Take note that `what` has run for so many seconds and is so far (None: not known)."""
+        """Report the progress of a running command.
+
+        Args:
+            what: description of the action.
+            percent: completed share, 0 to 100; None if unknown.
+            seconds: elapsed time.
+        """
 
     def finish_progress(self) -> None:
-        """Take note that the command whose progress was reported has ended."""
+        """Report the end of the running command."""

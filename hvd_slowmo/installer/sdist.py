@@ -1,4 +1,4 @@
-"""Horovod's sources: fetched by pip, checked against a pinned hash, unpacked safely."""
+"""Download Horovod's sources with pip, verify their pinned hash, and unpack them safely."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Sdist:
     """A source distribution.
 
     Attributes:
-        name: the distribution's name.
-        version: its version.
-        sha256: hash of the archive.
+        name: name of the distribution.
+        version: version of the distribution.
+        sha256: SHA-256 hash of the archive in hexadecimal.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Sdist:
 
     @property
     def filename(self) -> str:
-        """Name of the archive."""
+        """Return the file name of the archive."""
         return f"{self.name}-{self.version}.tar.gz"
 
 
@@ -39,18 +39,18 @@ HOROVOD = Sdist("horovod", "0.28.1", "92a43f5a94c43907a56805bad15f19700c62ffc83b
 
 
 def fetch(sdist: Sdist, folder: Path, work: Path, tools_env: Mapping[str, str], pip: Pip, reporter: Reporter) -> Path:
-    """Return the archive of `sdist` in `folder`; it is downloaded if it is not there.
+    """Return the path of the archive of `sdist` in `folder`, and download it first if it is missing.
 
     Args:
-        sdist: what to fetch.
-        folder: where archives are kept.
-        work: an existing folder for the download.
-        tools_env: environment in which setuptools can be imported; pip asks the sources for their metadata.
-        pip: downloads.
-        reporter: is told.
+        sdist: the source distribution.
+        folder: directory of the archives.
+        work: existing directory for the download.
+        tools_env: environment variables with setuptools on `PYTHONPATH`; pip runs the sources' setup.py for metadata.
+        pip: pip of the running environment.
+        reporter: receives the progress.
 
     Raises:
-        InstallError: pip cannot download it, or the archive is not the expected one.
+        InstallError: pip cannot download the archive, or its checksum is wrong.
     """
     kept = folder / sdist.filename
     if kept.exists():
@@ -59,16 +59,16 @@ def fetch(sdist: Sdist, folder: Path, work: Path, tools_env: Mapping[str, str], 
     reporter.say(f"Downloading {sdist.filename}")
     requirement = work / "sdist.txt"
     requirement.write_text(f"{sdist.name}=={sdist.version} --hash=sha256:{sdist.sha256}\n", encoding="utf-8")
-    # pip checks the hash too, before it runs the sources' setup.py for their metadata.
+    # pip verifies the hash too, before it runs the sources' setup.py for metadata.
     arguments = ["download", "--require-hashes", "--no-deps", "--no-binary", sdist.name, "--no-build-isolation"]
     pip.run(
         [*arguments, "--dest", str(work), "--requirement", str(requirement)],
         reporter,
         what=f"downloading {sdist.filename}",
-        cure=f"check the network and pip's settings (`pip config list`); or download {sdist.filename} on another "
+        fix=f"check the network and pip's settings (`pip config list`); or download {sdist.filename} on another "
         f"machine (the files of {sdist.name} {sdist.version} on PyPI), and put it into {folder}.",
         env=tools_env,
-        # Elsewhere than in a checkout of this project, whose folders would be importable.
+        # Not the current directory: in a checkout of this project, its directories would be importable.
         cwd=work,
     )
     verify(sdist, work / sdist.filename)
@@ -80,20 +80,22 @@ def fetch(sdist: Sdist, folder: Path, work: Path, tools_env: Mapping[str, str], 
 
 
 def verify(sdist: Sdist, archive: Path) -> None:
-    """Check an archive against the pinned hash.
+    """Compare the SHA-256 hash of `archive` with that of `sdist`.
 
     Raises:
-        InstallError: it is missing, or another one.
+        InstallError: the archive cannot be read, or its hash differs.
     """
     try:
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
     except OSError as error:
-        raise InstallError(f"{archive} cannot be read: {error}.", "run again; pip should have put it there.") from error
+        raise InstallError(
+            f"{archive} cannot be read: {error}.", "run the command again; pip should have created the file."
+        ) from error
     if found != sdist.sha256:
         raise InstallError(
-            f"The checksum of {archive} is {found}, and that of {sdist.name} {sdist.version} is {sdist.sha256}: "
-            "the file is damaged or another one.",
-            f"delete {archive} and run again; if it happens again, pip's package index does not serve the original.",
+            f"The checksum of {archive} is wrong: the file is damaged or is not {sdist.name} {sdist.version}. "
+            f"Expected: {sdist.sha256}. Received: {found}.",
+            f"delete {archive} and run again. If the error recurs, pip's package index does not serve the original.",
         )
 
 
@@ -101,7 +103,7 @@ def unpack(sdist: Sdist, archive: Path, folder: Path) -> Path:
     """Unpack `archive` into `folder` and return the root of the sources.
 
     Raises:
-        InstallError: the archive would write outside `folder`, or has no such root.
+        InstallError: an entry lies outside that root, links to outside, or is not a file, directory or symbolic link.
     """
     root = f"{sdist.name}-{sdist.version}"
     with tarfile.open(archive) as tar:
@@ -115,10 +117,10 @@ def unpack(sdist: Sdist, archive: Path, folder: Path) -> Path:
                 or not (member.isreg() or member.isdir() or _harmless_link(member))
             ):
                 raise InstallError(
-                    f"{archive} holds an entry that may not be unpacked: {member.name!r}.",
+                    f"{archive} contains an entry that may not be unpacked: {member.name!r}.",
                     f"delete {archive} and run again.",
                 )
-        if hasattr(tarfile, "data_filter"):  # Python 3.12, and late releases of 3.10 and 3.11
+        if hasattr(tarfile, "data_filter"):  # Python 3.12, and later patch releases of 3.10 and 3.11
             tar.extractall(folder, members=members, filter="data")
         else:
             tar.extractall(folder, members=members)

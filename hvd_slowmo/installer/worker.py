@@ -1,8 +1,8 @@
-"""One of two workers of `hvd_slowmo.installer.check`; a script on its own, which imports nothing of hvd_slowmo.
+"""Worker of `hvd_slowmo.installer.check`: a standalone script that imports nothing from hvd_slowmo.
 
-Arguments: the framework ("torch" or "tensorflow") and the task. "allreduce" sums a tensor of rank + 1; "stall" lets
-rank 0 wait for a tensor that rank 1 never sends. Prints one line of JSON, marked so that it is found among the
-frameworks' messages.
+Arguments: the framework ("torch" or "tensorflow") and the task. In "allreduce", both workers sum a tensor filled with
+rank + 1. In "stall", rank 0 waits for a tensor that rank 1 never sends. The result is one line of JSON, with a prefix
+that distinguishes it from the frameworks' messages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def tensorflow_sum(hvd: ModuleType, value: float, name: str) -> list[float]:
 
 
 def main() -> None:
-    """Do the task and print what came of it."""
+    """Run the task and print its result."""
     framework, task = sys.argv[1:]
     if framework == "torch":
         import horovod.torch as hvd
@@ -50,13 +50,13 @@ def main() -> None:
         try:
             total(hvd, 1.0, "hvd_slowmo.stall")
             facts["ok"] = False
-        except Exception:  # each framework raises its own class
+        except Exception:  # the class depends on the framework
             facts["ok"] = True
     else:
         time.sleep(60)
     print("hvd-slowmo-check " + json.dumps(facts), flush=True)
     if task == "stall":
-        # Horovod has shut itself down after the error; its own exit handler would wait for the others.
+        # Horovod has shut down after the error, and its exit handler would wait for the other worker.
         os._exit(0)
 
 

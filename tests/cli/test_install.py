@@ -26,7 +26,7 @@ def test_install_horovod_without_a_framework_says_so_and_fails(tmp_path):
     result = _without_frameworks("install-horovod", cache=tmp_path)
     assert result.returncode == 1
     assert "has neither" in result.stderr
-    assert "Cure: install the framework first" in result.stderr
+    assert "Fix: install the framework first" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 

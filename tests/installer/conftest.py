@@ -14,7 +14,7 @@ def reporter():
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """Stands in for the interpreter that runs pip: notes its arguments, prints `says`, exits with `status`."""
+    """Return a stub of pip's interpreter that records its arguments, prints `says` and exits with `status`."""
 
     class Fake:
         path = tmp_path / "fake-python"

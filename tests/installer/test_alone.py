@@ -1,6 +1,7 @@
-"""One framework alone, in a new environment, from nothing to the framework's main job: `make test-install`.
+"""Install and train with one framework alone, in a new environment: `make test-install`.
 
-Takes some ten minutes: each environment downloads its framework and builds Horovod, unless the user's cache has it.
+The tests take about ten minutes: each environment downloads its framework and, unless the user's cache has the wheel,
+builds Horovod.
 """
 
 import importlib.metadata
@@ -13,7 +14,7 @@ from support.installation import ROOT, python_here, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.workers, pytest.mark.install]
 
-# Beside the framework: what the examples need.
+# The framework and the requirements of the examples.
 PACKAGES = {
     "torch": ("torch", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
     "tf": ("tensorflow-cpu", "keras", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
@@ -33,7 +34,7 @@ def cpu_index():
 
 @pytest.mark.parametrize("framework", PACKAGES)
 def test_one_framework_alone_from_nothing_to_training(framework, tmp_path):
-    # A copy: building a package leaves files beside setup.py.
+    # Copy the sources: building a package leaves files next to setup.py.
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml"):
@@ -45,7 +46,7 @@ def test_one_framework_alone_from_nothing_to_training(framework, tmp_path):
     wanted = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES[framework]]
     pip = (binaries / "python", "-m", "pip", "install", "--quiet")
     run(*pip, *(cpu_index() if framework == "torch" else ()), *wanted, cwd=tmp_path)
-    # tensorflow-cpu is TensorFlow under another name: an extra would fetch the other one too.
+    # tensorflow-cpu is TensorFlow under another name: the extra would download tensorflow too.
     extra = "[torch]" if framework == "torch" else ""
     run(*pip, "--no-build-isolation", f"{source}{extra}", cwd=tmp_path)
 
@@ -69,7 +70,7 @@ def test_one_framework_alone_from_nothing_to_training(framework, tmp_path):
 
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     assert (site / f"hvd_slowmo_{framework}" / "__init__.py").exists()
-    assert not (site / "torch" / "hvd_slowmo_torch").exists()  # no file of ours inside PyTorch
+    assert not (site / "torch" / "hvd_slowmo_torch").exists()  # PyTorch's directory has no file of this project
     run(binaries / "python", "-m", "pip", "check", cwd=tmp_path)
     run(binaries / "python", "-m", "pip", "uninstall", "--yes", "horovod", cwd=tmp_path)
     assert not (site / "horovod").exists()

@@ -1,4 +1,4 @@
-"""Sources that take a second to build: fetched, patched, built, installed; without a build, each step alone."""
+"""Download, patch, build and install sources that take a second to build, and test each step alone."""
 
 import hashlib
 import io
@@ -28,22 +28,22 @@ def test_an_archive_with_another_checksum_is_refused(tmp_path, reporter, fake_py
     kept.write_bytes(b"something else")
     with pytest.raises(InstallError, match="checksum") as caught:
         sdist.fetch(sdist.HOROVOD, tmp_path, tmp_path, {}, pip.Pip(tmp_path / "log", str(fake_python.path)), reporter)
-    assert str(kept) in caught.value.cure
+    assert str(kept) in caught.value.fix
     assert fake_python.calls == []
 
 
-def test_a_download_that_fails_names_cause_cure_and_log(tmp_path, reporter, fake_python):
+def test_a_download_that_fails_names_cause_fix_and_log(tmp_path, reporter, fake_python):
     fake_python.write(status=1, says="ERROR: Could not find a version that satisfies the requirement horovod")
     log = tmp_path / "logs" / "pip.log"
     with pytest.raises(InstallError, match="ERROR: Could not find a version") as caught:
         sdist.fetch(sdist.HOROVOD, tmp_path / "sdist", tmp_path, {}, pip.Pip(log, str(fake_python.path)), reporter)
-    assert f"put it into {tmp_path / 'sdist'}" in caught.value.cure
+    assert f"put it into {tmp_path / 'sdist'}" in caught.value.fix
     assert f"Full log: {log}" in str(caught.value)
     assert not (tmp_path / "sdist").exists()
 
 
 def test_a_download_of_something_else_is_not_kept(tmp_path, reporter, fake_python):
-    (tmp_path / sdist.HOROVOD.filename).write_bytes(b"not Horovod")  # as if pip had put it there
+    (tmp_path / sdist.HOROVOD.filename).write_bytes(b"not Horovod")  # as if pip had downloaded it
     with pytest.raises(InstallError, match="checksum"):
         sdist.fetch(
             sdist.HOROVOD, tmp_path / "sdist", tmp_path, {}, pip.Pip(tmp_path / "l", str(fake_python.path)), reporter
@@ -99,7 +99,7 @@ GOOD_SETUP = """
 
 
 class Workshop:
-    """Sources that build in a second, a cache, and a pip that only takes notes."""
+    """Sources that build in a second, a cache, and a pip that only records its calls."""
 
     def __init__(self, tmp_path, fake_python, reporter, setup, library="mpi_lib_v2.x.so"):
         files = {"setup.py": textwrap.dedent(setup), "horovod/__init__.py": "", "horovod/torch/__init__.py": "marker\n"}
@@ -142,7 +142,7 @@ def test_a_build_ends_in_a_patched_wheel_with_its_record_and_the_next_one_takes_
         assert json.loads(archive.read(recipe.RECORD))["frameworks"] == {"torch": "2.13.0+cpu"}
         assert archive.read("horovod/torch/__init__.py") == b"patched = True\n"
         listed = archive.read("horovod-9.9.dist-info/RECORD").decode()
-        assert recipe.RECORD in listed  # so that uninstalling takes it away
+        assert recipe.RECORD in listed  # so that uninstalling removes it
     assert install.requirements(wheel) == ["cloudpickle"]
     assert 50 in reporter.percents
     calls = list(fake_python.calls)

@@ -1,4 +1,4 @@
-"""What must be there before a build."""
+"""Requirements of a build."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from support.installation import ROOT, TENSORFLOW, TORCH, run_code
 def test_without_a_compiler(tmp_path):
     with pytest.raises(InstallError, match=r"No C\+\+ compiler was found \(tried c\+\+, g\+\+, clang\+\+\)") as caught:
         preflight.require_compiler({"PATH": str(tmp_path)})
-    assert "apt install g++" in caught.value.cure
+    assert "apt install g++" in caught.value.fix
     with pytest.raises(InstallError, match=r"tried missing-g\+\+"):
         preflight.require_compiler({"PATH": str(tmp_path), "CXX": "missing-g++ -O2"})
     with pytest.raises(InstallError, match="make was not found"):
@@ -34,7 +34,7 @@ def test_with_a_compiler_that_does_not_work(tmp_path):
 def test_without_space(tmp_path):
     with pytest.raises(InstallError, match=r"The build needs 1000000000\.0 GB") as caught:
         preflight.require_space(tmp_path / "not" / "there", needed=10**18)
-    assert "XDG_CACHE_HOME" in caught.value.cure
+    assert "XDG_CACHE_HOME" in caught.value.fix
 
 
 def test_without_headers(tmp_path):
@@ -46,7 +46,7 @@ def test_without_headers(tmp_path):
 def test_without_a_usable_framework():
     with pytest.raises(InstallError, match="has neither") as caught:
         supported(())
-    assert "pip install torch" in caught.value.cure
+    assert "pip install torch" in caught.value.fix
     with pytest.raises(InstallError, match=r"has only PyTorch 2\.0\.1, TensorFlow 2\.15\.0"):
         supported((Framework("torch", "2.0.1", cuda=False), Framework("tensorflow", "2.15.0", cuda=False)))
     assert supported((TORCH, Framework("tensorflow", "2.9.0", cuda=False))) == (TORCH,)
@@ -69,7 +69,7 @@ def test_an_environment_that_pip_may_not_change(tmp_path, monkeypatch):
     (tmp_path / "EXTERNALLY-MANAGED").write_text("")
     with pytest.raises(InstallError, match="managed by the system") as caught:
         pip.require_usable_environment()
-    assert "venv" in caught.value.cure
+    assert "venv" in caught.value.fix
 
 
 def test_frameworks_are_found_without_importing_them(tmp_path):

@@ -1,4 +1,4 @@
-"""The installer's doctor and checks in the environment that runs the tests; see test_alone.py for new ones."""
+"""The doctor and the checks in the environment of the tests; test_alone.py covers new environments."""
 
 import pytest
 

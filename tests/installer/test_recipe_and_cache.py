@@ -1,4 +1,4 @@
-"""What a wheel is made from, and the cache of wheels."""
+"""The recipe of a wheel, and the cache of wheels."""
 
 import threading
 import time

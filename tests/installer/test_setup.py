@@ -1,4 +1,4 @@
-"""`make setup` with stubs for Python, pip and the installer: each step once, and again after whatever went wrong."""
+"""`make setup` with stubs for Python, pip and the installer: each step runs once, and again after a failure."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["venv", "packages", "checkout", "horovod"]
 
-# Stands in for Python, before and in .venv, and for pip and hvd-slowmo. It notes the steps in the file `ran`. The files
+# Replaces Python, outside and inside .venv, and pip and hvd-slowmo. It records the steps in the file `ran`. The files
 # `fail-STEP` and `hang-STEP` make a step fail or hang; `slow` makes pip take a second.
 STUB = """#!/bin/sh
 step() {
@@ -43,7 +43,7 @@ esac
 
 
 class Checkout:
-    """A copy of what `make setup` reads, with the stubs `python3` and `python4`."""
+    """A copy of the files that `make setup` reads, with the stubs `python3` and `python4`."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -61,7 +61,7 @@ class Checkout:
             stub.chmod(0o755)
 
     def start(self, *arguments):
-        # A make that runs these tests, and a Python that it was told to use, must not show through.
+        # Hide the make that may run these tests, and the Python that it was told to use.
         dropped = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")
         environment = {key: value for key, value in os.environ.items() if key not in dropped}
         environment["PATH"] = f"{self.folder / 'stubs'}:{environment['PATH']}"
@@ -76,7 +76,7 @@ class Checkout:
         )
 
     def setup(self, *arguments, status=0):
-        """Run `make setup`; return the steps that it ran and its output."""
+        """Run `make setup` and return its steps and its output."""
         (self.folder / "ran").write_text("")
         process = self.start(*arguments)
         said, _ = process.communicate(timeout=60)
@@ -206,7 +206,7 @@ def test_another_python_makes_a_new_environment_which_later_calls_keep(checkout)
     assert checkout.setup("PYTHON=python3")[0] == STEPS
 
 
-def test_a_moved_or_broken_environment_is_made_anew(checkout):
+def test_a_moved_or_broken_environment_is_recreated(checkout):
     checkout.setup()
     (checkout.folder / ".venv" / "bin" / "python").unlink()
     assert checkout.setup()[0] == STEPS

@@ -7,7 +7,7 @@ import tensorflow as tf
 import torch
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo.tf import SGP, SlowMo, SlowMoConfig
 from hvd_slowmo.torch import SlowMo as Other
 from support.models.keras import batch, fit, held, loop, net, same, with_statistics
 from support.problems import Problem, config_of, with_node
@@ -306,13 +306,13 @@ def test_gradients_averaged_within_nodes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lengths", "base"),
-    [((2, 2, 4, 4), "local"), pytest.param((2, 2, 6, 6), "sgp", marks=pytest.mark.thorough)],
+    ("lengths", "gossip"),
+    [((2, 2, 4, 4), None), pytest.param((2, 2, 6, 6), SGP(), marks=pytest.mark.thorough)],
     ids=str,
 )
-def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, base):
+def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, gossip):
     """A worker that is done meets all first, then its node; both frameworks alike."""
-    config = SlowMoConfig(tau=4, beta=0.5, gradients="node", warmup_steps=4, base=base)
+    config = SlowMoConfig(tau=4, beta=0.5, gradients="node", warmup_steps=4, gossip=gossip)
 
     def joined(comm, node):
         given = variables([8.0, -1.0])

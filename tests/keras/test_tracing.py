@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from hvd_slowmo_tf.graph_comm import KeptComm
+from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from support.models.keras import fit, held, net, sentences, step_of, words
 from support.models.keras_optimizers import SGD
 from support.problems import chunks_of, config_of
@@ -81,7 +81,7 @@ class Slow(SoloComm):
 
 
 def test_seconds_waited_for_several_at_once_are_counted_once():
-    comm = KeptComm(Slow(), timed=True)
+    comm = GraphSafeComm(Slow(), timed=True)
     started = time.time()
     for handle in [comm.start_sum(f"{number}", tf.zeros([3])) for number in range(3)]:
         comm.wait(handle)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.grappler import tf_optimizer
 
-from hvd_slowmo_tf.graph_comm import KeptComm
+from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm
 
 
@@ -18,7 +18,7 @@ class AsSeveral(HorovodComm):
     """A worker alone that is treated as one of two: its sums are its own."""
 
     def __init__(self) -> None:
-        super().__init__(hvd.global_process_set)
+        super().__init__(hvd.global_process_set, None)
         self.size = 2
 
     def start_sum(self, name: str, x: Any) -> Any:
@@ -61,7 +61,7 @@ CASES = {"constant": constant, "constant_in_a_loop": constant_in_a_loop, "merged
 
 def kept(case: str, safe: bool) -> dict[str, int]:
     """How many collectives the traced graph has, as written and after Grappler. One worker."""
-    comm = KeptComm(AsSeveral()) if safe else AsSeveral()
+    comm = GraphSafeComm(AsSeveral()) if safe else AsSeveral()
     function = tf.function(lambda: CASES[case](comm), autograph=False).get_concrete_function()
     definition = function.graph.as_graph_def(add_shapes=True)
     meta = tf.compat.v1.train.export_meta_graph(graph_def=definition, graph=function.graph)
@@ -84,7 +84,7 @@ def exchanged(case: str, traced: bool) -> tuple[list[list[float]], int]:
 
     Only with the names of a graph do workers find each other, so "eager" is a call of a function from eager code.
     """
-    comm = KeptComm(HorovodComm(hvd.global_process_set))
+    comm = GraphSafeComm(HorovodComm(hvd.global_process_set, None))
     call = tf.function(lambda: CASES[case](comm), autograph=False)
     outer = tf.function(lambda: call(), autograph=False) if traced else call
     results = [outer().numpy().tolist() for _ in range(2)]
