@@ -214,7 +214,7 @@ class Machine:
             done = self._mix(progress._replace(mixing=state), step_plan(self.config, clock), clock)
             return self._send_ahead(done, clock + 1, stop).mixing
 
-        state = self.mixing.repeat(self._ops, progress.mixing, (progress.step, stop), once)
+        state = self.mixing.repeat(progress.mixing, progress.step, stop, once)
         return progress._replace(mixing=state)
 
     def _send_ahead(self, progress: Progress, clock: Scalar, stop: Scalar = None) -> Progress:

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 from hvd_slowmo.core import names
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import Chunk, Stretch, Tile
-from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.progress import PushSum, Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.topology.push_sum import carried_over, debiased, in_flight, mixed, mixed_late, parts
@@ -77,8 +76,8 @@ class Mixing(Protocol):
     def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
         """Let the numerators follow an outer step of this worker alone, which has moved z."""
 
-    def repeat(self, ops: Ops, state: PushSum, steps: Sequence[Scalar], once: Once) -> PushSum:
-        """Take part in the others' mixing from one step to another: `once(step, state)` is the mixing of a step."""
+    def repeat(self, state: PushSum, first: Scalar, stop: Scalar, once: Once) -> PushSum:
+        """Take part in the others' mixing at steps first .. stop - 1; `once(step, state)` is the mixing of a step."""
 
 
 class NoMixing:
@@ -116,7 +115,7 @@ class NoMixing:
     def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
         pass
 
-    def repeat(self, ops: Ops, state: PushSum, steps: Sequence[Scalar], once: Once) -> PushSum:
+    def repeat(self, state: PushSum, first: Scalar, stop: Scalar, once: Once) -> PushSum:
         return state
 
 
@@ -189,13 +188,11 @@ class Gossip:
         self._mix_now(state, after, kept[self._comm.rank, 0], hop)
         return after
 
-    def repeat(self, ops: Ops, state: PushSum, steps: Sequence[Scalar], once: Once) -> PushSum:
-        first, stop = steps
-
+    def repeat(self, state: PushSum, first: Scalar, stop: Scalar, once: Once) -> PushSum:
         def body(step: Scalar, state: PushSum) -> tuple[Scalar, PushSum]:
             return step + 1, once(step, state)
 
-        _, state = ops.loop(lambda step, _: step < stop, body, (first, state))
+        _, state = self._ops.loop(lambda step, _: step < stop, body, (first, state))
         return state
 
     def _mix_late(

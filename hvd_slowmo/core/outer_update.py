@@ -13,7 +13,7 @@ Here v = gamma u is carried, with Delta = x_0 - x_bar and r = gamma / gamma_prev
     x_0' = x_bar + (1 - alpha) Delta - alpha beta v'        = x_0 - alpha (beta v' + Delta), Nesterov
 
 It is the same algorithm, rearranged: nothing is divided by the current rate (a rate of 0 is no error), and at
-alpha = 1, beta = 0 it gives x_bar to the bit, which x_0 - (x_0 - x_bar) does not.
+alpha = 1, beta = 0 the result is bitwise identical to x_bar, while x_0 - (x_0 - x_bar) is not.
 Only + - x / on the tensors, so that NumPy, torch and TensorFlow run the same lines.
 """
 

@@ -68,7 +68,7 @@ class HorovodComm:
             came: torch.Tensor = self._finish(handle.handle)[0].view(-1, handle.length)
             return (came[0] if len(came) == 1 else came.sum(dim=0)).to(handle.device)
         self._outbox.advance()
-        while handle.handle is None:  # its copy to host memory is under way
+        while handle.handle is None:  # its copy to host memory is in flight
             time.sleep(_PAUSE_S)
             self._outbox.advance()
         self._finish(handle.handle)

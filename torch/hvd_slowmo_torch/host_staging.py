@@ -1,8 +1,8 @@
-"""Sums of tensors on a device over a Horovod that takes host memory only: they go through pinned memory.
+"""Sums of device tensors over a Horovod that takes host memory only, through pinned memory.
 
-The host never waits for the device here. The copy to the host runs on a stream of its own, behind what the caller has
-queued; Horovod may read host memory as soon as it is told of it, so a sum is handed over once its copy is there, which
-is looked at whenever a worker starts a sum or waits for one. The copy back is queued on the caller's stream.
+The host never waits for the device here. The copy to the host runs on a separate stream, behind the caller's queued
+work. Horovod may read host memory at once, so a sum is handed over only when its copy has arrived, which is checked
+whenever a worker starts a sum or waits for one. The copy back is queued on the caller's stream.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ import torch
 
 
 class Copies(Protocol):
-    """The ways between a device and host memory. Tests have ways of their own, since most machines have no GPU."""
+    """Copies between a device and host memory. Tests bring their own, since most machines have no GPU."""
 
     def needed(self, x: torch.Tensor) -> bool:
         """Return whether x must go through host memory."""
 
     def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
-        """Begin to copy x: where in host memory, and what tells whether it is there. x must live until it is."""
+        """Start to copy x, which must live until the copy has arrived.
+
+        Returns:
+            The host tensor, and a function that tells whether it has arrived.
+        """
 
     def to_device(self, host: torch.Tensor, x: torch.Tensor) -> None:
-        """Begin to copy what came to host memory back to x, before whatever the caller does with x next."""
+        """Start to copy a host tensor back to x, ahead of the caller's next use of x."""
 
 
 class CudaCopies:
     """`Copies` of CUDA tensors, through pinned memory.
 
-    PyTorch's allocator of pinned memory keeps what is freed and gives it out again once the copies from and to it are
-    done, on whichever stream: there are never more buffers than sums under way, and none is overwritten too early.
+    PyTorch's allocator of pinned memory reuses freed buffers once the copies from and to them are done, on whichever
+    stream: the number of buffers never exceeds that of sums in flight, and none is overwritten too early.
     """
 
     def __init__(self) -> None:
@@ -59,7 +63,7 @@ class CudaCopies:
 
 @dataclass(eq=False)
 class Sum:
-    """One sum under way; x and host are the same tensor where nothing is staged."""
+    """A sum in flight; x and host are the same tensor where nothing is staged."""
 
     name: str
     x: torch.Tensor
@@ -69,10 +73,10 @@ class Sum:
 
 
 class Outbox:
-    """Sums on their way to Horovod.
+    """A queue of sums for Horovod.
 
     Args:
-        submit: begins the sum of a tensor in host memory, in place; returns a handle.
+        submit: starts the sum of a tensor in host memory, in place, and returns a handle.
         copies: None where Horovod takes tensors on the device itself.
     """
 
@@ -82,7 +86,7 @@ class Outbox:
         self._waiting: deque[Sum] = deque()
 
     def put(self, name: str, x: torch.Tensor) -> Sum:
-        """Begin the sum of x, which belongs to it until `take`."""
+        """Start the sum of x, which belongs to the queue until `take`."""
         if self._copies is None or not self._copies.needed(x):
             return Sum(name, x, x, handle=self._submit(name, x))
         begun = Sum(name, x, *self._copies.to_host(x))
@@ -91,7 +95,7 @@ class Outbox:
         return begun
 
     def advance(self) -> None:
-        """Hand over what has arrived in host memory, in the order in which it was put."""
+        """Hand over the sums whose copies have arrived in host memory, in their order."""
         while self._waiting:
             first = self._waiting[0]
             if first.arrived is not None and not first.arrived():
@@ -100,7 +104,7 @@ class Outbox:
             first.handle = self._submit(first.name, first.host)
 
     def take(self, done: Sum) -> torch.Tensor:
-        """The result of a sum that Horovod has finished, in the memory of x."""
+        """Return the result of a sum that Horovod has finished, in the memory of x."""
         if done.host is not done.x:
             assert self._copies is not None, "only copies put a sum elsewhere"
             self._copies.to_device(done.host, done.x)
