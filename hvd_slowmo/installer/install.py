@@ -6,6 +6,7 @@ import importlib
 import time
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -46,20 +47,35 @@ def install_horovod(options: Options, cache: Cache, env: Mapping[str, str], repo
     if recipe.installed() == wanted and not options.rebuild:
         reporter.say(f"Horovod {wanted.horovod} is installed already, built for {describe(frameworks)}")
     else:
-        wheel = obtain_wheel(sdist.HOROVOD, wanted, frameworks, options, cache, env, pip, reporter)
+        wheel = obtain_wheel(sdist.HOROVOD, wanted, frameworks, Workshop(options, cache, env, pip, reporter))
         install_wheel(wheel, pip, reporter)
     verify(frameworks, reporter)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The surroundings of a build.
+
+    Attributes:
+        options: settings of the build; `rebuild` ignores existing wheels.
+        cache: cache of wheels and sources.
+        env: the user's environment variables.
+        pip: pip of the running environment.
+        reporter: receives the progress.
+    """
+
+    options: Options
+    cache: Cache
+    env: Mapping[str, str]
+    pip: Pip
+    reporter: Reporter
 
 
 def obtain_wheel(
     source: sdist.Sdist,
     wanted: recipe.Recipe,
     frameworks: tuple[Framework, ...],
-    options: Options,
-    cache: Cache,
-    env: Mapping[str, str],
-    pip: Pip,
-    reporter: Reporter,
+    workshop: Workshop,
     changes: tuple[patches.Patch, ...] = patches.PATCHES,
 ) -> Path:
     """Return the path of the wheel of `wanted` in the cache, and build it first if it is missing.
@@ -68,16 +84,14 @@ def obtain_wheel(
         source: Horovod's source distribution.
         wanted: recipe of the wheel.
         frameworks: the frameworks to build for.
-        options: settings of the build; `rebuild` ignores existing wheels.
-        cache: cache of wheels and sources.
-        env: the user's environment variables.
-        pip: pip of the running environment.
-        reporter: receives the progress.
+        workshop: options, cache, environment, pip and reporter.
         changes: patches to apply to the sources.
 
     Raises:
         InstallError: a build is needed, and it fails or one of its requirements is missing.
     """
+    options, cache, env = workshop.options, workshop.cache, workshop.env
+    pip, reporter = workshop.pip, workshop.reporter
     if not options.rebuild and (wheel := cache.find(wanted)) is not None:
         reporter.say(f"Horovod {wanted.horovod} for {describe(frameworks)} was built before: {wheel}")
         return wheel

@@ -124,11 +124,7 @@ class Workshop:
             self.source,
             self.wanted,
             (TORCH,),
-            Options(**options),
-            self.cache,
-            os.environ,
-            self.pip,
-            self.reporter,
+            install.Workshop(Options(**options), self.cache, os.environ, self.pip, self.reporter),
             self.changes,
         )
 
