@@ -1,10 +1,10 @@
-"""An outer step alone, without the training between two of them: less noise than `step_time.py`.
+"""Time an outer step alone, without inner steps in between: less noise than `step_time.py`.
 
     horovodrun -np 2 python benchmarks/exchange.py
 
-25.2 million float32 parameters, one thread per worker, over a base optimizer that does nothing. In turn: one allreduce
-of as many values by gloo, the least that any average takes; the averaging of PyTorch's PostLocalSGDOptimizer; our Local
-SGD; our SlowMo. Medians, and the median ratio to the allreduce of the same round.
+25.2 million float32 parameters, one thread per worker, an inner optimizer that does nothing. The methods take turns:
+one gloo allreduce of as many values, the lower bound of any average; the averaging of PyTorch's PostLocalSGDOptimizer;
+our Local SGD; our SlowMo. Prints medians, and the median ratio to the allreduce of the same round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = (2048 * 4096, 4096, 4096 * 4032, 4032, 4032 * 74, 74)
 
 
 class Idle(torch.optim.SGD):
-    """A base optimizer that does nothing."""
+    """Inner optimizer that does nothing."""
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch overloads it
         pass
@@ -43,7 +43,7 @@ def ours(config: SlowMoConfig, name: str) -> Callable[[], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="number of measured rounds (default: %(default)s)")
     rounds = parser.parse_args().rounds
     hvd.init()
     torch.set_num_threads(1)

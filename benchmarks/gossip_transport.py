@@ -1,17 +1,17 @@
-"""What Horovod has for sending one vector to one other worker, as gossip does at every step; beside it an allreduce.
+"""Compare Horovod's ways to send one vector to one other worker, as gossip does at every step, with an allreduce.
 
     horovodrun -np 4 python benchmarks/gossip_transport.py
     benchmarks/link.sh 1gbit horovodrun --network-interfaces lo -np 4 python benchmarks/gossip_transport.py
 
 Every worker sends its vector to the next one (the first step of the topology "exponential"):
-- alltoall: one collective of all, with everything for one worker and nothing for the others;
-- broadcast in pairs: a process set for each pair of workers, the sender is the root;
-- allgather in pairs: the same sets, the sender gives its vector and the receiver nothing;
+- alltoall: one collective of all workers, with the whole vector for one worker and nothing for the others;
+- broadcast in pairs: a process set for each pair of workers, with the sender as root;
+- allgather in pairs: the same process sets; the sender contributes its vector and the receiver nothing;
 - swap by allgather: each pair of neighbours (0 and 1, 2 and 3, ..) exchanges vectors, which only symmetric topologies
-  can use; a pair is in one set only.
-In turn, with a pause between two looks at an unfinished collective as the library has it. Printed: medians; the
-smallest and the largest time; and the bytes of the loopback device per worker, which are these alone in a network
-namespace of their own (benchmarks/link.sh).
+  can use; each worker is in one process set only.
+The ways take turns and poll unfinished collectives with the library's pause. Prints the median, smallest and largest
+time, and the bytes sent on the loopback device per worker. These include no other traffic only in a separate network
+namespace (benchmarks/link.sh).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAUSE_S = 0.0002
 
 
 def sent_on_loopback() -> int:
-    """Bytes that the loopback device has sent since it came up."""
+    """Return the bytes that the loopback device has sent since it came up."""
     lines = Path("/proc/net/dev").read_text().splitlines()
     return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:"))
 
@@ -52,7 +52,7 @@ def ways(x: torch.Tensor, sets: dict[tuple[int, int], hvd.ProcessSet]) -> dict[s
 
     def alltoall() -> list[torch.Tensor]:
         handle = hvd.alltoall_async(x, splits, name="alltoall")
-        return [finish([handle])[0][0]]  # without how much came from whom
+        return [finish([handle])[0][0]]  # drop the received sizes
 
     def broadcast() -> list[torch.Tensor]:
         out = hvd.broadcast_async_(x, rank, name=f"broadcast.{rank}", process_set=to)
@@ -85,21 +85,21 @@ def ways(x: torch.Tensor, sets: dict[tuple[int, int], hvd.ProcessSet]) -> dict[s
 
 
 def check(name: str, came: torch.Tensor) -> None:
-    """What came is what the sender has: its rank, everywhere."""
+    """Check that the received vector is the sender's: its rank in every element."""
     partner = hvd.rank() ^ 1 if name.startswith("swap") else (hvd.rank() - 1) % hvd.size()
     expected = float(hvd.size()) if name.startswith("allreduce") else float(partner)
-    assert bool((came == expected).all()), f"{name}: {came[:3]} in place of {expected}"
+    assert bool((came == expected).all()), f"{name}: received {came[:3]} instead of {expected}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="number of measured rounds (default: %(default)s)")
     parser.add_argument("--megabytes", type=float, default=100, help="length of the vector (default: %(default)s)")
-    parser.add_argument("--label", default="loopback", help="what to call this network (default: %(default)s)")
+    parser.add_argument("--label", default="loopback", help="name of this network in the output (default: %(default)s)")
     args = parser.parse_args()
-    size = int(os.environ["HOROVOD_SIZE"])  # the process sets must be known at the start
+    size = int(os.environ["HOROVOD_SIZE"])  # hvd.init() needs the process sets
     if size < 3:
-        parser.error("with two workers the only pair is the set of all workers: start three or more")
+        parser.error("the process set of a pair must differ from that of all workers. Start three or more workers")
     links = [(i, (i + 1) % size) for i in range(size)]
     distinct = {frozenset(link): hvd.ProcessSet(sorted(link)) for link in links}
     hvd.init(process_sets=list(distinct.values()))

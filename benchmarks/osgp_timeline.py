@@ -1,10 +1,10 @@
-"""When a worker computes and when its message travels: SGP beside OSGP, drawn from the times of some steps.
+"""Draw when a worker computes and when its messages are in flight, for SGP and OSGP.
 
     benchmarks/link.sh 1gbit horovodrun --network-interfaces lo -np 2 python benchmarks/osgp_timeline.py --out osgp.png
 
-A perceptron with 6.3 million float32 parameters, one thread per worker. On rank 0 forward, backward and step() are
-timed where they are called; of a message, when it is handed to Horovod and when a thread that looks every 2 ms finds it
-finished. Drawn are those consecutive steps of each method that took closest to the median.
+A perceptron with 6.3 million float32 parameters, one thread per worker. Rank 0 times the calls of forward, backward and
+step(). A message begins when it is handed to Horovod and ends when a thread that polls every 2 ms finds it complete.
+The figure shows the consecutive steps of each method whose times are closest to the median.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LANES = {"forward": "#56B4E9", "backward": "#0072B2", "step(), waits included": 
 
 
 class Span(NamedTuple):
-    """Something that a worker did, in seconds."""
+    """An activity of a worker; times in seconds."""
 
     what: str
     begin: float
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 
 
 class WatchedComm(HorovodComm):
-    """Notes when each message begins and ends."""
+    """HorovodComm that records when each message begins and ends."""
 
     def __init__(self, spans: list[Span]) -> None:
         super().__init__(hvd.global_process_set)
@@ -72,7 +72,7 @@ class WatchedComm(HorovodComm):
             for handle in handles:
                 try:
                     over = hvd.poll(handle)
-                except ValueError:  # `wait` has taken the result in the meantime
+                except ValueError:  # `wait` has already taken the result
                     over = True
                 if over:
                     self._close(handle)
@@ -80,12 +80,12 @@ class WatchedComm(HorovodComm):
 
 
 def record(config: SlowMoConfig, name: str, steps: int, batch: int) -> tuple[list[Span], list[float]]:
-    """What rank 0 did, and when each step began."""
+    """Train; return this worker's activities, and the time at which each step began."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2016), nn.ReLU(), nn.Linear(2016, 74))
-    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    inner = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     spans: list[Span] = []
-    optimizer = SlowMo(base, model, config, comm=WatchedComm(spans), name=name)
+    optimizer = SlowMo(inner, model, config, comm=WatchedComm(spans), name=name)
     x, y = torch.randn(batch, 1024), torch.randint(74, (batch,))
     begins = []
     for _ in range(steps):
@@ -141,12 +141,12 @@ def draw(recorded: dict[str, tuple[list[Span], list[float]]], shown: int, title:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="steps of each method (default: %(default)s)")
-    parser.add_argument("--shown", type=int, default=3, help="steps that are drawn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="number of steps of each method (default: %(default)s)")
+    parser.add_argument("--shown", type=int, default=3, help="number of steps in the figure (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="per worker and step (default: %(default)s)")
-    parser.add_argument("--label", default="1 Gbit/s", help="what to call this network (default: %(default)s)")
+    parser.add_argument("--label", default="1 Gbit/s", help="name of this network in the figure (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("osgp_timeline.png"), help="the picture (default: %(default)s)"
+        "--out", type=Path, default=Path("osgp_timeline.png"), help="file of the figure (default: %(default)s)"
     )
     args = parser.parse_args()
     hvd.init()
@@ -158,10 +158,10 @@ def main() -> None:
             lengths = [after - before for before, after in itertools.pairwise(begins)]
             means = (statistics.median(s.end - s.begin for s in spans if s.what == w) for w in ("forward", "backward"))
             print(
-                f"{name}: median {1e3 * statistics.median(lengths):.0f} ms per step, least {1e3 * min(lengths):.0f}; "
+                f"{name}: median {1e3 * statistics.median(lengths):.0f} ms per step, minimum {1e3 * min(lengths):.0f}; "
                 f"forward and backward {1e3 * sum(means):.0f}"
             )
-        title = f"{hvd.size()} workers, {args.label}: the computation and the messages of one of them"
+        title = f"{hvd.size()} workers, {args.label}: computation and messages of rank 0"
         draw(recorded, args.shown, title, args.out)
         print(f"written: {args.out}")
 

@@ -1,12 +1,12 @@
-"""The outer step without the network: gather, update and scatter, against a plain copy of as many bytes.
+"""Compare the outer step without a network (gather, update, scatter) with a plain copy of as many bytes.
 
     python benchmarks/outer_update.py [--device cuda]
 
 One worker, 25 million float32 parameters in 200 tensors, so that nothing is sent. Gathering reads and writes each
 parameter; the update reads the mean, the anchor and v, and writes the model, the anchor and v: 8 x 4 bytes a parameter.
-Printed: bytes per second of an outer step, of a copy that reads and writes as many bytes, and their ratio; medians of
-runs in turn. And the cost of a step() that is no outer step, beyond the base optimizer's own; part of that is what
-PyTorch puts around every optimizer's step(), for hooks and its profiler.
+Prints bytes per second of an outer step and of a copy that reads and writes as many bytes, and their ratio; medians of
+alternating runs. Also prints the cost that SlowMo adds to an inner step. Part of it is the wrapper that PyTorch puts
+around every optimizer's step() for hooks and its profiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def clock(work: Callable[[], object], device: str) -> float:
 
 
 class Idle(torch.optim.SGD):
-    """A base optimizer that does nothing: what is left is the wrapper."""
+    """Inner optimizer that does nothing, so that only the cost of the wrapper remains."""
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch overloads it
         pass
@@ -81,7 +81,7 @@ def main() -> None:
         ]
         print(
             f"{args.device}: an inner step costs {1e3 * statistics.median(extra):.1f} µs with {count} parameters, "
-            f"{1e3 * statistics.median(around):.1f} µs of them PyTorch's own around any step()"
+            f"{1e3 * statistics.median(around):.1f} µs of which PyTorch's step() wrapper takes part"
         )
 
 

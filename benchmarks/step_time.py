@@ -1,17 +1,16 @@
-"""What a step costs: ours against what a user would pick instead, in one run, the methods in turn.
+"""Compare the time of a step under SlowMo and its alternatives; the methods take turns in one run.
 
     make bench                                                     # loopback and 1 Gbit/s, 2 and 4 workers
-    horovodrun -np 2 python benchmarks/step_time.py                # this network as it is
+    horovodrun -np 2 python benchmarks/step_time.py                # the network as it is
 
-25.2 million parameters, batch 32, Nesterov SGD, tau = 12, one thread per worker. A round gives each method `--steps`
-steps (a whole number of blocks); the methods take turns, `--rounds` times. Printed: the median over rounds of the mean
-time of a step, the least, which a busy machine spoils less, and the median of its ratio to no communication in the same
-round.
+25.2 million parameters, batch 32, Nesterov SGD, tau = 12, one thread per worker. In each of `--rounds` rounds, each
+method takes `--steps` steps (rounded up to whole blocks). Prints the median over rounds of the mean time of a step, the
+minimum, which depends less on other load, and the median ratio to no communication in the same round.
 
-Over gossip tau is 48, as in the paper. These rows are asked for by name, with as many steps for what they are compared
-with: --methods "ours: SGP" "ours: SlowMo over SGP" --steps 48. "the message alone" is what one gossip step sends, and
-nothing else; --batch-size and --shrink make computation longer and messages shorter, until both take equally long, and
---pause puts a wait in the place of forward and backward, as if a device of its own computed.
+With gossip, tau is 48, as in the paper. Select these methods by name, and give the methods that they are compared with
+as many steps: --methods "ours: SGP" "ours: SlowMo over SGP" --steps 48. "the message alone" sends the message of one
+gossip step and computes nothing. --batch-size and --shrink lengthen computation and shorten messages, until both take
+equally long; --pause replaces forward and backward by a wait, as if a separate device computed.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ Wrap = Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]
 
 
 def network(shrink: int = 1) -> nn.Module:
-    """A perceptron with 25.2 million parameters, or about shrink^2 times fewer."""
+    """Return a perceptron with 25.2 million parameters, divided by about shrink^2."""
     torch.manual_seed(0)
     a, b, c = 2048 // shrink, 4096 // shrink, 4032 // shrink
     return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, 74))
 
 
 def message(shrink: int) -> turns.Step:
-    """What a step over the topology "exponential" sends, without computation."""
+    """Return a step that sends a gossip message on the topology "exponential", without computation."""
     x = torch.rand(sum(p.numel() for p in network(shrink).parameters()))
     splits = torch.zeros(hvd.size(), dtype=torch.int32)
     splits[(hvd.rank() + 1) % hvd.size()] = len(x)
@@ -60,7 +59,7 @@ def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True))
     x, y = torch.randn(batch, 2048 // shrink), torch.randint(74, (batch,))
 
-    if pause is not None:  # a device computes, and the host's cores are free
+    if pause is not None:  # a device computes while the host's cores are idle
         nn.functional.cross_entropy(model(x), y).backward()
 
         def paused() -> None:
@@ -77,21 +76,21 @@ def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.
     return step
 
 
-def horovod(model: nn.Module, base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def horovod(model: nn.Module, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    return hvd.DistributedOptimizer(base, named_parameters=model.named_parameters())
+    return hvd.DistributedOptimizer(inner, named_parameters=model.named_parameters())
 
 
-def post_local(model: nn.Module, base: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return PostLocalSGDOptimizer(base, PeriodicModelAverager(period=TAU, warmup_steps=0))
+def post_local(model: nn.Module, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return PostLocalSGDOptimizer(inner, PeriodicModelAverager(period=TAU, warmup_steps=0))
 
 
 def ours(config: SlowMoConfig, name: str) -> Wrap:
-    return lambda model, base: SlowMo(base, model, config, name=name)
+    return lambda model, inner: SlowMo(inner, model, config, name=name)
 
 
 METHODS: dict[str, Wrap] = {
-    "no communication": lambda model, base: base,
+    "no communication": lambda model, inner: inner,
     "Horovod DistributedOptimizer": horovod,
     "PyTorch PostLocalSGD": post_local,
 }
@@ -100,7 +99,7 @@ METHODS: dict[str, Wrap] = {
 def main() -> None:
     parser = turns.options(__doc__, METHODS)
     parser.add_argument("--batch-size", type=int, default=32, help="per worker and step (default: %(default)s)")
-    parser.add_argument("--store", default=None, help="a new file for PyTorch's process group (default: a local port)")
+    parser.add_argument("--store", default=None, help="new file for PyTorch's process group (default: a local port)")
     args = parser.parse_args()
     hvd.init()
     torch.set_num_threads(1)

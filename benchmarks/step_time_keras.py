@@ -1,12 +1,13 @@
-"""What a step costs under Keras: ours against what a user would pick instead, in one run, the methods in turn.
+"""Compare the time of a Keras step under SlowMo and its alternatives; the methods take turns in one run.
 
-    make bench                                                     # with step_time.py, of which this is the other half
-    horovodrun -np 2 python benchmarks/step_time_keras.py          # this network as it is
-    python benchmarks/step_time_keras.py --inner                   # one worker: what an inner step's branch costs
+    make bench                                                     # together with step_time.py
+    horovodrun -np 2 python benchmarks/step_time_keras.py          # the network as it is
+    python benchmarks/step_time_keras.py --inner                   # one worker: the cost of an inner step
 
-The model, the batch and the measurement are step_time.py's; a process has one Horovod, PyTorch's or TensorFlow's. Each
-step is one call of a tf.function, forward and backward. Horovod's own Keras DistributedOptimizer is missing: on Keras 3
-it trains without communicating. DistributedGradientTape in a loop of one's own is what works.
+Model, batch and measurement are those of step_time.py; the scripts are separate since a process can load either
+PyTorch's or TensorFlow's Horovod. A step is one call of a tf.function with forward and backward. Horovod's Keras
+DistributedOptimizer is left out, since it does not communicate under Keras 3; DistributedGradientTape in a custom
+training loop does.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ Wrap = Callable[[keras.optimizers.Optimizer], keras.optimizers.Optimizer]
 
 
 def network(width: int = 4096) -> keras.Model:
-    """A perceptron; 25.2 million parameters if it is as wide as step_time.py's."""
+    """Return a perceptron; the default width gives the 25.2 million parameters of step_time.py."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(width, "relu"), keras.layers.Dense(width - 64, "relu"), keras.layers.Dense(74)]
     return keras.Sequential([keras.Input((width // 2,)), *layers])
 
 
 def waiting(milliseconds: float) -> Callable[[Any], Any]:
-    """The identity, after a while: nothing that TensorFlow would keep in order with the exchange, nor fold."""
+    """Return the identity after a wait, which TensorFlow neither folds nor orders with respect to the exchange."""
 
     def wait(x: Any) -> Any:
         time.sleep(milliseconds / 1e3)
@@ -46,7 +47,7 @@ def waiting(milliseconds: float) -> Callable[[Any], Any]:
 
 
 def message(width: int) -> turns.Step:
-    """What a step over the topology "exponential" sends, without computation."""
+    """Return a step that sends a gossip message on the topology "exponential", without computation."""
     x = tf.random.normal((network(width).count_params(),))
     splits = tf.one_hot((hvd.rank() + 1) % hvd.size(), hvd.size(), on_value=x.shape[0], off_value=0, dtype=tf.int32)
     send = tf.function(lambda: hvd.alltoall(x + tf.random.uniform(()), splits, name="message")[0][0])
@@ -79,7 +80,7 @@ def training(
         return loss
 
     @tf.function
-    def paused(x: Any) -> Any:  # a device computes, and the host's cores are free
+    def paused(x: Any) -> Any:  # a device computes while the host's cores are idle
         late = waiting(pause or 0.0)(x)[0, 0]
         with tf.control_dependencies([late]):
             mine = [tf.identity(g) for g in gradients]
@@ -90,16 +91,16 @@ def training(
 
 
 def horovod_tape(**options: Any) -> turns.Step:
-    return training(lambda base: base, hvd.DistributedGradientTape, **options)
+    return training(lambda optimizer: optimizer, hvd.DistributedGradientTape, **options)
 
 
 def ours(config: SlowMoConfig, name: str, **options: Any) -> turns.Step:
-    return training(lambda base: SlowMo(base, config, name=name), **options)
+    return training(lambda optimizer: SlowMo(optimizer, config, name=name), **options)
 
 
 def methods(tau_gossip: int) -> dict[str, Callable[..., turns.Step]]:
     mine = {name: partial(ours, *setting) for name, setting in turns.ours(tau_gossip).items()}
-    return {turns.ALONE: partial(training, lambda base: base), TAPE: horovod_tape, **mine}
+    return {turns.ALONE: partial(training, lambda optimizer: optimizer), TAPE: horovod_tape, **mine}
 
 
 def barrier() -> None:
@@ -107,8 +108,8 @@ def barrier() -> None:
 
 
 def inner(repeats: int = 2000) -> None:
-    """What stays of SlowMo where no outer step comes: its branches and counters, with a small model."""
-    plain = training(lambda base: base, width=128)
+    """Measure the cost of SlowMo's branches and counters between outer steps, with a small model."""
+    plain = training(lambda optimizer: optimizer, width=128)
     wrapped = ours(SlowMoConfig(tau=10**9), "inner", width=128)
     extra = []
     for number in range(10):
@@ -127,7 +128,7 @@ def inner(repeats: int = 2000) -> None:
 
 
 def memory() -> None:
-    """Floating-point elements kept beside the parameters and the inner optimizer's own."""
+    """Print the floating-point elements that SlowMo keeps in addition to parameters and inner state."""
     model = network(128)
     optimizer = SlowMo(keras.optimizers.SGD(0.01, momentum=0.9), SlowMoConfig(tau=turns.TAU))
     optimizer.build(model.trainable_variables)
@@ -139,7 +140,7 @@ def memory() -> None:
 
 def main() -> None:
     parser = turns.options(__doc__, [turns.ALONE, TAPE])
-    parser.add_argument("--inner", action="store_true", help="one worker: the cost of an inner step, and the memory")
+    parser.add_argument("--inner", action="store_true", help="one worker: measure an inner step and the memory")
     args = parser.parse_args()
     hvd.init()
     tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -1,4 +1,4 @@
-"""Methods that take turns at training: what step_time.py and step_time_keras.py share."""
+"""Options, methods and measurement of step_time.py and step_time_keras.py; the methods take turns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.gossip import DPSGD, SGP
 
 TAU = 12
-ALONE = "no communication"  # the method that the others are compared with
-MESSAGE = "the message alone"  # what a step over the topology "exponential" sends, without computation
+ALONE = "no communication"  # the reference of all ratios
+MESSAGE = "the message alone"  # the message of a gossip step on the topology "exponential", without computation
 USUAL = ("ours: Local SGD", "ours: SlowMo", "ours: AR-SGD", "ours: SGP", "ours: OSGP")
 Step = Callable[[], None]
 
 
 def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
-    """Our methods: settings, and a name for their collectives."""
+    """Return our methods: settings, and the prefix of their collectives' names."""
     return {
         "ours: Local SGD": (SlowMoConfig.local_sgd(TAU), "local"),
         "ours: SlowMo": (SlowMoConfig(tau=TAU), "slowmo"),
@@ -39,23 +39,26 @@ def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
 
 
 def block_of(name: str, tau_gossip: int) -> int:
-    """The least number of steps in which a method does everything that it does."""
+    """Return a method's period in steps: a block, or 1 without blocks."""
     config, _ = ours(tau_gossip).get(name, (None, ""))
     return (config.tau or 1) if config is not None else TAU if name == "PyTorch PostLocalSGD" else 1
 
 
 def options(description: str | None, methods: Iterable[str]) -> ArgumentParser:
-    """methods: those that are not ours."""
+    """Return a parser with the common options.
+
+    methods: the methods of other libraries.
+    """
     usual = [*methods, *USUAL]
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=TAU, help="steps per method and round (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=usual, choices=[*methods, *ours(1), MESSAGE], metavar="METHOD")
-    parser.add_argument("--pause", type=float, help="milliseconds of waiting in place of forward and backward")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the layers' widths (default: %(default)s)")
-    parser.add_argument("--tau-gossip", type=int, default=48, help="tau over gossip (default: %(default)s)")
-    parser.add_argument("--label", default="loopback", help="what to call this network (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="append the figures to this file, a line of JSON each")
+    parser.add_argument("--pause", type=float, help="milliseconds to wait instead of forward and backward")
+    parser.add_argument("--shrink", type=int, default=1, help="divisor of the layers' widths (default: %(default)s)")
+    parser.add_argument("--tau-gossip", type=int, default=48, help="tau of SlowMo with gossip (default: %(default)s)")
+    parser.add_argument("--label", default="loopback", help="name of this network in the output (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="append the results to this file, one line of JSON per method")
     return parser
 
 
@@ -79,7 +82,7 @@ def measure(
 
 
 def run(hvd: Any, args: Namespace, make: Callable[[str], Step], barrier: Step) -> None:
-    """Measure `args.methods`, and tell on rank 0. hvd: horovod.torch or horovod.tensorflow."""
+    """Measure `args.methods`, and print the results on rank 0. hvd: horovod.torch or horovod.tensorflow."""
     names = [ALONE, *(name for name in args.methods if name != ALONE)]
     steps = {name: make(name) for name in names}
     blocks = {name: block_of(name, args.tau_gossip) for name in steps}
@@ -95,7 +98,7 @@ def run(hvd: Any, args: Namespace, make: Callable[[str], Step], barrier: Step) -
 def _tell(name: str, seconds: list[float], alone: list[float], workers: int, args: Namespace) -> None:
     ratio = statistics.median(a / b for a, b in zip(seconds, alone, strict=True))
     median = statistics.median(seconds)
-    print(f"  {name:36} {1e3 * median:8.1f} ms per step, least {1e3 * min(seconds):8.1f}   {ratio:6.2f} x", flush=True)
+    print(f"  {name:36} {1e3 * median:8.1f} ms per step, min {1e3 * min(seconds):8.1f}   {ratio:6.2f} x", flush=True)
     if args.out:
         with args.out.open("a") as file:
             row = {"network": args.label, "workers": workers, "method": name, "s": median, "ratio": ratio}
@@ -103,7 +106,7 @@ def _tell(name: str, seconds: list[float], alone: list[float], workers: int, arg
 
 
 def _compare(times: dict[str, list[float]]) -> None:
-    """What the gossip methods are held against, as medians of the ratios within a round."""
+    """Print the gossip methods' ratios to their lower bounds and references, as medians over the rounds."""
 
     def ratio(name: str, others: Iterable[float]) -> str:
         found = [seconds / other for seconds, other in zip(times[name], others, strict=True)]
@@ -115,7 +118,7 @@ def _compare(times: dict[str, list[float]]) -> None:
             if name in times:
                 print(f"  {name} / (computation + message):    {ratio(name, map(sum, both))}")
                 print(f"  {name} / max(computation, message):  {ratio(name, map(max, both))}")
-    for base in ("SGP", "OSGP", "D-PSGD", "AR-SGD"):
-        mine, below = f"ours: SlowMo over {base}", f"ours: {base}"
+    for method in ("SGP", "OSGP", "D-PSGD", "AR-SGD"):
+        mine, below = f"ours: SlowMo over {method}", f"ours: {method}"
         if mine in times and below in times:
             print(f"  {mine} / {below}:    {ratio(mine, times[below])}", flush=True)

@@ -1,9 +1,9 @@
-"""How to wait for a collective: look again and again, as `hvd.synchronize` does, or with a pause between two looks.
+"""Compare ways to wait for a collective: poll without a pause, as `hvd.synchronize` does, or with one.
 
     horovodrun -np 4 python benchmarks/waiting.py
 
-Prints the median time of an allreduce for each pause (0: no pause, Horovod's own way), the ways in turn within one run.
-The pause that the library takes is hvd_slowmo_torch/comm.py's _PAUSE_S.
+Prints the median time of an allreduce for each pause (0: `hvd.synchronize`); the ways take turns within one run. The
+library's pause is _PAUSE_S in torch/hvd_slowmo_torch/horovod.py.
 """
 
 from __future__ import annotations

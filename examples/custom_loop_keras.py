@@ -1,4 +1,4 @@
-"""SlowMo in a training loop of one's own: GradientTape, broadcast, apply, join. SlowMo's lines are marked `# SlowMo`.
+"""A custom training loop in Keras: GradientTape, broadcast, apply, join. The lines that SlowMo adds end in `# SlowMo`.
 
 Run it with: horovodrun -np 2 python examples/custom_loop_keras.py
 Or on a single worker: python examples/custom_loop_keras.py

@@ -1,9 +1,8 @@
-"""What the digits examples share, whatever the framework: options, data, the table and the picture.
+"""Options, data, the results table and the figure of the digits examples, independent of the framework.
 
-Why these defaults: with four workers whose shares are drawn at random there is little to see, since at a good learning
-rate all methods end within a point or so of each other. With shares sorted by class each worker pulls towards its own
-digits, and how the models are brought together matters. What digits_torch.py printed, test accuracy in %, mean and
-standard deviation:
+The defaults sort the shards by class: each worker pulls towards its own digits, so the method that combines the models
+matters. With randomly drawn shards, four workers and a good learning rate, all methods end within about a point of each
+other. Test accuracy in % that digits_torch.py printed, mean and standard deviation:
 
     options                                     AR-SGD       Local SGD     SlowMo
     none (15 seeds)                             98.5 ± 0.6   94.7 ± 1.0    96.9 ± 1.0
@@ -13,9 +12,9 @@ standard deviation:
 
 digits_keras.py, 15 seeds:                      98.4 ± 0.6   96.0 ± 0.8   97.2 ± 1.0
 
-So SlowMo is no free lunch: where the momentum is kept at every average and the shares are random, it loses; at twice
-the learning rate both are unstable. The defaults' learning rate and beta were chosen on seeds 0 to 9, which are among
-the defaults' seeds; the second line has seeds that were not.
+SlowMo does not always win: with random shards and momentum that is kept across averages, Local SGD is better; at twice
+the learning rate both are unstable. The default learning rate and beta were tuned on seeds 0 to 9, which the first line
+includes; the second line uses unseen seeds.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from hvd_slowmo import DPSGD, SGP, SlowMoConfig
 
 
 def outer(args: Namespace, **settings: Any) -> SlowMoConfig:
-    """SlowMo with the options' settings, over the base that the settings name."""
+    """Return SlowMo's configuration from the options; `settings` adds gossip or averaged gradients."""
     return SlowMoConfig(tau=args.tau, alpha=args.alpha, beta=args.beta, inner_state=args.inner_state, **settings)
 
 
-# The methods that can be compared: what each means to SlowMo, given the options.
+# The methods that can be compared, each as a function from the options to a configuration.
 METHODS: dict[str, Callable[[Namespace], SlowMoConfig]] = {
     "ar-sgd": lambda args: SlowMoConfig.ar_sgd(),
     "local-sgd": lambda args: SlowMoConfig.local_sgd(args.tau, inner_state=args.inner_state),
@@ -55,10 +54,10 @@ METHODS: dict[str, Callable[[Namespace], SlowMoConfig]] = {
     "osgp": lambda args: SlowMoConfig.osgp(),
     "slowmo-osgp": lambda args: outer(args, gossip=SGP(overlap=True)),
 }
-DEFAULT = ("ar-sgd", "local-sgd", "slowmo")  # what is quick to see; the others are for who asks for them
+DEFAULT = ("ar-sgd", "local-sgd", "slowmo")  # a quick comparison; --methods selects others
 
-# Colours that colour-blind people can tell apart (Okabe and Ito), and a line style for black and white: over a gossip
-# base a colour is a base, dashed without SlowMo and solid with it.
+# Okabe and Ito's colours, which are safe for colour-blind readers, and line styles for black-and-white print. Each
+# gossip method has one colour: dashed without SlowMo, solid with it.
 STYLES = {
     "ar-sgd": ("#000000", "-"),
     "local-sgd": ("#D55E00", "--"),
@@ -82,36 +81,36 @@ def parse(
     methods: Sequence[str] = DEFAULT,
     more: Callable[[Callable[..., Any]], None] = lambda add: None,
 ) -> Namespace:
-    """The options, the same in every framework but for some defaults. The help is printed on rank 0 only.
+    """Parse the options, which all frameworks share except for some defaults. Only rank 0 prints the help.
 
-    more: adds options of an example's own.
+    more: adds the options of a single example.
     """
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(methods), metavar="METHOD", help=", ".join(METHODS))
-    add("--seeds", type=int, default=seeds, help="number of runs of each method, each with a seed of its own")
-    add("--first-seed", type=int, default=0, help="the seed of the first run; the next ones follow it")
-    add("--epochs", type=int, default=10, help="passes of every worker over its share of the training data")
+    add("--seeds", type=int, default=seeds, help="number of runs of each method, each with a different seed")
+    add("--first-seed", type=int, default=0, help="seed of the first run; later runs count up from it")
+    add("--epochs", type=int, default=10, help="passes of each worker over its shard of the training data")
     add("--batch-size", type=int, default=8, help="images per worker and step")
-    add("--lr", type=float, default=0.05, help="learning rate; a tenth of it in the last fifth of the epochs")
+    add("--lr", type=float, default=0.05, help="learning rate, reduced to a tenth in the last fifth of the epochs")
     add(
         "--inner-state",
         choices=("maintain", "reset", "average"),
         default="reset",
-        help="the base optimizer's momentum at the beginning of a block of tau steps",
+        help="the inner optimizer's momentum at the start of a block of tau steps",
     )
     add(
         "--shards",
         choices=("random", "sorted"),
         default="sorted",
-        help="each worker's share of the training data: drawn at random, or sorted by class (2 to 4 classes each)",
+        help="each worker's shard of the training data: drawn at random, or sorted by class (2 to 4 classes each)",
     )
     add("--tau", type=int, default=12, help="steps between two averages of the models")
     add("--alpha", type=float, default=1.0, help="SlowMo's slow learning rate")
     add("--beta", type=float, default=0.5, help="SlowMo's slow momentum")
-    add("--out", type=Path, default=Path("results"), help="directory for the results and the picture")
-    add("--logdir", type=Path, help="write what every outer step measured to TensorBoard files in this directory")
-    add("--quick", action="store_true", help="one run of SlowMo alone")
+    add("--out", type=Path, default=Path("results"), help="directory for the results and the figure")
+    add("--logdir", type=Path, help="write the metrics of every outer step to TensorBoard files in this directory")
+    add("--quick", action="store_true", help="a single run of SlowMo")
     more(add)
     with redirect_stdout(StringIO() if rank else sys.stdout):
         args = parser.parse_args(arguments)
@@ -130,7 +129,7 @@ class Data(NamedTuple):
 
 
 def load() -> Data:
-    """Scikit-learn's digits: 1,437 for training and 360 for the test, always the same."""
+    """Load scikit-learn's digits, with a fixed split into 1,437 training and 360 test images."""
     digits = load_digits()
     images, classes = (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(classes))
@@ -139,7 +138,7 @@ def load() -> Data:
 
 
 def shard(classes: np.ndarray, how: str, rank: int, size: int, seed: int) -> np.ndarray:
-    """The indices of this worker's examples. All workers have equally many, and no two have the same."""
+    """Return the indices of this worker's examples. Shards are disjoint and have equal size."""
     order = np.random.default_rng(seed).permutation(len(classes))
     if how == "sorted":
         order = order[np.argsort(classes[order], kind="stable")]
@@ -148,14 +147,14 @@ def shard(classes: np.ndarray, how: str, rank: int, size: int, seed: int) -> np.
 
 
 def batches(indices: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """One epoch in random order, without what does not fill a batch: all workers make equally many steps."""
+    """Yield the batches of one epoch in random order, without a partial one: all workers take equally many steps."""
     order = rng.permutation(indices)
     for start in range(0, len(order) - batch_size + 1, batch_size):
         yield order[start : start + batch_size]
 
 
 def steps_per_epoch(data: Data, batch_size: int, size: int) -> int:
-    """How many batches every worker has."""
+    """Return the number of batches of each worker per epoch."""
     steps = len(data.train_classes) // size // batch_size
     if steps == 0:
         raise ValueError(f"{len(data.train_classes)} images are too few for {size} workers and {batch_size} a batch.")
@@ -164,32 +163,32 @@ def steps_per_epoch(data: Data, batch_size: int, size: int) -> int:
 
 @dataclass
 class Run:
-    """What one run of one method gave."""
+    """Results of one run of one method."""
 
     method: str
     seed: int
-    steps: list[int] = field(default_factory=list)  # after how many steps the curves have their points
-    loss: list[float] = field(default_factory=list)  # training loss since the point before, mean over the workers
-    accuracy: list[float] = field(default_factory=list)  # of the workers' mean model on the test data, %
+    steps: list[int] = field(default_factory=list)  # step counts at which the curves have points
+    loss: list[float] = field(default_factory=list)  # training loss since the previous point, mean over the workers
+    accuracy: list[float] = field(default_factory=list)  # test accuracy of the workers' mean model, %
     ms_per_step: float = 0.0  # training only, mean over the workers
-    mb_sent: float = 0.0  # 10^6 bytes handed to Horovod by each worker, start and evaluation not counted
-    ms_between: float = 0.0  # per step that averages nothing, where that is measured
+    mb_sent: float = 0.0  # 10^6 bytes handed to Horovod per worker, without start and evaluation
+    ms_between: float = 0.0  # per step without an average, where measured
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A line per method."""
+    """Return the results as text, one line per method."""
     lines = [f"{'method':<21}{'test accuracy, %':>18}{'ms per step':>14}{'MB sent per worker':>21}"]
     for method, mine in by_method(runs).items():
         last = [run.accuracy[-1] for run in mine]
         accuracy = f"{np.mean(last):.1f}" + (f" ± {np.std(last, ddof=1):.1f}" if len(last) > 1 else "")
-        # The median: a run in which the machine was busy with something else should not count.
+        # The median ignores a run during which the machine was busy with something else.
         speed, sent = np.median([run.ms_per_step for run in mine]), np.mean([run.mb_sent for run in mine])
         lines.append(f"{method:<21}{accuracy:>18}{speed:>14.2f}{sent:>21.2f}")
     return "\n".join(lines)
 
 
-def picture(runs: Sequence[Run], title: str, path: Path) -> None:
-    """Loss and accuracy over the steps: the mean over the seeds, and a band of one standard deviation."""
+def draw_figure(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Plot loss and accuracy over the steps: the mean over the seeds and a band of one standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +212,7 @@ def picture(runs: Sequence[Run], title: str, path: Path) -> None:
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method, in the order in which the methods first appear."""
+    """Group the runs by method, in order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.method, []).append(run)
@@ -221,16 +220,16 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def report(name: str, args: Namespace, runs: Sequence[Run], workers: int) -> None:
-    """Print the table, and write NAME.json and NAME.png into the directory `args.out`."""
+    """Print the table, and write NAME.json and NAME.png to the directory `args.out`."""
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     results = {"workers": workers, "settings": settings, "runs": [asdict(run) for run in runs]}
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     seeds = f"{args.seeds} seeds (bands: ± standard deviation)" if args.seeds > 1 else f"seed {args.first_seed}"
-    picture(
+    draw_figure(
         runs,
         f"Digits on {workers} workers, shards {args.shards}: τ = {args.tau}, α = {args.alpha:g}, β = {args.beta:g}, "
-        f"buffers {args.inner_state}, {seeds}",
+        f"inner state {args.inner_state}, {seeds}",
         args.out / f"{name}.png",
     )
     print(f"\n{table(runs)}\n\nWritten: {args.out / name}.json, {args.out / name}.png", flush=True)

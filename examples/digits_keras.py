@@ -1,7 +1,7 @@
 """SlowMo against Local SGD and AR-SGD on scikit-learn's handwritten digits, with Keras.
 
-The job of digits_torch.py, under `model.fit`: the workers also join at the end of every epoch, where it takes their
-mean for the evaluation alone.
+The same job as digits_torch.py, with `model.fit`. Here the workers join at the end of every epoch; digits_torch.py only
+averages the parameters for the evaluation.
 
 Run it with: horovodrun -np 4 python examples/digits_keras.py
 """
@@ -19,7 +19,7 @@ import hvd_slowmo.tf as slowmo
 
 
 def network() -> keras.Model:
-    """A small convolutional network for images (n, 8, 8)."""
+    """Return a small convolutional network for images of shape (n, 8, 8)."""
     layers = keras.layers
     return keras.Sequential(
         [
@@ -36,7 +36,7 @@ def network() -> keras.Model:
 
 
 class Watch(keras.callbacks.Callback):
-    """Fills a `Run`: the callback behind it has joined the workers and averaged what Keras measured."""
+    """Callback that fills a `Run`, after SlowMoCallback has joined the workers and averaged Keras' metrics."""
 
     def __init__(self, run: common.Run, bar: tqdm) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Watch(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._begin = time.perf_counter()
 
-    def on_test_begin(self, logs: dict | None = None) -> None:  # the epoch's batches and the join are done
+    def on_test_begin(self, logs: dict | None = None) -> None:  # after the epoch's batches and the join
         before = self._run.steps[-1] if self._run.steps else 0
         self._run.steps.append(self.model.optimizer.steps)
         if before or self.params["epochs"] == 1:  # TensorFlow traces in the first epoch
@@ -70,7 +70,7 @@ class Watch(keras.callbacks.Callback):
 
 
 class TensorBoard(keras.callbacks.Callback):
-    """Writes the optimizer's metrics to TensorBoard, once after each outer step."""
+    """Callback that writes the optimizer's metrics to TensorBoard after each outer step."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class TensorBoard(keras.callbacks.Callback):
 
 
 def compiled(args, method: str) -> keras.Model:
-    """The network with its optimizer."""
+    """Return the network, compiled with SlowMo."""
     model = network()
-    base = keras.optimizers.SGD(args.lr, momentum=0.9, nesterov=True)
-    optimizer = slowmo.SlowMo(base, common.METHODS[method](args), metrics=args.logdir is not None)
+    inner = keras.optimizers.SGD(args.lr, momentum=0.9, nesterov=True)
+    optimizer = slowmo.SlowMo(inner, common.METHODS[method](args), metrics=args.logdir is not None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     optimizer.build(model.trainable_variables)
@@ -96,7 +96,7 @@ def compiled(args, method: str) -> keras.Model:
 
 
 def train(args, model: keras.Model, method: str, seed: int, data: common.Data, bar: tqdm) -> common.Run:
-    """One run of one method, from the beginning; what TensorFlow has traced for the model serves all runs."""
+    """Train one method from scratch. All runs of a method reuse the model's traced functions."""
     run = common.Run(method, seed)
     keras.utils.set_random_seed(seed)
     model.set_weights(network().get_weights())
@@ -116,7 +116,7 @@ def train(args, model: keras.Model, method: str, seed: int, data: common.Data, b
     ]
     if args.logdir is not None and hvd.rank() == 0:
         callbacks.append(TensorBoard(args.logdir / f"{method}-{seed}"))
-    # Validation comes after the epoch's join: all workers hold the mean, and each sees a part of the test data.
+    # Validation follows the epoch's join: all workers hold the mean, and each evaluates a part of the test data.
     test = tuple(part[hvd.rank() :: hvd.size()] for part in (data.test_images, data.test_classes))
     options = {"validation_data": test, "validation_batch_size": len(test[0]), "callbacks": callbacks}
     model.fit(batches, epochs=args.epochs, shuffle=False, verbose=0, **options)  # the data set shuffles

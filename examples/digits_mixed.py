@@ -1,8 +1,8 @@
 """One model trained by PyTorch and Keras workers together, on scikit-learn's handwritten digits.
 
-Workers of even rank have the network in PyTorch, those of odd rank the same network in Keras. Started by itself, it
-runs the same training on PyTorch alone and on Keras alone too, and puts the three side by side; --quick leaves these
-out. Under horovodrun it is one such job.
+Workers of even rank run the network in PyTorch, those of odd rank run the same network in Keras. Without horovodrun the
+script launches this job and the same one on PyTorch alone and on Keras alone, and compares the three; --quick launches
+the mixed job alone. Under horovodrun the script is a worker of one job.
 
 Run it with: python examples/digits_mixed.py
          or: horovodrun -np 4 python examples/digits_mixed.py
@@ -29,7 +29,7 @@ NAMES = {"torch": "PyTorch", "keras": "Keras"}
 
 
 class Torch:
-    """A worker with the network in PyTorch."""
+    """A PyTorch worker."""
 
     def __init__(self, args: Namespace) -> None:
         import horovod.torch as hvd
@@ -41,17 +41,17 @@ class Torch:
         self.rank, self.size = hvd.rank(), hvd.size()
 
     def begin(self, method: str, seed: int) -> None:
-        """A new training; a collective."""
+        """Start a new run. A collective."""
         import digits_torch
 
         import hvd_slowmo.torch as slowmo
 
         self._torch.manual_seed(seed)
         self.model = digits_torch.network()
-        base = self._torch.optim.SGD(self.model.parameters(), lr=self._args.lr, momentum=0.9, nesterov=True)
+        inner = self._torch.optim.SGD(self.model.parameters(), lr=self._args.lr, momentum=0.9, nesterov=True)
         config = common.METHODS[method](self._args)
-        # The network has the same layers in the same order in Keras, so the map has nothing to say.
-        self.optimizer = slowmo.SlowMo(base, self.model, config, parameter_map=slowmo.ParameterMap())
+        # The Keras network has the same layers in the same order, so the map needs no entries.
+        self.optimizer = slowmo.SlowMo(inner, self.model, config, parameter_map=slowmo.ParameterMap())
 
     def step(self, images: np.ndarray, classes: np.ndarray, rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -68,12 +68,12 @@ class Torch:
             return self.model(self._torch.from_numpy(images)).argmax(dim=1).numpy()
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all workers."""
+        """Return the sum over all workers."""
         return self._hvd.allreduce(self._torch.from_numpy(values), op=self._hvd.Sum, name="digits").numpy()
 
 
 class Keras:
-    """A worker with the network in Keras. What TensorFlow has traced for a method serves all its runs."""
+    """A Keras worker. All runs of a method reuse its traced functions."""
 
     def __init__(self, args: Namespace) -> None:
         import horovod.tensorflow as hvd
@@ -87,14 +87,14 @@ class Keras:
         self.rank, self.size = hvd.rank(), hvd.size()
         self._made: dict[str, Any] = {}
 
-        @tf.function(autograph=False)  # in a function Horovod has the name; with PyTorch's prefix they meet
+        @tf.function(autograph=False)  # a function keeps the name; the prefix matches PyTorch's
         def total(values: Any) -> Any:
             return hvd.allreduce(values, op=hvd.Sum, name="allreduce.digits")
 
         self._total = total
 
     def begin(self, method: str, seed: int) -> None:
-        """A new training; a collective."""
+        """Start a new run. A collective."""
         import digits_keras
 
         if method not in self._made:
@@ -112,9 +112,9 @@ class Keras:
         import hvd_slowmo.tf as slowmo
 
         tf, model = self._tf, digits_keras.network()
-        base = self._keras.optimizers.SGD(self._args.lr, momentum=0.9, nesterov=True)
+        inner = self._keras.optimizers.SGD(self._args.lr, momentum=0.9, nesterov=True)
         config = common.METHODS[method](self._args)
-        optimizer = slowmo.SlowMo(base, config, parameter_map=slowmo.ParameterMap())
+        optimizer = slowmo.SlowMo(inner, config, parameter_map=slowmo.ParameterMap())
         optimizer.build(model.trainable_variables)
         criterion = self._keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -135,19 +135,19 @@ class Keras:
         return self.model(images).numpy().argmax(axis=1)
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all workers."""
+        """Return the sum over all workers."""
         return self._total(self._tf.constant(values)).numpy()
 
 
 def train(args: Namespace, worker: Torch | Keras, method: str, seed: int, data: common.Data, bar: tqdm) -> common.Run:
-    """One run of one method, the same for both frameworks."""
+    """Train one method with one seed, in either framework."""
     run = common.Run(method, seed)
     worker.begin(method, seed)
     optimizer = worker.optimizer
     mine = common.shard(data.train_classes, args.shards, worker.rank, worker.size, seed)
     rng = np.random.default_rng([seed, worker.rank])
     late = args.epochs - args.epochs // 5
-    clock, between, sent = [], [], optimizer.bytes_sent  # seconds of each step, and of those that average nothing
+    clock, between, sent = [], [], optimizer.bytes_sent  # seconds of all steps, and of those without an average
     for epoch in range(args.epochs):
         losses = []
         first = epoch == 0 and args.epochs > 1  # TensorFlow traces in the first epoch
@@ -171,7 +171,7 @@ def train(args: Namespace, worker: Torch | Keras, method: str, seed: int, data: 
 
 
 def compare(args: Namespace, worker: Torch | Keras, runs: list[common.Run], data: common.Data) -> None:
-    """What the workers of both frameworks say about the one model of the last run, and how long they waited."""
+    """Print each worker's test results with the common model of the last run, and its time per step."""
     table = np.zeros((worker.size, len(data.test_classes) + 2))
     table[worker.rank, :-2] = worker.predict(data.test_images)
     table[worker.rank, -2:] = np.median([[run.ms_per_step, run.ms_between] for run in runs], axis=0)
@@ -183,19 +183,19 @@ def compare(args: Namespace, worker: Torch | Keras, runs: list[common.Run], data
         name = NAMES[framework(args.frameworks, rank)]
         print(
             f"rank {rank}, {name:8}{right} of {len(data.test_classes)} test images right; "
-            f"{row[-2]:.2f} ms per step, {row[-1]:.2f} where nothing is averaged"
+            f"{row[-2]:.2f} ms per step, {row[-1]:.2f} without an average"
         )
     same = int((table[:, :-2] == table[0, :-2]).all(axis=0).sum())
     print(f"The workers classify {same} of {len(data.test_classes)} test images alike.")
 
 
 def framework(kind: str, rank: int) -> str:
-    """Of a worker."""
+    """Return the framework of a worker."""
     return ("torch", "keras")[rank % 2] if kind == "mixed" else kind
 
 
 def work(args: Namespace, rank: int) -> None:
-    """A worker of one job."""
+    """Run as a worker of one job."""
     worker = (Torch if framework(args.frameworks, rank) == "torch" else Keras)(args)
     data = common.load()
     steps = args.epochs * common.steps_per_epoch(data, args.batch_size, worker.size)
@@ -212,7 +212,7 @@ def work(args: Namespace, rank: int) -> None:
 
 
 def report(args: Namespace, runs: list[common.Run], workers: int, name: str) -> None:
-    """A line and a curve for each method and kind of workers."""
+    """Report a line and a curve for each method and kind of workers."""
     for run in runs:
         if "," not in run.method:
             run.method = f"{run.method}, {args.frameworks}"
@@ -221,10 +221,10 @@ def report(args: Namespace, runs: list[common.Run], workers: int, name: str) -> 
 
 
 def launch(args: Namespace) -> None:
-    """A job for each kind of workers, and all of them in one table."""
+    """Launch a job for each kind of workers, and report all of them in one table."""
     launcher = shutil.which("horovodrun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if launcher is None:
-        sys.exit("horovodrun is not installed; run: hvd-slowmo install-horovod")
+        sys.exit("horovodrun is not installed. Run: hvd-slowmo install-horovod")
     runs = []
     for kind in KINDS[: 1 if args.quick else None]:
         command = [launcher, "-np", str(args.workers), sys.executable, *sys.argv, "--frameworks", kind]
@@ -246,8 +246,8 @@ def main() -> None:
 
 
 def options(add: Any) -> None:
-    add("--frameworks", choices=KINDS, default="mixed", help="what the workers of a job under horovodrun have")
-    add("--workers", type=int, default=4, help="how many there are without horovodrun")
+    add("--frameworks", choices=KINDS, default="mixed", help="frameworks of the workers of a job under horovodrun")
+    add("--workers", type=int, default=4, help="number of workers to launch without horovodrun")
 
 
 if __name__ == "__main__":

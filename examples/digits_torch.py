@@ -19,7 +19,7 @@ import hvd_slowmo.torch as slowmo
 
 
 def network() -> nn.Module:
-    """A small convolutional network for images (n, 8, 8)."""
+    """Return a small convolutional network for images of shape (n, 8, 8)."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8)),
         nn.Conv2d(1, 8, 3, padding=1),
@@ -34,14 +34,14 @@ def network() -> nn.Module:
 
 
 def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> common.Run:
-    """One run of one method."""
+    """Train one method with one seed."""
     images, classes, test_images, test_classes = data
     run = common.Run(method, seed)
     config = common.METHODS[method](args)
     torch.manual_seed(seed)
     model = network().to(images.device)
-    base = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
-    optimizer = slowmo.SlowMo(base, model, config, metrics=args.logdir is not None)
+    inner = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
+    optimizer = slowmo.SlowMo(inner, model, config, metrics=args.logdir is not None)
     log = logger(args.logdir, f"{method}-{seed}")
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs - args.epochs // 5])
 
@@ -59,7 +59,7 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
             losses.append(loss.detach())
             log(optimizer)
             bar.update()
-        loss = torch.stack(losses).mean().cpu()  # waits for a GPU, so that the clock is right
+        loss = torch.stack(losses).mean().cpu()  # waits for the GPU before the clock is read
         seconds += time.perf_counter() - begin
         sent += optimizer.bytes_sent - before
         scheduler.step()
@@ -67,8 +67,8 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
         run.steps.append(optimizer.steps)
         run.loss.append(hvd.allreduce(loss, name="loss").item())
         if len(run.steps) == args.epochs:
-            optimizer.join()  # the end: all workers keep the mean
-        with optimizer.averaged_parameters():  # a collective: every worker is here, though only one needs the result
+            optimizer.join()  # at the end all workers keep the mean
+        with optimizer.averaged_parameters():  # a collective: every worker enters, although only rank 0 evaluates
             if hvd.rank() == 0:
                 run.accuracy.append(accuracy(model, test_images, test_classes))
     milliseconds = torch.tensor(1000 * seconds / optimizer.steps)
@@ -78,7 +78,7 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
 
 
 def logger(logdir: Path | None, name: str) -> Callable[[slowmo.SlowMo], None]:
-    """Writes the optimizer's metrics to TensorBoard, on rank 0, once after each outer step."""
+    """Return a function that writes the optimizer's metrics to TensorBoard after each outer step, on rank 0 only."""
     if logdir is None or hvd.rank() != 0:
         return lambda optimizer: None
     from torch.utils.tensorboard import SummaryWriter
@@ -96,7 +96,7 @@ def logger(logdir: Path | None, name: str) -> Callable[[slowmo.SlowMo], None]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> float:
-    """How many images the model classifies rightly, %."""
+    """Return the share of correctly classified images, in %."""
     model.eval()
     return 100 * (model(images).argmax(dim=1) == classes).double().mean().item()
 

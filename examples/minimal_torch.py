@@ -1,4 +1,4 @@
-"""An ordinary PyTorch training script and, marked `# SlowMo`, the lines that SlowMo adds.
+"""An ordinary PyTorch training script. The lines that SlowMo adds end in `# SlowMo`.
 
 Run it with: horovodrun -np 2 python examples/minimal_torch.py
 Or on a single worker: python examples/minimal_torch.py

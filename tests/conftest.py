@@ -23,19 +23,19 @@ def _pools(horovod: str) -> Iterator[PoolOf]:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[PoolOf]:
-    """workers(n): n Horovod workers, started at first use. At most one set of them is up, for the memory's sake."""
+    """workers(n): n Horovod workers, started at first use. At most one set is alive, to save memory."""
     yield from _pools("horovod.torch")
 
 
 @pytest.fixture(scope="module")
 def keras_workers() -> Iterator[PoolOf]:
-    """The same on TensorFlow's Horovod; they end with the module, since TensorFlow takes much memory."""
+    """workers(n) with TensorFlow's Horovod. They end with the module, since TensorFlow takes much memory."""
     yield from _pools("horovod.tensorflow")
 
 
 @pytest.fixture(scope="module")
 def mixed_workers() -> Iterator[Callable[[str], Pool]]:
-    """mixed_workers("tk"): workers by rank, t on PyTorch's Horovod and k on TensorFlow's. One set of them is up."""
+    """mixed_workers("tk"): workers by rank, t with PyTorch's Horovod and k with TensorFlow's. One set is alive."""
     pools: dict[str, Pool] = {}
 
     def of(kinds: str) -> Pool:
@@ -52,8 +52,8 @@ def mixed_workers() -> Iterator[Callable[[str], Pool]]:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Both frameworks with seeds, and Keras in float64."""
-    import torch  # first: the other way round its libraries may not load
+    """Seed both frameworks, and set Keras to float64."""
+    import torch  # first: in the other order its libraries may not load
 
     # isort: split
     import keras

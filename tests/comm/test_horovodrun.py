@@ -1,4 +1,4 @@
-"""A few starts with horovodrun itself, as users start their jobs."""
+"""Jobs that horovodrun itself starts, as users start them."""
 
 import subprocess
 import sys
@@ -176,7 +176,7 @@ else:
 @pytest.mark.workers
 @pytest.mark.thorough
 def test_two_nodes_of_both_frameworks_with_uneven_data(tmp_path):
-    """A PyTorch and a Keras worker on each: gradients averaged within, parameters between, all of it in a join too."""
+    """A PyTorch and a Keras worker per node: gradients averaged within nodes, parameters between; also in a join."""
     result = horovodrun(tmp_path, MIXED_NODES, "-np", "4", "-H", "localhost:2,127.0.0.1:2")
     assert result.returncode == 0, result.stderr[-3000:]
     seen: dict[str, dict[int, float]] = {}

@@ -1,4 +1,4 @@
-"""`Comm.start_push`: what is sent, to whom, what comes, and how it is counted."""
+"""`Comm.start_push`: messages, destinations, received sums and the bytes that are counted."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from hvd_slowmo.comm.protocol import MeteredComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 
-# shares[i][j]: what worker i gets of worker j's
+# shares[i][j]: worker i's share of worker j's vector
 SHARES = np.array([[0.0, 0.5, 0.25], [0.0, 0.0, 0.25], [1.0, 0.0, 0.0]])
 
 
 def push(comm, length=2):
     x = np.full(length, 10.0**comm.rank)
     handle = comm.start_push("x", x, SHARES[:, comm.rank])
-    x[:] = -1  # may be changed at once
+    x[:] = -1  # the caller may overwrite it at once
     return comm.wait(handle)
 
 

@@ -1,4 +1,4 @@
-"""Who is on which host, through the server that horovodrun starts."""
+"""Workers exchange their hosts through the server that horovodrun starts."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""ThreadWorld: sums, and every difference between workers raised on every worker."""
+"""ThreadWorld: sums, and errors on every worker for any difference between workers."""
 
 import time
 
@@ -14,9 +14,9 @@ def test_sums_and_gathers_in_rank_order():
     def work(comm):
         x = np.full(3, comm.rank + 1.0)
         handle = comm.start_sum("x", x)
-        x[:] = 100  # too late to be seen by anyone
+        x[:] = 100  # too late to affect the sum
         total = comm.wait(handle)
-        assert total is x  # as Horovod's sums in place
+        assert total is x  # as in Horovod's in-place sums
         return total.tolist(), comm.gather("g", comm.rank)
 
     assert ThreadWorld(4).run(work) == [([10.0] * 3, [0, 1, 2, 3])] * 4

@@ -1,4 +1,4 @@
-"""Settings: what is refused, what warns, what the presets are."""
+"""Settings: errors, warnings and presets."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The core's pure parts: schedule, layout, outer update, ledger."""
+"""The pure parts of the core: schedule, layout, outer update, ledger."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Views are bijections, and stretches of them are slices of the whole."""
+"""Views are bijections, and ranges of a view are slices of the whole."""
 
 import math
 

@@ -1,8 +1,8 @@
-"""The documentation does not lie: its Python code runs, and what it names exists.
+"""The documentation is correct: its Python code runs, and the names that it mentions exist.
 
-The ```python blocks of a file run in their order, in one namespace, in a process of its own per file: one worker
-without a launcher, in an empty folder, with warnings as errors. A block that can't run says ```python no-run, and its
-first line is a comment that tells the reader why.
+The ```python blocks of a file run in order and in one namespace, in a separate process per file: one worker without a
+launcher, in an empty directory, with warnings as errors. A block that cannot run is marked ```python no-run, and its
+first line is a comment with the reason.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NO_RUN = "python no-run"
-# Empty lines in front of a block give it its place in the page, so that an error names the page's own line.
+# Empty lines in front of a block keep its line numbers, so that an error names the line of the page.
 RUN = """
 import json, sys
 page, parts = json.load(sys.stdin)
@@ -34,12 +34,12 @@ namespace = {"__name__": "__main__"}
 for line, code in parts:
     exec(compile("\\n" * line + code, page, "exec"), namespace)
 """
-KERAS_OWN = "ignore:__array__ implementation doesn't accept:DeprecationWarning"  # NumPy of Keras, when it saves
-HOROVODS_OWN = ("horovod/", "CMakeLists.txt")  # files in Horovod's sources, which a page may name
+KERAS_OWN = "ignore:__array__ implementation doesn't accept:DeprecationWarning"  # from NumPy, when Keras saves
+HOROVODS_OWN = ("horovod/", "CMakeLists.txt")  # files in Horovod's sources that a page may name
 
 
 def blocks(text):
-    """(info string, line of the first line of code, code) of every fenced block."""
+    """Return (info string, number of the first line of code, code) of each fenced block."""
     return [(m[1].strip(), text.count("\n", 0, m.start(2)), m[2]) for m in FENCE.finditer(text)]
 
 
@@ -48,23 +48,23 @@ def python_blocks(page):
 
 
 def marked(text):
-    """The lines that SlowMo adds to a script."""
+    """Return the lines that SlowMo adds to a script."""
     return [line.strip() for line in text.splitlines() if line.endswith("# SlowMo")]
 
 
 def prose(page):
-    """The page without its fenced blocks."""
+    """Return the page without its fenced blocks."""
     return FENCE.sub("", page.read_text("utf-8"))
 
 
 def rows(text):
-    """The cells of every row of a table whose first cell is code."""
+    """Return the cells of each table row whose first cell is code."""
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def slugs(text):
-    """The anchors that headings get."""
+    """Return the anchors of the headings."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
 
@@ -142,7 +142,7 @@ def test_relative_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_named_files_exist(page):
-    text = re.sub(r"\]\([^)]*\)|https?://\S+", "", page.read_text("utf-8"))  # links have a test of their own
+    text = re.sub(r"\]\([^)]*\)|https?://\S+", "", page.read_text("utf-8"))  # another test covers links
     paths = re.findall(r"(?<![\w/.~$<>-])((?:[\w.-]+/)+[\w.-]+\.(?:py|md|toml|txt|cc))\b", text)
     spans = re.findall(r"`([\w./-]+)`", prose(page))
     paths += [span for span in spans if re.search(r"\.(py|md|toml|txt)$", span) or span.endswith("/")]
@@ -163,7 +163,7 @@ def test_every_setting_is_in_the_readme_with_its_default():
 def test_every_preset_is_in_the_readme_as_it_is_called():
     table = [row[0] for row in rows(README.read_text("utf-8"))]
     for name, preset in inspect.getmembers(SlowMoConfig, inspect.ismethod):
-        if name.startswith("_") or name == "from_facts":  # the inverse of facts(), and no preset
+        if name.startswith("_") or name == "from_facts":  # the inverse of facts(), not a preset
             continue
         own = [p for p in inspect.signature(preset).parameters.values() if p.kind is not p.VAR_KEYWORD]
         call = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in own)
@@ -191,6 +191,6 @@ def test_every_option_of_install_horovod_is_in_the_readme(capsys):
 
 
 def code_of(text):
-    """Fenced blocks and code spans of a page, a line each."""
+    """Return the fenced blocks and code spans of a page, one per line."""
     spans = [f"`{span}`" for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", text))]
     return "\n".join([*(code for _, _, code in blocks(text)), *spans])

@@ -14,7 +14,7 @@ import hvd_slowmo_torch
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-WITHOUT = ("hvd_slowmo.installer", "hvd_slowmo.cli.")  # commands, which the tests in cli/ and installer/ run
+WITHOUT = ("hvd_slowmo.installer", "hvd_slowmo.cli.")  # commands, covered by the tests in cli/ and installer/
 
 
 def modules():

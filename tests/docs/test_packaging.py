@@ -1,4 +1,4 @@
-"""The core needs no framework, and no folder of this repository hides one."""
+"""The core needs no framework, and no directory of this repository shadows one."""
 
 import subprocess
 import sys

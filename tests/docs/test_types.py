@@ -1,4 +1,4 @@
-"""The types of the public interface, from a user's side."""
+"""The types of the public interface, as users see them."""
 
 import subprocess
 import sys

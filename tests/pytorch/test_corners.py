@@ -1,4 +1,4 @@
-"""Corners of joins and averaged gradients where workers could part, or a mistake could pass in silence."""
+"""Corner cases of joins and averaged gradients in which workers could diverge or a mistake could go unnoticed."""
 
 import copy
 import gc
@@ -43,7 +43,7 @@ def state(model, optimizer):
     ids=["ar_sgd", "all and tau", "within warm-up"],
 )
 def test_clipping_with_uneven_data_and_batchnorm_leaves_all_equal(config):
-    """A worker in a join cannot know of the others' clipping; it takes over from one that trained to the end."""
+    """A worker in a join does not know of the others' clipping, so it catches up from one that trained to the end."""
     proto = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 
     def work(comm):
@@ -94,7 +94,7 @@ def test_a_node_that_is_done_has_equal_workers_with_clipping():
 
     results = ThreadWorld(4, node_size=2).run(work)
     assert equal([parameters for parameters, _ in results])
-    for node in (results[:2], results[2:]):  # base buffers too, within a node
+    for node in (results[:2], results[2:]):  # inner state too, within a node
         assert equal([both for _, both in node])
 
 
@@ -169,7 +169,7 @@ def test_batchnorm_statistics_that_are_not_finite_do_not_spread(nonfinite):
 
 
 class Fails(torch.autograd.Function):
-    """A backward that fails, as one that runs out of memory does."""
+    """A backward that fails, as when memory runs out."""
 
     @staticmethod
     def forward(ctx, x):
@@ -330,7 +330,7 @@ def test_nothing_of_the_state_may_change_within_averaged_parameters():
 
 
 def test_two_optimizers_in_one_backward_whose_ranks_reach_different_parts():
-    """All of a backward's optimizers send before one of them waits."""
+    """All optimizers of a backward start their collectives before any of them waits."""
 
     def work(comm):
         parts = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])

@@ -1,4 +1,4 @@
-"""Gossip bases in the PyTorch adapter equal the dense-matrix oracle."""
+"""The gossip methods in the PyTorch adapter equal the dense-matrix oracle."""
 
 import copy
 
@@ -22,7 +22,7 @@ def test_threads_equal_the_oracle(name, size):
     assert distance(histories, problem) < TOLERANCE
 
 
-# At every step: test_gossip_state.py.
+# test_gossip_state.py checks it at every step.
 @pytest.mark.parametrize("name", ["osgp", "osgp, slowmo", "osgp, star, slowmo, noaverage"])
 def test_resume_in_the_middle_of_a_flight(name):
     problem = GOSSIP[name]

@@ -1,4 +1,4 @@
-"""Every topology and base in the PyTorch adapter, on 1 to 16 workers and on any graph, equal to the dense oracle."""
+"""Every topology and gossip method in the PyTorch adapter equals the dense oracle, on 1 to 16 workers and any graph."""
 
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ ABOVE = {"alone": {"tau": None, **LOCAL_SGD}, "slowmo": {"tau": 3}, "noaverage":
 
 
 def bases(workers):
-    """All that there are for so many workers."""
+    """Yield all gossip methods and topologies for a number of workers."""
     for name in NAMED:
         if name == "bipartite" and workers % 2 and workers > 1:
             continue
@@ -58,7 +58,7 @@ def test_every_topology_and_base_on_up_to_16_workers(workers):
 
 @st.composite
 def problems(draw, workers):
-    """Any settings over a gossip base."""
+    """Draw any settings with gossip."""
     method = draw(st.sampled_from(["sgp", "sgp", "dpsgd"]))
     tau = draw(st.sampled_from([None, 1, 2, 3, 5]))
     config = {"gossip": method, "tau": tau, "warmup_steps": draw(st.integers(0, 4))}
@@ -98,7 +98,7 @@ def test_any_settings(data, workers, chunk_bytes):
 @examples(40)
 @given(data=st.data(), workers=st.integers(2, 4))
 def test_any_settings_and_uneven_data(data, workers):
-    """Joins, also of workers without any data."""
+    """Includes joins of workers without any data."""
     problem = data.draw(problems(workers))
     plan = data.draw(st.lists(st.tuples(*[st.integers(0, 8)] * workers), min_size=1, max_size=4))
     histories = ThreadWorld(workers).run(lambda comm: epochs(problem, plan, comm))
@@ -107,13 +107,13 @@ def test_any_settings_and_uneven_data(data, workers):
         for rank, history in enumerate(histories):
             np.testing.assert_allclose(history[number]["x"], joined.z[rank], rtol=0, atol=TOLERANCE)
             assert history[number]["step"] == joined.step
-            # Of its own data: the oracle counts steps of warm-up that a worker takes with the others' gradients.
+            # Batches: the oracle also counts warm-up steps that a worker takes with the others' gradients.
             assert history[number]["behind"] == joined.step - before - plan[number][rank]
         before = joined.step
 
 
 def lopsided(m):
-    """A topology of a user's own, as a function of m: the one before gets much."""
+    """Return a custom topology of m workers, in which the preceding worker gets a large share."""
     return 0.3 * np.eye(m) + 0.7 * np.roll(np.eye(m), -1, axis=0)
 
 
@@ -132,7 +132,7 @@ NODES = {"2 nodes of 2": [[0, 1], [2, 3]], "3 of 2, not in order": [[0, 3], [1, 
 @pytest.mark.parametrize("above", ABOVE)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_nodes(nodes, above, overlap):
-    """Gossip between nodes whose workers average their gradients; with uneven data."""
+    """Gossip between nodes whose workers average their gradients, with uneven data."""
     ranks = NODES[nodes]
     config = {"gossip": "sgp", "topology": "star", "overlap": overlap, "gradients": "node", **ABOVE[above]}
     problem = Problem(config, options={"momentum": 0.8})
@@ -165,8 +165,8 @@ def test_nodes(nodes, above, overlap):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [{}, {"overlap": True}, {"gossip": "dpsgd"}], ids=["SGP", "OSGP", "D-PSGD"])
 def test_strongly_different_workers_stay_with_the_oracle(base):
-    """The experiment of reference/test_gossip_against_others.py, on noise and over two long blocks: what is written
-    there about the oracle holds for the adapter."""
+    """The experiment of reference/test_gossip_against_others.py, on noise and over two long blocks: its results for the
+    oracle hold for the adapter."""
     steps, workers, d = 300, 8, 20
     centre = np.random.default_rng(0).normal(size=(workers, d))
     centre = 3 * (centre - centre.mean(axis=0))

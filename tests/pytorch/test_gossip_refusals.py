@@ -1,4 +1,4 @@
-"""What goes wrong over a gossip base raises on every worker, with the cause."""
+"""Mistakes with gossip raise on every worker, with the cause."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Gossip in the middle of a flight: mass, averages, checkpoints, half precision."""
+"""Gossip with messages in flight: mass, averages, checkpoints, half precision."""
 
 import copy
 from itertools import pairwise
@@ -28,7 +28,7 @@ def step(problem, model, optimizer, rank, number, rate=None):
 
 
 def mass(model, optimizer, array, rank):
-    """This worker's part of the numerators, what it has in flight included; the weights of all."""
+    """Return this worker's part of the numerators, messages in flight included, and the sum of all weights."""
     own = optimizer.state_dict()["slowmo"]
     progress, flight = own["progress"], own["progress"]["in_flight"]
     x = model.flat() * progress["weights"][rank]
@@ -45,7 +45,7 @@ def mass(model, optimizer, array, rank):
     rates=st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.3]), min_size=10, max_size=10),
 )  # fmt: skip
 def test_mass_is_conserved(workers, period, seed, overlap, average, tau, stop, rates):
-    """At every step, under changing rates and over a resume: what base steps add, and nothing else."""
+    """At every step, with changing rates and across a resume, the sum changes by the inner steps alone."""
     array = any_graph(workers, period, seed)
     config = {"gossip": "sgp", "topology": array, "overlap": overlap, "tau": tau, **LOCAL_SGD}
     problem = Problem(config | ({"average": average} if tau else {}))
@@ -100,7 +100,7 @@ def test_averaged_parameters_count_what_is_in_flight_and_change_nothing(name):
 
 @pytest.mark.parametrize("name", ["osgp", "osgp, star, slowmo, noaverage"])
 def test_a_state_loaded_into_an_optimizer_in_use_recalls_its_messages(name):
-    """Back to step 3 from every later step: the same again, to the bit."""
+    """Going back to step 3 from any later step repeats the trajectory, bitwise identical."""
     problem = GOSSIP[name]
 
     def work(comm):
@@ -110,7 +110,7 @@ def test_a_state_loaded_into_an_optimizer_in_use_recalls_its_messages(name):
         whole = advance(problem, model, optimizer, comm.rank, range(3, 9))
         for last in range(4, 9):
             model.load_state_dict(saved[0])
-            optimizer.load_state_dict(copy.deepcopy(saved[1]))  # PyTorch's own optimizers train on what they are given
+            optimizer.load_state_dict(copy.deepcopy(saved[1]))  # PyTorch's optimizers train on the state they are given
             again = advance(problem, model, optimizer, comm.rank, range(3, last))
             assert same(again, whole[: last - 3])
 
@@ -141,7 +141,7 @@ def test_resume_at_every_step_to_the_bit(name):
 
 @pytest.mark.parametrize(("average", "common"), [(True, True), (False, False)])
 def test_a_joins_state_is_common_with_the_average_only(average, common):
-    """Without it each worker keeps a v and an anchor of its own."""
+    """Without the average each worker keeps a separate v and anchor."""
     problem = Problem({"gossip": "sgp", "topology": "star", "tau": 2, "average": average})
 
     def work(comm):

@@ -1,4 +1,4 @@
-"""Gossip in the PyTorch adapter on Horovod workers, equal to the dense oracle."""
+"""Gossip in the PyTorch adapter equals the dense oracle on Horovod workers."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_equal_to_the_oracle(workers, size):
 
 @pytest.mark.slow
 def test_resume_in_the_middle_of_a_flight(workers):
-    """To the bit, so on two: the order in which more are summed up depends on what Horovod sends at once."""
+    """Bitwise identical, hence two workers: with more, the order of summation depends on Horovod's fusion."""
     for name in ("osgp", "osgp, star, slowmo, noaverage", "osgp, slowmo, warm-up, average"):
         whole = workers(2).run("support.trainings.pytorch:run", problem=GOSSIP[name])
         for stop in (4, 7):

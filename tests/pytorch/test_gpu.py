@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Two Horovod workers on one device are enough, with a build of Horovod for gloo."""
+"""Tests that need a CUDA device. Two Horovod workers can share one device, with a gloo build of Horovod."""
 
 import copy
 import warnings
@@ -60,7 +60,7 @@ def test_an_outer_step_waits_for_the_device_once():
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1  # whether all parameters are finite
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1  # True if all parameters are finite
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -125,7 +125,7 @@ def test_join_and_averaged_parameters(workers):
 
 
 def test_a_device_has_its_own_copies_and_streams():
-    """The staging alone, against a plain copy, while the stream is busy."""
+    """The staging alone equals a plain copy, while the stream is busy."""
     from hvd_slowmo_torch.host_staging import CudaCopies, Outbox
 
     def submit(name, x):

@@ -127,7 +127,7 @@ NODES = {"even": [[0, 1], [2, 3]], "uneven": [[0, 1, 2], [3]]}
 
 
 class NodeProblem(Problem):
-    """The reference of node-wise averaged gradients: workers of a node have one gradient, their mean."""
+    """Reference of node-wise averaged gradients: the workers of a node have one gradient, their mean."""
 
     def gradient(self, worker, step, x):
         node = next(ranks for ranks in self.nodes if worker in ranks)
@@ -157,7 +157,7 @@ def test_gradients_averaged_within_nodes_equal_the_reference(nodes, warmup):
 
 
 def test_a_node_joins_when_all_of_its_workers_are_done():
-    """Uneven data with nodes: workers of a node go on together, nodes meet at the blocks' ends, all end equal."""
+    """With uneven data the workers of a node continue together, nodes meet at the end of a block, and all end equal."""
     nodes = NODES["even"]
     worlds = [ThreadWorld(2), ThreadWorld(2)]
     problem = Problem({"tau": 4, "gradients": "node"}, options={"momentum": 0.9})

@@ -1,4 +1,4 @@
-"""The contract of torch.optim: rates that are tensors, groups that are added later, accumulation."""
+"""The contract of torch.optim: learning rates as tensors, groups added later, accumulation."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from support.models.pytorch import Two, assert_all_same, assert_same, batch, fil
 def test_rates_that_are_tensors_and_filled_in_place_train_as_numbers_do(config):
     def work(comm, rate):
         model = net()
-        base = sgd(model, lr=rate if comm.rank == 0 else 7 * rate)  # rank 0's counts
+        base = sgd(model, lr=rate if comm.rank == 0 else 7 * rate)  # rank 0's is used
         optimizer = SlowMo(base, model, config, comm=comm)
         place = optimizer.param_groups[0]["lr"]
         train(model, optimizer, comm.rank, 7, schedule=lr_scheduler.StepLR(optimizer, 2, 0.5))
@@ -69,7 +69,7 @@ def test_a_group_added_within_a_block_under_a_scheduler(monkeypatch, config, lat
 
     results = ThreadWorld(2).run(work)
     assert_all_same(results)
-    # The new group counts for the block's first two steps as it was when it came.
+    # For the block's first two steps the new group counts as it was when it was added.
     assert results[0][1] == ([1 / 64, (3 / 32 + 1 / 64) / 4] if config.tau else [0.0, 0.0])
     assert results[0][2] == 1 / 32 / 2**6
 

@@ -24,7 +24,7 @@ def test_step_hooks_on_both_run_around_both_and_can_be_removed():
     train(model, optimizer, 0, 2)
     order = [("before", "SlowMo"), ("before", "SGD"), ("after", "SGD"), ("after", "SlowMo")]
     assert [entry[:2] for entry in seen] == order * 2
-    assert_same(seen[7][2], held(model))  # the wrapper's post hook sees what the outer step has written
+    assert_same(seen[7][2], held(model))  # the wrapper's post hook sees the result of the outer step
     for handle in handles:
         handle.remove()
     train(model, optimizer, 0, 1)
@@ -87,7 +87,7 @@ def test_load_state_dict_hooks_on_the_wrapper_and_on_the_base():
     loaded = []
     fresh.inner_optimizer.register_load_state_dict_pre_hook(lambda o, state: loaded.append(state["rubbish"]))
     fresh.load_state_dict(given)
-    assert set(given) == keys  # hooks have a shallow copy
+    assert set(given) == keys  # hooks get a shallow copy
     assert seen == [("before", "SlowMo", True), ("before", "SGD", False), ("after", "SGD", 0), ("after", "SlowMo", 2)]
     assert loaded == [2]
     assert_same(fresh.state_dict(), optimizer.state_dict())

@@ -171,7 +171,7 @@ def test_averaged_parameters_while_another_worker_joins_is_an_error_everywhere()
 
 @pytest.mark.parametrize("gradients", ["local", "all"])
 def test_overflowed_steps_and_a_join(gradients):
-    """Under a scaler, with uneven data: scales, steps and parameters are equal where they must be, and nobody hangs."""
+    """With a scaler and uneven data, scales, steps and parameters are equal where they must be, and no worker hangs."""
     config = SlowMoConfig(tau=3, gradients=gradients)
 
     def work(comm):
@@ -198,7 +198,7 @@ def test_overflowed_steps_and_a_join(gradients):
 
 
 def four_steps(comm, proto, ranks, broken=None):
-    """A block of four steps on ranks of a world; one of them may break in its third step."""
+    """Run a block of four steps on some ranks of a world; one of them may fail in its third step."""
     rank, model = ranks[comm.rank], copy.deepcopy(proto)
     config = SlowMoConfig(tau=4, nonfinite="exclude")
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -223,7 +223,7 @@ def test_a_worker_that_is_not_finite_is_left_out_and_takes_the_others_result(cap
         for model, _ in results:
             assert torch.equal(model[key], value), key
     assert [state["slowmo"]["progress"]["excluded"] for _, state in results] == [0, 1, 0]
-    assert results[1][1]["state"] == {}  # its base buffers start again
+    assert results[1][1]["state"] == {}  # its inner state starts again
     assert results[0][1]["state"] != {}
     assert "on rank 1 after step 4; left out of the average" in caplog.text
 

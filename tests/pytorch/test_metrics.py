@@ -1,4 +1,4 @@
-"""What metrics() tells, against the same quantities computed from the workers' parameters."""
+"""metrics() equals the same quantities computed from the workers' parameters."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def work(comm, problem=PROBLEM, metrics=True):
     optimizer = SlowMo(base, model, config_of(problem.config), comm=comm, metrics=metrics)
     seen, before, held = [], [], []
     for step in range(problem.steps):
-        if step % 3 == 2:  # the inner step that ends the block, as SlowMo will see it
+        if step % 3 == 2:  # the inner step that ends the block, as SlowMo sees it
             rate = problem.rate(step, 0)
             before.append(model.flat() - rate * problem.gradient(comm.rank, step, model.flat()))
         held += advance(problem, model, optimizer, comm.rank, range(step, step + 1))
@@ -42,7 +42,7 @@ def test_metrics_are_those_of_the_workers_parameters():
             assert found.v_norm == pytest.approx(np.linalg.norm(v))
             norms = np.linalg.norm(delta) * np.linalg.norm(v)
             assert found.cosine == pytest.approx(delta @ v / norms if norms else 0.0)
-            assert found.divergence == pytest.approx(divergence)  # of the block before
+            assert found.divergence == pytest.approx(divergence)  # of the previous block
             assert found.bytes_sent == 8 * 15 + 3 * 11 * 8 + (8 * 15 if block == 0 else 0)
             assert found.seconds_waited >= 0
         divergence = ((ends - mean) ** 2).sum(axis=1).mean() / (mean @ mean)

@@ -1,4 +1,4 @@
-"""The contract of torch.optim: models that are compiled, wrapped, copied, in parts, frozen."""
+"""The contract of torch.optim: compiled, wrapped, copied, split and frozen models."""
 
 import copy
 import pickle
@@ -52,7 +52,7 @@ def test_gradients_of_a_compiled_model_are_averaged():
 
 
 class Wrapped(nn.Module):
-    """As DistributedDataParallel does it: the model as a submodule of another name."""
+    """Wrap the model as DistributedDataParallel does: as a submodule with another name."""
 
     def __init__(self, module):
         super().__init__()
@@ -97,13 +97,13 @@ def test_an_optimizer_of_a_submodule_trains_that_and_averages_the_models_statist
         return held(model), foreign, model[1].running_mean.clone()
 
     (first, a, mean), (second, b, other) = ThreadWorld(2).run(work)
-    assert_same(first, second)  # the rest is equal too: all start as rank 0
+    assert_same(first, second)  # the rest is equal too: all start from rank 0's
     assert not torch.equal(a, b)
     assert torch.equal(mean, other) == (config.tau is not None)
 
 
 def gan(comm, config, foreign):
-    """Two models, two optimizers; the generator's backward goes through the discriminator."""
+    """Train two models with two optimizers; the generator's backward goes through the discriminator."""
     g, d = filled(nn.Linear(2, 4), 1), filled(nn.Linear(4, 1), 2)
     of_g = SlowMo(torch.optim.Adam(g.parameters(), lr=0.01), g, config, comm=comm, name="g")
     of_d = SlowMo(torch.optim.Adam(d.parameters(), lr=0.01), d, config, comm=comm, name="d")
@@ -166,7 +166,7 @@ def test_gradients_of_parameters_unfrozen_later_are_averaged_when_backward_retur
         assert_same(held(model.a), start[:2])
         assert not any(p.requires_grad for p in model.a.parameters())
         model.requires_grad_(True)
-        model.b.requires_grad_(False)  # so that nothing that was trained before takes part
+        model.b.requires_grad_(False)  # so that nothing trained earlier takes part
         optimizer.zero_grad()
         model(batch(comm.rank, 5)).square().mean().backward()
         gradients = [p.grad.clone() for p in model.a.parameters()]
@@ -197,7 +197,7 @@ def test_a_model_may_be_copied_and_pickled_and_the_copy_is_on_its_own():
 
 
 def checkpointed(comm, reentrant, context):
-    """Two steps with averaged gradients through two checkpoints; reentrant None: none."""
+    """Take two steps with averaged gradients through two activation checkpoints; reentrant=None: without them."""
     model = filled(Two())
     optimizer = SlowMo(sgd(model), model, SlowMoConfig.ar_sgd(), comm=comm)
     for k in range(2):
@@ -207,7 +207,7 @@ def checkpointed(comm, reentrant, context):
             x = part(x) if reentrant is None else checkpoint(part, x, use_reentrant=reentrant)
         with context(optimizer):
             x.square().mean().backward()
-        optimizer.step()  # averages what no backward has averaged
+        optimizer.step()  # averages gradients that no backward has averaged
     return held(model)
 
 

@@ -1,5 +1,5 @@
-"""The contract of torch.optim: every optimizer. On one worker, and on several with equal data, Local SGD is the bare
-optimizer to the bit."""
+"""The contract of torch.optim: every optimizer. On one worker, and on several with equal data, Local SGD is bitwise
+identical to the bare optimizer."""
 
 import copy
 import inspect
@@ -68,7 +68,7 @@ def input_for(name, k):
 
 
 def trajectory(name, settings, wrap, model_of=model_for, input_of=input_for):
-    """Parameters after each of eight steps and the base optimizer's state; or how it failed."""
+    """Return the parameters after each of eight steps and the inner state, or the error."""
     model = model_of(name)
     settings = {"lr": 0.01, **copy.deepcopy(settings)}
     history = []
@@ -91,7 +91,7 @@ def trajectory(name, settings, wrap, model_of=model_for, input_of=input_for):
 
 @pytest.mark.parametrize(("name", "settings"), list(cases()), ids=spell)
 def test_every_optimizer_with_every_option_is_the_bare_one_to_the_bit(name, settings):
-    """Where torch refuses an option (capturable on the CPU, differentiable with leaves), SlowMo passes its error on."""
+    """If torch refuses an option (capturable on the CPU, differentiable with leaves), SlowMo passes its error on."""
     bare = trajectory(name, settings, lambda base, model: base)
     wrapped = trajectory(name, settings, lambda base, model: SlowMo(base, model, BARE, comm=SoloComm()))
     if isinstance(bare[0], type):

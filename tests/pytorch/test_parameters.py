@@ -10,7 +10,7 @@ from support.models.pytorch import assert_all_same, batch, filled, held, sgd
 
 
 class Zoo(nn.Module):
-    """Parameters of all floating types and layouts, and inputs of rank and step for a gradient of each."""
+    """Parameters of all floating-point types and layouts, with gradients that depend on rank and step."""
 
     def __init__(self, plain):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The bugs of other implementations, each as a test of ours. Sources: the projects' code and issue trackers."""
+"""Bugs of other implementations, each as a test of this one. Sources: the projects' code and issue trackers."""
 
 import copy
 
@@ -96,7 +96,7 @@ def worker_alone(config):
 
 
 def test_torchdistx_a_parameter_unfrozen_later_under_adam():
-    """Slow momentum in the base optimizer's state[p] made Adam believe that it had started already."""
+    """There, slow momentum in the inner optimizer's state[p] made Adam skip its initialization."""
 
     def work(comm):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -181,7 +181,7 @@ def test_torchft_tensors_larger_than_a_chunk_are_not_dropped(monkeypatch):
 
 
 def test_horovod_broadcast_optimizer_state_counts_no_step_here():
-    """Horovod's own helper calls step() with zero gradients: that would count, decay weights and communicate."""
+    """Horovod's helper calls step() with zero gradients, which would count, decay weights and communicate."""
 
     def work(comm):
         model = nn.Linear(4, 2)

@@ -14,7 +14,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_rounding_of_the_write_never_enters_the_momentum(dtype):
-    """Without gradients Delta is 0: v must decay by beta and nothing else, though every write of the model rounds."""
+    """Without gradients Delta is 0, so v must decay by beta alone, although each write to the model rounds."""
 
     def work(comm):
         model = nn.Linear(64, 1, bias=False).to(dtype)
@@ -38,7 +38,7 @@ def test_rounding_of_the_write_never_enters_the_momentum(dtype):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_outer_trajectory_is_that_of_the_written_values(dtype, nesterov):
-    """Algorithm 1 in float64 on the values that the workers really held at a block's beginning and end."""
+    """Algorithm 1 in float64, on the values that the workers held at the start and end of each block."""
     config = SlowMoConfig(tau=3, alpha=0.8, beta=0.6, nesterov=nesterov)
 
     def work(comm):

@@ -1,4 +1,4 @@
-"""The PyTorch adapter equals the reference: on threads with random settings, on Horovod workers with the list."""
+"""The PyTorch adapter equals the reference: random settings on threads, the list of problems on Horovod workers."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def problems(draw):
 @given(problem=problems(), size=st.integers(1, 5), chunk_bytes=st.sampled_from([8, 24, 40, None]))
 def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
     histories = ThreadWorld(size).run(lambda comm: run(problem, comm, chunk_bytes))
-    # Adam divides by the root of its second moment: rounding of 1e-16 grows with the trajectory's own sensitivity.
+    # Adam divides by the root of its second moment, so the trajectory amplifies rounding errors of 1e-16.
     assert distance(histories, problem) < 1e-10
     for step in (s.step for s in problem.reference(size) if s.outer):
         for history in histories[1:]:

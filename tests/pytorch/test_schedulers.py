@@ -39,7 +39,7 @@ def test_no_scheduler_is_forgotten():
 
 
 def scheduled(name, wrap, rate, on="wrapper", resume=None):
-    """Parameters, rates and momenta of ten steps; resume: after the fifth, into "fresh" objects or the "same"."""
+    """Return parameters, rates and momenta of ten steps; resume after the fifth in "fresh" objects or the "same"."""
 
     def begin():
         model = net()
@@ -67,7 +67,7 @@ def scheduled(name, wrap, rate, on="wrapper", resume=None):
         if resume == "fresh":
             model, optimizer, schedule = begin()
         else:
-            advance(range(20, 23))  # somewhere else, and back
+            advance(range(20, 23))  # train on, then go back
             del history[5:]
         for part, state in zip((model, optimizer, schedule), states, strict=True):
             part.load_state_dict(state)
@@ -106,6 +106,6 @@ def test_a_plateau_of_each_workers_own_loss_warns_once_and_workers_stay_equal(ca
     assert low < high
     assert_same(first, second)
     said = [record.getMessage() for record in caplog.records if "learning rates differ" in record.getMessage()]
-    assert len(said) == 2, said  # threads: the log of both workers; a worker says it once
+    assert len(said) == 2, said  # the log of both threads; each worker warns once
     assert "rank 0: 0.0375" in said[0]
     assert "rank 1: 0.1" in said[0]

@@ -1,4 +1,4 @@
-"""The PyTorch adapter as a torch optimizer, on threads: what it leaves alone and what it takes along."""
+"""The PyTorch adapter as a torch optimizer, on threads."""
 
 import copy
 
@@ -29,7 +29,7 @@ def step(model, optimizer, rank=0, k=0):
 
 
 def on_threads(size, work):
-    """work(comm) on every worker. torch's random state is the process's: workers build before they meet."""
+    """Run work(comm) on every worker. Threads share torch's random state, so workers build before they meet."""
     return ThreadWorld(size).run(work)
 
 
@@ -178,7 +178,7 @@ def test_a_group_added_within_a_block():
         for k in range(8):
             if k == 2:
                 with torch.no_grad():
-                    model["b"].bias += comm.rank  # only rank 0's values count
+                    model["b"].bias += comm.rank  # rank 0's values are used
                 optimizer.add_param_group({"params": model["b"].parameters(), "lr": 0.2})
             optimizer.zero_grad()
             model["b"](model["a"](late)).sum().backward()
@@ -188,7 +188,7 @@ def test_a_group_added_within_a_block():
         return gamma, [p.detach().clone() for p in model.parameters()], len(optimizer.param_groups)
 
     (gamma, first, groups), (_, second, _) = on_threads(2, work)
-    assert gamma == pytest.approx([0.1, 0.2])  # as if the group had been there since the block began
+    assert gamma == pytest.approx([0.1, 0.2])  # as if the group had existed since the block began
     assert groups == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -202,7 +202,7 @@ def test_gradients_averaged_with_a_parameter_that_one_rank_does_not_use():
         loss.sum().backward()
         never = model["never"].weight.clone()
         optimizer.step()
-        assert torch.equal(model["never"].weight, never)  # no gradient anywhere: not even decayed
+        assert torch.equal(model["never"].weight, never)  # no gradient on any worker: no weight decay either
         assert model["never"].weight.grad is None
         return [p.grad.item() for name in ("used", "rare") for p in model[name].parameters()]
 
@@ -280,7 +280,7 @@ def test_a_wrapped_optimizer_is_not_wrapped_again():
 
 
 def saved(config=None, size=1, rank=0, steps=3, hidden=3):
-    """A state_dict of a worker of a world of this size, stopped after some steps."""
+    """Return the state_dict of a worker in a world of this size after some steps."""
 
     def work(comm):
         model = nn.Sequential(nn.Linear(4, hidden), nn.Linear(hidden, 1))

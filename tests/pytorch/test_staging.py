@@ -1,4 +1,4 @@
-"""The way through host memory, without a device: copies that arrive when the test says so. CUDA: test_gpu.py."""
+"""Host staging without a device: the test decides when copies arrive. test_gpu.py covers CUDA."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def test_nothing_is_handed_over_before_it_is_in_host_memory():
     assert order == []
     outbox.advance()
     assert (order, begun.handle) == (["0"], "handle of 0")
-    assert x.tolist() == [1, 1, 1]  # the caller's, until the sum is taken
+    assert x.tolist() == [1, 1, 1]  # the caller's, until the result is taken
     assert outbox.take(begun) is x
     assert x.tolist() == [2, 2, 2]
 
@@ -57,7 +57,7 @@ def test_a_horovod_that_takes_tensors_on_the_device_gets_them():
 @pytest.mark.workers
 @pytest.mark.parametrize("name", ["slowmo over plain SGD", "warm-up", "ar_sgd"])
 def test_a_staged_training_is_bitwise_the_direct_one(workers, name):
-    # Two workers: Horovod may sum neighbouring chunks in one go, which for more can change a last bit.
+    # Two workers: with more, Horovod's fusion of neighbouring chunks can change the last bit of a sum.
     direct = workers(2).run("support.jobs.pytorch:staged", problem=PROBLEMS[name], looks=None)
     staged = workers(2).run("support.jobs.pytorch:staged", problem=PROBLEMS[name], looks=2)
     assert same(staged, direct)

@@ -1,1 +1,1 @@
-"""The NumPy oracles, and the tests of these; they share no code with the library."""
+"""The NumPy oracles and their tests; they share no code with the library."""

@@ -1,15 +1,15 @@
-"""The oracle for gossip bases: SGP, OSGP and D-PSGD, with and without SlowMo, its average, and uneven data.
+"""The oracle for gossip: SGP, OSGP and D-PSGD, with and without SlowMo and its average, also on uneven data.
 
 Workers are simulated in lockstep with whole matrices, in float64 (see slowmo.py for the rest). Each worker has a
 numerator x, a push-sum weight w and the de-biased z = x / w; P is the topology's matrix of the step, column-stochastic:
 
-    z_new = base step at z        the gradient is taken at z
+    z_new = inner step at z       the gradient is taken at z
     x     <- z_new + (x - x / w)  the same step on the numerator
     SGP     x <- P x,                          w <- P w
-    OSGP    x <- diag(P) x + what came,        w likewise; what came was sent one step before, by the matrix of then
+    OSGP    x <- diag(P) x + what came,        w likewise; what came was sent one step before, with that step's matrix
     D-PSGD  x <- P x                           P symmetric, w = 1
 
-What the text leaves open is decided like this:
+Decisions where the papers leave details open:
 - Warm-up averages gradients and mixes nothing. The topology's step counts from its end, in steps of the clock: it goes
   on through blocks, outer steps and joins, those that mix nothing included.
 - An outer step with the average, and a join, take sum(x) / sum(w) over workers and messages in flight. The last step of
@@ -18,12 +18,12 @@ What the text leaves open is decided like this:
 - Without the average (noaverage) the last step of a block mixes as any other, then each worker updates its z with its
   own anchor, v, and mean rate; x = w z, and w and what is in flight stay. So the messages in flight bring in numerators
   from before the update.
-- A worker that is done mixes, sends, takes outer steps (without the average: its own), and has its buffers reset or
+- A worker that is done mixes, sends, takes outer steps (without the average: its own), and has its inner state reset or
   averaged as all have. Without the average its gamma_t is over its own steps, and if there were none in the block it is
   0: nothing of v enters, and v and gamma stay (the rule for blocks whose rates are all 0).
 - A join counts steps as without gossip: step count, sum of rates and the number of steps these cover become those of
   the worker with the most, anchors and v stay. In warm-up all are equal and nothing is averaged.
-- Mixing goes on while anyone is live in the epoch. What the workers mix further until they learn that all are done
+- Mixing goes on while any worker is live in the epoch. Further mixing, until the workers learn that all are done,
   changes neither sum, so the join's result is the same.
 """
 
@@ -46,7 +46,7 @@ class GossipSnapshot:
 
     step: steps of the clock completed, warm-up included.
     x, w, z: (m, d), (m,) and (m, d), the numerators, the push-sum weights and the parameters x / w.
-    flying_x, flying_w: (m, d) and (m,), what each worker has sent and nobody has mixed yet; zeros without overlap.
+    flying_x, flying_w: (m, d) and (m,), the messages in flight by sender; zeros without overlap.
     anchor, v: (m, d), of each worker, equal rows with the average; as in Snapshot.
     gamma: (m, G), gamma_t of the last complete block of each worker, equal rows with the average.
     outer: an outer step has just happened.
@@ -69,7 +69,7 @@ class GossipSnapshot:
 
 
 def run_gossip(x0: Array, gradient: Gradient, **settings: Any) -> list[GossipSnapshot]:
-    """All snapshots of `walk_gossip`, which see for the arguments."""
+    """Return all snapshots of `walk_gossip`, which documents the arguments."""
     return list(walk_gossip(x0, gradient, **settings))
 
 
@@ -100,17 +100,17 @@ def walk_gossip(
     """Yield a snapshot of the start, one after every step, and with epochs one more after every join.
 
     topology: (period, m, m), m the number of workers; used as it is, only its columns' sums are checked.
-    steps: so many on every worker, without a join.
-    epochs: in place of steps: epochs[e][i] batches of worker i in epoch e, each epoch followed by a join.
+    steps: number of steps of every worker, without a join.
+    epochs: instead of steps: epochs[e][i] batches of worker i in epoch e, each epoch followed by a join.
     gradient, lr: as for reference_join.run_epochs: gradient(worker, own batches before, z), lr(worker, clock, group).
     gossip: "sgp" or "dpsgd".
-    overlap: what is sent at a step is mixed at the next one (OSGP; "sgp" only).
+    overlap: messages sent at a step are mixed at the next one (OSGP; "sgp" only).
     tau: None: the gossip algorithm alone.
-    average: False: each worker takes outer steps of its own (noaverage).
+    average: False: each worker takes outer steps independently (noaverage).
     gradients: whose are averaged at every step, "local", "node" or "all".
     nodes: the workers of each node, for gradients="node".
-    Everything else is as for reference.run. While gradients are averaged a worker that is done takes the base step too,
-    with the mean of its node's live workers and the rates of the first of them, if it has any.
+    Everything else is as for reference.run. While gradients are averaged a worker that is done takes the inner step
+    too, with the mean of its node's live workers and the rates of the first of them, if it has any.
     """
     topology = np.array(topology, dtype=np.float64)
     m = topology.shape[-1]
@@ -139,7 +139,7 @@ def walk_gossip(
     rate_of: Rate = lr if callable(lr) else lambda worker, step, group: lr
 
     x, w = np.tile(x0, (m, 1)), np.ones(m)
-    # What the last step sent: P without its diagonal, and what the senders held. All zero: nothing is in flight.
+    # The last step's messages: P without its diagonal, and the senders' values. All zero: nothing is in flight.
     shares, sent_x, sent_w = np.zeros((m, m)), np.zeros_like(x), np.zeros(m)
     state: list[Buffers] = [{} for _ in range(m)]
     anchor, u, v, gamma = x.copy(), np.zeros_like(x), np.zeros_like(x), np.zeros((m, n_groups))
@@ -149,7 +149,7 @@ def walk_gossip(
     rate_sums, rate_steps = np.zeros((m, n_groups)), np.zeros(m, dtype=np.int64)  # of the block; steps these cover
 
     def flying() -> tuple[Array, Array]:
-        """(m, d) and (m,): what is in flight, by sender."""
+        """Return the numerators (m, d) and weights (m,) in flight, by sender."""
         share = shares.sum(axis=0)
         return share[:, np.newaxis] * sent_x, share * sent_w
 
@@ -160,9 +160,9 @@ def walk_gossip(
                               v.copy(), gamma.copy(), outer, joined, behind)  # fmt: skip
 
     def inner_step(live: list[int], teams: Sequence[Sequence[int]]) -> None:
-        """The base step of every worker that is live, or whose team, those who average their gradients, has a live one.
+        """Take the inner step of each worker that is live or whose team, which averages its gradients, has a live one.
 
-        From all z at once: nobody sees what another one does in this step.
+        All workers start from the z before the step.
         """
         for team in teams:
             active = [i for i in team if i in live]
@@ -183,7 +183,7 @@ def walk_gossip(
                 batches_had[i] += 1
 
     def mix(step: int) -> None:
-        """The exchange of this step, counted from the end of warm-up: writes x and w."""
+        """Mix as at this step, counted from the end of warm-up. Writes x and w."""
         nonlocal shares, sent_x, sent_w
         p = topology[step % len(topology)]
         if overlap:
@@ -197,7 +197,7 @@ def walk_gossip(
                 w[:] = p @ w
 
     def meet() -> Array:
-        """(d,): the mean, with what is in flight; afterwards nothing is, and w is 1. Does not write x."""
+        """Return the mean (d,), messages in flight included; leave nothing in flight and w = 1. Does not write x."""
         flying_x, flying_w = flying()
         mean: Array = (x.sum(axis=0) + flying_x.sum(axis=0)) / (w.sum() + flying_w.sum())
         shares[:] = 0
@@ -205,7 +205,7 @@ def walk_gossip(
         return mean
 
     def outer_step() -> None:
-        """Lines 6 to 8, for all workers together or for each one alone."""
+        """Apply lines 6 to 8, for all workers together or for each one alone."""
         options: dict[str, Any] = {"alpha": alpha, "beta": beta, "nesterov": nesterov, "scale_by_lr": scale_by_lr}
         if average:
             gamma[:] = rate_sums.sum(axis=0) / rate_steps.sum()  # sum of sums / sum of steps

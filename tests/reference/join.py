@@ -1,8 +1,8 @@
 """The oracle for uneven data: Algorithm 1 with a join at the end of every epoch (see slowmo.py for the rest).
 
 Workers are simulated in lockstep: in a round every live worker (one that has batches left in this epoch) takes one
-inner step. Inside a block nobody waits for anybody, so the order changes nothing there. All live workers stand at the
-same step count, the clock; a worker that is done keeps its own count until the join.
+inner step. Inside a block no worker waits for another, so their order changes nothing. All live workers have the same
+step count, the clock; a worker that is done keeps its own count until the join.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Epoch:
     anchor, v, gamma: (d,), (d,) and (G,), as in Snapshot; a join does not change them.
     step: the common step count, warm-up included.
     behind: (m,), by how many steps each worker's own step count was below the common one when it joined.
-    outer_steps: how many outer steps there have been since the start.
+    outer_steps: number of outer steps since the start.
     """
 
     x: Array
@@ -38,7 +38,7 @@ class Epoch:
 
 
 def _mean_buffers(state: list[Buffers]) -> None:
-    """The plain mean over all workers; one that has taken no step yet has zeros, and a step count of 0."""
+    """Average the inner state over all workers; one without a step has zeros, and a step count of 0."""
     for buffers in list(state):
         for name, value in buffers.items():
             for worker in state:
@@ -65,10 +65,10 @@ def run_epochs(
     gradients: str = "local",
     warmup_steps: int = 0,
 ) -> list[Epoch]:
-    """Run Algorithm 1 over epochs of uneven length; returns one Epoch per epoch, after its join.
+    """Run Algorithm 1 over epochs of uneven length; return one Epoch per epoch, after its join.
 
     epochs: epochs[e][i] is the number of batches of worker i in epoch e; 0 is allowed.
-    gradient: gradient(worker, own_step, x) -> (d,); own_step counts the batches that this worker has had before,
+    gradient: gradient(worker, own_step, x) -> (d,); own_step counts the earlier batches of this worker,
         over all epochs.
     lr: a rate, or lr(worker, step, group) -> rate; step is the 0-based step count of the worker, that is, after a join
         the step count of the worker with the most steps. Called once per step of a worker that has a batch, and group.
@@ -81,12 +81,12 @@ def run_epochs(
 
     Join: the mean, by shares; then all workers have the step count, the sum of rates and the number of steps that it
     covers of the worker with the most steps (the first one of several). If all shares are 0 a block has just ended for
-    everybody: x is left alone. Anchor, v and gamma stay, and the block goes on.
+    all workers: x stays. Anchor, v and gamma stay, and the block goes on.
 
-    While gradients are averaged, the mean is over live workers; one that is done takes the base step with this mean
-    and the live workers' rates (the first one's, should they differ), and this counts as a step of its own (but not as
-    a batch). So all are equal at a join then, and there is nothing to average. If the live workers' rates differ they
-    are not: the join averages them all the same, and during warm-up raises ValueError, as the end of warm-up does.
+    While gradients are averaged, the mean is over live workers; one that is done takes the inner step with this mean
+    and the live workers' rates (the first one's, if they differ), which counts as a step of this worker, but not as a
+    batch. So all are equal at a join, which averages nothing. If the live workers' rates differ, the workers differ: the
+    join averages them, and in warm-up it raises ValueError, as the end of warm-up does.
     """
     m = workers
     if any(len(batches) != m or min(batches, default=0) < 0 for batches in epochs):
@@ -97,7 +97,7 @@ def run_epochs(
     x = np.tile(x0, (m, 1))  # (m, d)
     state: list[Buffers] = [{} for _ in range(m)]
     anchor, u, v, gamma = x0.copy(), np.zeros_like(x0), np.zeros_like(x0), np.zeros(n_groups)
-    clock = 0  # the step count of the live workers, and after a join of all
+    clock = 0  # the live workers' step count; after a join, all workers'
     steps = np.zeros(m, dtype=np.int64)  # every worker's own step count
     batches_had = [0] * m  # own_step of the gradient
     since = np.zeros(m, dtype=np.int64)  # own inner steps since the last average
@@ -106,13 +106,13 @@ def run_epochs(
     history: list[Epoch] = []
 
     def weighted_mean() -> Array:
-        """(d,): line 6, by shares; exactly the plain mean where all shares are 1."""
+        """Return line 6 (d,), weighted by shares; exactly the plain mean where all shares are 1."""
         share = since / (1 if tau is None else tau)
         mean: Array = (share[:, np.newaxis] * x).sum(axis=0) / share.sum()
         return mean
 
     def inner_steps(live: list[int], average: bool) -> None:
-        """Line 4 on the live workers; on all of them where gradients are averaged."""
+        """Apply line 4 to the live workers, or to all if gradients are averaged."""
         g = {i: np.array(gradient(i, batches_had[i], x[i].copy()), dtype=np.float64) for i in live}
         if any(g_i.shape != x0.shape for g_i in g.values()):
             raise ValueError("a gradient must be (d,)")
@@ -147,12 +147,12 @@ def run_epochs(
                     raise ValueError("the workers differ at the end of warm-up (do their rates?)")
                 if tau is not None:
                     anchor = x[0].copy()
-                since[:] = rate_sums[:] = rate_steps[:] = 0  # the first block starts here, for those who are done too
+                since[:] = rate_sums[:] = rate_steps[:] = 0  # the first block starts here, on all workers
             elif not warm and tau is not None and (clock - warmup_steps) % tau == 0:
                 gamma = rate_sums.sum(axis=0) / rate_steps.sum()  # sum of sums / sum of steps
                 anchor = _outer_step(anchor, weighted_mean(), u, v, gamma, group, alpha=alpha, beta=beta,
                                      nesterov=nesterov, scale_by_lr=scale_by_lr)  # fmt: skip
-                x[:] = anchor  # for those who are done too
+                x[:] = anchor  # on all workers
                 outer_steps += 1
                 since[:] = rate_sums[:] = rate_steps[:] = 0
 

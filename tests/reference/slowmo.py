@@ -1,12 +1,12 @@
-"""The slow and obvious NumPy oracle: Algorithm 1 of SlowMo (Wang, Tantia, Ballas, Rabbat; arXiv 1910.00643).
+"""The simple NumPy oracle: Algorithm 1 of SlowMo (Wang, Tantia, Ballas, Rabbat; arXiv 1910.00643).
 
-Everything is float64, all workers live in one process, nothing is in place that need not be, and the outer step is
+Everything is float64, all workers live in one process, operations are rarely in place, and the outer step is
 written with the paper's u, divided by the learning rate (lines 7 and 8), not in the rearranged form of the library:
 
     u_{t+1}   = beta u_t + (x_{t,0} - xbar_{t,tau}) / gamma_t
     x_{t+1,0} = x_{t,0} - alpha gamma_t u_{t+1}
 
-Covered: the base "local" (no communication inside a block) with the exact average (line 6). m is the number of
+Covered: no communication inside a block, and the exact average (line 6). m is the number of
 workers, d the number of coordinates, G the number of parameter groups, tau the inner steps of a block.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Buffers = dict[str, Array]  # one worker's base optimizer: name -> (d,) array, () for a step count; empty before step 1
+Buffers = dict[str, Array]  # one worker's inner state: name -> (d,) array, () for a step count; empty before step 1
 Gradient = Callable[[int, int, Array], Array]  # (worker, step, x (d,)) -> (d,)
 Rate = Callable[[int, int, int], float]  # (worker, step, group) -> gamma
 
@@ -54,7 +54,7 @@ def _sgd(x: Array, g: Array, rate: Array, buffers: Buffers, *, momentum: float =
     if momentum == 0:
         return x - rate * g
     if "momentum" not in buffers:
-        buffers["momentum"] = g.copy()  # the first buffer is the gradient, not dampened
+        buffers["momentum"] = g.copy()  # the first momentum is the gradient, not dampened
     else:
         buffers["momentum"] = momentum * buffers["momentum"] + (1 - dampening) * g
     return x - rate * (g + momentum * buffers["momentum"] if nesterov else buffers["momentum"])
@@ -84,10 +84,10 @@ _BASES: dict[str, Callable[..., Array]] = {"sgd": _sgd, "adam": _adam, "adamw": 
 
 
 def _begin_block(strategy: str, buffers: list[Buffers]) -> None:
-    """Line 2 of Algorithm 1, on the buffers of all workers (a list of m)."""
+    """Apply line 2 of Algorithm 1 to the inner state of all workers (a list of m)."""
     if strategy == "reset":
         for worker in buffers:
-            worker.clear()  # as before the first step: Adam counts from 0, SGD's next buffer is a gradient
+            worker.clear()  # as before the first step: Adam counts from 0, SGD's next momentum is a gradient
     elif strategy == "average":
         for name in list(buffers[0]):  # Adam's step count too
             mean = np.mean([worker[name] for worker in buffers], axis=0)
@@ -97,7 +97,7 @@ def _begin_block(strategy: str, buffers: list[Buffers]) -> None:
 
 def _outer_step(start: Array, x_mean: Array, u: Array, v: Array, gamma: Array, group: NDArray[np.int64], *,
                 alpha: float, beta: float, nesterov: bool, scale_by_lr: bool) -> Array:  # fmt: skip
-    """Lines 7 and 8, group by group: every group has its own gamma_t. Returns the new anchor (d,); writes u and v (d,).
+    """Apply lines 7 and 8 per group with its gamma_t. Return the new anchor (d,); write u and v (d,).
 
     start (d,): x_{t,0}; x_mean (d,): line 6; gamma (G,): gamma_t; group (d,): the group of each coordinate.
     """
@@ -123,7 +123,7 @@ def _checked(
     x0: Array, groups: NDArray[np.integer[Any]] | None, lr: float | Rate, workers: int, tau: int | None,
     warmup_steps: int, base: str, inner_state: str, gradients: str,
 ) -> tuple[Array, NDArray[np.int64], Rate]:  # fmt: skip
-    """The arguments that `run` and `run_epochs` share: x0 (d,) copied, the group of each coordinate (d,), the rate."""
+    """Check the common arguments of `run` and `run_epochs`; return a copy of x0 (d,), the groups (d,) and the rate."""
     if workers < 1 or warmup_steps < 0 or (tau is not None and tau < 1):
         raise ValueError("workers and tau must be positive, warmup_steps not negative")
     if base not in _BASES or inner_state not in ("maintain", "reset", "average") or gradients not in ("local", "all"):
@@ -154,7 +154,7 @@ def run(
     gradients: str = "local",
     warmup_steps: int = 0,
 ) -> list[Snapshot]:
-    """Run Algorithm 1; returns steps + 1 snapshots, the first one of the start.
+    """Run Algorithm 1; return steps + 1 snapshots, the first one of the start.
 
     x0: (d,), common to all workers.
     gradient: gradient(worker, step, x) -> (d,), at x (d,), with the 0-based step (warm-up included).
@@ -163,14 +163,14 @@ def run(
     lr: a rate, or lr(worker, step, group) -> rate; called once per worker, step and group.
     base, base_options: "sgd", "adam" or "adamw", and keywords of the torch optimizer of that name (no lr).
     groups: (d,) integers 0..G-1, the parameter group of each coordinate; None: one group.
-    tau: inner steps of a block; None: there are no blocks, so no outer step, and the buffers are left alone.
+    tau: inner steps of a block; None: no blocks, so no outer step, and the inner state is left alone.
     alpha, beta: the slow learning rate and the slow momentum (lines 7 and 8).
     nesterov: x_{t+1,0} = x_{t,0} - alpha (beta gamma_t u_{t+1} + Delta) in place of line 8.
     scale_by_lr: False takes gamma_t = 1 in lines 7 and 8: heavy-ball or Nesterov SGD on Delta.
     inner_state: line 2, "maintain", "reset" or "average", at the beginning of every block, the first included.
-    gradients: "local", or "all": averaged over the workers at every step, before the base optimizer.
-    warmup_steps: so many first steps average the gradients and belong to no block. The first anchor follows them.
-        Workers must be equal there (they are, if their rates are), else ValueError: there is no one x_{0,0}.
+    gradients: "local", or "all": averaged over the workers at every step, before the inner optimizer.
+    warmup_steps: number of first steps, which average the gradients and precede the first block and anchor.
+        Workers must be equal at their end (they are, if their rates are), else ValueError: x_{0,0} must be common.
 
     gamma_t is the mean rate of the block over its steps and all workers, per group. If it is 0 (and scale_by_lr),
     nothing is carried: v_{t+1} = Delta in this one outer step, and the stored v and u stay as they were.
@@ -193,7 +193,7 @@ def run(
         return Snapshot(step, x.copy(), anchor.copy(), v.copy(), outer, gamma.copy())
 
     def inner_step(step: int, average: bool) -> None:
-        """Line 4 on every worker: x^i_{t,k+1} = x^i_{t,k} - gamma d^i_{t,k}."""
+        """Apply line 4 on every worker: x^i_{t,k+1} = x^i_{t,k} - gamma d^i_{t,k}."""
         g = [np.array(gradient(i, step, x[i].copy()), dtype=np.float64) for i in range(m)]
         if any(g_i.shape != x0.shape for g_i in g):
             raise ValueError("a gradient must be (d,)")

@@ -1,4 +1,4 @@
-"""The oracle of gossip against numbers by hand, messages told one by one, and closed forms."""
+"""Compare the gossip oracle with values by hand, a simulation message by message, and closed forms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_overlap_by_hand() -> None:
     assert [s.w.tolist() for s in history] == [[1, 1], [1, 0.5], [1, 0.5]]
     assert [s.flying_x.ravel().tolist() for s in history] == [[0, 0], [0, 1.5], [1, 0]]
     assert [s.flying_w.tolist() for s in history] == [[0, 0], [0, 0.5], [0.5, 0]]
-    # All in all 8: the mean is 4, whether step 1 mixes or not.
+    # The total is 8, so the mean is 4 whether or not step 1 mixes.
     for s in (run_gossip(np.zeros(1), climb(1, 3), steps=2, tau=2, beta=0.0, **options)[-1],
               run_gossip(np.zeros(1), climb(1, 3), epochs=[(2, 2)], tau=None, **options)[-1]):  # fmt: skip
         assert s.z.ravel().tolist() == s.x.ravel().tolist() == [4, 4]
@@ -94,8 +94,8 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
            alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, inner_state: str,
            average: bool, overlap: bool,
            warmup: int) -> list[tuple[list[Array], list[float], list[Array], list[Array]]]:  # fmt: skip
-    """z, w, anchor and v of each worker after every step and join: a worker at a time, messages in a box, and the outer
-    step in the rearranged form. SGD with momentum on x = w z."""
+    """Return z, w, anchor and v of each worker after every step and join: one worker at a time, messages in a box, the
+    outer step in the rearranged form. SGD with momentum on x = w z."""
     m, clock = p.shape[1], 0
     x, w, buffer, had = [x0] * m, [1.0] * m, [np.zeros(D)] * m, [0] * m
     anchor, v, previous = [x0] * m, [np.zeros(D)] * m, [0.0] * m
@@ -176,7 +176,7 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
 def test_message_by_message(
     data: st.DataObject, m: int, period: int, seed: int, warmup: int, momentum: float, unequal: bool, **c: Any
 ) -> None:
-    """Everything at once, on graphs on which w moves."""
+    """All features together, on graphs on which w changes."""
     one = st.lists(st.integers(0, 7), min_size=m, max_size=m)
     epochs = data.draw(st.lists(one, min_size=1, max_size=4))
     x0, gradient = problem(m, seed=seed)
@@ -202,8 +202,8 @@ def test_message_by_message(
     overlap=st.booleans(), tau=st.sampled_from([None, 1, 3, 4]), warmup_steps=st.integers(0, 3),
 )  # fmt: skip
 def test_mass_is_conserved(data: st.DataObject, m: int, period: int, seed: int, warmup_steps: int, **c: Any) -> None:
-    """At every step: of weights m, and of numerators what the base steps add. alpha 1 and beta 0 take no more; SGD
-    without momentum, under a rate that changes."""
+    """At every step the mass of weights is m, and that of numerators changes by the inner steps alone. Outer steps keep
+    both at alpha 1 and beta 0; SGD without momentum, at a changing rate."""
     one = st.lists(st.integers(0, 8), min_size=m, max_size=m)
     epochs = data.draw(st.lists(one, min_size=1, max_size=3))
     x0, gradient = problem(m, seed=seed)
@@ -219,7 +219,7 @@ def test_mass_is_conserved(data: st.DataObject, m: int, period: int, seed: int, 
     for s in walk_gossip(x0, recorded, topology=any_graph(m, period, seed), epochs=epochs, lr=common, alpha=1, beta=0,
                          warmup_steps=warmup_steps, **c):  # fmt: skip
         if seen:
-            weight = m / len(seen) if clock < warmup_steps else 1  # in warm-up all take the mean of the live
+            weight = m / len(seen) if clock < warmup_steps else 1  # in warm-up all take the live ones' mean
             moved = -common(0, clock, 0) * weight * sum((g for _, g in seen), np.zeros(D))
             total, clock, seen = total + moved, clock + 1, []
         x, w = masses(s)
@@ -263,7 +263,7 @@ def test_w_settles_at_two_thirds_under_overlap(m: int, average: bool) -> None:
 @pytest.mark.parametrize("name", ["exponential", "complete", "ring", "full", "star"])
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 8])
 def test_consensus(name: str, m: int, overlap: bool) -> None:
-    """Rate 0 after a step that takes the workers apart: z comes to the mean, also where w does not come to 1."""
+    """At rate 0, after a step that separates the workers, z converges to the mean, even if w does not converge to 1."""
     spread = np.random.default_rng(0).normal(size=(m, D))
     history = run_gossip(np.zeros(D), lambda i, step, z: spread[i], topology=topology(name, m), steps=400,
                          lr=lambda i, step, group: -1.0 if step == 0 else 0.0, overlap=overlap, tau=None)  # fmt: skip
@@ -317,7 +317,7 @@ def test_quadratics_are_one_dense_matrix(name: str, m: int, overlap: bool) -> No
 
 @pytest.mark.parametrize(("average", "beta"), [(True, 0.0), (True, 0.6), (False, 0.6)])
 def test_a_common_quadratic_is_solved(average: bool, beta: float) -> None:
-    """Different workers whose gradients vanish in one place: all z come there, on a graph on which w moves."""
+    """Different workers whose gradients vanish at one point: all z converge to it, on a graph on which w changes."""
     m, rng = 5, np.random.default_rng(0)
     curvature, solution = rng.uniform(0.5, 1, (m, D)), rng.normal(size=D)
     for overlap in (False, True):

@@ -1,4 +1,4 @@
-"""The oracle of gossip against the other oracles; nodes, warm-up, workers that differ strongly."""
+"""Compare the gossip oracle with the other oracles; nodes, warm-up, strongly different workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLOWMO: dict[str, Any] = {
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(name=st.sampled_from(sorted(BASES)), m=st.integers(1, 4), overlap=st.booleans(), **SLOWMO)
 def test_nobody_sends_is_local(name: str, m: int, overlap: bool, n_groups: int, **c: Any) -> None:
-    """The identity as a topology."""
+    """With the identity as topology, gossip equals local training."""
     base, options = BASES[name]
     x0, gradient = problem(m)
     c |= {"lr": common if c["warmup_steps"] else wavy, "base": base, "base_options": options}
@@ -47,7 +47,7 @@ def test_nobody_sends_is_local(name: str, m: int, overlap: bool, n_groups: int, 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(gossip=st.sampled_from(["sgp", "dpsgd"]), m=st.integers(1, 5), average=st.booleans(), **SLOWMO)
 def test_full_over_plain_sgd_is_averaged_gradients(gossip: str, m: int, average: bool, n_groups: int, **c: Any) -> None:
-    """The mean of parameters after each step is a step with the mean gradient, and all workers are equal."""
+    """Averaging the parameters after each step equals a step with the mean gradient, and all workers are equal."""
     x0, gradient = problem(m)
     c |= {"lr": common, "groups": np.arange(D) % n_groups}
     expected = run(x0, gradient, steps=17, workers=m, gradients="all", **c)
@@ -118,7 +118,7 @@ def test_counts_at_a_join_are_those_without_gossip() -> None:
 @pytest.mark.parametrize("graph", ["exponential", "star"])
 @pytest.mark.parametrize(("average", "overlap"), [(True, False), (True, True), (False, True)])
 def test_nodes_are_workers_with_bigger_batches(name: str, graph: str, average: bool, overlap: bool) -> None:
-    """3 nodes of 2: as 3 workers with the mean gradient of two, the workers of a node equal to the bit. Worker 3 has
+    """3 nodes of 2 equal 3 workers with the mean gradient of two; the workers of a node are bitwise identical. Worker 3 has
     less data than its neighbour, which then counts alone for their node, and nodes 0 and 2 run out before node 1."""
     base, options = BASES[name]
     x0, gradient = problem(6)
@@ -159,11 +159,11 @@ def test_gradients_of_all() -> None:
         close(a.z, b.x)
 
 
-# Warm-up, and what is wrong
+# Warm-up, and errors
 
 
 def test_the_topology_starts_after_warm_up() -> None:
-    """What follows warm-up is a run of its own, from step 0 of the graph, which goes on through blocks."""
+    """After warm-up a separate run follows, from step 0 of the graph, which continues across blocks."""
     m, warm = 4, 5
     x0, gradient = problem(m)
     p = topology("star", m)
@@ -216,8 +216,8 @@ def test_nonsense_is_refused(bad: dict[str, Any], message: str) -> None:
 
 
 def mean_squared_gradient(total: int, seeds: int = 5, **settings: Any) -> float:
-    """Of f = sum x^2 / (1 + x^2), d = 20, at the mean of 8 workers, over all steps; tau 256, beta 0. f is a sum over
-    coordinates and SGD works on each, so the noise seeds are simply more coordinates."""
+    """Return the mean over all steps of the squared gradient of f = sum x^2 / (1 + x^2), d = 20, at the mean of 8 workers;
+    tau 256, beta 0. f is a sum over coordinates and SGD acts on each, so the noise seeds are more coordinates."""
     c = np.random.default_rng(0).normal(size=(8, 20))
     linear = np.tile(3 * (c - c.mean(axis=0)), (1, seeds))
     noise = np.random.default_rng(1)
@@ -238,7 +238,7 @@ def mean_squared_gradient(total: int, seeds: int = 5, **settings: Any) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "figure"), [("AR", 0.055), ("SGP", 0.055), ("D-PSGD", 0.055), ("OSGP", 0.056)])
 def test_strongly_different_workers(name: str, figure: float, local_sgd: float) -> None:
-    """Seen: AR .0547, SGP .0552, D-PSGD .0552, OSGP .0562, Local SGD 2.41."""
+    """Observed: AR .0547, SGP .0552, D-PSGD .0552, OSGP .0562, Local SGD 2.41."""
     exponential = topology("exponential", 8)
     value = mean_squared_gradient(2**15, **{
         "AR": {"topology": exponential, "gradients": "all"}, "SGP": {"topology": exponential},

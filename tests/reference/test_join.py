@@ -1,4 +1,4 @@
-"""The oracle for uneven data against numbers by hand, a second telling of the text, and the oracle for even data."""
+"""Compare the oracle for uneven data with values by hand, a second implementation, and the oracle for even data."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def column(history: list[Epoch]) -> list[float]:
-    """x of problems with one coordinate, after checking that the workers agree."""
+    """Return x of a problem with one coordinate, after checking that the workers agree."""
     for e in history:
         assert np.array_equal(e.x, np.tile(e.x[0], (len(e.x), 1)))
     return [e.x[0].item() for e in history]
 
 
 def climb(*speeds: float) -> Gradient:
-    """Constant gradients, so that worker i climbs by speeds[i] x rate in every step (d = 1)."""
+    """Return constant gradients: worker i climbs by speeds[i] x rate in every step (d = 1)."""
     return lambda worker, step, x: np.array([-speeds[worker]])
 
 
@@ -50,7 +50,7 @@ def test_by_hand() -> None:
     Epoch 1, (6, 3). Block 1 goes on for 2 steps: 3.5 and 6, shares 1/2, mean 4.75, Delta = 2.5 - 4.75 = -2.25,
     v_2 = -1.25 - 2.25 = -3.5, x_2 = 6. Block 2: worker 0 at 7, worker 1 takes its last step to 7.5 with share 1/4:
     mean (4 * 7 + 7.5) / 5 = 7.1, v_3 = -1.75 - 1.1 = -2.85, x_3 = 8.85. The block ends with the epoch.
-    Epoch 2, nobody: nothing. Epoch 3, (0, 2): worker 1 alone, to 8.85 + 3 = 11.85; the outer step is still to come.
+    Epoch 2, none: no change. Epoch 3, (0, 2): worker 1 alone, to 8.85 + 3 = 11.85; the outer step is still to come.
     """
     epochs = [(6, 3), (6, 3), (0, 0), (0, 2)]
     history = run_epochs(np.zeros(1), climb(1, 6), epochs=epochs, workers=2, lr=0.25, tau=4, alpha=1, beta=0.5)
@@ -65,10 +65,10 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_worker_without_data_follows(scaled: bool) -> None:
-    """Its weight is always 0: the others are as if it did not exist, and it takes their result.
+    """Its weight is always 0: the others train as if it did not exist, and it takes their result.
 
-    Only gamma sees it, where a join divides a block, as it then has the sum of rates of the worker with the most
-    steps. So the rate is constant here, or does not matter.
+    It affects only gamma, and only if a join divides a block, since it then has the sum of rates of the worker with the
+    most steps. So the rate is constant here, or does not matter.
     """
     x0, gradient = problem(3)
     config: dict[str, Any] = {"lr": 0.2 if scaled else wavy, "scale_by_lr": scaled, "tau": 4, "beta": 0.6, "alpha": 0.8}
@@ -172,7 +172,7 @@ def test_averages_weigh_by_steps() -> None:
     inner_state=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
 )  # fmt: skip
 def test_whole_blocks_are_run(name: str, tau: int, workers: int, lengths: list[int], n_groups: int, **c: Any) -> None:
-    """Equal epochs of whole blocks: no join changes anything, to the bit."""
+    """With equal epochs of whole blocks a join changes nothing: the results are bitwise identical."""
     base, options = BASES[name]
     x0, gradient = problem(workers)
     c |= {"base": base, "base_options": options, "groups": np.arange(D) % n_groups, "tau": tau, "lr": wavy}
@@ -203,13 +203,13 @@ def test_one_worker_never_notices_a_join(name: str, buffers: str, tau: int | Non
         close([*e.x[0], *e.anchor, *e.v, *e.gamma], [*s.x[0], *s.anchor, *s.v, *s.gamma])
 
 
-# A second telling: worker by worker, and the outer step in algorithm.md's rearranged form
+# A second implementation: worker by worker, and the outer step in algorithm.md's rearranged form
 
 
 def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: Rate, groups: NDArray[np.int64],
            tau: int, alpha: float, beta: float, nesterov: bool, scale_by_lr: bool, momentum: float, inner_state: str,
            ) -> list[tuple[Array, Array, Array, Array, int, list[int], int]]:  # fmt: skip
-    """Base SGD with momentum, gradients local. Returns for each epoch the fields of Epoch, x of one worker."""
+    """Train SGD with momentum and local gradients. Return the fields of Epoch per epoch, with x of one worker."""
     m, n_groups = workers, groups.max() + 1
     x, buffer, had = [x0] * m, [np.zeros(D)] * m, [0] * m
     anchor, v, previous = x0, np.zeros(D), np.zeros(n_groups)
@@ -276,7 +276,7 @@ def test_second_telling(data: st.DataObject, workers: int, seed: int, n_groups: 
 
 
 def merged(gradient: Gradient, epochs: Epochs, warmup: int | None = None) -> tuple[Gradient, list[int]]:
-    """The gradient of one worker that has the batches of all live workers at each step, and the ends of the epochs.
+    """Return the gradient of one worker with the batches of all live workers at each step, and the ends of the epochs.
     From step `warmup` on, those of worker 0 alone."""
     had = [0] * len(epochs[0])
     rounds: list[list[tuple[int, int]]] = []
@@ -346,12 +346,12 @@ def test_the_rate_of_a_worker_that_is_done() -> None:
     assert [e.behind.any() for e in history] == [False, False]
 
 
-# Buffers
+# Inner state
 
 
 def test_the_mean_of_buffers_counts_a_worker_without_any() -> None:
     """Adam, rate 1, gradient 1, betas 1/2 and 3/4, eps 0; worker 1 has no data. The first step is 1, as always. Then
-    the buffers .5 and .25 and the step count 1 become .25, .125 and .5, on both workers; worker 0's second step:
+    the inner state .5 and .25 and the step count 1 become .25, .125 and .5, on both workers; worker 0's second step:
     count 1.5, .125 + .5 and .09375 + .25."""
     history = run_epochs(np.zeros(1), climb(1, 1), epochs=[(1, 0), (1, 0)], workers=2, lr=1.0, tau=1, beta=0,
                          base="adam", base_options={"betas": (0.5, 0.75), "eps": 0.0},

@@ -1,4 +1,4 @@
-"""The NumPy oracle against numbers by hand and theory."""
+"""Compare the NumPy oracle with values by hand and with theory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.quadratics import Array, D, close, common, problem, wavy
 
 
 def pull(worker: int, step: int, x: Array) -> Array:
-    """Worker 0: gradient x, worker 1: 2 x."""
+    """Return gradient x for worker 0 and 2 x for worker 1."""
     return (worker + 1) * x
 
 
@@ -95,7 +95,7 @@ def test_gamma_zero_with_a_delta(nesterov: bool, scale_by_lr: bool, x: float, v:
 ])  # fmt: skip
 def test_line_2_by_hand(strategy: str, moved: list[float]) -> None:
     """SGD momentum 1/2, rate 1, constant gradients 1 and 3, tau 2, plain averaging. Block 0: steps of (1, 3), then
-    (1.5, 4.5), the buffers; 5 on average. Then the first step of block 1, from -5."""
+    (1.5, 4.5), the momenta; 5 on average. Then the first step of block 1, from -5."""
     history = run(
         np.zeros(1), lambda i, s, x: np.full(1, 1.0 + 2 * i), steps=3, workers=2, lr=1.0, tau=2, alpha=1, beta=0,
         base_options={"momentum": 0.5}, inner_state=strategy,
@@ -108,7 +108,7 @@ def test_line_2_by_hand(strategy: str, moved: list[float]) -> None:
 
 
 def test_groups_are_independent() -> None:
-    """A coordinate-wise problem: two groups together are each alone, to the bit."""
+    """In a coordinate-wise problem two groups together are bitwise identical to each group alone."""
     x0, gradient = problem(3, 40)
     groups = np.array([0, 1, 1, 0, 1])
     common_ = {"steps": 40, "workers": 3, "tau": 4, "alpha": 0.9, "beta": 0.7, "base": "adam"}
@@ -129,7 +129,7 @@ def test_groups_are_independent() -> None:
 
 
 def test_warmup_then_the_algorithm() -> None:
-    """Warm-up is averaged SGD; what follows is a run of its own from there (SGD without momentum: no state)."""
+    """Warm-up is averaged SGD; a separate run follows from its result (SGD without momentum has no state)."""
     m, warm, tau = 3, 7, 4
     x0, gradient = problem(m, 40)
     whole = run(x0, gradient, steps=40, workers=m, lr=common, tau=tau, warmup_steps=warm)
@@ -156,7 +156,7 @@ def test_snapshots_are_copies() -> None:
 
     def spoil(i: int, step: int, x: Array) -> Array:
         g = gradient(i, step, x)
-        x[:] = np.nan  # the oracle's own x is out of reach
+        x[:] = np.nan  # callers cannot change the oracle's x
         return g
 
     history = run(x0, spoil, steps=8, workers=2, lr=0.1, tau=2)
@@ -185,8 +185,8 @@ def test_nonsense_is_refused(bad: dict[str, Any], message: str) -> None:
 
 
 def mean_squared_gradient(total: int, beta: float, workers: int = 8, seeds: int = 16) -> float:
-    """Of f = sum x^2 / (1 + x^2), d = 20, at the workers' mean, over all steps; algorithm.md, "The theorem".
-    f is a sum over coordinates and SGD works on each, so the seeds are simply more coordinates."""
+    """Return the mean over all steps of the squared gradient of f = sum x^2 / (1 + x^2), d = 20, at the workers' mean;
+    algorithm.md, "The theorem". f is a sum over coordinates and SGD acts on each, so the seeds are more coordinates."""
     linear = np.random.default_rng(0).normal(size=(workers, 20))
     linear = np.tile(linear - linear.mean(axis=0), (1, seeds))
     noise = np.random.default_rng(1)
@@ -206,7 +206,7 @@ def mean_squared_gradient(total: int, beta: float, workers: int = 8, seeds: int 
 def test_theorem_slope_in_steps(beta: float, powers: range) -> None:
     """The bound is a / sqrt(m K) + b / K, both positive, b from the drift inside blocks and the ramp-up of the
     momentum. So the slope lies between -1 and -1/2 and comes to -1/2 from below; at these small K the second term is
-    still seen. Seen, from one power of two to the next (noise about .005, seeds fixed):
+    still visible. Observed, from one power of two to the next (noise about .005, seeds fixed):
     beta 0, K from 2^9 to 2^14: -.84 -.74 -.65 -.59 -.55; beta .6: -.69 -.63 -.59 -.55 -.53. With 3 noise seeds at
     2^15 and 2^16: -.54 -.52 and -.53 -.51. The test stops earlier, to be quick.
     """

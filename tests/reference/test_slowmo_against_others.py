@@ -1,4 +1,4 @@
-"""The NumPy oracle against torch's optimizers and the published formulas."""
+"""Compare the NumPy oracle with torch's optimizers and published formulas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.quadratics import Array, D, Gradient, Rate, close, common, problem,
 
 
 def xs(history: list[Snapshot]) -> Array:
-    """(steps + 1, m, d)"""
+    """Return the parameters of all snapshots, (steps + 1, m, d)."""
     return np.array([s.x for s in history])
 
 
@@ -70,7 +70,7 @@ def torch_slowmo(
     nesterov: bool = False, scale_by_lr: bool = True, inner_state: str = "maintain", gradients: str = "local",
     warmup_steps: int = 0,
 ) -> Array:  # fmt: skip
-    """algorithm.md's oracle: an outer torch SGD(lr=alpha, momentum=beta, nesterov) on Delta, its momentum buffer
+    """Run algorithm.md's oracle: an outer torch SGD(lr=alpha, momentum=beta, nesterov) on Delta, its momentum buffer
     rescaled where the rate changes, over one torch optimizer per worker. Returns (steps + 1, m, d)."""
     team = [TorchWorker(x0, groups, base, options) for _ in range(workers)]
     outer = TorchWorker(x0, groups, "sgd", {"momentum": beta, "nesterov": nesterov and beta > 0})
@@ -113,7 +113,7 @@ def torch_slowmo(
     return np.array(result)
 
 
-# The base optimizers and the whole, against torch
+# The inner optimizers and the whole algorithm, against torch
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -196,7 +196,7 @@ def test_local_sgd_is_plain_averaging() -> None:
 
 
 def blocks(x: Array, gradient: Gradient, m: int, tau: int, t: int, lr: Rate) -> Array:
-    """(d,): the mean of m workers after tau SGD steps each from x (d,), block t."""
+    """Return the mean (d,) of m workers after tau SGD steps each from x (d,), in block t."""
     ends = []
     for i in range(m):
         y = x

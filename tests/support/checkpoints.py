@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch workers: saved, loaded and damaged."""
+"""Save, load and damage checkpoints of PyTorch workers."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ RESET = Problem({"tau": 4, "inner_state": "reset"}, options={"momentum": 0.875})
 
 
 def saved(path, workers, steps, problem=RESET, join=False, before=lambda optimizer: None):
-    """A checkpoint of so many workers after so many steps; what they held."""
+    """Save a checkpoint of some workers after some steps; return their values."""
 
     def work(comm):
         model, optimizer = build(problem, comm, comm.rank)
@@ -38,7 +38,7 @@ def loaded(path, workers, problem=RESET, then=0):
 
 
 def damaged(files, rng):
-    """One of the files, with something wrong."""
+    """Damage one of the files."""
     file = files[rng.integers(len(files))]
     data = bytearray(file.read_bytes())
     at = int(rng.integers(len(data)))
@@ -63,12 +63,12 @@ def damaged(files, rng):
 
 
 def files(path):
-    """All of a checkpoint's, by what is behind the checkpoint's name."""
+    """Return the checkpoint's files, keyed by their suffix to its name."""
     return {file.name[len(path.name) :]: file.read_bytes() for file in path.parent.glob(f"{path.name}*")}
 
 
 def one(config=None, groups=None, model=None, base=None):
-    """A single worker's optimizer over a model with layers."""
+    """Return a single worker's model and optimizer."""
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     base = base or (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.5))

@@ -20,7 +20,7 @@ import torch
 from support.problems import chunks_of, with_node
 
 # isort: split
-# PyTorch comes first: the other way round its libraries may not load.
+# PyTorch comes first: in the other order its libraries may not load.
 import keras
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""Noisy quadratics, rates, graphs and a comparison, for the tests of the oracle of gossip."""
+"""Noisy quadratics, rates, graphs and a comparison for the tests of the gossip oracle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def problem(workers: int, steps: int = 200, seed: int = 0) -> tuple[Array, Gradient]:
-    """x0 (d,) and a noisy gradient of a quadratic, different on every worker, the same at every call."""
+    """Return x0 (d,) and a quadratic's noisy gradient, which differs between workers and is deterministic."""
     rng = np.random.default_rng(seed)
     curvature, centre = rng.uniform(0.2, 2, (workers, D)), rng.normal(size=(workers, D))
     noise = 0.5 * rng.normal(size=(steps, workers, D))
@@ -33,7 +33,7 @@ def problem(workers: int, steps: int = 200, seed: int = 0) -> tuple[Array, Gradi
 
 
 def wavy(worker: int, step: int, group: int) -> float:
-    """A rate that differs over workers, steps and groups."""
+    """Return a rate that differs between workers, steps and groups."""
     return 0.05 * (1 + 0.3 * worker) * (1.5 + math.sin(step + group)) * (1 + group)
 
 
@@ -46,12 +46,12 @@ def close(a: Any, b: Any, tolerance: float = 1e-12) -> None:
 
 
 def climb(*speeds: float) -> Gradient:
-    """Constant gradients, so that worker i climbs by speeds[i] x rate in every step (d = 1)."""
+    """Return constant gradients: worker i climbs by speeds[i] x rate in every step (d = 1)."""
     return lambda worker, step, x: np.array([-speeds[worker]])
 
 
 def any_graph(m: int, period: int, seed: int) -> Array:
-    """Column-stochastic with positive diagonals, nothing else: w moves."""
+    """Return a column-stochastic graph with positive diagonals and no more structure, so that w changes."""
     rng = np.random.default_rng(seed)
     p = rng.uniform(size=(period, m, m)) * rng.integers(0, 2, (period, m, m)) + np.eye(m) * rng.uniform(0.2, 1)
     p /= p.sum(axis=1, keepdims=True)
@@ -59,5 +59,5 @@ def any_graph(m: int, period: int, seed: int) -> Array:
 
 
 def masses(s: GossipSnapshot) -> tuple[Array, float]:
-    """Of numerators, (d,), and of weights, with what is in flight."""
+    """Return the masses of numerators, (d,), and of weights, with messages in flight."""
     return s.x.sum(axis=0) + s.flying_x.sum(axis=0), float(s.w.sum() + s.flying_w.sum())

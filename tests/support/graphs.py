@@ -1,4 +1,4 @@
-"""Every named topology by size, mixing told message by message, and graphs that have no name."""
+"""Every named topology by size, mixing message by message, and custom graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CASES = [(name, m) for name in NAMED for m in SIZES if not (name == "bipartite" 
 
 
 def mixed(array: Array, x: Array, steps: int) -> Array:
-    """De-biased values after so many steps, message by message. x: (m,)."""
+    """Return the de-biased values after some steps, message by message. x: (m,)."""
     period, m, _ = array.shape
     x, w = x.copy(), np.ones(m)
     for step in range(steps):
@@ -26,11 +26,11 @@ def mixed(array: Array, x: Array, steps: int) -> Array:
 
 
 def any_graph(m, period, seed, symmetric=False):
-    """Column-stochastic, connected, something kept, and nothing else: w moves."""
+    """Return a column-stochastic, connected graph with positive diagonals and no more structure, so that w changes."""
     rng = np.random.default_rng(seed)
     if symmetric:  # a lazy mean with one partner at a time, and then with all
         p = np.eye(m) * 0.6 + np.eye(m)[rng.permutation(m)] * 0.4
         return np.stack([(p + p.T) / 2, np.full((m, m), 1 / m)])[:period] if period > 1 else np.full((1, m, m), 1 / m)
     p = rng.uniform(size=(period, m, m)) * rng.integers(0, 2, (period, m, m)) + np.eye(m) * rng.uniform(0.2, 1)
-    p[0] += 0.5 * np.roll(np.eye(m), 1, axis=0)  # a ring, so that everyone hears of everyone
+    p[0] += 0.5 * np.roll(np.eye(m), 1, axis=0)  # a ring, so that the graph is connected
     return p / p.sum(axis=1, keepdims=True)

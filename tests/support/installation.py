@@ -1,4 +1,4 @@
-"""Frameworks, a reporter and commands in processes of their own, for the tests of the installation."""
+"""Frameworks, a reporter and commands in subprocesses, for the tests of the installation."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ TENSORFLOW = Framework("tensorflow", "2.21.0", cuda=False)
 
 
 class Recorder:
-    """A Reporter that keeps what it is told."""
+    """Reporter that records its messages."""
 
     def __init__(self):
         self.said = []
@@ -35,9 +35,9 @@ class Recorder:
 
 
 def run(*command, cwd, timeout=900):
-    """The output of a command, which must succeed."""
+    """Run a command, which must succeed; return its output."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    # Two workers share this machine with whatever else runs.
+    # Two workers share this machine with other processes.
     env |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False

@@ -1,4 +1,4 @@
-"""`hvd_slowmo_torch.host_staging.Copies` without a device, to try the way through host memory anywhere."""
+"""`hvd_slowmo_torch.host_staging.Copies` without a device, to test host staging on any machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class LateCopies:
-    """Tensors of one type count as being on a device; a copy to the host is there after some looks at it."""
+    """Treats tensors of one type as being on a device; a copy to the host completes after some polls."""
 
     def __init__(self, looks: int, dtype: torch.dtype) -> None:
         self.looks = looks
@@ -18,7 +18,7 @@ class LateCopies:
         return x.dtype == self.dtype
 
     def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
-        host = torch.full_like(x, torch.nan)  # what is read before the copy has arrived is found out
+        host = torch.full_like(x, torch.nan)  # exposes reads before the copy has arrived
         left = self.looks
 
         def arrived() -> bool:

@@ -1,7 +1,7 @@
-"""Real Horovod workers that stay up and take one job after the other: a launch serves many tests.
+"""Real Horovod workers that stay alive and run one job after the other, so that one launch serves many tests.
 
 A job is a function "support.module:name", called on every worker with the same arguments. A job that takes
-too long fails with what Horovod's stall check reported, and the next one gets new workers.
+too long fails with the report of Horovod's stall check, and the next one gets new workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START_LIMIT_S = 120
 
 
 class Failed(Exception):
-    """What a job raised on one worker: type name and text."""
+    """Error that a job raised on one worker: type name and text."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(kind, text)
@@ -40,7 +40,7 @@ class Failed(Exception):
 class Pool:
     """`size` workers; call `run`.
 
-    horovod: the module of it that each worker uses: the same for all, or one by rank.
+    horovod: the Horovod module of each worker: one for all, or one per rank.
     """
 
     def __init__(self, size: int, horovod: str | Sequence[str] = "horovod.torch", **variables: str) -> None:
@@ -51,7 +51,7 @@ class Pool:
         self._stack = ExitStack()
 
     def run(self, job: str, *, limit: float = 60, **arguments: Any) -> list[Any]:
-        """The job's results by rank; raises the first failure among them."""
+        """Run a job; return its results by rank, or raise the first failure."""
         results = self.outcomes(job, limit=limit, **arguments)
         for rank, result in enumerate(results):
             if isinstance(result, Failed):
@@ -59,9 +59,9 @@ class Pool:
         return results
 
     def outcomes(self, job: str, *, limit: float = 60, fatal: bool = False, **arguments: Any) -> list[Any]:
-        """The job's results by rank, a `Failed` where it raised, None where the worker ended.
+        """Run a job; return its results by rank: `Failed` if it raised, None if the worker ended.
 
-        fatal: the job breaks Horovod: a worker ends once it has answered, as a training script would.
+        fatal: the job breaks Horovod, so each worker ends after its answer, as a training script would.
         """
         if not self._workers:
             self._start()
@@ -121,7 +121,7 @@ class Pool:
                 waiting.unregister(key.fileobj)
 
     def _tails(self) -> str:
-        """The last lines of what the workers wrote; Horovod's stall check names tensors and ranks there."""
+        """Return the last lines of the workers' output, in which Horovod's stall check names tensors and ranks."""
         return "\n".join(
             f"--- rank {rank}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             for rank, log in enumerate(self._logs)
@@ -134,7 +134,7 @@ class Pool:
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):
                 if pipe is not None:
-                    with suppress(BrokenPipeError):  # a job was still in the buffer of a worker that is gone
+                    with suppress(BrokenPipeError):  # a job was still buffered for a worker that has ended
                         pipe.close()
         self._workers = []
         self._stack.close()

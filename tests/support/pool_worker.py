@@ -10,8 +10,8 @@ from support.pool import Failed
 def main() -> None:
     jobs = os.fdopen(os.dup(0), "rb")
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the results
-    # Each framework has a Horovod of its own in a process: the tests of one do without the other's.
+    os.dup2(2, 1)  # keeps library output out of the results
+    # Each framework has its own Horovod, and the tests of one framework do not need the other's.
     importlib.import_module(os.environ["POOL_HOROVOD"]).init()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""One list of trainings that every adapter runs, and the reference beside it.
+"""The list of problems that every adapter trains, with the reference.
 
 A problem is a few parameters in float64 and a gradient per worker and step, written in NumPy: an adapter's test puts
 the gradient into its framework's parameters and compares the parameters after every step.
@@ -36,7 +36,7 @@ SCHEDULES: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A training: the settings of SlowMoConfig, the base optimizer, rates and the number of steps."""
+    """A training run: settings of SlowMoConfig, inner optimizer, rates and number of steps."""
 
     config: dict[str, Any]
     base: str = "sgd"
@@ -51,9 +51,9 @@ class Problem:
 
     @property
     def same_everywhere(self) -> bool:
-        """Whether PyTorch and Keras define the same update for it.
+        """Return True if PyTorch and Keras define the same update for it.
 
-        Keras has no parameter groups, and its momentum is in units of the rates of the time, PyTorch's of the present.
+        Keras has no parameter groups, and its momentum contains the past learning rates; PyTorch's does not.
         """
         momentum_alike = not self.options.get("momentum") or self.schedule == "constant"
         return len(set(self.groups)) == 1 and momentum_alike
@@ -69,7 +69,7 @@ class Problem:
     def gossip_reference(
         self, workers: int, epochs: list[tuple[int, ...]] | None = None, nodes: list[list[int]] | None = None
     ) -> list[GossipSnapshot]:
-        """Over a gossip base; the snapshots' z is the model."""
+        """Return the reference with gossip; the model is the snapshots' z."""
         config = dict(self.config)
         method, graph = config.pop("gossip"), config.pop("topology", None)
         return run_gossip(
@@ -108,7 +108,7 @@ _OPTIMIZERS = ("hvd_slowmo_torch.optimizer", "hvd_slowmo_tf.optimizer")
 
 @contextlib.contextmanager
 def chunks_of(size: int | None) -> Iterator[None]:
-    """Make optimizers with messages of so many bytes. Threads share the length: the last one out restores it."""
+    """Make optimizers with messages of this many bytes. Threads share the setting; the last to leave restores it."""
     global _inside
     optimizers = [sys.modules[name].SlowMo for name in _OPTIMIZERS if name in sys.modules]
     with _lock:
@@ -127,7 +127,7 @@ def chunks_of(size: int | None) -> Iterator[None]:
 
 
 def config_of(settings: dict[str, Any]) -> SlowMoConfig:
-    """Return the configuration with the settings of a problem, whose gossip is spelled as the oracle has it."""
+    """Return the configuration of a problem's settings, whose gossip is spelled as in the oracle."""
     settings = dict(settings)
     method = settings.pop("gossip", None)
     options = {key: settings.pop(key) for key in ("topology", "overlap") if key in settings}
@@ -138,13 +138,13 @@ def config_of(settings: dict[str, Any]) -> SlowMoConfig:
 
 
 def with_node(comm: Any, node: Any) -> Any:
-    """Return a worker's Comm with the workers of its node."""
+    """Return a worker's Comm that knows the workers of its node."""
     comm.node = node
     return comm
 
 
 def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
-    """The largest difference between the workers' parameters and the reference's, over all steps."""
+    """Return the largest difference between the workers' parameters and the reference's, over all steps."""
     workers = len(histories)
     if "gossip" in problem.config:
         models = [snapshot.z for snapshot in problem.gossip_reference(workers)]
@@ -158,13 +158,13 @@ def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
 
 
 def pieces(x: np.ndarray) -> list[np.ndarray]:
-    """The flat vector as the parameters' arrays."""
+    """Split the flat vector into the parameters' arrays."""
     return [part.reshape(shape) for part, shape in zip(np.split(x, np.cumsum(SIZES)[:-1]), SHAPES, strict=True)]
 
 
 NESTEROV = {"momentum": 0.875, "nesterov": True}
-# Where both frameworks define the same update: Keras takes the constants as float32, so they are sums of few powers of
-# two, and adds eps before the correction of the bias, PyTorch behind it, so it is too small to matter.
+# Constants under which both frameworks define the same update. Keras rounds them to float32, so they are sums of few
+# powers of two. Keras adds eps before the bias correction and PyTorch after it, so eps is too small to matter.
 ADAM = {"betas": (0.875, 0.9921875), "eps": 2.0**-70}
 ADAMW = {**ADAM, "weight_decay": 2.0**-7}
 LOCAL_SGD = {"alpha": 1.0, "beta": 0.0}

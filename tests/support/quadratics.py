@@ -1,4 +1,4 @@
-"""Noisy quadratics, rates and a comparison, for the tests of the oracle."""
+"""Noisy quadratics, rates and a comparison for the tests of the oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ D = 5
 
 
 def problem(workers: int, steps: int = 200, seed: int = 0, d: int = D) -> tuple[Array, Gradient]:
-    """x0 (d,) and a noisy gradient of a quadratic, different on every worker, the same at every call."""
+    """Return x0 (d,) and a quadratic's noisy gradient, which differs between workers and is deterministic."""
     rng = np.random.default_rng(seed)
     curvature, centre = rng.uniform(0.2, 2, (workers, d)), rng.normal(size=(workers, d))
     noise = 0.5 * rng.normal(size=(steps, workers, d))
@@ -24,12 +24,12 @@ def problem(workers: int, steps: int = 200, seed: int = 0, d: int = D) -> tuple[
 
 
 def wavy(worker: int, step: int, group: int) -> float:
-    """A rate that differs over workers, steps and groups."""
+    """Return a rate that differs between workers, steps and groups."""
     return 0.05 * (1 + 0.3 * worker) * (1.5 + math.sin(step + group)) * (1 + group)
 
 
 def common(worker: int, step: int, group: int) -> float:
-    """A rate that differs over steps and groups only."""
+    """Return a rate that differs between steps and groups only."""
     return wavy(0, step, group)
 
 

@@ -1,4 +1,4 @@
-"""Jobs for Horovod workers of either framework (see ../pool.py): checkpoints that are saved, resumed and refused."""
+"""Jobs for Horovod workers of either framework (see ../pool.py): save, resume and refuse checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def doubles(framework: str) -> Any:
 
 
 def resumed(framework: str, case: str, path: Path, stop: int, end: int) -> tuple[float, list[dict[str, np.ndarray]]]:
-    """Stops in the middle; how far the run goes that is resumed from the one that goes on, and that one's values."""
+    """Stop in the middle; return the resumed run's distance from the uninterrupted one, and the latter's values."""
     with doubles(framework):
         first = worker(framework, case)
         first.advance(range(stop))
@@ -38,7 +38,7 @@ def resumed(framework: str, case: str, path: Path, stop: int, end: int) -> tuple
 
 
 def continued(framework: str, case: str, path: Path, stop: int, end: int) -> list[dict[str, np.ndarray]]:
-    """A run of the other framework goes on."""
+    """Continue a run of the other framework."""
     with doubles(framework):
         other = worker(framework, case)
         other.load(path)
@@ -46,7 +46,7 @@ def continued(framework: str, case: str, path: Path, stop: int, end: int) -> lis
 
 
 def refused(framework: str, path: Path) -> list[str]:
-    """Every rank hears of what is wrong on rank 1; they are still in step then."""
+    """Every rank raises rank 1's error; the workers are still in step then."""
     with doubles(framework):
         one = worker(framework, "reset")
         one.save(path / "before")
@@ -64,7 +64,7 @@ def refused(framework: str, path: Path) -> list[str]:
 
 
 def fitted(path: Path) -> list[bool]:
-    """Under `fit`, saved by a callback in the middle of a block; the resumed run equals the one that went on."""
+    """Under `fit`, a callback saves in the middle of a block; the resumed run equals the uninterrupted one."""
     import keras
 
     from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig

@@ -16,7 +16,7 @@ SGD = keras.optimizers.SGD
 
 
 def misuse(kind: str) -> str:
-    """Rank 1 differs; what each rank is told."""
+    """Do one thing wrong on rank 1; return each rank's error."""
     odd = hvd.rank() == 1
     v = keras.Variable(np.ones(3 if kind == "shape" and odd else 2, "float32"), name="v")
     config = SlowMoConfig(tau=3 if kind == "tau" and odd else 2)
@@ -41,7 +41,7 @@ def misuse(kind: str) -> str:
 
 
 def starts(kind: str) -> list[Any]:
-    """Parameters, momentum and steps after a start; "fresh", "rank 0 has a checkpoint" or "all have their own"."""
+    """Return parameters, momentum and steps; kind: "fresh", "rank 0 has a checkpoint" or "all have their own"."""
     model = net(hvd.rank())
     optimizer = SlowMo(SGD(0.1, momentum=0.5), SlowMoConfig(tau=3))
     model.compile(optimizer, "mse")
@@ -58,7 +58,7 @@ def starts(kind: str) -> list[Any]:
 
 
 def half(seed: int = 0) -> dict[str, Any]:
-    """mixed_float16 under fit, with batches that overflow on one worker alone."""
+    """Train in mixed_float16 with fit, on batches that overflow on one worker alone."""
     keras.mixed_precision.set_dtype_policy("mixed_float16")
     try:
         model = net()
@@ -77,7 +77,7 @@ def half(seed: int = 0) -> dict[str, Any]:
 
 
 def compiled_by_xla() -> list[Any]:
-    """With the callback jit_compile=True trains, without XLA."""
+    """Train with jit_compile=True and the callback, which turns XLA off."""
     model = net(hvd.rank())
     options = {"callbacks": [SlowMoCallback()], "compiled": {"jit_compile": True}}
     fit(model, SlowMo(SGD(0.1), SlowMoConfig(tau=2)), range(4), rank=hvd.rank(), **options)
@@ -85,7 +85,7 @@ def compiled_by_xla() -> list[Any]:
 
 
 def halves(sets: list[list[int]]) -> list[float]:
-    """Two process sets train apart."""
+    """Train two process sets independently."""
     mine = [hvd.add_process_set(ranks) for ranks in sets]
     own = next(s for s in mine if s.included())
     v = keras.Variable(np.full(2, 8.0, "float32"), name="v")

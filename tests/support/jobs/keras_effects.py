@@ -1,4 +1,4 @@
-"""Each way in which TensorFlow loses a collective; jobs for Horovod workers (see ../pool.py)."""
+"""Jobs for Horovod workers (see ../pool.py): each way in which TensorFlow loses a collective."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hvd_slowmo_tf.horovod import HorovodComm
 
 
 class AsSeveral(HorovodComm):
-    """A worker alone that is treated as one of two: its sums are its own."""
+    """A single worker that is treated as one of two; its sums are its own values."""
 
     def __init__(self) -> None:
         super().__init__(hvd.global_process_set, None)
         self.size = 2
 
     def start_sum(self, name: str, x: Any) -> Any:
-        # As hvd.allreduce does among several: alone it has nothing to send.
+        # As hvd.allreduce does with several workers; with one it sends nothing.
         from horovod.tensorflow.mpi_ops import Sum, _allreduce
 
         return _allreduce(x, name=f"allreduce.{name}", op=Sum, ignore_name_scope=True)
 
 
 def constant(comm: Any) -> Any:
-    """Folded into its first result."""
+    """Sum a constant, which constant folding replaces by its first result."""
     return comm.wait(comm.start_sum("constant", tf.constant([1.0, 2.0])))
 
 
 def constant_in_a_loop(comm: Any) -> Any:
-    """The same, where each pass of a loop needs one."""
+    """Sum a constant in each iteration of a loop."""
 
     def body(k: Any, total: Any) -> Any:
         return k + 1, total + comm.wait(comm.start_sum("loop", tf.constant([1.0, 2.0])))
@@ -44,14 +44,14 @@ def constant_in_a_loop(comm: Any) -> Any:
 
 
 def merged(comm: Any) -> Any:
-    """Two of the same tensor become one: what is alike but for the name is not, to Horovod."""
+    """Sum one tensor twice. TensorFlow merges the two, although Horovod tells them apart by name."""
     x = tf.random.uniform([2]) * 0 + 1
     one, other = comm.start_sum("same", x), comm.start_sum("same", x)
     return comm.wait(one) + comm.wait(other)
 
 
 def unused(comm: Any) -> Any:
-    """Nobody needs its result."""
+    """Start a sum whose result is unused."""
     comm.wait(comm.start_sum("unused", tf.random.uniform([2])))
     return tf.zeros([2])
 
@@ -60,7 +60,7 @@ CASES = {"constant": constant, "constant_in_a_loop": constant_in_a_loop, "merged
 
 
 def kept(case: str, safe: bool) -> dict[str, int]:
-    """How many collectives the traced graph has, as written and after Grappler. One worker."""
+    """Return the number of collectives in the traced graph, as written and after Grappler. One worker."""
     comm = GraphSafeComm(AsSeveral()) if safe else AsSeveral()
     function = tf.function(lambda: CASES[case](comm), autograph=False).get_concrete_function()
     definition = function.graph.as_graph_def(add_shapes=True)
@@ -80,9 +80,9 @@ def _count(graph: Any) -> int:
 
 
 def exchanged(case: str, traced: bool) -> tuple[list[list[float]], int]:
-    """Results of two calls, and the bytes of both, on several workers. Ranks differ by what they have to send.
+    """Return the results of two calls, and the bytes of both, on several workers.
 
-    Only with the names of a graph do workers find each other, so "eager" is a call of a function from eager code.
+    Workers match collectives by the names in a graph, so "eager" is a call of a function from eager code.
     """
     comm = GraphSafeComm(HorovodComm(hvd.global_process_set, None))
     call = tf.function(lambda: CASES[case](comm), autograph=False)

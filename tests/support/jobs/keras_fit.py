@@ -17,13 +17,13 @@ BATCH = 4
 
 
 def data(batches: int, seed: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    """This worker's own."""
+    """Return this worker's data."""
     x = np.random.default_rng([seed, hvd.rank()]).normal(size=(BATCH * batches, 4)).astype(np.float32)
     return x, x.sum(axis=1, keepdims=True)
 
 
 class Subclassed(keras.Model):
-    """Has no variables before its first batch."""
+    """Model without variables before its first batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ def compiled(kind: str = "sequential", tau: int = 3, rate: float = 0.01, **optio
 
 
 def source(kind: str, batches: int) -> dict[str, Any]:
-    """fit's first arguments."""
+    """Return the data arguments of fit."""
     x, y = data(batches)
     if kind == "arrays":
         return {"x": x, "y": y, "batch_size": BATCH, "shuffle": False}
     whole = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
-    if kind == "unknown":  # nobody knows how many batches there are before they have come
+    if kind == "unknown":  # the number of batches is unknown until the data ends
         whole = whole.filter(lambda *_: True)
     return {"x": whole, "shuffle": False}
 
@@ -77,7 +77,7 @@ def held(model: keras.Model) -> dict[str, Any]:
 
 
 class Log(logging.Handler):
-    """What the library has logged."""
+    """Handler that records the library's log messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -97,7 +97,7 @@ class Log(logging.Handler):
 
 
 class Seen(keras.callbacks.Callback):
-    """What a callback sees of model and metrics at the end of each epoch."""
+    """Callback that records model and metrics at the end of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def trains(
     fits: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
-    """A worker with lengths[rank] batches in each epoch."""
+    """Train with lengths[rank] batches in each epoch."""
     model = compiled(model_kind, tau, **options)
     history = []
     extra = {"validation_data": data(2 + hvd.rank(), 8), "validation_batch_size": BATCH} if validates else {}
@@ -127,13 +127,13 @@ def trains(
             arguments = source(data_kind, lengths[hvd.rank()])
             found = model.fit(**arguments, epochs=epochs, verbose=0, callbacks=[seen, SlowMoCallback()], **extra)
             history.append(found.history)
-    with model.optimizer.averaged_parameters():  # all have left together: nobody is missing
+    with model.optimizer.averaged_parameters():  # all have left together, so none is missing
         pass
     return {**held(model), "history": history, "seen": seen.epochs, "log": lines}
 
 
 def decides(folder: str) -> dict[str, Any]:
-    """Keras' own callbacks, whose decisions hang on metrics, under workers with metrics of their own."""
+    """Train with Keras' callbacks that decide by metrics, on workers whose local metrics differ."""
     model = compiled(rate=0.05)
     stops = keras.callbacks.EarlyStopping(patience=2, min_delta=0.5, restore_best_weights=True)
     plateau = keras.callbacks.ReduceLROnPlateau(patience=1, factor=0.5, min_delta=0.5)
@@ -172,7 +172,7 @@ class Breaks(keras.callbacks.Callback):
 
 
 def resumes(folder: str, stop: bool, everyone: bool = True) -> dict[str, Any]:
-    """Four epochs of five steps, blocks of twelve; stopped in the third and taken up again, or not."""
+    """Train four epochs of five steps in blocks of twelve; stop in the third and resume, or do not."""
 
     def fit(*others: Any) -> keras.Model:
         model = compiled(tau=12)
@@ -190,13 +190,13 @@ def resumes(folder: str, stop: bool, everyone: bool = True) -> dict[str, Any]:
 
 
 def leaves(epochs: list[int], own: bool = False) -> dict[str, Any]:
-    """Workers with epochs[rank] epochs, or with a callback of their own that stops them there."""
+    """Train epochs[rank] epochs, or stop there by a custom callback."""
     model = compiled()
     seen = Seen()
     extra: list[Any] = []
     count = epochs[hvd.rank()]
     if own and count < max(epochs):
-        # Nothing is ever better by so much: it stops the training after `patience` epochs more.
+        # No metric ever improves by so much, so training stops after `patience` more epochs.
         extra.append(keras.callbacks.EarlyStopping("loss", min_delta=1e9, patience=count - 1))
         count = max(epochs)
     with Log() as lines:
@@ -213,7 +213,7 @@ class Fails(keras.callbacks.Callback):
 
 
 def fails() -> str:
-    """An error in a callback of rank 1."""
+    """Raise an error in a callback of rank 1."""
     model = compiled()
     extra = [Fails()] if hvd.rank() == 1 else []
     model.fit(**source("arrays", 20), epochs=2, verbose=0, callbacks=[SlowMoCallback(), *extra])
@@ -221,7 +221,7 @@ def fails() -> str:
 
 
 def refused(kind: str) -> str:
-    """What fit raises on this worker."""
+    """Return the error that fit raises on this worker."""
     odd = hvd.rank() == 1
     model = compiled()
     arguments = source("dataset", 5)
@@ -240,7 +240,7 @@ def refused(kind: str) -> str:
 
 
 def warns() -> list[str]:
-    """Different rates; what is logged."""
+    """Train with different rates; return the log."""
     model = compiled(rate=0.01 * (1 + hvd.rank()))
     model.optimizer.learning_rate = 0.01
     schedule = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.01 * (1 + hvd.rank()))
@@ -250,7 +250,7 @@ def warns() -> list[str]:
 
 
 def still() -> dict[str, Any]:
-    """A rate of 0: what the metrics must be is known."""
+    """Train at rate 0, where the metrics have known values."""
     model = compiled(rate=0.0, metrics=["mae"])
     model.layers[1].trainable = False
     model.compile(model.optimizer, "mse", metrics=["mae"])

@@ -14,7 +14,7 @@ from hvd_slowmo.tf import SlowMo, SlowMoCallback
 from support.problems import config_of
 from support.trainings.keras import doubles
 
-FEATURES, BATCH, RATE = 5, 4, 0.125  # the rate is one that float32 has exactly
+FEATURES, BATCH, RATE = 5, 4, 0.125  # the rate is exact in float32
 
 
 def data(rank: int, batches: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,14 +27,14 @@ def start() -> np.ndarray:
 
 
 def gradient(rank: int, batch: int, batches: int, z: np.ndarray) -> np.ndarray:
-    """Of the mean squared error over a batch of the epoch."""
+    """Return the gradient of the mean squared error over a batch of the epoch."""
     x, y = (part[(batch % batches) * BATCH :][:BATCH] for part in data(rank, batches))
     return 2 / BATCH * x.T @ (x @ z - y[:, 0])
 
 
 def compiled(config: dict[str, Any], accumulated: int | None = None, **options: Any) -> keras.Model:
     layer = keras.layers.Dense(1, use_bias=False, name="layer")
-    model = keras.Sequential([keras.Input((FEATURES,)), layer], name="model")  # one name for each that is made
+    model = keras.Sequential([keras.Input((FEATURES,)), layer], name="model")  # a distinct name per optimizer
     model.set_weights([start()[:, np.newaxis]])
     sgd = keras.optimizers.SGD(RATE, gradient_accumulation_steps=accumulated)
     model.compile(SlowMo(sgd, config_of(config)), "mse", **options)
@@ -42,9 +42,9 @@ def compiled(config: dict[str, Any], accumulated: int | None = None, **options: 
 
 
 def fit(config: dict[str, Any], lengths: list[int], epochs: int, unknown: bool = False, **options: Any) -> Any:
-    """A worker with lengths[rank] batches in each epoch: its weights after each, steps and traces.
+    """Train lengths[rank] batches in each epoch; return the weights after each epoch, steps and traces.
 
-    unknown: as a dataset of unknown length, which makes a last call without a batch.
+    unknown: use a dataset of unknown length, which makes a last call without a batch.
     """
     with doubles():
         model = compiled(config, **options)
@@ -70,7 +70,7 @@ class Seen(keras.callbacks.Callback):
 
 
 def saved_in_flight(config: dict[str, Any], folder: str) -> tuple[Any, Any]:
-    """A `.keras` file in the middle of a flight: the weights after each step without a stop, and from the file on."""
+    """Save a `.keras` file with messages in flight; return the uninterrupted and the resumed run's weights by step."""
     with doubles():
         x, y = data(hvd.rank(), 1)
         model = compiled(config)
@@ -93,7 +93,7 @@ def saved_in_flight(config: dict[str, Any], folder: str) -> tuple[Any, Any]:
 
 
 def from_rank_0(config: dict[str, Any]) -> Any:
-    """Rank 0 alone loads a state from the middle of a flight: what all hold then, and after a step."""
+    """Load a state with messages in flight on rank 0 alone; return all values then, and after a step."""
     with doubles():
         x, y = data(hvd.rank(), 1)
         model = compiled(config)

@@ -13,7 +13,7 @@ from support.trainings.mixed import MAP, TORCH, worker
 
 
 def misuse(kind: str, odd: int) -> str:
-    """Do one thing wrong on rank `odd`; returns what was raised."""
+    """Do one thing wrong on rank `odd`; return the error."""
     rank = horovod().rank()
     wrong = rank == odd
     config: dict[str, Any] = {"tau": 3}
@@ -43,16 +43,16 @@ def misuse(kind: str, odd: int) -> str:
 
 
 class Endless(Problem):
-    """Whose gradients are infinite."""
+    """Module whose gradients are infinite."""
 
     def gradient(self, worker: int, step: int, x: np.ndarray) -> np.ndarray:
         return np.full_like(x, np.inf)
 
 
 def network(kind: str, config: SlowMoConfig, start: bool = True) -> tuple[Any, Any]:
-    """A convolution, BatchNorm and a dense layer on its flattened feature map; the model and its optimizer.
+    """Return a model of a convolution, BatchNorm and a dense layer on the flattened feature map, and its optimizer.
 
-    kind: what is odd about it. start: under Keras, whether it is brought to the workers' one start here.
+    kind: the deviation from this model. start: in Keras, broadcast the variables here.
     """
     parameter_map = None if kind == "no maps" else ParameterMap()
     units = 5 if kind == "units" else 4
@@ -92,7 +92,7 @@ def network(kind: str, config: SlowMoConfig, start: bool = True) -> tuple[Any, A
 
 
 def batches(rank: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images (n, 6, 6) and what they should give, (n, 2)."""
+    """Return images (n, 6, 6) and targets (n, 2)."""
     rng = np.random.default_rng(rank)
     for _ in range(count):
         x = rng.normal(size=(5, 6, 6))
@@ -100,7 +100,7 @@ def batches(rank: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def trained(config: dict[str, Any], lengths: list[int], epochs: int = 2) -> list[dict[str, np.ndarray]]:
-    """The network on uneven data, each epoch with a join; what the wire has of it after each."""
+    """Train the network on uneven data with a join per epoch; return its wire values after each."""
     hvd = horovod()
     model, optimizer = network("", config_of(config))
     step = torch_step(model, optimizer) if TORCH else keras_step(model, optimizer)
@@ -149,7 +149,7 @@ def on_the_wire(model: Any) -> dict[str, np.ndarray]:
 
 
 def with_fit(epochs: int) -> tuple[dict[str, np.ndarray], Any]:
-    """Keras' workers under `fit`, PyTorch's in a loop; the model at the end, and the epochs' losses or joins."""
+    """Train with `fit` in Keras and a loop in PyTorch; return the final model, and the epochs' losses or joins."""
     hvd = horovod()
     config = SlowMoConfig(tau=3)
     if TORCH:
@@ -173,7 +173,7 @@ def with_fit(epochs: int) -> tuple[dict[str, np.ndarray], Any]:
 
 
 def horovod() -> Any:
-    """This worker's Horovod."""
+    """Return this worker's Horovod module."""
     if TORCH:
         import horovod.torch as hvd
     else:

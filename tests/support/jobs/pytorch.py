@@ -1,4 +1,4 @@
-"""Jobs for Horovod workers (see ../pool.py) that are not trainings of a problem: misuse, failures, process sets."""
+"""Jobs for Horovod workers (see ../pool.py) other than problems: misuse, failures, process sets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(model: nn.Module, optimizer: SlowMo, steps: int) -> None:
 
 
 def misuse(kind: str) -> str:
-    """Do one thing wrong on rank 1; returns what was raised."""
+    """Do one thing wrong on rank 1; return the error."""
     odd = hvd.rank() == 1
     model: nn.Module = nn.Linear(3, 5 if odd and kind == "shape" else 4)
     if odd and kind == "names":
@@ -58,11 +58,11 @@ def misuse(kind: str) -> str:
                     pass
             elif kind == "rate" and odd and k == 2:
                 optimizer.zero_grad()
-                optimizer.step()  # no gradients: the base optimizer leaves the parameters alone
+                optimizer.step()  # no gradients: the inner optimizer leaves the parameters alone
             else:
                 train(model, optimizer, 1)
     except (TypeError, ValueError) as error:
-        if kind == "parameter":  # nothing was written: the infinity is still this rank's alone
+        if kind == "parameter":  # nothing was written: only this rank has the infinity
             assert bool(model.weight.isfinite().all()) != odd
         if kind == "rate" and odd:
             assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -71,7 +71,7 @@ def misuse(kind: str) -> str:
 
 
 def goes_on() -> float:
-    """A training after an error in the one before: the workers are still in step."""
+    """Train after an error in the previous run: the workers are still in step."""
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2))
     train(model, optimizer, 4)
@@ -79,7 +79,7 @@ def goes_on() -> float:
 
 
 def lost_worker(how: str) -> str:
-    """Rank 1 ends in the middle of a block; what the others see, and what they see if they go on."""
+    """End rank 1 in the middle of a block; return the others' errors, then and when they continue."""
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
     train(model, optimizer, 4)
@@ -98,7 +98,7 @@ def lost_worker(how: str) -> str:
 
 
 def stalls() -> str:
-    """Rank 1 never comes to the outer step."""
+    """Let rank 1 never reach the outer step."""
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
     if hvd.rank() == 1:
@@ -108,7 +108,7 @@ def stalls() -> str:
 
 
 def halves(sets: list[list[int]]) -> list[float]:
-    """Two process sets train apart from each other, in step within."""
+    """Train two process sets independently of each other."""
     members = [hvd.add_process_set(ranks) for ranks in sets]
     mine = next(each for each in members if each.included())
     torch.manual_seed(hvd.rank())
@@ -125,7 +125,7 @@ def halves(sets: list[list[int]]) -> list[float]:
 
 
 def averaged() -> tuple[list[float], list[float], list[float]]:
-    """Own values, the mean within averaged_parameters(), and what is there afterwards."""
+    """Return the values before, within and after averaged_parameters()."""
     model = nn.Linear(2, 1)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
     with torch.no_grad():
@@ -137,7 +137,7 @@ def averaged() -> tuple[list[float], list[float], list[float]]:
 
 
 def large(elements: int) -> bool:
-    """Several chunks of the real length; the mean of rank-dependent values is right everywhere."""
+    """Average several chunks of the default length; the mean of rank-dependent values is correct everywhere."""
     model = nn.ParameterList([nn.Parameter(torch.zeros(elements)), nn.Parameter(torch.zeros(3))])
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig.local_sgd(1))
     assert len(optimizer.worker.assembly.machine.layout.chunks) > 2
@@ -150,7 +150,7 @@ def large(elements: int) -> bool:
 
 
 def own_collectives_after_join() -> float:
-    """Uneven data, a join, and a collective of the script's own."""
+    """Train on uneven data, join, and run a collective of the script."""
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
     train(model, optimizer, 2 + 3 * hvd.rank())
@@ -159,7 +159,7 @@ def own_collectives_after_join() -> float:
 
 
 def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
-    """The same training under SlowMo with averaged gradients and under DistributedDataParallel."""
+    """Train the same model with SlowMo's averaged gradients and with DistributedDataParallel."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}{scaled}", rank=hvd.rank(), world_size=hvd.size())
@@ -198,7 +198,7 @@ def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
 
 
 def node_without_init() -> str:
-    """gradients="node" after a plain hvd.init()."""
+    """Train with gradients="node" after a plain hvd.init()."""
     model = nn.Linear(3, 4)
     try:
         SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(gradients="node"))
@@ -208,7 +208,7 @@ def node_without_init() -> str:
 
 
 def staged(problem: Problem, looks: int | None) -> list:
-    """A training whose tensors go through host memory as those of a device would; None: directly."""
+    """Train with tensors that go through host memory as those of a device would; None: directly."""
     comm = workers.connect()
     if looks is not None:
         comm._outbox._copies = LateCopies(looks, torch.float64)
@@ -216,7 +216,7 @@ def staged(problem: Problem, looks: int | None) -> list:
 
 
 def on_device(width: int) -> list[float]:
-    """Warm-up with averaged gradients, then blocks, of a model of several chunks on the CUDA device."""
+    """Train a model of several chunks on the CUDA device: warm-up with averaged gradients, then blocks."""
     torch.manual_seed(hvd.rank())
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).cuda()
     base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -230,7 +230,7 @@ def on_device(width: int) -> list[float]:
 
 
 def without_synchronisation(gradients: str) -> str:
-    """Inner steps in a mode of PyTorch's in which whatever waits for the device raises."""
+    """Take inner steps in the mode of PyTorch that raises on any wait for the device."""
     model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 2)).cuda()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = SlowMo(base, model, SlowMoConfig(tau=20, gradients=gradients))
@@ -250,7 +250,7 @@ def without_synchronisation(gradients: str) -> str:
 
 
 def uneven_on_device() -> tuple[list[float], list[float], list[float]]:
-    """A worker's own values in the middle of a block, the mean, and what join() makes of them."""
+    """Return a worker's values in the middle of a block, the mean, and the values after join()."""
     model = nn.Linear(2, 1).cuda()
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
     for _ in range(3):

@@ -13,7 +13,7 @@ from support.problems import config_of
 
 
 def bytes_per_step(config: dict[str, Any], steps: int) -> list[int]:
-    """What each step hands to Horovod, for a model of 1,000 elements in float32."""
+    """Return the bytes that each step hands to Horovod, for a model of 1,000 float32 elements."""
     model = nn.Linear(1000, 1, bias=False)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config_of(config))
     counts = [optimizer.bytes_sent]
@@ -21,5 +21,5 @@ def bytes_per_step(config: dict[str, Any], steps: int) -> list[int]:
         model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
         counts.append(optimizer.bytes_sent)
-    optimizer.join()  # nobody ends while another still waits
+    optimizer.join()  # no worker ends while another still waits
     return [after - before for before, after in pairwise(counts)]

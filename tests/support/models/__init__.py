@@ -1,1 +1,1 @@
-"""Small models of each framework, and what they must be compared in."""
+"""Small models of each framework, and the values to compare."""

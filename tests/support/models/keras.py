@@ -1,4 +1,4 @@
-"""Small Keras models and trainings that the contract's tests share, in this process and on Horovod workers."""
+"""Small Keras models and training loops for the contract's tests, in this process and on Horovod workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BARE = SlowMoConfig.local_sgd(1)  # on one worker, the inner optimizer alone
 
 
 def fill(model: keras.Model, seed: int = 0) -> keras.Model:
-    """The model with parameters of its own random generator: Keras' global one is shared by the threads."""
+    """Fill the model from a separate random generator, since threads share Keras' global one."""
     rng = np.random.default_rng(seed)
     for v in model.trainable_variables:
         v.assign(rng.normal(size=v.shape))
@@ -33,7 +33,7 @@ def with_statistics() -> keras.Model:
 
 
 def words() -> keras.Model:
-    """Its first gradient is tf.IndexedSlices."""
+    """Return a model whose first gradient is tf.IndexedSlices."""
     inside = [layers.Embedding(10, 4), layers.GlobalAveragePooling1D(), layers.Dense(2)]
     return fill(keras.Sequential([keras.Input((6,), dtype="int32"), *inside]))
 
@@ -53,7 +53,7 @@ def held(model: keras.Model) -> list[np.ndarray]:
 
 
 def step_of(model: keras.Model, optimizer: Any) -> Any:
-    """One step of a loop of one's own; run it as it is, or as a tf.function."""
+    """Return one step of a custom training loop; run it eagerly or as a tf.function."""
 
     def step(x: Any, y: Any) -> None:
         with tf.GradientTape() as tape:
@@ -68,7 +68,7 @@ def step_of(model: keras.Model, optimizer: Any) -> Any:
 def loop(
     model: keras.Model, optimizer: Any, steps: range, rank: int = 0, traced: bool = True, data: Any = batch
 ) -> list[list[np.ndarray]]:
-    """What the model held after each step."""
+    """Train in a loop; return the model's values after each step."""
     step = step_of(model, optimizer)
     if traced:
         step = tf.function(step, autograph=False)
@@ -89,7 +89,7 @@ def fit(
     compiled: dict[str, Any] | None = None,
     **options: Any,
 ) -> keras.callbacks.History:
-    """The same batches, by `fit`."""
+    """Train on the same batches with `fit`."""
     x, y = (np.concatenate(parts) for parts in zip(*(data(rank, k) for k in steps), strict=True))
     model.compile(optimizer, "mse", **(compiled or {}))
     return model.fit(x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, **options)
@@ -100,7 +100,7 @@ def bare(inner: Any, **settings: Any) -> SlowMo:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, through lists."""
+    """Return True if the values, nested in lists, are bitwise identical."""
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return np.array_equal(a, b)

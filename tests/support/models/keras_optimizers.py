@@ -1,11 +1,11 @@
-"""What the tests of the Keras adapter's contract share."""
+"""Helpers for the tests of the Keras adapter's contract."""
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 # Several workers' graphs wait in this process's threads at once; with fewer threads than workers they would wait for
-# each other for ever. Set before TensorFlow starts its threads.
+# each other forever. Set before TensorFlow starts its threads.
 tf.config.threading.set_inter_op_parallelism_threads(16)
 
 SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
@@ -13,10 +13,10 @@ Scaled = keras.optimizers.LossScaleOptimizer
 
 
 def applied(optimizer, steps=5):
-    """A matrix and a vector after each step with the same gradients, in a loop that is traced."""
+    """Return a matrix and a vector after each step with the same gradients, in a traced loop."""
     rng = np.random.default_rng(1)
     variables = [keras.Variable(rng.normal(size=shape), dtype="float32") for shape in ((3, 2), (4,))]
-    optimizer.build(variables)  # within a trace ScheduleFreeAdamW would take its start anew in every step
+    optimizer.build(variables)  # in a trace ScheduleFreeAdamW would restart in every step
 
     @tf.function(autograph=False)
     def step(*grads):

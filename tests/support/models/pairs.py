@@ -1,11 +1,11 @@
-"""PyTorch models and the same in Keras, in float64."""
+"""Models in PyTorch and in Keras, in float64."""
 
 import numpy as np
 import torch
 from torch import nn
 
 # isort: split
-# PyTorch comes first: the other way round its libraries may not load.
+# PyTorch comes first: in the other order its libraries may not load.
 import keras
 from keras import layers as kl
 
@@ -15,7 +15,7 @@ from hvd_slowmo_torch.interop.layers import entries_torch
 
 
 class First(nn.Module):
-    """A recurrent or attention layer's output alone."""
+    """A recurrent or attention layer without the outputs after the first."""
 
     def __init__(self, layer, times=1):
         super().__init__()
@@ -48,7 +48,7 @@ def gru(*args, **kwargs):
 
 
 def batch_norm(layer):
-    """One whose statistics are not those of the beginning."""
+    """Return a BatchNorm layer whose statistics differ from the initial ones."""
     with torch.no_grad():
         for p in (layer.weight, layer.bias, layer.running_mean):
             p.normal_()

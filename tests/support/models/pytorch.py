@@ -1,15 +1,15 @@
-"""Models of PyTorch for the contract's tests, batches for them, and what they must be compared in."""
+"""PyTorch models for the contract's tests, their batches, and the values to compare."""
 
 import torch
 from torch import nn
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
-BARE = SlowMoConfig.local_sgd(1)  # on one worker, the base optimizer alone
+BARE = SlowMoConfig.local_sgd(1)  # on one worker, the inner optimizer alone
 
 
 def filled(model, seed=0):
-    """The model with parameters of its own random generator: torch's global one is shared by the threads."""
+    """Fill the model from a separate random generator, since threads share torch's global one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -47,7 +47,7 @@ def held(model):
 
 
 def assert_same(a, b):
-    """Equal to the bit, however nested."""
+    """Assert that nested values are bitwise identical."""
     if isinstance(a, torch.Tensor):
         assert isinstance(b, torch.Tensor)
         assert a.dtype == b.dtype

@@ -1,1 +1,1 @@
-"""Trainings of a problem or a model, on threads and as jobs on Horovod workers."""
+"""Train a problem or a model, on threads and as jobs on Horovod workers."""

@@ -1,4 +1,4 @@
-"""One model in both frameworks, trained alike on each worker's own batches, for checkpoints that move."""
+"""One model in both frameworks, trained alike on each worker's batches, for checkpoints across frameworks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch(rank: int, step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TorchWorker:
-    """Of `comm`, or of Horovod."""
+    """A PyTorch worker of `comm`, or of Horovod."""
 
     def __init__(
         self, config: dict[str, Any], base: tuple[str, dict[str, Any]], comm: Any = None, rank: int = 0
@@ -77,7 +77,7 @@ class TorchWorker:
 
 
 class KerasWorker:
-    """The same; call it within `keras_training.doubles`."""
+    """The same worker in Keras; construct it within `keras_training.doubles`."""
 
     def __init__(
         self, config: dict[str, Any], base: tuple[str, dict[str, Any]], comm: Any = None, rank: int = 0
@@ -123,7 +123,7 @@ class KerasWorker:
 
 
 SGD = ("SGD", {"momentum": 0.875, "nesterov": True})
-ADAM = ("Adam", {"betas": (0.875, 0.9921875)})  # which float32 has exactly: Keras takes them so
+ADAM = ("Adam", {"betas": (0.875, 0.9921875)})  # exact in float32, to which Keras rounds them
 CASES: dict[str, tuple[dict[str, Any], Base]] = {
     "momentum": ({"tau": 4}, SGD),
     "Adam": ({"tau": 4, "inner_state": "average"}, ADAM),
@@ -134,5 +134,5 @@ CASES: dict[str, tuple[dict[str, Any], Base]] = {
 
 
 def apart(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> float:
-    """The largest difference of any value at any step."""
+    """Return the largest difference of any value at any step."""
     return max(float(np.abs(x[name] - y[name]).max()) for x, y in zip(a, b, strict=True) for name in x)

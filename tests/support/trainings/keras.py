@@ -1,4 +1,4 @@
-"""`support.problems.Problem` under the Keras adapter; runs on threads and as jobs on Horovod workers alike."""
+"""Train `support.problems.Problem` with the Keras adapter, on threads and as jobs on Horovod workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.problems import Problem, chunks_of, config_of, pieces, with_node
 
 
 def base(problem: Problem) -> keras.optimizers.Optimizer:
-    """The base optimizer, from PyTorch's names of its options."""
+    """Return the inner optimizer, from PyTorch's names of its options."""
     options = dict(problem.options)
     if problem.base == "sgd":
         return keras.optimizers.SGD(0.1, **options)
@@ -25,7 +25,7 @@ def base(problem: Problem) -> keras.optimizers.Optimizer:
 
 
 class GraphComm:
-    """A ThreadWorld's collectives as nodes of a graph."""
+    """A ThreadWorld's collectives as graph nodes."""
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
@@ -59,7 +59,7 @@ class GraphComm:
 
 
 class Worker:
-    """The parameters of a problem and the optimizer over them, in a loop of one's own."""
+    """The parameters of a problem and their optimizer, in a custom training loop."""
 
     def __init__(self, problem: Problem, comm: Any = None, node: Any = None) -> None:
         self.problem = problem
@@ -98,7 +98,7 @@ class Worker:
 
 @contextlib.contextmanager
 def doubles(chunk_bytes: int | None = None) -> Iterator[None]:
-    """Rates in float64, and chunks of so many bytes."""
+    """Set rates to float64, and chunks to this many bytes."""
     floatx = keras.config.floatx()
     keras.config.set_floatx("float64")
     try:
@@ -109,14 +109,14 @@ def doubles(chunk_bytes: int | None = None) -> Iterator[None]:
 
 
 def run(problem: Problem, comm: Any = None, chunk_bytes: int | None = None, node: Any = None) -> list[dict[str, Any]]:
-    """The whole training on one worker: of `comm`, or of Horovod. Threads share doubles(): call within it there."""
+    """Run all steps on a worker of `comm`, or of Horovod. Threads share one doubles(); call it within that."""
     with doubles(chunk_bytes) if comm is None else contextlib.nullcontext():
         worker = Worker(problem, comm, node)
         return [worker.held(), *worker.advance(range(problem.steps))]
 
 
 def resumed(problem: Problem, stop: int, comm: Any = None) -> list[dict[str, Any]]:
-    """The training stopped after `stop` steps, its variables saved, and taken up by new objects."""
+    """Stop after `stop` steps, save the variables, and resume in new objects."""
     with doubles() if comm is None else contextlib.nullcontext():
         worker = Worker(problem, comm)
         before = worker.advance(range(stop))
@@ -129,7 +129,7 @@ def resumed(problem: Problem, stop: int, comm: Any = None) -> list[dict[str, Any
 
 
 def epochs(problem: Problem, plan: list[tuple[int, ...]], comm: Any = None) -> list[dict[str, Any]]:
-    """Epochs of plan[epoch][rank] steps with a join behind each; what the worker held after each join."""
+    """Train epochs of plan[epoch][rank] steps with a join after each; return the worker's values after each join."""
     with doubles() if comm is None else contextlib.nullcontext():
         worker = Worker(problem, comm)
         history, taken = [], 0

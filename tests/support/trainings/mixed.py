@@ -1,6 +1,6 @@
-"""`support.problems.Problem` in a job of both frameworks: on threads of one process, and as jobs on Horovod workers.
+"""Train `support.problems.Problem` in both frameworks together, on threads and as jobs on Horovod workers.
 
-Keras keeps two of the parameters in another orientation than PyTorch; a job's worker imports its own framework alone.
+Keras stores two of the parameters in another orientation than PyTorch. A job's worker imports only its framework.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TORCH = os.environ.get("POOL_HOROVOD") == "horovod.torch"
 
 
 class TorchWorker:
-    """PyTorch's side."""
+    """A PyTorch worker."""
 
     def __init__(
         self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
@@ -60,7 +60,7 @@ class TorchWorker:
 
 
 class KerasWorker:
-    """Keras' side."""
+    """A Keras worker."""
 
     def __init__(
         self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
@@ -109,7 +109,7 @@ class KerasWorker:
 
 
 class TorchComm:
-    """A ThreadWorld's collectives on tensors of PyTorch, told to the others as NumPy's."""
+    """A ThreadWorld's collectives on PyTorch tensors, exchanged as NumPy arrays."""
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
@@ -134,12 +134,12 @@ class TorchComm:
 
 
 def worker(problem: Problem, **options: Any) -> Any:
-    """A Horovod worker's, of its framework."""
+    """Return this Horovod worker's training, in its framework."""
     return (TorchWorker if TORCH else KerasWorker)(problem, **options)
 
 
 def run(problem: Problem, chunk_bytes: int | None = None, **options: Any) -> list[dict[str, Any]]:
-    """The whole training on a Horovod worker; its parameters after each step."""
+    """Run all steps on a Horovod worker; return its parameters after each."""
     with chunks_of(chunk_bytes):
         mine = worker(problem, **options)
     history = [{"x": mine.flat()}]
@@ -151,7 +151,7 @@ def run(problem: Problem, chunk_bytes: int | None = None, **options: Any) -> lis
 
 
 def epochs(problem: Problem, plan: list[tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Epochs of plan[epoch][rank] steps with a join behind each; what the worker held after each join."""
+    """Train epochs of plan[epoch][rank] steps with a join after each; return the worker's values after each join."""
     mine = worker(problem)
     history, taken = [], 0
     for lengths in plan:
@@ -166,7 +166,7 @@ def epochs(problem: Problem, plan: list[tuple[int, ...]]) -> list[dict[str, Any]
 def resumed(
     problem: Problem, path: Path, stop: int, **options: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training with a checkpoint after `stop` steps, and again from there: what a worker held after each step."""
+    """Train with a checkpoint after `stop` steps, and again from there; return the worker's values after each step."""
 
     def go_on(mine: Any) -> list[dict[str, Any]]:
         history = []
@@ -186,7 +186,7 @@ def resumed(
 
 
 def rolled_back(problem: Problem, path: Path) -> tuple[str, bool]:
-    """A load while PyTorch's messages are on their way, and after a join: what is said, and whether all is back."""
+    """Load with PyTorch's messages in flight, and after a join; return the errors, and True if all is restored."""
     mine = worker(problem)
     for step in range(4):
         mine.step(step, step)
@@ -206,7 +206,7 @@ def rolled_back(problem: Problem, path: Path) -> tuple[str, bool]:
 
 
 def averaged(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """After two steps: own values, those within averaged_parameters(), and those behind it."""
+    """Return the values after two steps: before, within and after averaged_parameters()."""
     mine = worker(problem)
     for step in range(2):
         mine.step(step, step)

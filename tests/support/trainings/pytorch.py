@@ -1,4 +1,4 @@
-"""`support.problems.Problem` under the PyTorch adapter; runs on threads and as jobs on Horovod workers alike."""
+"""Train `support.problems.Problem` with the PyTorch adapter, on threads and as jobs on Horovod workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.
 
 
 class Model(torch.nn.Module):
-    """The parameters of a problem and nothing else, on these devices in turn."""
+    """The parameters of a problem, placed on these devices in turn."""
 
     def __init__(self, x: np.ndarray, devices: Sequence[str] = ("cpu",)) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Model(torch.nn.Module):
 def build(
     problem: Problem, comm: Comm | None, rank: int, node: Comm | None = None, devices: Sequence[str] = ("cpu",)
 ) -> tuple[Model, SlowMo]:
-    """A worker's model and optimizer. Ranks other than 0 begin elsewhere, and must be brought to rank 0's start."""
+    """Return a worker's model and optimizer. Other ranks start from other values, which rank 0's must replace."""
     model = Model(problem.start() + rank, devices)
     groups = [
         {"params": [p for p, g in zip(model.parts, problem.groups, strict=True) if g == number], "lr": 0.0}
@@ -51,7 +51,7 @@ def build(
 
 
 def advance(problem: Problem, model: Model, optimizer: SlowMo, rank: int, steps: range) -> list[dict[str, Any]]:
-    """Train; what the worker held after each step."""
+    """Train; return the worker's values after each step."""
     history = []
     for step in steps:
         for number, group in enumerate(optimizer.param_groups):
@@ -71,7 +71,7 @@ def held(model: Model, optimizer: SlowMo) -> dict[str, Any]:
 def run(
     problem: Problem, comm: Comm | None = None, chunk_bytes: int | None = None, devices: Sequence[str] = ("cpu",)
 ) -> list[dict[str, Any]]:
-    """The whole training on one worker: of `comm`, or of Horovod."""
+    """Run all steps on one worker of `comm`, or of Horovod."""
     rank = horovod_rank() if comm is None else comm.rank
     with chunks_of(chunk_bytes):
         model, optimizer = build(problem, comm, rank, devices=devices)
@@ -79,7 +79,7 @@ def run(
 
 
 def resumed(problem: Problem, stop: int, comm: Comm | None = None) -> list[dict[str, Any]]:
-    """The training stopped after `stop` steps, saved to bytes, and taken up by new objects."""
+    """Stop after `stop` steps, save to bytes, and resume in new objects."""
     rank = horovod_rank() if comm is None else comm.rank
     model, optimizer = build(problem, comm, rank)
     before = advance(problem, model, optimizer, rank, range(stop))
@@ -96,7 +96,7 @@ def resumed(problem: Problem, stop: int, comm: Comm | None = None) -> list[dict[
 
 
 def epochs(problem: Problem, plan: list[tuple[int, ...]], comm: Comm | None = None) -> list[dict[str, Any]]:
-    """Epochs of plan[epoch][rank] steps with a join behind each; what the worker held after each join."""
+    """Train epochs of plan[epoch][rank] steps with a join after each; return the worker's values after each join."""
     rank = horovod_rank() if comm is None else comm.rank
     model, optimizer = build(problem, comm, rank)
     history, taken = [], 0
@@ -114,7 +114,7 @@ def epochs(problem: Problem, plan: list[tuple[int, ...]], comm: Comm | None = No
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, through dicts and lists."""
+    """Return True if the values, nested in dicts and lists, are bitwise identical."""
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
