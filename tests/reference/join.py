@@ -85,8 +85,8 @@ def run_epochs(
 
     While gradients are averaged, the mean is over live workers; one that is done takes the inner step with this mean
     and the live workers' rates (the first one's, if they differ), which counts as a step of this worker, but not as a
-    batch. So all are equal at a join, which averages nothing. If the live workers' rates differ, the workers differ: the
-    join averages them, and in warm-up it raises ValueError, as the end of warm-up does.
+    batch. So all are equal at a join, which averages nothing. If the live workers' rates differ, the workers differ:
+    the join averages them, and in warm-up it raises ValueError, as the end of warm-up does.
     """
     m = workers
     if any(len(batches) != m or min(batches, default=0) < 0 for batches in epochs):
