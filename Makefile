@@ -36,7 +36,11 @@ IDENTITY = -S -c 'import sys; print("Python", *sys.version_info[:3], sys.base_pr
 WANTED = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
 setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first time, then nothing)
-	@exec 9<. && { flock -n 9 || { echo "Another make is setting up .venv; waiting for it"; flock 9; }; }; \
+	@command -v flock >/dev/null || { \
+		echo "flock is missing, and two calls at once would damage .venv. Install util-linux, which has it." >&2; \
+		exit 1; }; \
+	exec 9<. || exit 1; \
+	flock -n 9 || { echo "Another make is setting up .venv; waiting for it"; flock 9 || exit 1; }; \
 	if [ -e $(UNFINISHED) ] || [ "$$($(WANTED) $(IDENTITY) 2>&1)" != "$$(cat .venv/.python 2>&1)" ]; then \
 		rm -f .venv/.python; \
 	fi; \
@@ -65,6 +69,7 @@ setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first tim
 
 .venv/.horovod: $(wildcard hvd_slowmo/installer/*.py) .venv/.packages | .venv/.checkout
 	@echo "Installing Horovod (2 to 6 minutes to build it, once; seconds from your cache)"
+	@[ ! -e $@.started ] || rm -rf .venv/lib/python*/site-packages/horovod*  # an interrupted pip can leave half of it
 	@rm -f $@; touch $@.started; $(BIN)/hvd-slowmo install-horovod && mv $@.started $@
 
 start_clock = started=$$(date +%s)

@@ -60,11 +60,11 @@ class Checkout:
             stub.write_text(STUB.replace("IDENTITY", f"Stub {name}"))
             stub.chmod(0o755)
 
-    def start(self, *arguments):
+    def start(self, *arguments, path=os.environ["PATH"]):
         # Hide the make that may run these tests, and the Python that it was told to use.
         dropped = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")
         environment = {key: value for key, value in os.environ.items() if key not in dropped}
-        environment["PATH"] = f"{self.folder / 'stubs'}:{environment['PATH']}"
+        environment["PATH"] = f"{self.folder / 'stubs'}:{path}"
         return subprocess.Popen(
             ["make", "setup", *arguments],
             cwd=self.folder,
@@ -75,10 +75,10 @@ class Checkout:
             start_new_session=True,
         )
 
-    def setup(self, *arguments, status=0):
+    def setup(self, *arguments, status=0, **options):
         """Run `make setup` and return its steps and its output."""
         (self.folder / "ran").write_text("")
-        process = self.start(*arguments)
+        process = self.start(*arguments, **options)
         said, _ = process.communicate(timeout=60)
         assert (process.returncode != 0) == (status != 0), said
         return self.ran(), said
@@ -162,6 +162,31 @@ def test_an_interrupted_step_is_repeated_in_a_new_environment(checkout, step, nu
     assert checkout.setup()[0] == STEPS
     assert not (checkout.folder / ".venv" / "half-installed").exists()
     assert checkout.setup()[0] == []
+
+
+def test_an_interrupted_installation_of_horovod_is_repeated_without_its_remains(checkout):
+    checkout.mark("hang-horovod")
+    process = checkout.start()
+    checkout.wait_for("hanging")
+    half = checkout.folder / ".venv" / "lib" / "python3.0" / "site-packages" / "horovod"
+    half.mkdir(parents=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    checkout.unmark("hang-horovod")
+    assert checkout.setup()[0] == ["horovod"]  # the packages are kept
+    assert not half.exists()
+    assert checkout.setup()[0] == []
+
+
+def test_without_flock_it_says_so_and_does_nothing(checkout):
+    tools = checkout.folder / "tools-without-flock"
+    tools.mkdir()
+    for name in ("make", "sh"):
+        (tools / name).symlink_to(shutil.which(name))
+    ran, said = checkout.setup(path=str(tools), status=2)
+    assert ran == []
+    assert "flock is missing" in said
+    assert not (checkout.folder / ".venv").exists()
 
 
 def test_of_two_calls_at_once_one_waits_and_finds_nothing_to_do(checkout):

@@ -119,7 +119,7 @@ def test_counts_at_a_join_are_those_without_gossip() -> None:
 @pytest.mark.parametrize(("average", "overlap"), [(True, False), (True, True), (False, True)])
 def test_nodes_are_workers_with_bigger_batches(name: str, graph: str, average: bool, overlap: bool) -> None:
     """3 nodes of 2 equal 3 workers with the mean gradient of two; the workers of a node are bitwise identical. Worker
-    3 has less data than its neighbour, which then counts alone for their node, and nodes 0 and 2 run out before node 1."""
+    3 has less data than its neighbour, which then counts alone for their node; nodes 0 and 2 run out before node 1."""
     base, options = BASES[name]
     x0, gradient = problem(6)
     nodes = consecutive_nodes(6, 2)
@@ -217,7 +217,7 @@ def test_nonsense_is_refused(bad: dict[str, Any], message: str) -> None:
 
 def mean_squared_gradient(total: int, seeds: int = 5, **settings: Any) -> float:
     """Return the mean over all steps of the squared gradient of f = sum x^2 / (1 + x^2), d = 20, at the mean of 8
-    workers; tau 256, beta 0. f is a sum over coordinates and SGD acts on each, so the noise seeds are more coordinates."""
+    workers; tau 256, beta 0. f is a sum over coordinates and SGD acts on each, so noise seeds are more coordinates."""
     c = np.random.default_rng(0).normal(size=(8, 20))
     linear = np.tile(3 * (c - c.mean(axis=0)), (1, seeds))
     noise = np.random.default_rng(1)
