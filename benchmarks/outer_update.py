@@ -81,7 +81,7 @@ def main() -> None:
         ]
         print(
             f"{args.device}: an inner step costs {1e3 * statistics.median(extra):.1f} µs with {count} parameters, "
-            f"{1e3 * statistics.median(around):.1f} µs of which PyTorch's step() wrapper takes part"
+            f"{1e3 * statistics.median(around):.1f} µs of which are PyTorch's step() wrapper"
         )
 
 

@@ -56,7 +56,6 @@ def test_fit_equals_the_oracle(keras_workers, average, options):
         return np.mean(parts, axis=0)
 
     settings = {**config, "topology": topology(config["topology"], 2)}
-    settings["gossip"] = settings.pop("base")
     plan = [tuple(length // micro for length in lengths)] * epochs
     joins = [s for s in run_gossip(jobs.start(), gradient, epochs=plan, lr=jobs.RATE, **settings) if s.joined]
     for rank, (weights, steps, traces) in enumerate(results):

@@ -21,7 +21,7 @@ def misuse(kind: str, odd: int) -> str:
     if kind == "config" and wrong:
         config["tau"] = 4
     if kind == "average":
-        config["buffers"] = "average"
+        config["inner_state"] = "average"
     if kind == "no map" and wrong:
         options["parameter_map"] = None
     if kind == "another map" and wrong:
