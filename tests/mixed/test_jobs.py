@@ -172,8 +172,8 @@ def test_fit_beside_a_loop_of_pytorchs(mixed_workers):
 
 EXPECTED = {
     "config": "rank 1 differs from rank 0: config: tau: it has 4 where 3 is expected",
-    "layers": "rank 1 differs from rank 0: parameters, entry 2: it has 1.linear.weight parameter [4, 12] float64  where "
-    "1.batch_norm.weight parameter [3] float64 eps 1e-05 is expected",
+    "layers": "rank 1 differs from rank 0: parameters, entry 2: it has 1.linear.weight parameter [4, 12] float64  "
+    "where 1.batch_norm.weight parameter [3] float64 eps 1e-05 is expected",
     "units": "parameters, entry 6: it has 2.linear.weight parameter [5, 12] float64  where "
     "2.linear.weight parameter [4, 12]",
     "precision": "it has 0.conv.weight parameter [3, 1, 3, 3] float32  where "
