@@ -42,6 +42,11 @@ esac
 """
 
 
+def _heed_interrupts():
+    # A shell starts background jobs with SIGINT ignored, which would be inherited down to make.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Checkout:
     """A copy of the files that `make setup` reads, with the stubs `python3` and `python4`."""
 
@@ -73,6 +78,7 @@ class Checkout:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
 
     def setup(self, *arguments, status=0, **options):

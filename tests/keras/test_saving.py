@@ -63,7 +63,7 @@ def test_all_state_is_in_variables_once():
     assert len({id(v) for v in optimizer.variables}) == len(optimizer.variables)
     assert all(isinstance(v, keras.Variable) for v in optimizer.variables)
     names = {v.name for v in optimizer.variables}
-    assert {"step", "since", "covered", "rates", "gamma", "anchor_0", "v_0", "workers", "iteration"} <= names
+    assert {"step", "since", "rate_steps", "rate_sums", "gamma", "anchor_0", "v_0", "workers", "iteration"} <= names
     inner = optimizer.inner_optimizer.variables
     assert [id(v) for v in optimizer.variables[-len(inner) :]] == [id(v) for v in inner]
 
