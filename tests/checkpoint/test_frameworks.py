@@ -273,6 +273,7 @@ def test_kept_by_keras_alone(tmp_path):
         slow.load(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_micro_batches_that_wait_are_not_saved_and_a_load_drops_them(tmp_path):
     model = keras.Sequential([keras.Input((4,)), kl.Dense(2)])
     optimizer = KerasSlowMo(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), SlowMoConfig(tau=3))

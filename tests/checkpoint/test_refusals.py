@@ -16,6 +16,7 @@ from support.checkpoints import RESET, damaged, one, saved
 from support.trainings.pytorch import advance, build, held, same
 
 
+@pytest.mark.slow
 def test_hundreds_of_damaged_files_are_refused_and_nothing_is_touched(tmp_path):
     path = tmp_path / "whole" / "checkpoint"
     path.parent.mkdir()

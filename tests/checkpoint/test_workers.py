@@ -25,21 +25,19 @@ def test_pytorch_and_then_keras(workers, keras_workers, tmp_path):
             assert different == 0
     check_refused(workers(2).run("support.jobs.checkpoints:refused", framework="torch", path=tmp_path), tmp_path)
     for asked, whole in runs.values():
-        theirs = keras_workers(2).run("support.jobs.checkpoints:continued", framework="tensorflow", limit=120, **asked)
+        theirs = keras_workers(2).run("support.jobs.checkpoints:continued", framework="tensorflow", **asked)
         for (_, ours), other in zip(whole, theirs, strict=True):
             assert apart(ours, other) < 1e-9
 
 
 def test_keras_in_the_middle_of_a_block(keras_workers, tmp_path):
     asked = {"case": "momentum", "path": tmp_path / "keras", "stop": 6, "end": 10}
-    for different, _ in keras_workers(2).run(
-        "support.jobs.checkpoints:resumed", framework="tensorflow", limit=120, **asked
-    ):
+    for different, _ in keras_workers(2).run("support.jobs.checkpoints:resumed", framework="tensorflow", **asked):
         assert different == 0
     check_refused(
-        keras_workers(2).run("support.jobs.checkpoints:refused", framework="tensorflow", path=tmp_path, limit=120),
+        keras_workers(2).run("support.jobs.checkpoints:refused", framework="tensorflow", path=tmp_path),
         tmp_path,
     )
-    for equal in keras_workers(2).run("support.jobs.checkpoints:fitted", path=tmp_path, limit=120):
+    for equal in keras_workers(2).run("support.jobs.checkpoints:fitted", path=tmp_path):
         assert equal
         assert all(equal)

@@ -172,6 +172,7 @@ def test_what_can_not_be_converted_is_said(folder, capsys):
     assert not [file for file in folder.iterdir() if file.name.endswith(("a.pt", "a.keras", "a.safetensors"))]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_damaged_sources_are_one_error_each(folder, capsys):
     """Or are converted where the format has no checksum of what was hit."""

@@ -48,6 +48,7 @@ def test_a_script_under_horovodrun(tmp_path, options):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.workers
 def test_a_script_that_forgets_init_is_told_so(tmp_path):
     result = horovodrun(tmp_path, SCRIPT.format(init=""), "-np", "2")
@@ -86,6 +87,7 @@ print("bitwise", all(torch.equal(whole[0][name], again[0][name]) for name in who
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.workers
 def test_averaged_gradients_of_three_repeat_to_the_bit_where_horovod_fuses_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")

@@ -128,10 +128,10 @@ def horovodrun(workers: int, *command: str | Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("name", ["digits_torch", "digits_keras"])
+@pytest.mark.parametrize("name", ["digits_torch", pytest.param("digits_keras", marks=pytest.mark.thorough)])
 def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
     script = ROOT / "examples" / f"{name}.py"
-    output = horovodrun(4, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")
+    output = horovodrun(2, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")
     line = re.search(r"slowmo +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
     assert float(line[1]) > 80
@@ -141,6 +141,7 @@ def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.workers
 def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
     output = horovodrun(2, ROOT / "examples" / "digits_mixed.py", "--quick", "--out", tmp_path)

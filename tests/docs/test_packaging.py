@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -39,6 +41,7 @@ def test_the_core_imports_where_there_is_no_framework():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_torch_at_the_root_of_the_checkout_is_pytorch():
     result = _run("import torch; torch.optim.SGD; print(torch.__file__)")
     assert result.returncode == 0, result.stderr

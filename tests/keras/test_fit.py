@@ -104,12 +104,19 @@ TRAININGS = {
     "eager": ([2, 3, 2], {"run_eagerly": True}),
 }
 FAST = {"uneven", "unbuilt", "executions of 4"}
+COMBINED = {
+    "unknown length, executions of 3",
+    "unbuilt, executions of 3",
+    "unbuilt, eager",
+    "short epochs",
+    "several fits",
+}
 
 
 def train(pool, name):
     lengths, options = TRAININGS[name]
     lengths = lengths[: pool.size]
-    results = pool.run("support.jobs.keras_fit:trains", lengths=lengths, limit=90, **options)
+    results = pool.run("support.jobs.keras_fit:trains", lengths=lengths, **options)
     epochs = options.get("epochs", 3) * options.get("fits", 1)
     check(results, steps=epochs * max(lengths))
     for result in results:
@@ -130,7 +137,7 @@ def test_two_workers_train(keras_workers, name):
 
 
 def test_metrics_are_means_over_all_samples(keras_workers):
-    results = keras_workers(2).run("support.jobs.keras_fit:still", limit=90)
+    results = keras_workers(2).run("support.jobs.keras_fit:still")
     for prefix in ("", "val_"):
         errors = np.concatenate([result["errors"][prefix] for result in results])
         for result in results:
@@ -148,17 +155,19 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_misuse_raises_on_every_rank(keras_workers, kind):
-    for said in keras_workers(2).run("support.jobs.keras_fit:refused", kind=kind, limit=90):
+    for said in keras_workers(2).run("support.jobs.keras_fit:refused", kind=kind):
         assert REFUSED[kind] in said
 
 
-@pytest.mark.parametrize("name", sorted(set(TRAININGS) - FAST))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in COMBINED)) for n in sorted(set(TRAININGS) - FAST)]
+)
 def test_two_workers_train_in_every_way(keras_workers, name):
     train(keras_workers(2), name)
 
 
 def test_callbacks_that_look_at_metrics_decide_alike(keras_workers, tmp_path):
-    results = keras_workers(2).run("support.jobs.keras_fit:decides", folder=str(tmp_path), limit=90)
+    results = keras_workers(2).run("support.jobs.keras_fit:decides", folder=str(tmp_path))
     alike(results, "weights")
     first = results[0]
     for result in results:
@@ -179,23 +188,21 @@ def test_callbacks_that_look_at_metrics_decide_alike(keras_workers, tmp_path):
 
 
 def test_learning_rate_scheduler(keras_workers):
-    results = keras_workers(2).run("support.jobs.keras_fit:schedules", limit=90)
+    results = keras_workers(2).run("support.jobs.keras_fit:schedules")
     check(results, steps=9)
     assert results[0]["history"]["learning_rate"] == pytest.approx([0.01, 0.005, 0.01 / 3])
 
 
 def test_a_resume_from_own_files_is_the_run_without_a_stop(keras_workers, tmp_path):
-    whole = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path / "a"), stop=False, limit=90)
-    again = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path / "b"), stop=True, limit=90)
+    whole = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path / "a"), stop=False)
+    again = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path / "b"), stop=True)
     check(whole, steps=20)
     check(again, steps=20)
     alike([whole[0], again[0]], "weights", "vectors")
 
 
 def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
-    results = keras_workers(2).run(
-        "support.jobs.keras_fit:resumes", folder=str(tmp_path), stop=True, everyone=False, limit=90
-    )
+    results = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path), stop=True, everyone=False)
     alike(results, "weights", "vectors")
     # Rank 0 is done after its fourth epoch, at step 20; rank 1 is in its third then, and ends with it.
     assert [result["steps"] for result in results] == [25, 25]
@@ -205,21 +212,21 @@ def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("epochs", [[5, 2], [2, 5]])
 def test_a_worker_that_leaves_ends_the_others(keras_workers, epochs, own):
-    results = keras_workers(2).run("support.jobs.keras_fit:leaves", epochs=epochs, own=own, limit=90)
+    results = keras_workers(2).run("support.jobs.keras_fit:leaves", epochs=epochs, own=own)
     leaver = epochs.index(2)
     assert [result["epochs"] for result in results] == [2 + (rank != leaver) for rank in range(2)]
     assert f"INFO: ranks [{leaver}] have ended their training" in "".join(results[1 - leaver]["log"])
 
 
 def test_different_rates_are_a_warning(keras_workers):
-    first, second = keras_workers(2).run("support.jobs.keras_fit:warns", limit=90)
+    first, second = keras_workers(2).run("support.jobs.keras_fit:warns")
     said = [line for line in first if line.startswith("WARNING") and "learning rate" in line]
     assert len(said) == 1, first
     assert len([line for line in second if "learning rate" in line]) == 1
 
 
 def test_an_error_in_one_workers_callback_ends_the_job(keras_workers):
-    first, second = keras_workers(2).outcomes("support.jobs.keras_fit:fails", fatal=True, limit=90)
+    first, second = keras_workers(2).outcomes("support.jobs.keras_fit:fails", fatal=True)
     assert second.kind == "ArithmeticError"
     assert "another worker ended or was killed" in str(first)
 
@@ -231,6 +238,6 @@ def test_three_workers_train(keras_workers, name):
 
 
 def test_two_go_on_to_their_join_when_a_third_leaves(keras_workers):
-    results = keras_workers(3).run("support.jobs.keras_fit:leaves", epochs=[4, 2, 4], limit=90)
+    results = keras_workers(3).run("support.jobs.keras_fit:leaves", epochs=[4, 2, 4])
     assert [result["epochs"] for result in results] == [3, 2, 3]
     alike([results[0], results[2]], "weights", "vectors")

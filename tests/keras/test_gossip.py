@@ -35,7 +35,9 @@ def joins_equal_the_oracle(problem, plan, histories):
 
 # The others run on Horovod workers, below. Each takes seconds to trace.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["osgp, star, slowmo, Adam", "sgp, star, slowmo, noaverage"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("osgp, star, slowmo, Adam", marks=pytest.mark.thorough), "sgp, star, slowmo, noaverage"]
+)
 def test_threads_equal_the_oracle(name):
     problem = SAME[name]
     assert distance(on_threads(3, problem), problem) < TOLERANCE

@@ -15,6 +15,7 @@ NODES = [[0, 2], [1, 3]]  # not in order
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_uneven_data_equal_the_oracle():
     config = {"gossip": "sgp", "topology": "star", "overlap": True, "gradients": "node", "tau": 4}
     problem = Problem(config, options={"momentum": 0.75})

@@ -59,6 +59,7 @@ def test_layers_frozen_and_unfrozen_between_two_fits():
     assert same(trained(bare), trained(lambda inner: inner))
 
 
+@pytest.mark.slow
 def test_a_layer_unfrozen_without_a_new_compile_is_refused():
     model = net()
     model.layers[0].trainable = False

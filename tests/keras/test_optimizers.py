@@ -48,6 +48,7 @@ ROUNDED_OTHERWISE_IN_A_GRAPH = {"Adafactor", "Adagrad", "Ftrl", "Muon", "RMSprop
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_eager_loop_is_the_bare_optimizers(name):
     theirs, optimizer = net(), CLASSES[name](0.01)

@@ -41,7 +41,7 @@ def test_threads_equal_the_reference(name):
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_horovod_workers_equal_the_reference(keras_workers, size):
     for name, problem in SAME.items():
-        histories = keras_workers(size).run("support.trainings.keras:run", problem=problem, chunk_bytes=40, limit=120)
+        histories = keras_workers(size).run("support.trainings.keras:run", problem=problem, chunk_bytes=40)
         assert distance(histories, problem) < 1e-12, name
         for step in (s.step for s in problem.reference(size) if s.outer):
             for history in histories[1:]:

@@ -56,6 +56,7 @@ def test_a_strategy_is_refused():
         strategy.run(lambda: optimizer.apply([tf.ones(2)], [v]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parameter", "rate"])
 def test_what_is_not_finite_raises_and_nothing_is_written(kind):
     v = keras.Variable(np.ones(2, "float32"))

@@ -68,6 +68,7 @@ def test_all_state_is_in_variables_once():
     assert [id(v) for v in optimizer.variables[-len(inner) :]] == [id(v) for v in inner]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [lambda: Adam(0.1), lambda: SlowMo(SGD(0.1), SlowMoConfig(tau=2))])
 def test_weights_can_be_loaded_for_another_training(optimizer, tmp_path):
     model, other = net(), net(1)
@@ -103,6 +104,7 @@ def test_weights_with_the_optimizers_state_go_on_in_the_middle_of_a_block(tmp_pa
         model.load_weights(tmp_path / "some.weights.h5")
 
 
+@pytest.mark.slow
 def test_a_state_with_other_shapes_is_refused_before_anything_changes():
     model, optimizer = net(), SlowMo(SGD(0.1), SlowMoConfig(tau=2))
     fit(model, optimizer, range(3))

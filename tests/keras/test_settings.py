@@ -56,6 +56,7 @@ def generator(batches):
     return tf.data.Dataset.from_generator(lambda: (batch(0, k) for k in range(batches)), output_signature=signature)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_the_last_call_of_a_dataset_of_unknown_length_counts_no_step():
     model = net()
@@ -65,6 +66,7 @@ def test_the_last_call_of_a_dataset_of_unknown_length_counts_no_step():
     assert model.optimizer.steps == 15
 
 
+@pytest.mark.slow
 def test_exclude_from_weight_decay():
     def trained(wrap):
         model = net()
@@ -117,6 +119,7 @@ def test_the_rate_is_whatever_callbacks_assign():
         assert same(mine[0], other[0])
 
 
+@pytest.mark.slow
 def test_a_schedule_counts_slowmos_iterations_though_a_reset_starts_the_inner_ones_anew():
     model, optimizer = net(), SlowMo(Adam(decay()), SlowMoConfig(tau=2, inner_state="reset"))
     loop(model, optimizer, range(5))

@@ -25,6 +25,7 @@ def operations(graph):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "warmup_steps": 3, "inner_state": "reset"}], ids=str)
 def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     model, optimizer = net(), SlowMo(SGD(0.1, momentum=0.5), config_of(config), metrics=True)
@@ -38,6 +39,7 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     assert optimizer.worker.step.traces == 1
 
 
+@pytest.mark.slow
 def test_no_variable_is_assigned_in_part():
     """Once one was, TensorFlow copies all of it whenever a layer reads it: every step of a training takes longer."""
     with chunks_of(64):

@@ -20,19 +20,19 @@ CASES = ["constant", "constant_in_a_loop", "merged", "unused"]
 
 def test_misuse_on_one_rank_raises_on_every_rank(keras_workers):
     for kind, words in MISUSE.items():
-        for said in keras_workers(2).run("support.jobs.keras:misuse", kind=kind, limit=60):
+        for said in keras_workers(2).run("support.jobs.keras:misuse", kind=kind):
             assert words in said, kind
 
 
 def test_starts(keras_workers):
-    first, second = keras_workers(2).run("support.jobs.keras:starts", kind="fresh", limit=60)
+    first, second = keras_workers(2).run("support.jobs.keras:starts", kind="fresh")
     assert same(first, second)
     assert first[-1].tolist() == [0, 0]
-    first, second = keras_workers(2).run("support.jobs.keras:starts", kind="rank 0", limit=60)
+    first, second = keras_workers(2).run("support.jobs.keras:starts", kind="rank 0")
     assert same(first, second)
     assert first[-1].tolist() == [4, 4]
     assert (first[-2] == 1).all()
-    first, second = keras_workers(2).run("support.jobs.keras:starts", kind="all", limit=60)
+    first, second = keras_workers(2).run("support.jobs.keras:starts", kind="all")
     assert not np.array_equal(first[0], second[0])
     assert (second[-2] == 2).all()
     assert first[-1].tolist() == second[-1].tolist() == [4, 4]
@@ -40,7 +40,7 @@ def test_starts(keras_workers):
 
 @pytest.mark.slow
 def test_overflows_on_one_worker_leave_all_equal_and_nothing_hangs(keras_workers):
-    first, second = keras_workers(2).run("support.jobs.keras:half", limit=120)
+    first, second = keras_workers(2).run("support.jobs.keras:half")
     assert same(first["weights"], second["weights"])
     assert np.isfinite(np.concatenate([w.reshape(-1) for w in first["weights"]])).all()
     assert first["steps"] == second["steps"] == 12
@@ -49,7 +49,7 @@ def test_overflows_on_one_worker_leave_all_equal_and_nothing_hangs(keras_workers
 
 @pytest.mark.slow
 def test_the_callback_switches_xla_off(keras_workers):
-    first, second = keras_workers(2).run("support.jobs.keras:compiled_by_xla", limit=120)
+    first, second = keras_workers(2).run("support.jobs.keras:compiled_by_xla")
     assert same(first, second)
 
 
@@ -58,16 +58,16 @@ def test_no_collective_is_lost(keras_workers, case):
     from support.jobs.keras_effects import expected
 
     for traced in (False, True):
-        for result in keras_workers(2).run("support.jobs.keras_effects:exchanged", case=case, traced=traced, limit=60):
+        for result in keras_workers(2).run("support.jobs.keras_effects:exchanged", case=case, traced=traced):
             assert result == expected(case, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_grappler_loses_horovods_own_operations_and_none_of_ours(keras_workers, case):
-    ours = keras_workers(1).run("support.jobs.keras_effects:kept", case=case, safe=True, limit=60)[0]
+    ours = keras_workers(1).run("support.jobs.keras_effects:kept", case=case, safe=True)[0]
     assert ours["left"] == ours["written"] > 0
-    bare = keras_workers(1).run("support.jobs.keras_effects:kept", case=case, safe=False, limit=60)[0]
+    bare = keras_workers(1).run("support.jobs.keras_effects:kept", case=case, safe=False)[0]
     assert bare["left"] < bare["written"]
 
 
@@ -75,7 +75,7 @@ def test_grappler_loses_horovods_own_operations_and_none_of_ours(keras_workers, 
 def test_process_sets_train_apart():
     pool = Pool(3, "horovod.tensorflow", HOROVOD_DYNAMIC_PROCESS_SETS="1")
     try:
-        assert pool.run("support.jobs.keras:halves", sets=[[0, 2], [1]], limit=120) == [
+        assert pool.run("support.jobs.keras:halves", sets=[[0, 2], [1]]) == [
             [6.0] * 2,
             [6.0] * 2,
             [6.0] * 2,

@@ -42,7 +42,7 @@ FEW = ("slowmo", "sgp, slowmo", "osgp, slowmo")
 
 def check(mixed_workers, kinds, problems):
     for name, problem in problems.items():
-        histories = mixed_workers(kinds).run("support.trainings.mixed:run", problem=problem, chunk_bytes=40, limit=120)
+        histories = mixed_workers(kinds).run("support.trainings.mixed:run", problem=problem, chunk_bytes=40)
         assert distance(histories, problem) < TOLERANCE, name
         if "gossip" not in problem.config:
             for step in (s.step for s in problem.reference(len(kinds)) if s.outer):
@@ -55,7 +55,9 @@ def apart(histories, step):
     return np.abs(x - x[0]).max() / np.abs(x).max()
 
 
-@pytest.mark.parametrize("kinds", ["tk", "ttkk", "ktk"])
+@pytest.mark.parametrize(
+    "kinds", ["tk", *(pytest.param(kinds, marks=pytest.mark.thorough) for kinds in ("ttkk", "ktk"))]
+)
 def test_equal_to_the_reference(mixed_workers, kinds):
     """And so to one framework's run, which is equal to the reference too (test_torch_reference, test_keras_...)."""
     check(mixed_workers, kinds, CORE if kinds == "tk" else {name: CORE[name] for name in FEW})
@@ -77,6 +79,7 @@ def test_equal_to_one_frameworks_run(mixed_workers):
         assert max(np.abs(a["x"] - b["x"]).max() for a, b in zip(mine, other, strict=True)) < TOLERANCE
 
 
+@pytest.mark.thorough
 def test_no_further_apart_after_a_thousand_blocks(mixed_workers):
     problem = Problem({"tau": 2, "alpha": 0.9}, options={"momentum": 0.5}, steps=2000)
     histories = mixed_workers("tk").run("support.trainings.mixed:run", problem=problem, limit=300)
@@ -121,7 +124,7 @@ def test_join_with_uneven_data(mixed_workers, config):
             assert np.abs(a["x"] - b["x"]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["slowmo", "osgp, slowmo", "warm-up"])
+@pytest.mark.parametrize("name", ["slowmo", "osgp, slowmo", pytest.param("warm-up", marks=pytest.mark.thorough)])
 def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
     """In the middle of a block, or of a flight: to the bit, on the workers that it comes from."""
     problem = replace({**CORE, **OTHERS}[name], steps=12)
@@ -153,7 +156,7 @@ def test_averaged_parameters(mixed_workers):
 )
 def test_batch_norm_and_a_flattened_feature_map(mixed_workers, config):
     """Real layers, real gradients: all that is on the wire is alike on both sides after each join."""
-    first, second = mixed_workers("tk").run("support.jobs.mixed:trained", config=config, lengths=[5, 3], limit=120)
+    first, second = mixed_workers("tk").run("support.jobs.mixed:trained", config=config, lengths=[5, 3])
     assert "1.batch_norm.variance" in first[0]
     for mine, other in zip(first, second, strict=True):
         assert mine.keys() == other.keys()
@@ -163,7 +166,7 @@ def test_batch_norm_and_a_flattened_feature_map(mixed_workers, config):
 
 
 def test_fit_beside_a_loop_of_pytorchs(mixed_workers):
-    (mine, behind), (other, losses) = mixed_workers("tk").run("support.jobs.mixed:with_fit", epochs=3, limit=120)
+    (mine, behind), (other, losses) = mixed_workers("tk").run("support.jobs.mixed:with_fit", epochs=3)
     for name in mine:
         np.testing.assert_allclose(mine[name], other[name], rtol=1e-12, atol=1e-14, err_msg=name)
     assert behind == [2, 2, 2]
@@ -194,11 +197,11 @@ def test_misuse_raises_on_every_rank(mixed_workers):
     for kind, words in EXPECTED.items():
         if kind == "argument":  # Keras' constructor communicates with nobody: see the documentation
             continue
-        for said in mixed_workers("tk").run("support.jobs.mixed:misuse", kind=kind, odd=1, limit=60):
+        for said in mixed_workers("tk").run("support.jobs.mixed:misuse", kind=kind, odd=1):
             assert words in said, kind
 
 
 def test_misuse_in_pytorch_raises_on_every_rank(mixed_workers):
     for kind in ("argument", "no map", "layers"):
-        results = mixed_workers("kt").run("support.jobs.mixed:misuse", kind=kind, odd=1, limit=60)
+        results = mixed_workers("kt").run("support.jobs.mixed:misuse", kind=kind, odd=1)
         assert all(said.startswith(("TypeError", "ValueError")) for said in results), results

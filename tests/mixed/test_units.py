@@ -214,6 +214,7 @@ def test_what_the_keras_adapter_refuses_with_a_map():
         optimizer.broadcast(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [{"tau": 3}, {"tau": 3, "gossip": "sgp"}, pytest.param({"tau": 3, "warmup_steps": 2}, marks=pytest.mark.slow)],

@@ -281,6 +281,7 @@ def test_a_refused_outer_step_leaves_averaged_gradients_in_order():
     assert equal(ThreadWorld(2).run(work))
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_dropped_leaves_no_hooks_behind():
     model = nn.Linear(4, 2)
 

@@ -85,6 +85,7 @@ def examples(number):
     return settings(max_examples=number, deadline=None, derandomize=True)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(data=st.data(), workers=st.integers(1, 4), chunk_bytes=st.sampled_from([None, 8, 24, 40, 96]))
 def test_any_settings(data, workers, chunk_bytes):

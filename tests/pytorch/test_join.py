@@ -76,7 +76,7 @@ def test_any_lengths_of_epochs_equal_the_reference(name, plan):
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.thorough)])
 def test_uneven_epochs_on_horovod_workers(workers, size):
     plan = [(*lengths, 5)[:size] for lengths in UNEVEN]
     for problem in SETTINGS.values():

@@ -66,8 +66,8 @@ def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
     "size",
     [
         2,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4)),
-        pytest.param(8, marks=[pytest.mark.slow, pytest.mark.thorough]),
+        pytest.param(3, marks=pytest.mark.slow),
+        *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.thorough]) for n in (4, 8)),
     ],
 )
 def test_horovod_workers_equal_the_reference(workers, size):

@@ -23,6 +23,7 @@ MISUSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MISUSE)
 def test_misuse_on_one_rank_raises_on_every_rank(workers, kind):
     for said in workers(3).run("support.jobs.pytorch:misuse", kind=kind):

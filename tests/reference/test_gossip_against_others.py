@@ -236,6 +236,7 @@ def mean_squared_gradient(total: int, seeds: int = 5, **settings: Any) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "figure"), [("AR", 0.055), ("SGP", 0.055), ("D-PSGD", 0.055), ("OSGP", 0.056)])
 def test_strongly_different_workers(name: str, figure: float, local_sgd: float) -> None:
     """Observed: AR .0547, SGP .0552, D-PSGD .0552, OSGP .0562, Local SGD 2.41."""

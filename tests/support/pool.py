@@ -1,7 +1,8 @@
 """Real Horovod workers that stay alive and run one job after the other, so that one launch serves many tests.
 
 A job is a function "support.module:name", called on every worker with the same arguments. A job that takes
-too long fails with the report of Horovod's stall check, and the next one gets new workers.
+too long fails with the report of Horovod's stall check, and the next one gets new workers. Between two jobs the
+processes are stopped: Horovod's background threads would take a third of a core for four idle workers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,9 @@ from hvd_slowmo.installer.local import environments
 TESTS = Path(__file__).resolve().parents[1]
 STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 30
 START_LIMIT_S = 120
+JOB_LIMIT_S = (
+    240  # a hang is found by the stall check long before; a job of many traces takes a minute on a busy machine
+)
 
 
 class Failed(Exception):
@@ -50,7 +55,7 @@ class Pool:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._stack = ExitStack()
 
-    def run(self, job: str, *, limit: float = 60, **arguments: Any) -> list[Any]:
+    def run(self, job: str, *, limit: float = JOB_LIMIT_S, **arguments: Any) -> list[Any]:
         """Run a job; return its results by rank, or raise the first failure."""
         results = self.outcomes(job, limit=limit, **arguments)
         for rank, result in enumerate(results):
@@ -58,7 +63,7 @@ class Pool:
                 raise AssertionError(f"rank {rank} of {self.size}: {result}\n{self._tails()}")
         return results
 
-    def outcomes(self, job: str, *, limit: float = 60, fatal: bool = False, **arguments: Any) -> list[Any]:
+    def outcomes(self, job: str, *, limit: float = JOB_LIMIT_S, fatal: bool = False, **arguments: Any) -> list[Any]:
         """Run a job; return its results by rank: `Failed` if it raised, None if the worker ended.
 
         fatal: the job breaks Horovod, so each worker ends after its answer, as a training script would.
@@ -66,6 +71,7 @@ class Pool:
         if not self._workers:
             self._start()
             limit += START_LIMIT_S
+        self._signal(signal.SIGCONT)
         for worker in self._workers:
             assert worker.stdin is not None
             pickle.dump((job, arguments, fatal), worker.stdin)
@@ -82,7 +88,13 @@ class Pool:
             tails = self._tails()
             self.close()
             raise AssertionError(f"a worker ended during {job}\n{tails}")
+        self._signal(signal.SIGSTOP)
         return results
+
+    def _signal(self, number: signal.Signals) -> None:
+        for worker in self._workers:
+            with suppress(ProcessLookupError):  # it has ended; the job tells
+                os.killpg(worker.pid, number)
 
     def _start(self) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -93,6 +105,7 @@ class Pool:
                 "POOL_HOROVOD": horovod,
                 "HOROVOD_STALL_CHECK_TIME_SECONDS": str(STALL_WARNING_S),
                 "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(STALL_SHUTDOWN_S),
+                "HOROVOD_GLOO_TIMEOUT_SECONDS": "3600",  # its clock goes on while the processes are stopped
                 "OMP_NUM_THREADS": "1",
                 "TF_CPP_MIN_LOG_LEVEL": "3",
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
