@@ -9,7 +9,7 @@ if keras.config.backend() != "tensorflow":
     )
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.join import JoinResult
+from hvd_slowmo.core.join import JoinResult, join
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
@@ -29,4 +29,5 @@ __all__ = [
     "SlowMoCallback",
     "SlowMoConfig",
     "init",
+    "join",
 ]

@@ -1,7 +1,7 @@
 """The PyTorch door: `import hvd_slowmo.torch as slowmo`."""
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.join import JoinResult
+from hvd_slowmo.core.join import JoinResult, join
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
@@ -10,4 +10,4 @@ from hvd_slowmo_torch.optimizer import SlowMo
 
 init = workers.init
 
-__all__ = ["DPSGD", "SGP", "JoinResult", "Metrics", "ParameterMap", "SlowMo", "SlowMoConfig", "init"]
+__all__ = ["DPSGD", "SGP", "JoinResult", "Metrics", "ParameterMap", "SlowMo", "SlowMoConfig", "init", "join"]

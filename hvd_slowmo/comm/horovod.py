@@ -5,14 +5,26 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
+
+class Family:
+    """The workers of one process set, whichever framework's `Comm` they are reached through."""
+
+
+def family(ranks: Sequence[int]) -> Family:
+    """Return the one object that stands for these workers in this process: the names of their optimizers differ."""
+    return _families.setdefault(tuple(ranks), Family())
+
+
 # The number of workers as launchers tell it: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
 _WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+_families: dict[tuple[int, ...], Family] = {}
 
 MakeComm = Callable[[Any, Comm | None], Comm]
 """Makes a `Comm` of a Horovod process set and of the node's workers."""

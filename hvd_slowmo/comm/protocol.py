@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 
+HANDSHAKE = "slowmo"
+"""Prefix of the handshake's collectives, whatever an optimizer's name."""
+
+
 class Comm(Protocol):
     """Collectives of the workers that train together. Tensors are the adapter's own, 1-D, of any floating type."""
 
@@ -75,6 +79,11 @@ class SoloComm:
 class ScopedComm:
     """Another Comm under a name: each collective's name gets the prefix "NAME.".
 
+    Args:
+        comm: the workers.
+        name: of the optimizer.
+        prefix: of the collectives' names; None for the optimizer's name.
+
     Attributes:
         name: of the optimizer, for messages.
         node: scoped too.
@@ -84,27 +93,33 @@ class ScopedComm:
         [3]
     """
 
-    def __init__(self, comm: Comm, name: str) -> None:
+    def __init__(self, comm: Comm, name: str, prefix: str | None = None) -> None:
         self._comm = comm
+        self._prefix = name if prefix is None else prefix
         self.name = name
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
         self.node: ScopedComm | None = None if comm.node is None else ScopedComm(comm.node, name)
+
+    @property
+    def handshake(self) -> ScopedComm:
+        """The same workers under a prefix that all optimizers share: their names are yet to be compared."""
+        return ScopedComm(self._comm, self.name, HANDSHAKE)
 
     def scoped(self, name: str) -> ScopedComm:
         """Return the same workers under a longer name."""
         return ScopedComm(self._comm, f"{self.name}.{name}")
 
     def start_sum(self, name: str, x: Any) -> Any:
-        return self._comm.start_sum(f"{self.name}.{name}", x)
+        return self._comm.start_sum(f"{self._prefix}.{name}", x)
 
     def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        return self._comm.start_push(f"{self.name}.{name}", x, weights)
+        return self._comm.start_push(f"{self._prefix}.{name}", x, weights)
 
     def wait(self, handle: Any) -> Any:
         return self._comm.wait(handle)
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        return self._comm.gather(f"{self.name}.{name}", item)
+        return self._comm.gather(f"{self._prefix}.{name}", item)
 
 
 class MeteredComm:

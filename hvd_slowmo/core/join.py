@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.core.broadcast import average_statistics, take_from
 from hvd_slowmo.core.gradient_average import Attendance, GradientAverage, GradientAverages
@@ -92,6 +93,71 @@ def take_part(machine: Machine, averages: GradientAverages, worker: JoiningWorke
     nobody = ops.vector([0.0] * machine.runtime.comm.size)
     _, _, left = ops.loop(lambda going, *_: going, once, (True, True, nobody))
     return left
+
+
+class JoinsAlone(Protocol):
+    """An optimizer of either framework."""
+
+    worker: Any
+
+    def join(self, *, leaving: bool = False) -> JoinResult:
+        """Wait for workers with more data."""
+
+
+def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ...]:
+    """Join with several optimizers at once: a worker that is done answers the exchanges of all of them. A collective.
+
+    A worker that called `join()` on one optimizer after the other would answer the first one's exchanges only, while
+    another worker waits in a step of the second. Here each optimizer's join runs in a thread of its own, so their
+    exchanges may come in any order.
+
+    Args:
+        optimizers: SlowMo optimizers of one framework, the same ones on every worker.
+        leaving: this worker stops for good.
+
+    Returns:
+        The result of each optimizer's join.
+
+    Raises:
+        TypeError: an argument is no SlowMo optimizer.
+        ValueError: no optimizer, or one twice; or as in `SlowMo.join`, on every rank.
+
+    Example:
+        >>> import hvd_slowmo.torch as slowmo
+        >>> models = torch.nn.Linear(3, 1), torch.nn.Linear(1, 3)
+        >>> inner = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+        >>> a, b = (slowmo.SlowMo(*each, slowmo.SlowMoConfig()) for each in zip(inner, models))
+        >>> slowmo.join(a, b)
+        (JoinResult(behind=0, left=()), JoinResult(behind=0, left=()))
+    """
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "averaged_parameters"):
+            raise TypeError(f"join() takes SlowMo optimizers. Received: {type(optimizer).__name__}")
+    if not optimizers or len({id(optimizer.worker) for optimizer in optimizers}) < len(optimizers):
+        raise ValueError(f"join() takes one or more different optimizers. Received: {len(optimizers)} of them.")
+    return _at_once([lambda each=each: each.join(leaving=leaving) for each in optimizers])  # type: ignore[misc]
+
+
+def _at_once(calls: Sequence[Callable[[], JoinResult]]) -> tuple[JoinResult, ...]:
+    """Make all calls, each in a thread of its own, and return their results."""
+    results: list[JoinResult | None] = [None] * len(calls)
+    errors: list[BaseException] = []  # in the order in which they came: the first one is the cause
+
+    def run(number: int) -> None:
+        try:
+            results[number] = calls[number]()
+        except BaseException as error:  # it belongs to the caller, whatever it is
+            errors.append(error)
+
+    # Daemons, so that an interrupt ends a process that waits for others.
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return tuple(result for result in results if result is not None)
 
 
 def catch_up(machine: Machine, average: GradientAverage, worker: JoiningWorker, everyone: bool) -> None:

@@ -22,6 +22,8 @@ from hvd_slowmo.wire.tensors import TensorSpec, describe
 
 R = TypeVar("R", bound=Ref)
 
+NAME_FACT = "name, by the order in which optimizers of one name were constructed"
+
 
 @dataclass(frozen=True)
 class Description(Generic[R]):
@@ -144,9 +146,9 @@ def agree(worker: StartingWorker[R], comm: ScopedComm) -> Description[R]:
 
     def make() -> tuple[Description[R], dict[str, Any]]:
         description = worker.describe()
-        return description, facts_of(worker, description)
+        return description, {NAME_FACT: comm.name, **facts_of(worker, description)}
 
-    return agreed(comm, make, worker.remarks)
+    return agreed(comm.handshake, make, worker.remarks)
 
 
 def facts_of(worker: StartingWorker[R], description: Description[R]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hvd_slowmo.comm.horovod import FailureLatch, Workers
+from hvd_slowmo.comm.horovod import FailureLatch, Workers, family
 from hvd_slowmo.comm.protocol import Comm
 
 
@@ -35,6 +35,7 @@ class HorovodComm:
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.node = node
+        self.family = family(self.ranks)
         self.latch = FailureLatch(hvd.rank())
         self._gathers: dict[str, Any] = {}  # per name, the traced function that gathers under it
 

@@ -277,6 +277,7 @@ class SlowMo(keras.optimizers.Optimizer):
         model = variables if isinstance(variables, keras.Model) else None
         found, statistics = (list(variables),) * 2 if model is None else parts_of(model)
         worker = self.worker
+        worker.take_name()
         worker.remember(model, found)
         worker.job = start(StartingKerasWorker(worker, found, statistics, model), worker.comm)
         worker.left = ()

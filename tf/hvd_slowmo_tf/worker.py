@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.assembly import Assembly, assemble
@@ -87,6 +88,7 @@ class KerasWorker:
         self.averaging = False
         self._process_set = process_set
         self._comm = comm
+        self._name: str | None = None
         self._graph: Graph | None = None
         self._variables: OptimizerVariables | None = None
         self._ops: TracedOps | None = None
@@ -97,9 +99,17 @@ class KerasWorker:
     @property
     def comm(self) -> ScopedComm:
         """The workers under the optimizer's name, connected at the first use."""
-        if self._comm is None:
-            self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
-        return ScopedComm(self._comm, self.optimizer.name)
+        return ScopedComm(self._connected(), self.name)
+
+    @property
+    def name(self) -> str:
+        """The optimizer's name, or a distinct one if it is not the first of that name to start."""
+        return self._name or self.optimizer.name
+
+    def take_name(self) -> None:
+        """Take a distinct name: the first act of the start, the same on all workers."""
+        if self._name is None:
+            self._name = distinct_name(self._connected(), self.optimizer.name)
 
     @property
     def variables(self) -> OptimizerVariables:
@@ -230,6 +240,11 @@ class KerasWorker:
         if self.averaging:
             raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
 
+    def _connected(self) -> Comm:
+        if self._comm is None:
+            self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
+        return self._comm
+
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)
         return lay_out(refs, ParameterGroups.single(parameters), self.optimizer._chunk_bytes)
@@ -239,7 +254,7 @@ class KerasWorker:
         return self.assemble(layout, ParameterGroups.single(len(layout.refs_of("parameter"))), self._graph)
 
     def _assembled(self, layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> TracedStep:
-        comm, name = self._comm, self.optimizer.name
+        comm, name = self._comm, self.name
         assert comm is not None, "connected by now"
         names = [f"{name}.{each}" for each in within_step(layout.layout)]
         safe = GraphSafeComm(comm, names, timed=self.observe)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvd_slowmo.comm.horovod import FailureLatch, Workers
+from hvd_slowmo.comm.horovod import FailureLatch, Workers, family
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo_torch.host_staging import CudaCopies, Outbox, Sum
 
@@ -46,6 +46,7 @@ class HorovodComm:
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.node = node
+        self.family = family(self.ranks)
         self._latch = FailureLatch(hvd.rank())
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:

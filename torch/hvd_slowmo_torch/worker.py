@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.assembly import Assembly, assemble
@@ -70,7 +71,7 @@ class TorchWorker:
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
         self.inner, self.model, self.settings, self.config = inner, model, settings, settings.config
         self._meter = MeteredComm(comm)
-        self.comm = ScopedComm(self._meter, settings.name)
+        self.comm = ScopedComm(self._meter, distinct_name(comm, settings.name))
         self.presence = WorkerPresence(inner)
         self.mixed = False
         self.averaging = False

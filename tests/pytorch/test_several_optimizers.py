@@ -1,0 +1,83 @@
+"""Two optimizers in one training, as in every GAN: their exchanges never meet each other's, and none is waited for."""
+
+import pytest
+import torch
+
+import hvd_slowmo.torch as slowmo
+from hvd_slowmo.comm.threads import ThreadWorld
+from support.jobs import several
+
+LENGTHS = [(5, 2), (2, 7), (0, 3)]
+CONFIGS = [
+    {"tau": 3},
+    {"tau": 2, "warmup_steps": 3},
+    {"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all"},
+    {"tau": 4, "gossip": slowmo.SGP(overlap=True)},
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_one_join_answers_the_exchanges_of_all(config, lengths):
+    """Each optimizer's result is the one that it has in a training of its own."""
+
+    def work(comm):
+        other = others.member(comm.rank)
+        try:
+            return several.train(config, lengths[comm.rank], comms=(comm, other))
+        finally:
+            others.end(comm.rank, "ended")
+
+    others = ThreadWorld(2)
+    together = ThreadWorld(2).run(work)
+    for number in range(2):
+        alone = ThreadWorld(2).run(lambda comm, n=number: several.alone(config, lengths[comm.rank], comm, n))
+        for (found, behind), (expected, expected_behind) in zip((each[number] for each in together), alone, strict=True):
+            assert torch.equal(found, expected)
+            assert behind == expected_behind
+
+
+def test_an_error_in_one_of_them_is_raised():
+    optimizers = [several.optimizer({"tau": 2}, None, seed) for seed in range(2)]
+    with optimizers[1].averaged_parameters(), pytest.raises(RuntimeError, match="within averaged_parameters"):
+        slowmo.join(*optimizers)
+
+
+def test_nonsense_is_refused():
+    one = several.optimizer({"tau": 2}, None, 0)
+    with pytest.raises(ValueError, match="Received: 0 of them"):
+        slowmo.join()
+    with pytest.raises(ValueError, match="different optimizers"):
+        slowmo.join(one, one)
+    with pytest.raises(TypeError, match="Received: Adam"):
+        slowmo.join(one, torch.optim.Adam(one.worker.model.parameters()))
+
+
+def test_a_name_is_given_once():
+    def work(comm):
+        names = [several.optimizer({"tau": 2}, comm, seed).worker.comm.name for seed in range(3)]
+        return [*names, several.optimizer({"tau": 2}, comm, 3, name="d").worker.comm.name]
+
+    assert ThreadWorld(2).run(work) == [["slowmo", "slowmo.1", "slowmo.2", "d"]] * 2
+
+
+def test_names_are_compared():
+    def work(comm):
+        return several.optimizer({"tau": 2}, comm, 0, name="da"[comm.rank])
+
+    for error in ThreadWorld(2).run(work, return_exceptions=True):
+        assert isinstance(error, ValueError)
+        assert "optimizers of one name were constructed: it has 'a' where 'd' is expected" in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_joins_on_workers_in_any_order(workers):
+    """Two of the same shapes and without names, which join in another order on each worker."""
+    for lengths in LENGTHS:
+        apart, results = [], workers(2).run("support.jobs.several:crossed", config={"tau": 3}, lengths=lengths)
+        for number in range(2):
+            (first, _), (second, _) = (each[number] for each in results)
+            assert torch.equal(first, second)
+            apart.append(first)
+        assert not torch.equal(*apart)
