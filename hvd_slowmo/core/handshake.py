@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("hvd_slowmo")
 
-WIRE = 3
+RESTART_FACT = "number of steps at restart()"
+
+WIRE = 4
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 

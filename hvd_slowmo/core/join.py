@@ -123,6 +123,7 @@ def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ..
         ValueError: no optimizer, or one twice; or as in `SlowMo.join`, on every rank.
 
     Example:
+        >>> import torch
         >>> import hvd_slowmo.torch as slowmo
         >>> models = torch.nn.Linear(3, 1), torch.nn.Linear(1, 3)
         >>> inner = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
@@ -179,4 +180,5 @@ def catch_up(machine: Machine, average: GradientAverage, worker: JoiningWorker, 
     taken = ops.cond(average.stragglers.get(), take, lambda: ops.to_int(0.0))
     if everyone:
         ops.after(taken, lambda: average_statistics(runtime))
+        runtime.store.settle(equal=True)
     average.forget()

@@ -153,6 +153,11 @@ class Layout:
         """The chunks of parameters, in wire order."""
         return [chunk for chunk in self.chunks if chunk.role == "parameter"]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, in wire order."""
+        return [spec.name for segment in self.segments for spec in segment.tensors]
+
     def spans(self, stretch: Stretch) -> Iterator[tuple[int, int, int, int]]:
         """Yield the tensors under a stretch: (number in the segment, from, to in the tensor, place in the stretch)."""
         offsets = self.segments[stretch.segment].offsets

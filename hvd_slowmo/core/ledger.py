@@ -34,6 +34,8 @@ class Row(NamedTuple):
     counted: Scalar  # its weight in plain means: 1, or 0 if it is excluded
     steps: Scalar  # inner steps that it has completed
     rate_steps: Scalar  # inner steps that its sums of learning rates cover
+    misfit: Scalar  # see `Condition`
+    entered: Scalar  # see `Condition`
     drift: Scalar  # its squared distance from the mean at the outer step before, where that is measured
 
 
@@ -50,11 +52,12 @@ class Verdict(NamedTuple):
     training: Scalar  # number of workers that train
     weight: Scalar  # sum of the workers' weights
     counted: Scalar  # sum of their weights in plain means
+    entered: Scalar  # bool: values have come from outside on one of them, see `entry_warning`
     gamma: Vector  # mean learning rate of the block per parameter group: sum of sums / sum of steps
 
 
 def columns(table: Any) -> Row:
-    """Return the columns of a table of shape (workers, 10 + groups), NumPy's or traced, by the names of `Row`."""
+    """Return the columns of a table of shape (workers, 12 + groups), NumPy's or traced, by the names of `Row`."""
     return Row(*(table[:, number] for number in range(RATES)))
 
 
@@ -66,7 +69,7 @@ def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
-    """Judge a table of shape (workers, 10 + groups).
+    """Judge a table of shape (workers, 12 + groups).
 
     Args:
         nonfinite: the setting of that name.
@@ -79,6 +82,7 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
         + ops.sum(ops.where(column.reason == column.reason[0], 0.0, 1.0))
         + ops.sum(ops.sum(ops.where(valid, 0.0, 1.0)))
     )
+    wrong = wrong + ops.sum(ops.where(column.misfit == 0, 0.0, 1.0))
     finite = ops.sum(column.finite)
     # Workers without finite values are excluded; at least one with a weight must remain.
     enough = (finite > 0) & ((training == 0) | (weight > 0)) if nonfinite == "exclude" else finite == workers
@@ -89,18 +93,32 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
     differ = ops.sum(ops.sum(ops.where(apart, 1.0, 0.0) * column.training[:, None])) > 0
     steps = ops.sum(column.rate_steps)
     gamma = ops.sum(rates) / ops.where(steps > 0, steps, 1.0)
-    return Verdict(failed, differ, training, weight, ops.sum(column.counted), gamma)
+    entered = ops.sum(column.entered) > 0
+    return Verdict(failed, differ, training, weight, ops.sum(column.counted), entered, gamma)
 
 
 Words = Callable[[NDArray[Any]], str]
 """Puts a table into words."""
 
 
-def error_text(ranks: Sequence[int], name: str) -> Words:
-    """Return the error for a table with a failed verdict: it names the ranks at fault, and says what to do."""
+def error_text(ranks: Sequence[int], name: str, tensors: Sequence[str] = (), new: str = "") -> Words:
+    """Return the error for a table with a failed verdict: it names the ranks at fault, and says what to do.
+
+    Args:
+        tensors: names of all tensors, in the order of the layout.
+        new: name of a buffer that this worker's model has in addition.
+    """
 
     def describe(table: NDArray[Any]) -> str:
         column = columns(table)
+        for r, misfit in zip(ranks, column.misfit, strict=True):
+            if misfit:
+                which = f"{tensors[int(misfit) - 1]} has another form" if misfit > 0 else f"there is a new buffer {new}".rstrip()
+                return (
+                    f"{name}: the model on rank {r} is not the one that the optimizer was constructed with: {which}. "
+                    "Nothing was sent or written. Change shapes, types, masks and buffers before SlowMo is constructed, "
+                    "or construct another SlowMo for the changed model."
+                )
         if any(column.reason != column.reason[0]):
             places = [f"rank {r} is {_place(Row(*row[:RATES]))}" for r, row in zip(ranks, table, strict=True)]
             return (
@@ -153,6 +171,21 @@ def rates_warning(ranks: Sequence[int], name: str) -> Words:
         return (
             f"{name}: the workers' learning rates differ (mean of the block; {'; '.join(seen)}). The outer step uses "
             "their mean on every worker. Usually this is a mistake: a scheduler driven by each worker's own loss."
+        )
+
+    return describe
+
+
+def entry_warning(ranks: Sequence[int], name: str) -> Words:
+    """Return the warning about values that no step has made."""
+
+    def describe(table: NDArray[Any]) -> str:
+        column = columns(table)
+        where = [f"rank {r}" for r, entered in zip(ranks, column.entered, strict=True) if entered]
+        return (
+            f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). They "
+            "are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins anew. "
+            "Call optimizer.restart() after loading to say that it is meant."
         )
 
     return describe

@@ -47,6 +47,7 @@ class Machine:
         """Give everybody rank 0's vectors and take the first anchor, before the first inner step. A collective."""
         take_from(self.runtime, 0, ("parameter", "statistic", "optimizer_state"))
         self.take_anchor()
+        self._store.settle(equal=True)
         zeros = self._ops.vector([0.0] * self.layout.group_count)
         nothing = self._ops.vector([0.0] * len(Observed._fields))
         return Progress(0, 0, 0, zeros, zeros, excluded=0, observed=nothing, mixing=self.mixing.initial())
@@ -56,6 +57,23 @@ class Machine:
         if self.config.vectors:
             for chunk in self.layout.parameter_chunks:
                 self._store.write("anchor", chunk, self._store.read("model", chunk))
+
+    def begin_anew(self) -> None:
+        """Set the anchor to the model, without momentum."""
+        self.take_anchor()
+        if "v" in self.config.vectors:
+            for chunk in self.layout.parameter_chunks:
+                self._store.write("v", chunk, self._store.read("v", chunk) * 0)
+
+    def restart(self, progress: Progress) -> Progress:
+        """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
+        take_from(self.runtime, 0, ("parameter", "statistic"))
+        self.begin_anew()
+        self._store.settle(equal=True)
+        self._begin_block(progress.step)
+        return self.reset(progress)._replace(
+            since=progress.since * 0, rate_steps=progress.rate_steps * 0, rate_sums=progress.rate_sums * 0
+        )
 
     def reset(self, progress: Progress) -> Progress:
         """Return the state for workers that have all been given one worker's model: no message is in flight."""
@@ -107,7 +125,7 @@ class Machine:
         def outer() -> Progress:
             purpose = Purpose(training=training, counts=training, ledger_alone=not self.config.average)
             meeting = self._meetings.meet(done, done.step, purpose)
-            return self._outer_step(meeting, done) if self.config.average else self._outer_step_alone(meeting.progress)
+            return self._outer_step(meeting, done) if self.config.average else self._outer_step_alone(meeting, done)
 
         def check() -> Progress:
             return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).progress
@@ -153,7 +171,7 @@ class Machine:
             there = progress._replace(step=end)
             if self.config.tau is None:
                 return there
-            return self._outer_step(meeting, there) if self.config.average else self._outer_step_alone(there)
+            return self._outer_step(meeting, there) if self.config.average else self._outer_step_alone(meeting, there)
 
         after = ops.cond(over, all_done, go_on)
         furthest = ops.argmax_row(meeting.table, _STEPS)
@@ -181,6 +199,7 @@ class Machine:
         """
         take_from(self.runtime, source)
         self.take_anchor()
+        self._store.settle()
         self._begin_block(progress.step)
         return progress._replace(
             since=progress.since * 0, rate_steps=progress.rate_steps * 0, rate_sums=progress.rate_sums * 0
@@ -238,16 +257,17 @@ class Machine:
                 observer.chunk(chunk, total)
             if chunk.role == "parameter" and self.config.vectors:
                 for tile in self._tiles[chunk.index]:
-                    self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients)
+                    self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients, meeting)
             else:
                 self._store.write("model", chunk, divide(total, divisor))
+        self._store.settle()
         self._begin_block(meeting.verdict.weight)
         done = self._without_excluded(meeting, progress)
         return self._block_done(done, gamma, observer.completed(meeting))._replace(
             since=progress.since * 0, mixing=self.mixing.initial()
         )
 
-    def _outer_step_alone(self, progress: Progress) -> Progress:
+    def _outer_step_alone(self, meeting: Meeting, progress: Progress) -> Progress:
         """Take an outer step from this worker's own parameters, without the average (noaverage)."""
         gamma = progress.rate_sums / self._ops.where(progress.rate_steps > 0, progress.rate_steps, 1)
         coefficients = momentum(self.config, self._ops, gamma, progress.gamma)
@@ -256,8 +276,9 @@ class Machine:
             if self.runtime.observe:  # there is no mean: measured from the own parameters
                 observer.chunk(chunk, self._store.read("model", chunk))
             for tile in self._tiles[chunk.index]:
-                z = self._update(tile, self._store.read("model", tile), coefficients)
+                z = self._update(tile, self._store.read("model", tile), coefficients, meeting)
                 self.mixing.follow_outer_step(tile, z, progress.mixing)
+        self._store.settle()
         self._begin_block(progress.step)
         return self._block_done(progress, gamma, observer.completed())
 
@@ -269,7 +290,7 @@ class Machine:
             observed=observed,
         )
 
-    def _update(self, tile: Tile, mean: Any, coefficients: Momentum) -> Any:
+    def _update(self, tile: Tile, mean: Any, coefficients: Momentum, meeting: Meeting) -> Any:
         """Update a tile of the model, the anchor and v; return the new anchor."""
         anchor = self._store.read("anchor", tile)
         v = self._store.read("v", tile) if "v" in self.config.vectors else None
@@ -278,6 +299,10 @@ class Machine:
             # The block began at what half precision kept of the anchor. The rounding is no progress of the block:
             # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum.
             mean = mean + (anchor - written)
+        if self.runtime.watches:  # values from outside are no progress of the block: it begins at the mean
+            entered, mine = meeting.verdict.entered, v
+            anchor = self._ops.choose(entered, lambda: mean + 0, anchor)
+            v = None if mine is None else self._ops.choose(entered, lambda: mine * 0, mine)
         own = Momentum(*(self._ops.cast_like(c[tile.group], mean) for c in coefficients))
         anchor, v = self.runtime.kernels.outer_update(self.config, mean, anchor, v, own)
         self._store.write("model", tile, anchor)
@@ -289,6 +314,9 @@ class Machine:
     def _mean(self, meeting: Meeting, progress: Progress) -> Progress:
         """Set the parameters and statistics to the workers' mean; nothing else changes."""
         self._meetings.write_mean(meeting)
+        if self.runtime.watches:
+            self._ops.cond(meeting.verdict.entered, self.begin_anew, lambda: None)
+        self._store.settle(equal=True)
         return self._without_excluded(meeting, progress)._replace(mixing=self.mixing.initial())
 
     def _without_excluded(self, meeting: Meeting, progress: Progress) -> Progress:

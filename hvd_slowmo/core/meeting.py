@@ -14,9 +14,11 @@ from hvd_slowmo.core import names
 from hvd_slowmo.core.layout import Chunk
 from hvd_slowmo.core.ledger import (
     AVERAGE,
+    RATES,
     TRAINING,
     Row,
     Verdict,
+    entry_warning,
     error_text,
     exclusion_warning,
     own_row,
@@ -58,6 +60,7 @@ class Meeting(NamedTuple):
     table: Any  # a row per worker, see `hvd_slowmo.core.ledger`
     verdict: Verdict
     finite: Scalar  # 1: this worker's parameters are
+    moved: Any  # per parameter, the number of workers that may have moved it
     weights: Mapping[Role, Scalar]  # this worker's, per role of a segment
     first: Any  # the sum of the first chunk; None where the ledger came alone
     progress: Progress  # this worker's state
@@ -87,7 +90,10 @@ class Meetings:
         """
         ops, comm, config = self._ops, self._comm, self._runtime.config
         exclude = config.nonfinite == "exclude"
-        finite = ops.where(self._store.finite(), 1.0, 0.0)
+        condition = self._store.condition()
+        fits = condition.misfit == 0
+        # A model of another form is not looked at: the verdict will refuse it.
+        finite = ops.cond(fits, lambda: ops.where(self._store.finite(), 1.0, 0.0), lambda: ops.where(True, 1.0, 0.0))
         counted = finite if exclude else 1.0
         plain = purpose.reason == AVERAGE or self._mixing.equal_weights
         weight = counted * (1.0 if plain else progress.since / (config.tau or 1) * purpose.counts)
@@ -101,18 +107,30 @@ class Meetings:
             counted=counted,
             steps=progress.step,
             rate_steps=progress.rate_steps,
+            misfit=condition.misfit,
+            entered=condition.entered,
             drift=progress.observed[0],
         )
-        handle = comm.start_sum(names.LEDGER, ops.pack(own_row(ops, comm.rank, comm.size, row, progress.rate_sums)))
+        parts = own_row(ops, comm.rank, comm.size, row, progress.rate_sums)
+        handle = comm.start_sum(names.LEDGER, ops.pack([*parts, condition.moved]))
         weights: dict[Role, Scalar] = {"parameter": weight, "statistic": weight, "optimizer_state": counted}
         started = None
         if not purpose.ledger_alone:
-            started = self._start(self._runtime.layout.chunks[0], weights, progress)
-        table = ops.reshape(ops.unpack(comm.wait(handle)), (comm.size, -1))
+            chunk = self._runtime.layout.chunks[0]
+            own = ops.cond(fits, lambda: weights[chunk.role], lambda: 0.0)
+            started = self._start(chunk, {chunk.role: own}, progress)
+        everything = ops.unpack(comm.wait(handle))
+        width = RATES + self._runtime.layout.group_count
+        table = ops.reshape(everything[: comm.size * width], (comm.size, width))
+        moved = everything[comm.size * width :]
         first = None if started is None else comm.wait(started)
         found = verdict(ops, table, config.nonfinite)
-        meeting = Meeting(table, found, finite, weights, first, progress)
-        meeting = ops.error_if(found.failed, table, error_text(comm.ranks, comm.name), meeting)
+        meeting = Meeting(table, found, finite, moved, weights, first, progress)
+        words = error_text(comm.ranks, comm.name, self._runtime.layout.names, condition.name)
+        meeting = ops.error_if(found.failed, table, words, meeting)
+        self._store.hold(meeting.moved)
+        if self._runtime.watches:
+            ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name))
         if purpose.reason == TRAINING:
             ops.warn("rates", found.rates_differ, table, rates_warning(comm.ranks, comm.name))
         if exclude:

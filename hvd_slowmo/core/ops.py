@@ -16,9 +16,9 @@ from hvd_slowmo.core.progress import Scalar, Vector
 
 T = TypeVar("T")
 
-Topic: TypeAlias = Literal["rates", "excluded"]
+Topic: TypeAlias = Literal["rates", "excluded", "entered"]
 """Subjects of the warnings that a meeting can give."""
-TOPICS: tuple[Topic, ...] = ("rates", "excluded")
+TOPICS: tuple[Topic, ...] = ("rates", "excluded", "entered")
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -53,6 +53,9 @@ class Ops(Protocol):
 
     def where(self, predicate: Any, yes: Any, no: Any) -> Any:
         """Choose element by element; both sides are computed."""
+
+    def choose(self, predicate: Scalar, yes: Callable[[], Any], no: Any) -> Any:
+        """Return a tensor, or another one of the same form in its place."""
 
     def sum(self, table: Any) -> Any:
         """Sum over the first axis."""
@@ -147,6 +150,9 @@ class EagerOps:
 
     def where(self, predicate: Any, yes: Any, no: Any) -> Any:
         return np.where(predicate, yes, no)
+
+    def choose(self, predicate: Scalar, yes: Callable[[], Any], no: Any) -> Any:
+        return yes() if predicate else no
 
     def sum(self, table: Any) -> Any:
         return table.sum(axis=0)

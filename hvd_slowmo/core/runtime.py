@@ -19,6 +19,7 @@ class Runtime:
     Attributes:
         comm: the workers, under the optimizer's name.
         observe: measure at every outer step; see `Observed`.
+        watches: some worker can tell values that come from outside; see `Condition`.
     """
 
     config: SlowMoConfig
@@ -28,3 +29,4 @@ class Runtime:
     comm: ScopedComm
     kernels: Kernels = field(default_factory=Kernels)
     observe: bool = False
+    watches: bool = True

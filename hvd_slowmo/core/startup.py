@@ -47,6 +47,7 @@ class Position(NamedTuple):
     step: int  # inner steps that it has made already
     workers: int  # of the job that its state comes from; 0: it has none
     groups: tuple[int, ...]  # its parameter group of each trained tensor of the wire
+    entered: bool = False  # its parameters were given other values since the last training ended
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,13 @@ class Job:
         frameworks: by rank.
         steps: inner steps made, by rank.
         groups: the parameter groups that all workers have in common.
+        entered: ranks whose parameters were given other values since the last training ended.
     """
 
     frameworks: tuple[str, ...]
     steps: tuple[int, ...]
     groups: ParameterGroups
+    entered: tuple[int, ...] = ()
 
     @property
     def mixed(self) -> bool:
@@ -104,6 +107,9 @@ class StartingWorker(Protocol[R]):
     def position(self) -> tuple[int, int]:
         """Return the number of inner steps made, and the number of workers of the job that the state comes from."""
 
+    def entered(self) -> bool:
+        """Return whether the parameters were given other values since this job's last training ended."""
+
     def assemble(self, description: Description[R], graph: Graph | None) -> None:
         """Make everything that a step needs."""
 
@@ -129,7 +135,7 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
     """
     description = agree(worker, comm)
     graph = agreed_graph(worker.config, comm)
-    job = meet(comm, Position(worker.framework, *worker.position(), description.groups.of))
+    job = meet(comm, Position(worker.framework, *worker.position(), description.groups.of, worker.entered()))
     if worker.parameter_map is not None:
         layout = description.layout.regrouped(job.groups, description.specs)
         description = replace(description, groups=job.groups, layout=layout)
@@ -199,6 +205,7 @@ def meet(comm: ScopedComm, position: Position) -> Job:
         tuple(each.framework for each in everyone),
         tuple(each.step for each in everyone),
         common_groups([each.groups for each in everyone], comm.rank),
+        tuple(rank for rank, each in zip(comm.ranks, everyone, strict=True) if each.entered),
     )
     for rank, each in zip(comm.ranks, everyone, strict=True):
         if each.step and each.workers not in (0, comm.size):

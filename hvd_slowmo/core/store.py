@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.core.layout import Chunk, Stretch
 from hvd_slowmo.core.progress import Scalar, Vector
+
+
+class Condition(NamedTuple):
+    """The state in which a worker's model comes to a meeting."""
+
+    misfit: Scalar  # 0, or 1 + the number in the layout of a tensor that has changed its form; -1: a new tensor
+    entered: Scalar  # 1: values have come from outside since the workers were last equal: no step made them
+    moved: Vector  # a 1 for each parameter that may have changed since the last meeting, else 0
+    name: str = ""  # of a tensor at fault, for this worker's own message
 
 
 class Store(Protocol):
@@ -29,6 +38,25 @@ class Store(Protocol):
 
     def finite(self) -> Scalar:
         """Return whether every parameter is finite: a bool scalar. Statistics and masks may hold infinities."""
+
+    def condition(self) -> Condition:
+        """Compare the model with the layout and with its state after the last meeting. Nothing is read before that."""
+
+    def hold(self, moved: Vector) -> None:
+        """Leave alone the parameters for which this is 0, the number of workers that have moved them.
+
+        They are frozen and equal everywhere, and a mean would be equal to them up to rounding only.
+        """
+
+    def settle(self, equal: bool = False) -> None:
+        """Note the model's state at the end of a meeting.
+
+        Parameters that are held begin anew: the anchor at their value, without momentum.
+
+        Args:
+            equal: the workers have just become equal, and no step follows at once: values that differ when the next
+                one begins come from outside.
+        """
 
     def reset_inner_state(self) -> None:
         """Give the inner optimizer's state its values from before the first step."""

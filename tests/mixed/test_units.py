@@ -74,7 +74,7 @@ def layouts(models):
 @pytest.fixture(scope="module")
 def stores(models, layouts):
     ours, theirs = models
-    mine = TorchStore(layouts[0], torch.optim.SGD(ours.parameters(), lr=0.1), ())
+    mine = TorchStore(layouts[0], torch.optim.SGD(ours.parameters(), lr=0.1), (), set)
     return mine, VariableStore(layouts[1], {}, InnerOptimizer(keras.optimizers.SGD(0.1))), ours, theirs
 
 

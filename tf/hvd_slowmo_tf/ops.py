@@ -62,6 +62,9 @@ class TracedOps:
     def where(self, predicate: Any, yes: Any, no: Any) -> tf.Tensor:
         return tf.where(predicate, tf.cast(yes, tf.float64), tf.cast(no, tf.float64))
 
+    def choose(self, predicate: Any, yes: Callable[[], tf.Tensor], no: tf.Tensor) -> tf.Tensor:
+        return tf.where(predicate, yes(), no)
+
     def sum(self, table: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(table, axis=0)
 

@@ -17,6 +17,7 @@ from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
@@ -207,6 +208,7 @@ class SlowMo(keras.optimizers.Optimizer):
                 )
         for v, value in zip(self._variables, values, strict=True):
             v.assign(value)
+        self.worker.forget_join()
 
     def get_config(self) -> dict[str, Any]:
         rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
@@ -311,6 +313,27 @@ class SlowMo(keras.optimizers.Optimizer):
         left = worker.join(leaving)
         return JoinResult(self.steps - before, left)
 
+    def restart(self) -> None:
+        """Begin anew from rank 0's parameters and statistics, without momentum. A collective.
+
+        Call it on every rank after values were loaded into the model: they are no progress of a block.
+
+        Raises:
+            ValueError: on every rank, if the workers are not at the same step.
+
+        Example:
+            >>> variable = keras.Variable([1.0, 2.0])
+            >>> optimizer = SlowMo(keras.optimizers.SGD(0.5), SlowMoConfig(tau=2))
+            >>> optimizer.broadcast([variable])
+            >>> values = variable.assign([3.0, 4.0])
+            >>> optimizer.restart()
+        """
+        self.worker.refuse_while_averaging("restart()")
+        self.worker.refuse_if_left()
+        self.worker.ready()
+        agree(self.worker.comm, {RESTART_FACT: self.steps}, {}, None)
+        self.worker.restart()
+
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
         """Let the model hold the workers' mean, statistics included, within a with statement.
@@ -379,6 +402,7 @@ class SlowMo(keras.optimizers.Optimizer):
         """
         self.worker.refuse_if_left()
         checkpoint.load(lambda: self._worker_state(model, parameter_map), self.worker.comm, path)
+        self.worker.forget_join()
 
     def _worker_state(self, model: keras.Model | None, parameter_map: ParameterMap | None) -> KerasWorkerState:
         worker = self.worker

@@ -72,6 +72,9 @@ class StartingKerasWorker:
         variables = self._worker.variables
         return int(variables.now.step), int(variables.workers.numpy())
 
+    def entered(self) -> bool:
+        return self._worker.given_other_values()
+
     def assemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self._step = self._worker.assemble(description.layout, description.groups, graph)
 
@@ -98,6 +101,8 @@ class StartingKerasWorker:
         elif job.restored_first:
             worker.call(once(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state"))))
             worker.call(once(lambda: variables.write(machine.reset(variables.read()))))
+        elif job.entered:
+            worker.restart(job.entered)
         variables.workers.assign(worker.comm.size)
 
     @property

@@ -8,6 +8,8 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.core.layout import Chunk, Stretch
+from hvd_slowmo.core.progress import Vector
+from hvd_slowmo.core.store import Condition
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import KerasLayout, native, spans
 from hvd_slowmo_tf.pieces import Pending, joined, stretch_of
@@ -76,6 +78,17 @@ class VariableStore:
     def finite(self) -> tf.Tensor:
         found = [tf.reduce_all(tf.math.is_finite(native(v).read_value())) for v in self._watched.values()]
         return tf.reduce_all(found)
+
+    def condition(self) -> Condition:
+        # Keras' variables keep their form, frozen ones are not the optimizer's, and values from outside are looked for
+        # when a training begins.
+        return Condition(0, 0, tf.ones([len(self._layout.refs_of("parameter"))], tf.float64))
+
+    def hold(self, moved: Vector) -> None:
+        """Do nothing: a worker of Keras moves all."""
+
+    def settle(self, equal: bool = False) -> None:
+        """Do nothing: `condition` needs no notes."""
 
     def reset_inner_state(self) -> None:
         self._inner.reset()

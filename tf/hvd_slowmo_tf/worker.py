@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from hvd_slowmo_tf.store import VariableStore
 from hvd_slowmo_tf.traced_join import traced_join
 from hvd_slowmo_tf.traced_step import TracedStep, once
 from hvd_slowmo_tf.variables import OptimizerVariables
+
+
+logger = logging.getLogger("hvd_slowmo")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class KerasWorker:
         self._process_set = process_set
         self._comm = comm
         self._name: str | None = None
+        self._joined: tuple[int, list[float]] | None = None  # the fingerprint that the last join left
         self._graph: Graph | None = None
         self._variables: OptimizerVariables | None = None
         self._ops: TracedOps | None = None
@@ -207,7 +212,40 @@ class KerasWorker:
         leavers = self.call(self._join, tf.constant(float(leaving), tf.float64)).numpy()
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
+        self._joined = self._fingerprint()
         return left
+
+    def restart(self, entered: Sequence[int] = ()) -> None:
+        """Give all workers rank 0's parameters, and begin a block there without momentum. A collective.
+
+        Args:
+            entered: ranks of workers whose parameters were given other values, for a warning.
+        """
+        machine = self.ready().assembly.machine
+        self.call(once(lambda: self.variables.write(machine.restart(self.variables.read()))))
+        self._joined = None
+        if entered:
+            logger.warning(
+                "%s: parameters were given other values after the last training on %s (loaded weights, or Keras' moving "
+                "average). All workers take rank 0's, and slow momentum begins anew. Call optimizer.restart() after "
+                "loading to say that it is meant.",
+                self.name,
+                ", ".join(f"rank {rank}" for rank in entered),
+            )
+
+    def given_other_values(self) -> bool:
+        """Return whether the parameters differ from those that the last join left, without a step in between."""
+        found = self._fingerprint()
+        return self._joined is not None and found[0] == self._joined[0] and found != self._joined
+
+    def forget_join(self) -> None:
+        """Take the parameters as they are: a state is loaded that belongs to them."""
+        self._joined = None
+
+    def _fingerprint(self) -> tuple[int, list[float]]:
+        """Return the number of steps, and a number for each variable, which other values would change."""
+        trained = self.optimizer._trainable_variables
+        return int(self.variables.now.step), [float(tf.norm(tf.cast(v, tf.float64))) for v in trained]
 
     def average(self) -> None:
         """Set the model to the workers' mean. A collective."""
@@ -262,7 +300,10 @@ class KerasWorker:
         self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
         store = VariableStore(layout, self.variables.vectors, self.inner)
         scoped = ScopedComm(safe, name)
-        runtime = Runtime(self.config, layout.layout, self._ops, store, scoped, observe=self.observe)
+        watches = self.parameter_map is not None  # PyTorch workers tell of values from outside
+        runtime = Runtime(
+            self.config, layout.layout, self._ops, store, scoped, observe=self.observe, watches=watches
+        )
         assembly = assemble(runtime, layout, groups, graph)
         return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe)
 

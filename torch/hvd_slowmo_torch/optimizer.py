@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult, take_part
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
@@ -228,6 +229,7 @@ class SlowMo(Optimizer):
         if worker.comm.size == 1:
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
+        worker.store.watch.look()
         presence.joining, presence.leaving = True, leaving
         try:
             with torch.no_grad():
@@ -238,6 +240,29 @@ class SlowMo(Optimizer):
             worker.prepare()
         presence.left = tuple(rank for rank, gone in zip(worker.comm.ranks, left, strict=True) if gone)
         return JoinResult(self.steps - before, presence.left)
+
+    def restart(self) -> None:
+        """Begin anew from rank 0's parameters and buffers, without momentum. A collective.
+
+        Call it on every rank after values were loaded into the model: they are no progress of a block.
+
+        Raises:
+            ValueError: on every rank, if the workers are not at the same step.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig())
+            >>> torch.nn.init.ones_(model.weight).tolist()
+            [[1.0, 1.0, 1.0]]
+            >>> optimizer.restart()
+        """
+        worker = self.worker
+        worker.refuse_while_averaging("restart()")
+        worker.presence.refuse_if_left()
+        agree(worker.comm, {RESTART_FACT: self.steps}, {}, None)
+        with torch.no_grad():
+            worker.settle(worker.assembly.machine.restart(worker.progress))
+            worker.store.settle(equal=True)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -268,7 +293,8 @@ class SlowMo(Optimizer):
             worker.averaging = False
             with torch.no_grad():
                 for name, tensor in worker.tensors():
-                    tensor.copy_(own[name])
+                    if not torch.equal(tensor, own[name]):  # what stays untouched is not taken for a change
+                        tensor.copy_(own[name])
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.

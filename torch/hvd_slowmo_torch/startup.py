@@ -58,6 +58,9 @@ class StartingTorchWorker:
     def position(self) -> tuple[int, int]:
         return 0, 0
 
+    def entered(self) -> bool:
+        return False  # there was no training before
+
     def assemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
         self._worker.assemble(description.layout, description.groups, graph)
 

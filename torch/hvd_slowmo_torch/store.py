@@ -9,8 +9,10 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.core.layout import Chunk, Segment, Stretch
 from hvd_slowmo.core.progress import Vector
+from hvd_slowmo.core.store import Condition
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.watch import ModelWatch
 
 
 class Pieces:
@@ -82,13 +84,18 @@ class TorchStore:
         layout: of the model.
         inner: the inner optimizer.
         names: of the vectors that are kept beside the model.
+        buffers: returns the names of the model's floating-point buffers.
 
     Attributes:
+        watch: of the model.
         vectors: per name, a flat tensor for each segment of parameters; None for the other segments.
     """
 
-    def __init__(self, layout: TorchLayout, inner: Optimizer, names: Sequence[str]) -> None:
+    def __init__(
+        self, layout: TorchLayout, inner: Optimizer, names: Sequence[str], buffers: Callable[[], set[str]]
+    ) -> None:
         self.layout = layout.layout
+        self.watch = ModelWatch(layout, buffers)
         self._inner = inner
         self._pieces = Pieces(layout)
         self._watched = [
@@ -113,7 +120,7 @@ class TorchStore:
             if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
                 flat.copy_(value)
         elif stretch.role == "parameter":
-            self._pieces.scatter(stretch, value, _trainable)
+            self._pieces.scatter(stretch, value, self._unheld)
         else:
             self._pieces.scatter(stretch, value, torch.Tensor.detach)
 
@@ -136,11 +143,25 @@ class TorchStore:
                 return False
         return True
 
+    def condition(self) -> Condition:
+        return self.watch.condition()
+
+    def hold(self, moved: Vector) -> None:
+        self.watch.hold(moved)
+
+    def settle(self, equal: bool = False) -> None:
+        for segment, refs in zip(self.layout.segments, self._refs, strict=True) if self.watch.held else ():
+            for ref, start in zip(refs, segment.offsets, strict=False):
+                if segment.role == "parameter" and id(ref.find()) in self.watch.held:
+                    self._begin_anew(ref, segment, start)
+        self.watch.settle(equal)
+
     def reset_inner_state(self) -> None:
         inner_state.reset(self._inner)
 
     def adopt(self, before: TorchStore) -> None:
         """Take over the vectors of a store over the same parameters and fewer: the new ones start where they are."""
+        self.watch.adopt(before.watch)
         for number, segment in enumerate(self.layout.segments):
             if segment.role != "parameter":
                 continue
@@ -157,6 +178,17 @@ class TorchStore:
                 if name == "anchor":
                     new = [ref.find().detach().reshape(-1).to(flat.dtype) for ref in self._refs[number]]
                     flat[length:] = torch.cat(new)[length:]
+
+    def _unheld(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        return None if id(parameter) in self.watch.held and not parameter.requires_grad else parameter.detach()
+
+    def _begin_anew(self, ref: TensorRef, segment: Segment, start: int) -> None:
+        """Set a parameter's anchor to its value, without momentum."""
+        values = ref.find().detach().reshape(-1)[ref.offset : ref.offset + ref.spec.size]
+        for name, flats in self.vectors.items():
+            flat = flats[self.layout.segments.index(segment)]
+            if flat is not None and name in ("anchor", "v"):
+                flat[start : start + ref.spec.size] = values if name == "anchor" else 0
 
     def _flat(self, vector: str, stretch: Stretch) -> torch.Tensor:
         whole = self.vectors[vector][stretch.segment]
@@ -218,11 +250,6 @@ def zeros_of(segment: Segment, size: int) -> torch.Tensor:
 
 def _same_place(a: Segment, b: Segment) -> bool:
     return (a.role, a.dtype, a.device, a.tensors[0].dtype) == (b.role, b.dtype, b.device, b.tensors[0].dtype)
-
-
-def _trainable(parameter: torch.Tensor) -> torch.Tensor | None:
-    # A frozen parameter is equal everywhere, and its mean would be so up to rounding only.
-    return parameter.detach() if parameter.requires_grad else None
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:

@@ -81,7 +81,7 @@ class TorchWorker:
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
-        self.store = TorchStore(layout, self.inner, names)
+        self.store = TorchStore(layout, self.inner, names, self._buffers)
         on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
         runtime = Runtime(
             self.config,
@@ -103,6 +103,7 @@ class TorchWorker:
     def settle(self, progress: Progress) -> None:
         """Go on from this position; the vectors have their values already."""
         self.assembly.machine.mixing.discard_in_flight()
+        self.store.watch.forget()
         self.progress = progress
         self.prepare()
 
@@ -115,6 +116,7 @@ class TorchWorker:
         if plan.outer or plan.mix or plan.check:
             self.presence.refuse_if_left()
         rates = self.presence.rates()
+        self.store.watch.look()
         try:
             result = take_inner_step()
             with torch.no_grad():
@@ -139,6 +141,9 @@ class TorchWorker:
         """Yield all parameters and buffers of the model by name."""
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
+
+    def _buffers(self) -> set[str]:
+        return {name for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
 
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""

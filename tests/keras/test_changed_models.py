@@ -1,0 +1,28 @@
+"""Keras models that are given values by other means than steps; several optimizers in one training."""
+
+import pytest
+
+pytestmark = [pytest.mark.workers, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("how", ["load", "restart", "nothing"])
+def test_values_that_are_loaded_between_two_fits_are_no_progress(keras_workers, how):
+    for rank, (weight, said) in enumerate(keras_workers(2).run("support.jobs.keras_changed:between_fits", how=how)):
+        assert weight == 1.0
+        assert len([line for line in said if "given other values after the last training on rank 0, rank 1" in line]) == (
+            how == "load"
+        ), (rank, said)
+
+
+def test_restart_begins_a_block_from_rank_0s_values(keras_workers):
+    for found, said in keras_workers(2).run("support.jobs.keras_changed:restarted"):
+        assert found == [5.0, 5.0]
+        assert "number of steps at restart(): it has 6 where 7 is expected" in said
+
+
+def test_one_join_answers_the_exchanges_of_all_optimizers(keras_workers):
+    """Two workers, 2 and 5 steps: each optimizer's result is the one that it has alone."""
+    results = keras_workers(2).run("support.jobs.keras_changed:joined_together", lengths=[2, 5])
+    assert results[0][0] == results[1][0]
+    assert [behind for _, behind in results] == [[3, 3], [0, 0]]
+    assert results[0][0][1] == pytest.approx(2 * results[0][0][0])

@@ -1,0 +1,215 @@
+"""Models that change by other means than steps: frozen layers, loaded values, buffers and types of another form."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import hvd_slowmo.torch as slowmo
+from hvd_slowmo.comm.threads import ThreadWorld
+
+
+def one_weight(comm, value=0.0, lr=1.0, **config):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    inner = torch.optim.SGD(model.parameters(), lr=lr)
+    return model, slowmo.SlowMo(inner, model, slowmo.SlowMoConfig(**config), comm=comm)
+
+
+def step(model, optimizer, gradient):
+    model.weight.grad = torch.full_like(model.weight, gradient)
+    optimizer.step()
+
+
+# Frozen parameters
+
+
+@pytest.mark.parametrize("how", ["join", "averaged_parameters", "outer step"])
+def test_a_parameter_that_was_trained_and_then_frozen_is_averaged(how):
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.0)
+        step(model, optimizer, -1.0 - comm.rank)
+        model.weight.requires_grad_(False)
+        if how == "join":
+            optimizer.join()
+        elif how == "outer step":
+            optimizer.step()  # a step without gradients
+        else:
+            with optimizer.averaged_parameters():
+                return model.weight.item()
+        return model.weight.item()
+
+    expected = [1.5, 1.5] if how != "outer step" else None
+    found = ThreadWorld(2).run(work)
+    if expected is None:  # the gradients are still there, and PyTorch's SGD applies them
+        assert found == [3.0, 3.0]
+    else:
+        assert found == expected
+
+
+def test_a_frozen_parameter_stays_to_the_bit_and_does_not_jump_afterwards():
+    """Momentum from before the freeze is forgotten, not applied when it ends."""
+
+    def work(comm):
+        model, optimizer = one_weight(comm, value=1 / 3, tau=1, beta=0.5)
+        step(model, optimizer, -1.0)
+        frozen = model.weight.item()
+        model.weight.requires_grad_(False)
+        model.weight.grad = None
+        for _ in range(3):
+            optimizer.step()
+        assert model.weight.item() == frozen
+        model.weight.requires_grad_(True)
+        step(model, optimizer, 0.0)
+        return frozen, model.weight.item()
+
+    for before, after in ThreadWorld(3).run(work):
+        assert after == before
+
+
+def test_a_parameter_that_one_worker_has_moved_becomes_equal_on_all():
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.0)
+        model.weight.requires_grad_(comm.rank == 1)
+        if comm.rank == 1:
+            step(model, optimizer, -4.0)
+        else:
+            optimizer.step()
+        optimizer.step()
+        return model.weight.item()
+
+    assert len(set(ThreadWorld(2).run(work))) == 1
+
+
+# Values from outside
+
+
+@pytest.mark.parametrize("how", ["load", "restart"])
+def test_loaded_values_are_no_progress(how, caplog):
+    """Zero gradients after loading 1 into a weight of 0 leave 1."""
+
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        model.load_state_dict({"weight": torch.ones(1, 1)})
+        if how == "restart":
+            optimizer.restart()
+        for _ in range(6):
+            step(model, optimizer, 0.0)
+        return model.weight.item()
+
+    with caplog.at_level(logging.WARNING, logger="hvd_slowmo"):
+        assert ThreadWorld(2).run(work) == [1.0, 1.0]
+    assert ("given other values from outside on rank 0, rank 1" in caplog.text) == (how == "load")
+
+
+def test_values_loaded_after_a_join_are_no_progress_and_end_the_momentum():
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(3):
+            step(model, optimizer, -1.0)
+        optimizer.join()
+        model.load_state_dict({"weight": torch.ones(1, 1)})
+        for _ in range(7):
+            step(model, optimizer, 0.0)
+        return model.weight.item()
+
+    assert ThreadWorld(2).run(work) == [1.0, 1.0]
+
+
+def test_the_same_values_again_change_nothing(caplog):
+    """Scripts broadcast parameters that are equal already."""
+
+    def work(comm, again):
+        model, optimizer = one_weight(comm, value=1 / 3, tau=2, beta=0.5)
+        if again:
+            model.load_state_dict(model.state_dict())
+        for number in range(5):
+            step(model, optimizer, float(number))
+        return model.weight.item()
+
+    with caplog.at_level(logging.WARNING, logger="hvd_slowmo"):
+        assert ThreadWorld(2).run(lambda comm: work(comm, True)) == ThreadWorld(2).run(lambda comm: work(comm, False))
+    assert not caplog.records
+
+
+def test_weights_that_are_clipped_between_steps_are_progress(caplog):
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(6):
+            step(model, optimizer, -1.0)
+            with torch.no_grad():
+                model.weight.clamp_(-0.75, 0.75)
+        return model.weight.item()
+
+    with caplog.at_level(logging.WARNING, logger="hvd_slowmo"):
+        assert ThreadWorld(2).run(work) == [0.75, 0.75]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_resume_is_no_change_from_outside(order, caplog):
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(3):
+            step(model, optimizer, -1.0 - comm.rank)
+        saved = [(model, {k: v.clone() for k, v in model.state_dict().items()}), (optimizer, optimizer.state_dict())]
+        other, again = one_weight(comm, tau=2, beta=0.5)
+        pairs = list(zip((other, again), (state for _, state in saved), strict=True))
+        for target, state in pairs if order == "model first" else pairs[::-1]:
+            target.load_state_dict(state)
+        for each in ((model, optimizer), (other, again)):
+            for _ in range(3):
+                step(*each, -1.0)
+        return model.weight.item(), other.weight.item()
+
+    with caplog.at_level(logging.WARNING, logger="hvd_slowmo"):
+        for whole, resumed in ThreadWorld(2).run(work):
+            assert whole == resumed
+    assert not caplog.records
+
+
+# Another form
+
+
+class WithBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(3))
+
+
+def mask(model):
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model.linear, "weight", 1)
+
+
+CHANGES = {
+    "seen has another form": lambda model: model.register_buffer("seen", torch.zeros(4)),
+    "seen has another form ": lambda model: delattr(model, "seen"),
+    "linear.weight has another form": lambda model: model.double(),
+    "there is a new buffer": lambda model: model.register_buffer("later", torch.zeros(1)),
+    "there is a new buffer ": mask,
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+@pytest.mark.parametrize("how", ["join", "outer step"])
+def test_a_model_of_another_form_is_refused_on_every_rank_before_anything_is_sent(said, how):
+    def work(comm):
+        model = WithBuffer()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = slowmo.SlowMo(inner, model, slowmo.SlowMoConfig(tau=2), comm=comm)
+        optimizer.step()
+        if comm.rank == 1:
+            CHANGES[said](model)
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match=f"model on rank 1 is not the one .*: {said.strip()}") as error:
+            optimizer.join() if how == "join" else optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        return str(error.value)
+
+    first, second = ThreadWorld(2).run(work)
+    assert ("later" in second) == (said == "there is a new buffer")
+    assert first.startswith("slowmo: the model on rank 1")

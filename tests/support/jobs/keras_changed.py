@@ -1,0 +1,73 @@
+"""Keras models that are given values by other means than steps."""
+
+import logging
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+
+
+def between_fits(how):
+    """Train, give the weight the value 1, and go on with gradients of zero; return the weight and the warnings."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("hvd_slowmo").addHandler(handler)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
+    model.compile(optimizer, "mse")
+    x = np.ones((12, 1), np.float32)
+    model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
+    if how != "nothing":
+        model.set_weights([np.ones((1, 1), np.float32)])
+    if how == "restart":
+        optimizer.restart()
+    if how == "nothing":
+        before = model.get_weights()[0].item()
+        model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
+        return before != model.get_weights()[0].item(), said
+    model.fit(0 * x, x, batch_size=2, verbose=0, callbacks=[SlowMoCallback()])
+    logging.getLogger("hvd_slowmo").removeHandler(handler)
+    return model.get_weights()[0].item(), said
+
+
+def restarted():
+    """Restart within a block in a custom training loop, and from another step on one worker."""
+    import horovod.tensorflow as hvd
+
+    variable = keras.Variable([0.0])
+    optimizer = SlowMo(keras.optimizers.SGD(1.0), SlowMoConfig(tau=3, beta=0.5))
+    optimizer.broadcast([variable])
+    optimizer.apply([tf.constant([-1.0 - hvd.rank()])], [variable])
+    variable.assign([5.0 + hvd.rank()])
+    optimizer.restart()
+    found = [float(variable.numpy()[0])]
+    for _ in range(5):
+        optimizer.apply([tf.constant([0.0])], [variable])
+    found.append(float(variable.numpy()[0]))
+    if hvd.rank() == 0:
+        optimizer.apply([tf.constant([0.0])], [variable])
+    try:
+        optimizer.restart()
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+def joined_together(lengths):
+    """Train two optimizers of one name by different numbers of steps."""
+    import horovod.tensorflow as hvd
+
+    import hvd_slowmo.tf as slowmo
+
+    variables = [keras.Variable([0.0]) for _ in range(2)]
+    optimizers = [SlowMo(keras.optimizers.SGD(1.0), SlowMoConfig(tau=2)) for _ in variables]
+    for optimizer, variable in zip(optimizers, variables, strict=True):
+        optimizer.broadcast([variable])
+    for _ in range(lengths[hvd.rank()]):
+        for number, (optimizer, variable) in enumerate(zip(optimizers, variables, strict=True)):
+            optimizer.apply([tf.constant([-1.0 - number])], [variable])
+    behind = [result.behind for result in slowmo.join(*optimizers)]
+    return [float(v.numpy()[0]) for v in variables], behind
