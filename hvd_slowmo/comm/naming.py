@@ -1,7 +1,7 @@
 """Distinct names for optimizers that were given the same one.
 
-Collectives are matched by name: two optimizers under one name would exchange with each other as soon as the workers step
-them in another order, and models of the same shapes would become each other's mean.
+Collectives are matched by name: two optimizers under one name would exchange with each other as soon as the workers
+step them in another order, and models of the same shapes would become each other's mean.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-
 HANDSHAKE = "slowmo"
 """Prefix of the handshake's collectives, whatever an optimizer's name."""
 

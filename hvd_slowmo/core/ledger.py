@@ -113,11 +113,12 @@ def error_text(ranks: Sequence[int], name: str, tensors: Sequence[str] = (), new
         column = columns(table)
         for r, misfit in zip(ranks, column.misfit, strict=True):
             if misfit:
-                which = f"{tensors[int(misfit) - 1]} has another form" if misfit > 0 else f"there is a new buffer {new}".rstrip()
+                changed = f"{tensors[int(misfit) - 1]} has another form"
+                which = changed if misfit > 0 else f"there is a new buffer {new}".rstrip()
                 return (
                     f"{name}: the model on rank {r} is not the one that the optimizer was constructed with: {which}. "
-                    "Nothing was sent or written. Change shapes, types, masks and buffers before SlowMo is constructed, "
-                    "or construct another SlowMo for the changed model."
+                    "Nothing was sent or written. Change shapes, types, masks and buffers before SlowMo is "
+                    "constructed, or construct another SlowMo for the changed model."
                 )
         if any(column.reason != column.reason[0]):
             places = [f"rank {r} is {_place(Row(*row[:RATES]))}" for r, row in zip(ranks, table, strict=True)]
@@ -183,8 +184,8 @@ def entry_warning(ranks: Sequence[int], name: str) -> Words:
         column = columns(table)
         where = [f"rank {r}" for r, entered in zip(ranks, column.entered, strict=True) if entered]
         return (
-            f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). They "
-            "are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins anew. "
+            f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). "
+            "They are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins anew. "
             "Call optimizer.restart() after loading to say that it is meant."
         )
 

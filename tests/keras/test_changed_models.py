@@ -9,9 +9,9 @@ pytestmark = [pytest.mark.workers, pytest.mark.slow]
 def test_values_that_are_loaded_between_two_fits_are_no_progress(keras_workers, how):
     for rank, (weight, said) in enumerate(keras_workers(2).run("support.jobs.keras_changed:between_fits", how=how)):
         assert weight == 1.0
-        assert len([line for line in said if "given other values after the last training on rank 0, rank 1" in line]) == (
-            how == "load"
-        ), (rank, said)
+        assert len(
+            [line for line in said if "given other values after the last training on rank 0, rank 1" in line]
+        ) == (how == "load"), (rank, said)
 
 
 def test_restart_begins_a_block_from_rank_0s_values(keras_workers):

@@ -43,7 +43,10 @@ ONLY_KERAS = {
     # ours
     "broadcast": "construction is a collective in PyTorch",
 }
-SETTINGS_OF_ONE = {"model": "broadcast and apply take variables"}
+SETTINGS_OF_ONE = {
+    "model": "broadcast and apply take variables",
+    "statistics": "broadcast takes the variables that are averaged",
+}
 
 
 def test_the_adapters_have_the_same_settings_and_methods_but_for_a_table():

@@ -32,7 +32,9 @@ def test_one_join_answers_the_exchanges_of_all(config, lengths):
     together = ThreadWorld(2).run(work)
     for number in range(2):
         alone = ThreadWorld(2).run(lambda comm, n=number: several.alone(config, lengths[comm.rank], comm, n))
-        for (found, behind), (expected, expected_behind) in zip((each[number] for each in together), alone, strict=True):
+        for (found, behind), (expected, expected_behind) in zip(
+            (each[number] for each in together), alone, strict=True
+        ):
             assert torch.equal(found, expected)
             assert behind == expected_behind
 

@@ -37,7 +37,6 @@ from hvd_slowmo_tf.traced_join import traced_join
 from hvd_slowmo_tf.traced_step import TracedStep, once
 from hvd_slowmo_tf.variables import OptimizerVariables
 
-
 logger = logging.getLogger("hvd_slowmo")
 
 
@@ -226,8 +225,8 @@ class KerasWorker:
         self._joined = None
         if entered:
             logger.warning(
-                "%s: parameters were given other values after the last training on %s (loaded weights, or Keras' moving "
-                "average). All workers take rank 0's, and slow momentum begins anew. Call optimizer.restart() after "
+                "%s: parameters were given other values after the last training on %s (loaded weights, or Keras' "
+                "moving average). All workers take rank 0's, and slow momentum begins anew. Call optimizer.restart() after "
                 "loading to say that it is meant.",
                 self.name,
                 ", ".join(f"rank {rank}" for rank in entered),
@@ -301,9 +300,7 @@ class KerasWorker:
         store = VariableStore(layout, self.variables.vectors, self.inner)
         scoped = ScopedComm(safe, name)
         watches = self.parameter_map is not None  # PyTorch workers tell of values from outside
-        runtime = Runtime(
-            self.config, layout.layout, self._ops, store, scoped, observe=self.observe, watches=watches
-        )
+        runtime = Runtime(self.config, layout.layout, self._ops, store, scoped, observe=self.observe, watches=watches)
         assembly = assemble(runtime, layout, groups, graph)
         return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,26 @@ def check_types(inner: Any, model: Any, settings: Settings) -> None:
         raise TypeError(f"`name` must be a string that is not empty. Received: {name!r}")
     if parameter_map is not None and not isinstance(parameter_map, ParameterMap):
         raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
+    check_statistics(settings.statistics, parameter_map)
+
+
+def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> None:
+    """Refuse a choice of statistics of the wrong type, or beside a map.
+
+    Raises:
+        TypeError, ValueError: naming the argument and the value received.
+    """
+    if statistics is None:
+        return
+    right = isinstance(statistics, Mapping) and all(
+        isinstance(key, str) and isinstance(value, bool) for key, value in statistics.items()
+    )
+    if not right:
+        raise TypeError(
+            f'`statistics` must map patterns of names to bools, as {{"queue": False}}. Received: {statistics!r}'
+        )
+    if parameter_map is not None:
+        raise ValueError("with a parameter_map the wire decides which tensors are averaged: give no `statistics`.")
 
 
 def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:

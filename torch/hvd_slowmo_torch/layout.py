@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import tensors_of
+from hvd_slowmo_torch.statistics import chosen_statistics, is_unit_vector
 
 Find = Callable[[], torch.Tensor]
 """Finds a tensor when it is needed: optimizers and users replace tensors, so none is kept."""
@@ -32,12 +33,14 @@ class TensorRef:
         device: of the tensor.
         find: returns the tensor.
         watched: a running statistic of BatchNorm, which must be finite as parameters must.
+        unit: a vector of length 1, which its mean is given again.
     """
 
     spec: TensorSpec
     device: str
     find: Find
     watched: bool = False
+    unit: bool = False
 
     @property
     def offset(self) -> int:
@@ -50,15 +53,24 @@ class TensorRef:
 TorchLayout = ModelLayout[TensorRef]
 
 
-def refs_of(model: nn.Module, inner: Optimizer, parameter_map: ParameterMap | None) -> list[TensorRef]:
+def refs_of(
+    model: nn.Module,
+    inner: Optimizer,
+    parameter_map: ParameterMap | None,
+    statistics: Mapping[str, bool] | None = None,
+) -> list[TensorRef]:
     """Return the tensors of the model that take part: on the wire of a map, or as optimizer and model have them.
 
     Without a map, floating-point buffers and BatchNorm's step counts are averaged; other integers stay each worker's
     own.
 
+    Args:
+        statistics: for patterns of the names of buffers and of parameters that are not trained, whether these are
+            averaged.
+
     Raises:
         ValueError: the inner optimizer has a parameter that the model lacks; with a map, a model that `ParameterMap`
-            refuses, or a trained parameter that the inner optimizer lacks.
+            refuses, or a trained parameter that the inner optimizer lacks; a pattern that fits no name.
         TypeError: complex or integer parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
@@ -76,18 +88,16 @@ def refs_of(model: nn.Module, inner: Optimizer, parameter_map: ParameterMap | No
         specs = _mapped_specs(model, inner, parameter_map)
     else:
         specs = [_spec("parameter", names[id(p)], p) for group in inner.param_groups for p in group["params"]]
-        specs += [
-            _spec("statistic", name, buffer)
-            for name, buffer, module in _buffers(model)
-            if buffer.is_floating_point() or (isinstance(module, _NormBase) and name.endswith("num_batches_tracked"))
-        ]
+        trained = {id(p) for group in inner.param_groups for p in group["params"]}
+        specs += [_spec("statistic", name, x) for name, x in chosen_statistics(model, trained, statistics or {})]
     places = dict(_places(model))
     refs = []
     for spec in specs:
         find, module = places[spec.own]
         tensor = find()
         watched = spec.role == "statistic" and isinstance(module, _NormBase) and tensor.is_floating_point()
-        refs.append(TensorRef(spec, str(tensor.device), find, watched))
+        unit = spec.role == "statistic" and is_unit_vector(module, spec.own.rpartition(".")[2])
+        refs.append(TensorRef(spec, str(tensor.device), find, watched, unit))
     return refs
 
 
@@ -139,12 +149,6 @@ def _mapped_specs(model: nn.Module, inner: Optimizer, parameter_map: ParameterMa
 def _spec(role: Role, name: str, tensor: torch.Tensor) -> TensorSpec:
     shape = tuple(tensor.shape)
     return TensorSpec(name, role, shape, str(tensor.dtype).removeprefix("torch."), View.same(shape), name)
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
-    for prefix, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            yield f"{prefix}.{key}" if prefix else key, buffer, module
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, tuple[Find, nn.Module]]]:

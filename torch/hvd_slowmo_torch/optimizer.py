@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -49,6 +49,9 @@ class SlowMo(Optimizer):
         metrics: measure at every outer step, for `metrics()`; costs about as much as the outer update itself.
         parameter_map: names of the tensors in other frameworks, to train together with their workers. Every worker
             gives the same one; `ParameterMap()` for models with the same layers in the same order.
+        statistics: tensors that are not trained, by patterns of their names (as in `fnmatch`), and whether outer steps
+            and joins average them. Without it, floating-point buffers are averaged and parameters that are not trained
+            are not: `{"queue": False, "teacher.*": True}`.
 
     Attributes:
         inner_optimizer: as given.
@@ -87,13 +90,14 @@ class SlowMo(Optimizer):
         name: str = "slowmo",
         metrics: bool = False,
         parameter_map: ParameterMap | None = None,
+        statistics: Mapping[str, bool] | None = None,
     ) -> None:
         node = isinstance(config, SlowMoConfig) and config.gradients == "node"
         if comm is None:
             comm = workers.connect(process_set, node)
         elif process_set is not None:
             raise ValueError("`comm` and `process_set` both say who trains together. Give one of them.")
-        settings = Settings(config, name, metrics, parameter_map, self._chunk_bytes)
+        settings = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes)
         self.inner_optimizer = inner_optimizer
         self.config = config
         self.worker = TorchWorker(inner_optimizer, model, settings, comm)

@@ -46,7 +46,7 @@ class StartingTorchWorker:
         if self._param_group is not None:
             inner.add_param_group(self._param_group)
         check_types(inner, model, settings)
-        refs = refs_of(model, inner, settings.parameter_map)
+        refs = refs_of(model, inner, settings.parameter_map, settings.statistics)
         groups = groups_of(refs, model, inner)
         specs = [ref.spec for ref in refs]
         if self.config.inner_state == "average" and self.config.tau is not None:

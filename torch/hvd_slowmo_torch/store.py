@@ -108,6 +108,12 @@ class TorchStore:
             for name in names
         }
         self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
+        # By chunk, the vectors of length 1 that end in it: its mean completes theirs.
+        self._units: dict[int, list[TensorRef]] = {}
+        for chunk in self.layout.chunks:
+            refs, spans = layout.refs[chunk.segment], self.layout.spans(chunk)
+            ended = [refs[n] for n, _, stop, _ in spans if refs[n].unit and stop == refs[n].spec.size]
+            self._units.update({chunk.index: ended} if ended else {})
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:
@@ -123,6 +129,9 @@ class TorchStore:
             self._pieces.scatter(stretch, value, self._unheld)
         else:
             self._pieces.scatter(stretch, value, torch.Tensor.detach)
+            for ref in self._units.get(stretch.index, ()):
+                unit = ref.find().detach()
+                torch.nn.functional.normalize(unit, dim=0, out=unit)
 
     def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
         own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)

@@ -28,7 +28,7 @@ class ModelWatch:
     def __init__(self, layout: TorchLayout, buffers: Callable[[], set[str]]) -> None:
         self._parameters = layout.refs_of("parameter")
         # The inner optimizer's own state may come and go; it is made where it is missing.
-        self._watched = [ref for ref in layout.refs_of("parameter", "statistic", "optimizer_state")]
+        self._watched = layout.refs_of("parameter", "statistic", "optimizer_state")
         self._forms = [None if ref.spec.role == "optimizer_state" else _form(ref) for ref in self._watched]
         self._list_buffers = buffers
         self._buffers = buffers()

@@ -6,7 +6,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Settings:
     name: str
     metrics: bool
     parameter_map: ParameterMap | None
+    statistics: Mapping[str, bool] | None = None
     chunk_bytes: int = CHUNK_BYTES
 
 
