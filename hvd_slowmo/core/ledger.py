@@ -185,8 +185,8 @@ def entry_warning(ranks: Sequence[int], name: str) -> Words:
         where = [f"rank {r}" for r, entered in zip(ranks, column.entered, strict=True) if entered]
         return (
             f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). "
-            "They are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins anew. "
-            "Call optimizer.restart() after loading to say that it is meant."
+            "They are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins "
+            "anew. Call optimizer.restart() after loading to say that it is meant."
         )
 
     return describe

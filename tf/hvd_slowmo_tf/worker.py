@@ -226,8 +226,8 @@ class KerasWorker:
         if entered:
             logger.warning(
                 "%s: parameters were given other values after the last training on %s (loaded weights, or Keras' "
-                "moving average). All workers take rank 0's, and slow momentum begins anew. Call optimizer.restart() after "
-                "loading to say that it is meant.",
+                "moving average). All workers take rank 0's, and slow momentum begins anew. Call optimizer.restart() "
+                "after loading to say that it is meant.",
                 self.name,
                 ", ".join(f"rank {rank}" for rank in entered),
             )
