@@ -11,6 +11,8 @@ def train() -> float:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     config: slowmo.SlowMoConfig = slowmo.SlowMoConfig.local_sgd(4, warmup_steps=2)
     optimizer: torch.optim.Optimizer = slowmo.SlowMo(base, model, config, metrics=True)
+    plain: slowmo.SlowMo = slowmo.SlowMo(base, model, tau=4, inner_state="reset", name="plain")
+    assert plain.config.tau == 4
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
     assert isinstance(optimizer, slowmo.SlowMo)
     with optimizer.no_sync():

@@ -70,6 +70,15 @@ def misuse(kind: str) -> str:
     return "nothing was raised"
 
 
+def wrapped_by_horovod(op: str) -> str:
+    """Wrap Horovod's optimizer; return the error."""
+    model = nn.Linear(3, 4)
+    inner = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), op=getattr(hvd, op))
+    with pytest.raises(TypeError) as caught:
+        SlowMo(inner, model, SlowMoConfig())
+    return str(caught.value)
+
+
 def goes_on() -> float:
     """Train after an error in the previous run: the workers are still in step."""
     model = nn.Linear(3, 4)
