@@ -1,5 +1,6 @@
 """The constructor's arguments: settings as keywords, optimizers by name, and habits from Horovod."""
 
+import logging
 import re
 
 import keras
@@ -73,3 +74,13 @@ def test_horovods_optimizer_is_not_wrapped():
         SlowMo(inner)
     with pytest.raises(TypeError, match=r"is a hvd.DistributedOptimizer"):
         SlowMo(Scaled(inner))
+
+
+def test_one_line_tells_that_slowmo_is_at_work(caplog):
+    variable, optimizer = keras.Variable(np.ones(3, "float32")), SlowMo("sgd", tau=4)
+    with caplog.at_level(logging.INFO, "hvd_slowmo"):
+        for _ in range(2):
+            optimizer.broadcast([variable])
+    words = "slowmo: local SGD with slow momentum (tau=4, alpha=1, beta=0.5), 1 worker; on each 24 bytes of memory"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(words)
