@@ -15,6 +15,7 @@ from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
+from hvd_slowmo_tf.mean import mean
 from hvd_slowmo_tf.optimizer import SlowMo
 
 init = workers.init
@@ -29,4 +30,5 @@ __all__ = [
     "SlowMoCallback",
     "SlowMoConfig",
     "init",
+    "mean",
 ]

@@ -93,12 +93,17 @@ def check_workers(config: SlowMoConfig, process_set: object, comm: Comm | None) 
     Raises:
         ValueError: workers are given twice, or the workers of each node are missing.
     """
-    if comm is not None and process_set is not None:
-        raise ValueError("`comm` and `process_set` both say who trains together. Give one of them.")
+    refuse_both(process_set, comm)
     if config.gradients == "node" and process_set is not None:
         raise ValueError("gradients='node' works on all ranks only: give no process_set.")
     if config.gradients == "node" and comm is not None and comm.size > 1 and comm.node is None:
         raise ValueError("gradients='node' needs the workers of each node. Give a comm that has them as `comm.node`.")
+
+
+def refuse_both(process_set: object, comm: Comm | None) -> None:
+    """Refuse workers that are given twice with a ValueError."""
+    if comm is not None and process_set is not None:
+        raise ValueError("`comm` and `process_set` both say who trains together. Give one of them.")
 
 
 def refuse_wrapped(inner: object) -> None:

@@ -38,6 +38,10 @@ def test_horovods_optimizer_is_not_wrapped(workers, op):
         assert "Keep one of the two" in said
 
 
+def test_losses_are_averaged(workers):
+    assert workers(3).run("support.jobs.pytorch:averaged_loss") == [(5 / 3, 4.0, [1.0, 1.0])] * 3
+
+
 @pytest.mark.slow
 def test_two_process_sets_train_apart():
     pool = Pool(4, HOROVOD_DYNAMIC_PROCESS_SETS="1")

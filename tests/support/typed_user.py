@@ -22,6 +22,10 @@ def train() -> float:
     joined: slowmo.JoinResult = optimizer.join()
     behind: int = joined.behind
     metrics: slowmo.Metrics | None = optimizer.metrics()
+    loss: float = slowmo.mean(0.5, weight=32)
+    losses: dict[str, torch.Tensor] = slowmo.mean({"loss": torch.ones(2)})
+    assert losses["loss"].shape == (2,)
+    assert loss == 0.5
     with optimizer.averaged_parameters():
         state: dict[str, object] = optimizer.state_dict()
     optimizer.load_state_dict(state)
