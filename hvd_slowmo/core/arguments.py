@@ -41,7 +41,7 @@ def configured(owner: type, config: SlowMoConfig | None, settings: Mapping[str, 
     """Return the configuration that a constructor was given, as a whole or as keywords.
 
     Args:
-        owner: the class that is constructed.
+        owner: the adapter's SlowMo, for the names of its other arguments; not a subclass, which may pass these on.
         config: None for the settings, which may be empty: SlowMoConfig's defaults.
         settings: fields of SlowMoConfig.
 

@@ -50,6 +50,11 @@ def test_wrong_keywords_say_what_takes_their_place(options, error, words):
         SlowMo(SGD(0.1), **options)
 
 
+def test_a_scaled_optimizer_is_slowmo_to_the_user_too():
+    with pytest.raises(TypeError, match=r"^SlowMo has no setting `metric`. Did you mean `metrics`\?"):
+        SlowMo(Scaled(SGD(0.1)), metric=True)
+
+
 def test_several_models_bring_their_variables():
     models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
     with pytest.raises(TypeError, match=r"Received: Sequential. .*\[\*encoder.variables, \*decoder.variables\]"):

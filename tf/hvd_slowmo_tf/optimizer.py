@@ -98,7 +98,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         parameter_map: ParameterMap | None = None,
         **settings: Unpack[SlowMoSettings],
     ) -> None:
-        config = configured(type(self), config, settings)
+        config = configured(SlowMo, config, settings)
         check_name(name)
         check_parameter_map(parameter_map)
         check_workers(config, process_set, comm)

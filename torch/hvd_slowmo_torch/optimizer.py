@@ -81,7 +81,7 @@ class SlowMo(Outermost, Optimizer):
     found_inf: Any
 
     def __new__(cls, *arguments: Any, **options: Any) -> SlowMo:
-        refuse_without_model(cls, arguments, options)
+        refuse_without_model(SlowMo, arguments, options)
         return super().__new__(cls)
 
     def __init__(
@@ -97,7 +97,7 @@ class SlowMo(Outermost, Optimizer):
         parameter_map: ParameterMap | None = None,
         **settings: Unpack[SlowMoSettings],
     ) -> None:
-        config, error = try_configured(type(self), config, settings)
+        config, error = try_configured(SlowMo, config, settings)
         check_name(name)  # of the collectives: under another one this worker could not tell the others
         check_workers(config, process_set, comm)
         comm = workers.connect(process_set, config.gradients == "node") if comm is None else comm
