@@ -32,9 +32,10 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
     if config.tau is not None and config.average:
         traffic.append(f"{_size(sum(map(length, layout.chunks)))} per outer step")
     vectors = len(config.vectors) + (0 if graph is None else len(graph.vectors))
-    counted = "1 worker" if workers == 1 else f"{workers} workers"
-    each = [*(traffic if workers > 1 else []), f"{_size(vectors * parameters)} of memory beside the model"]
-    return f"{method(config)}, {counted}; on each {', '.join(each)}"
+    memory = f"{_size(vectors * parameters)} of memory beside the model"
+    if workers == 1:
+        return f"{method(config)}, 1 worker; {memory}"
+    return f"{method(config)}, {workers} workers; on each {', '.join([*traffic, memory])}"
 
 
 def method(config: SlowMoConfig) -> str:

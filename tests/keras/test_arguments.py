@@ -86,6 +86,6 @@ def test_one_line_tells_that_slowmo_is_at_work(caplog):
     with caplog.at_level(logging.INFO, "hvd_slowmo"):
         for _ in range(2):
             optimizer.broadcast([variable])
-    words = "slowmo: local SGD with slow momentum (tau=4, alpha=1, beta=0.5), 1 worker; on each 24 bytes of memory"
+    words = "slowmo: local SGD with slow momentum (tau=4, alpha=1, beta=0.5), 1 worker; 24 bytes of memory"
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(words)
