@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from functools import wraps
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip, Topology
+from hvd_slowmo.keywords import refuse_unknown
+
+Preset = TypeVar("Preset", bound=Callable[..., "SlowMoConfig"])
 
 InnerState = Literal["maintain", "reset", "average"]
 Gradients = Literal["local", "node", "all"]
 Nonfinite = Literal["raise", "exclude"]
 
-# Names under which users of other libraries may look for a setting.
 _OTHER_NAMES = {
     "base": "gossip=SGP(...) or gossip=DPSGD(...)",
     "topology": "gossip=SGP(topology=...) or gossip=DPSGD(topology=...)",
     "overlap": "gossip=SGP(overlap=True)",
     "buffers": "inner_state",
-    **dict.fromkeys(("period", "sync_every", "local_steps", "slowmo_frequency", "slowmo_freq", "H"), "tau"),
+    **dict.fromkeys(("period", "sync_every", "local_steps", "slowmo_frequency", "slowmo_freq", "H", "k"), "tau"),
     **dict.fromkeys(("lr", "slow_lr", "outer_lr", "slowmo_lr", "block_lr"), "alpha"),
     **dict.fromkeys(("momentum", "slow_momentum", "slowmo_factor", "slowmo_momentum", "block_momentum"), "beta"),
     "start_localSGD_iter": "warmup_steps",
 }
+OTHER_NAMES = {name: f"Use {here}." for name, here in _OTHER_NAMES.items()}
+"""Names under which users of other libraries may look for a setting, with the replacement in a sentence."""
+
+
+class SlowMoSettings(TypedDict, total=False):
+    """Types of the fields of `SlowMoConfig`, for functions that take them as keywords."""
+
+    tau: int | None
+    alpha: float
+    beta: float
+    nesterov: bool
+    scale_by_lr: bool
+    inner_state: InnerState
+    gossip: Gossip | None
+    average: bool
+    gradients: Gradients
+    warmup_steps: int
+    nonfinite: Nonfinite
+
+
+def _preset(make: Preset) -> Preset:
+    """Let a preset refuse an unknown keyword in its own name; Python would name SlowMoConfig and no setting."""
+    own = [name for name, p in inspect.signature(make).parameters.items() if p.kind is not p.VAR_KEYWORD][1:]
+
+    @wraps(make)
+    def checked(cls: type[SlowMoConfig], /, *args: Any, **settings: Any) -> SlowMoConfig:
+        known = dict.fromkeys([*own, *SlowMoSettings.__annotations__])
+        refuse_unknown(f"SlowMoConfig.{make.__name__}", settings, known, OTHER_NAMES)
+        return make(cls, *args, **settings)
+
+    return cast(Preset, checked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +111,8 @@ class SlowMoConfig:
     nonfinite: Nonfinite = "raise"
 
     def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
-        """Refuse a setting that other libraries know by another name, and say which one it is here."""
-        for name in settings.keys() & _OTHER_NAMES.keys():
-            raise TypeError(f"SlowMoConfig has no setting `{name}`. Use {_OTHER_NAMES[name]}.")
+        """Refuse an unknown setting; one that other libraries know by another name is told its name here."""
+        refuse_unknown("SlowMoConfig", settings, SlowMoSettings.__annotations__, OTHER_NAMES)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -191,6 +225,7 @@ class SlowMoConfig:
     # Presets: the table "special cases" of docs/algorithm.md. Each takes any further setting by keyword.
 
     @classmethod
+    @_preset
     def local_sgd(cls, tau: int, **settings: Any) -> SlowMoConfig:
         """Return Local SGD (Stich 2019): the plain mean of the parameters every tau steps.
 
@@ -201,6 +236,7 @@ class SlowMoConfig:
         return cls(**{"tau": tau, "alpha": 1.0, "beta": 0.0, **settings})
 
     @classmethod
+    @_preset
     def bmuf(
         cls, tau: int, block_lr: float = 1.0, block_momentum: float = 0.5, nesterov: bool = False, **settings: Any
     ) -> SlowMoConfig:
@@ -220,6 +256,7 @@ class SlowMoConfig:
         return cls(**{"tau": tau, "alpha": block_lr, "beta": block_momentum, **momentum, **settings})
 
     @classmethod
+    @_preset
     def lookahead(cls, tau: int, alpha: float = 0.5, **settings: Any) -> SlowMoConfig:
         """Return Lookahead (Zhang et al. 2019): a step of length alpha towards the fast weights.
 
@@ -230,6 +267,7 @@ class SlowMoConfig:
         return cls(**{"tau": tau, "alpha": alpha, "beta": 0.0, **settings})
 
     @classmethod
+    @_preset
     def diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
         """Return DiLoCo (Douillard et al. 2023): outer Nesterov SGD(0.7, 0.9) over AdamW with maintained state.
 
@@ -242,6 +280,7 @@ class SlowMoConfig:
         return cls(**{"tau": tau, **paper, **settings})
 
     @classmethod
+    @_preset
     def sgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
         """Return stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo.
 
@@ -252,6 +291,7 @@ class SlowMoConfig:
         return cls(**{"gossip": SGP(topology=topology), **cls._alone(settings), **settings})
 
     @classmethod
+    @_preset
     def osgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
         """Return SGP with overlap: each message is mixed one step late and travels beside the computation.
 
@@ -262,6 +302,7 @@ class SlowMoConfig:
         return cls(**{"gossip": SGP(topology=topology, overlap=True), **cls._alone(settings), **settings})
 
     @classmethod
+    @_preset
     def dpsgd(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
         """Return decentralized parallel SGD (Lian et al. 2017) alone; with tau=... below SlowMo.
 
@@ -276,6 +317,7 @@ class SlowMoConfig:
         return {} if settings.get("tau") is not None else {"tau": None, "alpha": 1.0, "beta": 0.0}
 
     @classmethod
+    @_preset
     def ar_sgd(cls, **settings: Any) -> SlowMoConfig:
         """Return AR-SGD: gradients averaged over all workers at every step, no outer step.
 

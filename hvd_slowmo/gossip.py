@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_slowmo.keywords import refuse_unknown
+
 TopologyName = Literal["exponential", "bipartite", "complete", "ring", "full", "star"]
 Topology: TypeAlias = TopologyName | NDArray[np.float64] | Sequence[Any] | Callable[[int], Any] | None
 """A name, an array of shape (period, m, m) or (m, m), or a function of m that returns one; None for the default."""
@@ -34,6 +36,11 @@ class SGP:
 
     topology: Topology = None
     overlap: bool = False
+
+    def __new__(cls, *_: Any, **settings: Any) -> SGP:
+        """Refuse an unknown setting, and name those that there are."""
+        refuse_unknown("SGP", settings, ("topology", "overlap"))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "topology", _checked_topology(self.topology))
@@ -64,11 +71,9 @@ class DPSGD:
     topology: Topology = None
 
     def __new__(cls, *_: Any, **settings: Any) -> DPSGD:
-        """Refuse overlap, which SGP alone has."""
-        if "overlap" in settings:
-            raise TypeError(
-                "DPSGD has no setting `overlap`: only in SGP do late messages have a weight. Use SGP(overlap=True)."
-            )
+        """Refuse an unknown setting, and overlap, which SGP alone has."""
+        late = "Late messages have a weight in SGP only. Use SGP(overlap=True)."
+        refuse_unknown("DPSGD", settings, ("topology",), {"overlap": late})
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
+from hvd_slowmo_tf.mean import mean
 from hvd_slowmo_tf.optimizer import SlowMo
 
 init = workers.init
@@ -30,4 +31,5 @@ __all__ = [
     "SlowMoConfig",
     "init",
     "join",
+    "mean",
 ]

@@ -6,8 +6,20 @@ from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.horovod import workers
+from hvd_slowmo_torch.mean import mean
 from hvd_slowmo_torch.optimizer import SlowMo
 
 init = workers.init
 
-__all__ = ["DPSGD", "SGP", "JoinResult", "Metrics", "ParameterMap", "SlowMo", "SlowMoConfig", "init", "join"]
+__all__ = [
+    "DPSGD",
+    "SGP",
+    "JoinResult",
+    "Metrics",
+    "ParameterMap",
+    "SlowMo",
+    "SlowMoConfig",
+    "init",
+    "join",
+    "mean",
+]

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hvd_slowmo.comm.launcher import alone_text, launched
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
@@ -20,9 +21,6 @@ def family(ranks: Sequence[int]) -> Family:
     """Return the one object that stands for these workers in this process: the names of their optimizers differ."""
     return _families.setdefault(tuple(ranks), Family())
 
-
-# The number of workers as launchers tell it: horovodrun with gloo, Open MPI, MPICH and Slurm's PMI.
-_WORLD_SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 _families: dict[tuple[int, ...], Family] = {}
 
@@ -56,28 +54,34 @@ class Workers:
             node: connect the workers of this one's node too, for gradients="node".
 
         Raises:
-            ValueError: a launcher started several workers and `hvd.init()` was not called, this worker is not a member
-                of the process set, or `node` is given without `init()` of the door, or with a process set.
+            ValueError: a launcher started more workers than Horovod has, or several and `hvd.init()` was not called;
+                this worker is not a member of the process set; or `node` is given without `init()` of the door, or with
+                a process set.
             ImportError: several workers or a process set, and Horovod is not installed for this framework.
         """
         if node and process_set is not None:
             raise ValueError("gradients='node' works on all ranks only: give no process_set.")
-        launched = max((int(os.environ.get(key) or 1) for key in _WORLD_SIZES), default=1)
+        launch = launched()
         try:
             hvd = importlib.import_module(self._module)
         except ImportError as error:
-            if launched > 1 or process_set is not None:
+            if launch.workers > 1 or process_set is not None:
                 raise ImportError(
                     f"several workers need Horovod with {self._framework} support, and it cannot be imported "
                     f"({error}). Run: hvd-slowmo install-horovod"
                 ) from error
             return self._alone(node)
         if not hvd.is_initialized():
-            if launched > 1 or process_set is not None:
+            if launch.workers > 1 and not launch.initializes:
+                raise ValueError(alone_text(launch, 1))
+            if launch.workers > 1 or process_set is not None:
                 raise ValueError(
-                    f"Horovod has not been initialized, and this is one of {launched} workers. Call hvd.init() first."
+                    f"Horovod has not been initialized, and this is one of {launch.workers} workers. Call hvd.init() "
+                    "first."
                 )
             return self._alone(node)
+        if launch.workers > hvd.size():
+            raise ValueError(alone_text(launch, hvd.size()))
         members = hvd.global_process_set if process_set is None else process_set
         if not members.included():
             raise ValueError(

@@ -7,6 +7,7 @@ comes from rank 0.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.announcement import announcement
 from hvd_slowmo.core.graph import Graph, agreed_graph
 from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.layout import ModelLayout, ParameterGroups, Ref
@@ -21,6 +23,8 @@ from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo.wire.tensors import TensorSpec, describe
 
 R = TypeVar("R", bound=Ref)
+
+logger = logging.getLogger("hvd_slowmo")
 
 NAME_FACT = "name, by the order in which optimizers of one name were constructed"
 
@@ -90,12 +94,14 @@ class StartingWorker(Protocol[R]):
         config: the settings.
         parameter_map: names of the tensors in other frameworks; None in a job of one framework.
         remarks: facts that may differ between workers with a warning, such as versions.
+        started_before: this optimizer has been brought to a start before.
     """
 
     framework: str
     config: SlowMoConfig
     parameter_map: ParameterMap | None
     remarks: Mapping[str, Any]
+    started_before: bool
 
     def describe(self) -> Description[R]:
         """Check the arguments and lay out the model.
@@ -144,6 +150,8 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
         frozen, own = hand_out(comm, job, worker.give_frozen, lambda: worker.give_own(job))
         worker.take(frozen, own, job)
     worker.first_vectors(job)
+    if comm.rank == 0 and not worker.started_before:
+        logger.info("%s: %s", comm.name, announcement(worker.config, description.layout.layout, graph, comm.size))
     return job
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hvd_slowmo import SlowMoConfig
+from hvd_slowmo.config import SlowMoSettings
 from hvd_slowmo.gossip import DPSGD, SGP, TopologyName
 from hvd_slowmo.topology.graphs import NAMED, ring
 
@@ -87,6 +88,33 @@ def test_invalid_gossip_says_what_was_received(make, error, words):
 def test_names_of_other_libraries_are_told_the_name_here(settings, words):
     with pytest.raises(TypeError, match=words):
         SlowMoConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SlowMoConfig(bta=0.5), r"SlowMoConfig has no setting `bta`. Did you mean `beta`\? It takes: tau,"),
+        (lambda: SlowMoConfig.local_sgd(4, warmup=3), r"SlowMoConfig.local_sgd has no .*Did you mean `warmup_steps`\?"),
+        (lambda: SlowMoConfig.lookahead(4, zzz=1), "lookahead has no setting `zzz`. It takes: tau, alpha,"),
+        (lambda: SlowMoConfig.lookahead(k=4), "SlowMoConfig.lookahead has no setting `k`. Use tau."),
+        (lambda: SlowMoConfig.bmuf(4, block_rate=1), r"SlowMoConfig.bmuf has no .*`block_lr`.* tau, block_lr"),
+        (lambda: SlowMoConfig.diloco(4, lr=1), "SlowMoConfig.diloco has no setting `lr`. Use alpha."),
+        (lambda: SlowMoConfig.sgp(overlaps=1), "SlowMoConfig.sgp has no setting `overlaps`. It takes: topology, tau,"),
+        (lambda: SlowMoConfig.osgp(graph=1), "SlowMoConfig.osgp has no setting `graph`"),
+        (lambda: SlowMoConfig.dpsgd(graph=1), "SlowMoConfig.dpsgd has no setting `graph`"),
+        (lambda: SlowMoConfig.ar_sgd(warmup=1), "SlowMoConfig.ar_sgd has no setting `warmup`"),
+        (lambda: SGP(overlay=True), r"SGP has no setting `overlay`. Did you mean `overlap`\?"),
+        (lambda: DPSGD(topolgy="ring"), r"DPSGD has no setting `topolgy`. Did you mean `topology`\?"),
+    ],
+)
+def test_an_unknown_keyword_is_told_who_takes_what(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+def test_settings_as_keywords_have_the_types_of_the_fields():
+    fields = {field.name: field.type for field in dataclasses.fields(SlowMoConfig)}
+    assert {name: of.__forward_arg__ for name, of in SlowMoSettings.__annotations__.items()} == fields
 
 
 @pytest.mark.parametrize(

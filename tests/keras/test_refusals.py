@@ -23,7 +23,8 @@ def test_wrong_arguments():
     multi = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(default_optimizer=SGD(0.1)))
     free = keras.optimizers.ScheduleFreeAdamW
     for error, words_, make in (
-        (TypeError, "must be a keras.optimizers.Optimizer. Received: str", lambda: SlowMo("sgd", config)),
+        (TypeError, "Optimizer, or its name or config. Received: int", lambda: SlowMo(3, config)),
+        (ValueError, "sdg", lambda: SlowMo("sdg", config)),
         (TypeError, "`config` must be a SlowMoConfig. Received: dict", lambda: SlowMo(SGD(0.1), {})),
         (TypeError, "`name` must be a string", lambda: SlowMo(SGD(0.1), config, name=3)),
         (ValueError, "`name` may have letters", lambda: SlowMo(SGD(0.1), config, name="a/b")),

@@ -32,6 +32,17 @@ def test_misuse_on_one_rank_raises_on_every_rank(workers, kind):
     assert all(other == first for other in others)
 
 
+@pytest.mark.parametrize("op", ["Average", "Adasum"])
+def test_horovods_optimizer_is_not_wrapped(workers, op):
+    for said in workers(3).run("support.jobs.pytorch:wrapped_by_horovod", op=op):
+        assert "is a hvd.DistributedOptimizer, which averages gradients" in said
+        assert "Keep one of the two" in said
+
+
+def test_losses_are_averaged(workers):
+    assert workers(3).run("support.jobs.pytorch:averaged_loss") == [(5 / 3, 4.0, [1.0, 1.0])] * 3
+
+
 @pytest.mark.slow
 def test_two_process_sets_train_apart():
     pool = Pool(4, HOROVOD_DYNAMIC_PROCESS_SETS="1")

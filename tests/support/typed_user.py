@@ -11,6 +11,8 @@ def train() -> float:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     config: slowmo.SlowMoConfig = slowmo.SlowMoConfig.local_sgd(4, warmup_steps=2)
     optimizer: torch.optim.Optimizer = slowmo.SlowMo(base, model, config, metrics=True)
+    plain: slowmo.SlowMo = slowmo.SlowMo(base, model, tau=4, inner_state="reset", name="plain")
+    assert plain.config.tau == 4
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
     assert isinstance(optimizer, slowmo.SlowMo)
     with optimizer.no_sync():
@@ -20,6 +22,10 @@ def train() -> float:
     joined: slowmo.JoinResult = optimizer.join()
     behind: int = joined.behind
     metrics: slowmo.Metrics | None = optimizer.metrics()
+    loss: float = slowmo.mean(0.5, weight=32)
+    losses: dict[str, torch.Tensor] = slowmo.mean({"loss": torch.ones(2)})
+    assert losses["loss"].shape == (2,)
+    assert loss == 0.5
     with optimizer.averaged_parameters():
         state: dict[str, object] = optimizer.state_dict()
     optimizer.load_state_dict(state)

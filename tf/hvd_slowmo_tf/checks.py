@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
-from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.arguments import refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 
 
-def check_settings(config: object, name: object, parameter_map: object) -> None:
-    """Refuse arguments of another type, and a place where SlowMo can't run."""
-    if not isinstance(config, SlowMoConfig):
-        raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
-    if not isinstance(name, str):
-        raise TypeError(f"`name` must be a string. Received: {name!r}")
-    if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"`name` may have letters, digits, '_', '.' and '-' only. Received: {name!r}")
-    if parameter_map is not None and not isinstance(parameter_map, ParameterMap):
-        raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
-    refuse_strategies()
+def resolved(inner: Any) -> Any:
+    """Return the optimizer that a name or a config stands for, as `compile` does; anything else as it is.
 
-
-def check_workers(config: SlowMoConfig, process_set: Any, comm: Comm | None) -> None:
-    """Refuse workers that do not fit the settings."""
-    if comm is not None and process_set is not None:
-        raise ValueError("`comm` takes the place of Horovod's workers: give no process_set with it.")
-    if config.gradients == "node" and process_set is not None:
-        raise ValueError("gradients='node' works on all ranks only: give no process_set.")
-    if config.gradients == "node" and comm is not None and comm.size > 1 and comm.node is None:
-        raise ValueError("gradients='node' needs the workers of each node. Give a comm that has them as `comm.node`.")
+    Raises:
+        ValueError: as keras.optimizers.get, no optimizer has this name.
+    """
+    # A copy, because Keras takes some configs apart.
+    return keras.optimizers.get(copy.deepcopy(inner)) if isinstance(inner, (str, dict)) else inner
 
 
 def check_inner(inner: object) -> None:
     """Refuse an object that is no optimizer to wrap."""
     if not isinstance(inner, keras.optimizers.Optimizer):
-        raise TypeError(f"`inner_optimizer` must be a keras.optimizers.Optimizer. Received: {type(inner).__name__}")
+        raise TypeError(
+            "`inner_optimizer` must be a keras.optimizers.Optimizer, or its name or config. Received: "
+            f"{type(inner).__name__}"
+        )
     for optimizer in (inner, getattr(inner, "inner_optimizer", None)):
-        if hasattr(optimizer, "averaged_parameters"):  # SlowMo itself imports this module
-            raise TypeError("`inner_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
+        refuse_wrapped(optimizer)
         if isinstance(optimizer, keras.optimizers.MultiOptimizer):
             raise TypeError(
                 "`inner_optimizer` is a MultiOptimizer, which has a learning rate for each of its optimizers. SlowMo "
@@ -77,9 +68,33 @@ def check_model_variables(variables: Sequence[object], model: keras.Model | None
         )
     others = [v for v in variables if not isinstance(v, keras.Variable)]
     if others:
-        raise TypeError(f"`variables` must be Keras variables, model.variables. Received: {type(others[0]).__name__}")
+        several = "For several models, [*encoder.variables, *decoder.variables]."
+        raise TypeError(
+            f"`variables` must be Keras variables, model.variables. Received: {type(others[0]).__name__}. {several}"
+        )
     if mapped and model is None:
         raise ValueError("with a parameter_map the layers must be known: call broadcast(model).")
+
+
+def saved_values(store: Mapping[str, NDArray[Any]], variables: Sequence[keras.Variable]) -> list[NDArray[Any]]:
+    """Return the values that a file has for these variables, before any of them changes.
+
+    Raises:
+        ValueError: their number or a shape differs.
+    """
+    if len(store.keys()) != len(variables):
+        raise ValueError(
+            f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(variables)}. "
+            "Load it with the settings and the model of the run that is resumed."
+        )
+    values = [np.asarray(store[str(number)]) for number in range(len(variables))]
+    for v, value in zip(variables, values, strict=True):
+        if tuple(v.shape) != value.shape:
+            raise ValueError(
+                f"{v.path} has shape {value.shape} in the file and {tuple(v.shape)} here. Load it with the "
+                "settings and the model of the run that is resumed; with gossip, with as many workers too."
+            )
+    return values
 
 
 def refuse_strategies() -> None:

@@ -6,17 +6,17 @@ import json
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
+from hvd_slowmo.core.arguments import Outermost, check_name, check_parameter_map, check_workers, configured
 from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
@@ -24,16 +24,19 @@ from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.startup import start
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
-from hvd_slowmo_tf.checks import check_inner, check_settings, check_together, check_workers
+from hvd_slowmo_tf.checks import check_inner, check_together, refuse_strategies, resolved, saved_values
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import parts_of, travelling
 from hvd_slowmo_tf.startup import StartingKerasWorker
 from hvd_slowmo_tf.traced_step import Gradients
 from hvd_slowmo_tf.worker import KerasWorker
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="SlowMo")
-class SlowMo(keras.optimizers.Optimizer):
+class SlowMo(Outermost, keras.optimizers.Optimizer):
     """Slow momentum (Wang et al., ICLR 2020, arXiv 1910.00643, Algorithm 1) around a Keras optimizer.
 
     A keras.optimizers.Optimizer: `model.compile(SlowMo(inner_optimizer, config), ...)`, or `apply` in a custom training
@@ -49,8 +52,8 @@ class SlowMo(keras.optimizers.Optimizer):
     `SlowMo(keras.optimizers.LossScaleOptimizer(inner), config)`.
 
     Args:
-        inner_optimizer: any Keras optimizer.
-        config: the settings.
+        inner_optimizer: any Keras optimizer, or its name or config, as in `compile`.
+        config: the settings; None for SlowMoConfig's defaults, or for its fields as keywords: SlowMo("adam", tau=12).
         process_set: the Horovod process set that trains together; None for all ranks. Not part of a saved model.
         comm: workers that take the place of Horovod's, on tensors of a trace; with gradients="node" it brings the
             node's workers as `comm.node`. Not part of a saved model.
@@ -67,6 +70,7 @@ class SlowMo(keras.optimizers.Optimizer):
         TypeError, ValueError: an argument is wrong.
 
     Example:
+        >>> import numpy as np
         >>> import hvd_slowmo.tf as slowmo
         >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
         >>> optimizer = slowmo.SlowMo(keras.optimizers.SGD(0.1), slowmo.SlowMoConfig(tau=2))
@@ -80,22 +84,27 @@ class SlowMo(keras.optimizers.Optimizer):
     _chunk_bytes = CHUNK_BYTES  # the greatest length of a message; tests shorten it
 
     def __new__(cls, inner_optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        scaled = isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer)
+        scaled = isinstance(resolved(inner_optimizer), keras.optimizers.LossScaleOptimizer)
         return super().__new__(_ScaledSlowMo if scaled and cls is SlowMo else cls)
 
     def __init__(
         self,
-        inner_optimizer: keras.optimizers.Optimizer,
-        config: SlowMoConfig,
+        inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
+        config: SlowMoConfig | None = None,
         *,
         process_set: Any = None,
         comm: Comm | None = None,
         name: str = "slowmo",
         metrics: bool = False,
         parameter_map: ParameterMap | None = None,
+        **settings: Unpack[SlowMoSettings],
     ) -> None:
-        check_settings(config, name, parameter_map)
+        config = configured(SlowMo, config, settings)
+        check_name(name)
+        check_parameter_map(parameter_map)
         check_workers(config, process_set, comm)
+        refuse_strategies()
+        inner_optimizer = resolved(inner_optimizer)
         check_inner(inner_optimizer)
         inner = InnerOptimizer(inner_optimizer)
         check_together(inner, config, parameter_map)
@@ -194,19 +203,7 @@ class SlowMo(keras.optimizers.Optimizer):
                 stacklevel=2,
             )
             return
-        if len(store.keys()) != len(self._variables):
-            raise ValueError(
-                f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(self._variables)}. "
-                "Load it with the settings and the model of the run that is resumed."
-            )
-        values = [np.asarray(store[str(number)]) for number in range(len(self._variables))]
-        for v, value in zip(self._variables, values, strict=True):  # before any of them changes
-            if tuple(v.shape) != value.shape:
-                raise ValueError(
-                    f"{v.path} has shape {value.shape} in the file and {tuple(v.shape)} here. Load it with the "
-                    "settings and the model of the run that is resumed; with gossip, with as many workers too."
-                )
-        for v, value in zip(self._variables, values, strict=True):
+        for v, value in zip(self._variables, saved_values(store, self._variables), strict=True):
             v.assign(value)
         self.worker.forget_join()
 

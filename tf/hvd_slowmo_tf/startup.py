@@ -41,6 +41,7 @@ class StartingKerasWorker:
         model: keras.Model | None,
     ) -> None:
         self.config, self.parameter_map = worker.config, worker.parameter_map
+        self.started_before = worker.job is not None
         self.remarks: Mapping[str, Any] = {
             "TensorFlow": tf.__version__,
             "Keras": keras.__version__,

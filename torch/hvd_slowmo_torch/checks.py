@@ -10,31 +10,52 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.inner_optimizer import fresh
 from hvd_slowmo_torch.worker import Settings
 
 
-def check_types(inner: Any, model: Any, settings: Settings) -> None:
-    """Refuse arguments of the wrong type.
+def refuse_without_model(owner: type, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Refuse hvd.DistributedOptimizer's arguments in place of the model, of which Python would only miss the model.
 
     Raises:
-        TypeError: naming the argument and the type received.
+        TypeError: naming the argument and its replacement.
     """
-    config, name, parameter_map = settings.config, settings.name, settings.parameter_map
+    if len(arguments) < 2 and "model" not in options:
+        configured(owner, None, {name: options[name] for name in options if name in HOROVODS_ARGUMENTS})
+
+
+def try_configured(
+    owner: type, config: SlowMoConfig | None, settings: Mapping[str, Any]
+) -> tuple[SlowMoConfig, Exception | None]:
+    """Return the configuration and None, or a default one and the error, which `check_types` raises on every rank."""
+    try:
+        return configured(owner, config, settings), None
+    except (TypeError, ValueError) as error:
+        return SlowMoConfig(), error
+
+
+def check_types(inner: Any, model: Any, settings: Settings) -> None:
+    """Refuse arguments of the wrong type, and settings that could not be read.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+    """
     if not isinstance(inner, Optimizer):
         raise TypeError(f"`inner_optimizer` must be a torch.optim.Optimizer. Received: {type(inner).__name__}")
-    if hasattr(inner, "averaged_parameters"):  # SlowMo itself imports this module
-        raise TypeError("`inner_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
+    refuse_wrapped(inner)
+    if isinstance(model, (list, tuple)):
+        raise TypeError(
+            f"`model` must be one torch.nn.Module. Received: a {type(model).__name__} of {len(model)}. Put the modules "
+            "into one: nn.ModuleList([encoder, decoder])."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module. Received: {type(model).__name__}")
-    if not isinstance(config, SlowMoConfig):
-        raise TypeError(f"`config` must be a SlowMoConfig. Received: {type(config).__name__}")
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"`name` must be a string that is not empty. Received: {name!r}")
-    if parameter_map is not None and not isinstance(parameter_map, ParameterMap):
-        raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
-    check_statistics(settings.statistics, parameter_map)
+    if settings.error is not None:
+        raise settings.error
+    check_parameter_map(settings.parameter_map)
+    check_statistics(settings.statistics, settings.parameter_map)
 
 
 def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> None:

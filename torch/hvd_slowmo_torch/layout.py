@@ -79,7 +79,8 @@ def refs_of(
             if id(p) not in names:
                 raise ValueError(
                     f"parameter {position} of the inner optimizer's group {number} (shape {tuple(p.shape)}) is not a "
-                    "parameter of the model. Give SlowMo the model whose parameters the inner optimizer has."
+                    "parameter of the model. Give SlowMo the model whose parameters the inner optimizer has; where it "
+                    "has those of several modules, nn.ModuleList([encoder, decoder])."
                 )
             if p.is_meta:
                 raise ValueError(f"{names[id(p)]} is on the meta device: it has no values. Give it some first.")

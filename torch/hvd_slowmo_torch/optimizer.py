@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
+from hvd_slowmo.core.arguments import Outermost, check_name, check_workers
 from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult, take_part
 from hvd_slowmo.core.layout import CHUNK_BYTES
@@ -21,14 +22,18 @@ from hvd_slowmo.core.startup import start
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
+from hvd_slowmo_torch.checks import refuse_without_model, try_configured
 from hvd_slowmo_torch.horovod import workers
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
 from hvd_slowmo_torch.worker import Settings, TorchWorker
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class SlowMo(Optimizer):
+
+class SlowMo(Outermost, Optimizer):
     """Slow momentum (Wang et al., ICLR 2020, arXiv 1910.00643, Algorithm 1) around an inner optimizer.
 
     A torch.optim.Optimizer: `param_groups`, `state` and `defaults` are the inner optimizer's own, so schedulers,
@@ -41,7 +46,7 @@ class SlowMo(Optimizer):
     Args:
         inner_optimizer: any torch.optim.Optimizer over parameters of `model`.
         model: the module that is trained; its parameters are trained in place and never rebound.
-        config: the settings.
+        config: the settings; None for SlowMoConfig's defaults, or for its fields as keywords: SlowMo(..., tau=12).
         process_set: the Horovod process set that trains together; None for all ranks.
         comm: the workers, in place of Horovod's: threads of one process, or another transport. With gradients="node"
             it brings its node's workers as `comm.node`.
@@ -79,11 +84,15 @@ class SlowMo(Optimizer):
     grad_scale: torch.Tensor | None  # set by GradScaler, during its call of step() only
     found_inf: Any
 
+    def __new__(cls, *arguments: Any, **options: Any) -> SlowMo:
+        refuse_without_model(SlowMo, arguments, options)
+        return super().__new__(cls)
+
     def __init__(
         self,
         inner_optimizer: Optimizer,
         model: nn.Module,
-        config: SlowMoConfig,
+        config: SlowMoConfig | None = None,
         *,
         process_set: Any = None,
         comm: Comm | None = None,
@@ -91,16 +100,16 @@ class SlowMo(Optimizer):
         metrics: bool = False,
         parameter_map: ParameterMap | None = None,
         statistics: Mapping[str, bool] | None = None,
+        **settings: Unpack[SlowMoSettings],
     ) -> None:
-        node = isinstance(config, SlowMoConfig) and config.gradients == "node"
-        if comm is None:
-            comm = workers.connect(process_set, node)
-        elif process_set is not None:
-            raise ValueError("`comm` and `process_set` both say who trains together. Give one of them.")
-        settings = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes)
+        config, error = try_configured(SlowMo, config, settings)
+        check_name(name)  # of the collectives: under another one this worker could not tell the others
+        check_workers(config, process_set, comm)
+        comm = workers.connect(process_set, config.gradients == "node") if comm is None else comm
+        given = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
         self.inner_optimizer = inner_optimizer
         self.config = config
-        self.worker = TorchWorker(inner_optimizer, model, settings, comm)
+        self.worker = TorchWorker(inner_optimizer, model, given, comm)
         start(StartingTorchWorker(self.worker), self.worker.comm)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
@@ -166,25 +175,13 @@ class SlowMo(Optimizer):
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         if not hasattr(self, "found_inf"):
-            return (
-                self.inner_optimizer.step() if closure is None else self.inner_optimizer.step(self._averaged(closure))
-            )
+            step = self.inner_optimizer.step
+            return step() if closure is None else step(self.worker.averaged(closure))
         try:
             return scaled_step(self.inner_optimizer, self.grad_scale, self.found_inf)
         except Exception:
             del self.found_inf, self.grad_scale  # the scaler does that only if all goes well
             raise
-
-    def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the closure with averaged gradients, also where it makes them without backward."""
-
-        def evaluate() -> Any:
-            loss = closure()
-            if self.worker.gradients_missing:
-                self.worker.hooks.average()
-            return loss
-
-        return evaluate
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients: within it backward does not average gradients over the workers.

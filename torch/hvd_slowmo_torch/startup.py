@@ -30,6 +30,7 @@ class StartingTorchWorker:
     """
 
     framework = "PyTorch"
+    started_before = False  # a start is part of the construction
 
     def __init__(self, worker: TorchWorker, param_group: dict[str, Any] | None = None) -> None:
         self.config, self.parameter_map = worker.config, worker.settings.parameter_map

@@ -38,7 +38,11 @@ _CACHED = 2**17
 
 @dataclass(frozen=True)
 class Settings:
-    """The constructor's arguments besides optimizer, model and workers."""
+    """The constructor's arguments besides optimizer, model and workers.
+
+    Attributes:
+        error: raised while `config` was made of them; the workers hear of it at the start.
+    """
 
     config: SlowMoConfig
     name: str
@@ -46,6 +50,7 @@ class Settings:
     parameter_map: ParameterMap | None
     statistics: Mapping[str, bool] | None = None
     chunk_bytes: int = CHUNK_BYTES
+    error: Exception | None = None
 
 
 class TorchWorker:
@@ -137,6 +142,17 @@ class TorchWorker:
     def gradients_missing(self) -> bool:
         """True while this step is to average gradients and no backward has done it."""
         return self.hooks.due and not self.hooks.done
+
+    def averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure with averaged gradients, also where it makes them without backward."""
+
+        def evaluate() -> Any:
+            loss = closure()
+            if self.gradients_missing:
+                self.hooks.average()
+            return loss
+
+        return evaluate
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield all parameters and buffers of the model by name."""

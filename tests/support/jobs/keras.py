@@ -9,10 +9,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig, mean
 from support.models.keras import batch, fit, held, net
 
 SGD = keras.optimizers.SGD
+
+
+def averaged_loss() -> tuple[float, list[float]]:
+    """Average a number and a tensor."""
+    rank = hvd.rank()
+    return mean(float(rank), weight=1 + 2 * rank), mean(tf.constant([rank, 1.0])).numpy().tolist()
 
 
 def misuse(kind: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo.torch import SlowMo, SlowMoConfig, mean
 from hvd_slowmo_torch.horovod import workers
 from support.late_copies import LateCopies
 from support.problems import Problem
@@ -68,6 +68,22 @@ def misuse(kind: str) -> str:
             assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
+
+
+def wrapped_by_horovod(op: str) -> str:
+    """Wrap Horovod's optimizer; return the error."""
+    model = nn.Linear(3, 4)
+    inner = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), op=getattr(hvd, op))
+    with pytest.raises(TypeError) as caught:
+        SlowMo(inner, model, SlowMoConfig())
+    return str(caught.value)
+
+
+def averaged_loss() -> tuple[float, float, list[float]]:
+    """Average a number, a number that one worker alone has, and a tensor."""
+    rank = hvd.rank()
+    alone = mean({"loss": float("nan") if rank else 4.0}, weight=float(not rank))["loss"]
+    return mean(float(rank), weight=rank), alone, mean(torch.tensor([rank, 1.0])).tolist()
 
 
 def goes_on() -> float:

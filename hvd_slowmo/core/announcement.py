@@ -1,0 +1,88 @@
+"""One line about a job that has started: its method, its workers, its traffic and its memory."""
+
+from __future__ import annotations
+
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import ITEMSIZE, Chunk, Layout
+from hvd_slowmo.gossip import SGP
+
+
+def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, workers: int) -> str:
+    """Return the line.
+
+    Traffic is what one worker hands to Horovod; a ring sends up to twice as much. Memory is that of the vectors beside
+    the model.
+
+    Args:
+        layout: of the messages.
+        graph: of the gossip; None without.
+        workers: number of workers.
+    """
+
+    def length(chunk: Chunk) -> int:
+        return chunk.size * ITEMSIZE[layout.segments[chunk.segment].dtype]
+
+    parameters = sum(map(length, layout.parameter_chunks))
+    traffic = []
+    if config.gradients != "local":
+        traffic.append(f"{_size(parameters)} of gradients per step")
+    if graph is not None:
+        traffic.append(f"{_size(parameters)} per gossip message")
+    if config.tau is not None and config.average:
+        traffic.append(f"{_size(sum(map(length, layout.chunks)))} per outer step")
+    vectors = len(config.vectors) + (0 if graph is None else len(graph.vectors))
+    memory = f"{_size(vectors * parameters)} of memory beside the model"
+    if workers == 1:
+        return f"{method(config)}, 1 worker; {memory}"
+    return f"{method(config)}, {workers} workers; on each {', '.join([*traffic, memory])}"
+
+
+def method(config: SlowMoConfig) -> str:
+    """Return the method of a configuration in the field's words.
+
+    Example:
+        >>> method(SlowMoConfig(tau=12, beta=0.6))
+        'local SGD with slow momentum (tau=12, alpha=1, beta=0.6)'
+        >>> method(SlowMoConfig.osgp())
+        'SGP with overlap (OSGP)'
+    """
+    words = _inner_method(config)
+    if config.tau is not None:
+        numbers = [f"tau={config.tau}"]
+        if config.vectors:
+            numbers.append(f"alpha={config.alpha:g}")
+            words += " with a slow learning rate" if config.beta == 0 else ""
+        if config.beta > 0:
+            numbers.append(f"beta={config.beta:g}")
+            words += " with Nesterov slow momentum" if config.nesterov else " with slow momentum"
+        words += "" if config.average else " without its average"
+        words += f" ({', '.join(numbers)})"
+    if config.warmup_steps and config.gradients != "all":
+        words += f" after {config.warmup_steps} steps of AR-SGD"
+    return words
+
+
+def _inner_method(config: SlowMoConfig) -> str:
+    """Return the method between outer steps."""
+    if config.gradients == "all":
+        return "AR-SGD"
+    if config.gossip is None:
+        words = "local SGD"
+    elif isinstance(config.gossip, SGP):
+        words = "SGP with overlap (OSGP)" if config.gossip.overlap else "SGP"
+    else:
+        words = "D-PSGD"
+    return f"{words} between nodes" if config.gradients == "node" else words
+
+
+def _size(size: int) -> str:
+    """Return a number of bytes in words.
+
+    Example:
+        >>> _size(120), _size(4_500), _size(100_663_296)
+        ('120 bytes', '4.5 kB', '100.7 MB')
+    """
+    if size < 1000:
+        return f"{size} bytes"
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
