@@ -17,6 +17,7 @@ from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.mean import mean
 from hvd_slowmo_tf.optimizer import SlowMo
+from hvd_slowmo_tf.recompute import recompute_statistics
 
 init = workers.init
 
@@ -32,4 +33,5 @@ __all__ = [
     "init",
     "join",
     "mean",
+    "recompute_statistics",
 ]

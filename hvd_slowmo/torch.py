@@ -8,6 +8,7 @@ from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.horovod import workers
 from hvd_slowmo_torch.mean import mean
 from hvd_slowmo_torch.optimizer import SlowMo
+from hvd_slowmo_torch.recompute import recompute_statistics
 
 init = workers.init
 
@@ -22,4 +23,5 @@ __all__ = [
     "init",
     "join",
     "mean",
+    "recompute_statistics",
 ]

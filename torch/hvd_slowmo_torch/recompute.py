@@ -1,0 +1,66 @@
+"""Recomputing BatchNorm's running statistics for the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo_torch.mean import mean
+
+
+def recompute_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: torch.device | None = None,
+    process_set: Any = None,
+    comm: Comm | None = None,
+) -> None:
+    """Set BatchNorm's running statistics to the mean over these batches, of all workers. A collective.
+
+    Running statistics follow a model over many batches, and one that jumps by its slow momentum leaves them behind:
+    the training loss is good and the evaluation's is not. Call this after `join()`, before an evaluation or a save that
+    counts. A pass over 50 to 100 batches is enough; see Izmailov et al., UAI 2018 (arXiv 1803.05407), section 3.2.
+
+    Args:
+        model: its BatchNorm layers are changed, and nothing else.
+        batches: this worker's: inputs of the model, or tuples and lists that begin with them. None at all is allowed on
+            a worker.
+        device: to which inputs are moved.
+        process_set: as given to `SlowMo`.
+        comm: as given to `SlowMo`.
+
+    Raises:
+        ValueError: on every rank, if the workers' models have other BatchNorm layers.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
+        >>> recompute_statistics(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[3.0], [5.0]])])
+        >>> model[0].running_mean.item(), model[0].running_var.item()
+        (3.0, 2.0)
+    """
+    seen = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal seen
+        for seen, batch in enumerate(batches, start=1):  # noqa: B007 - the last value is used after the loop
+            yield batch
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    statistics = {
+        f"{name}.{kind}": tensor
+        for name, layer in layers.items()
+        for kind, tensor in (("mean", layer.running_mean), ("variance", layer.running_var))
+        if tensor is not None
+    }
+    before = {name: tensor.clone() for name, tensor in statistics.items()}
+    torch.optim.swa_utils.update_bn(counted(), model, device)
+    means = mean(dict(statistics), weight=seen, process_set=process_set, comm=comm)
+    nobody = any(value.isnan().any() for value in means.values())  # had a batch, and update_bn has reset the layers
+    for name, tensor in statistics.items():
+        tensor.copy_((before if nobody else means)[name])
