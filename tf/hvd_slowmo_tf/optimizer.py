@@ -20,13 +20,12 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
-from hvd_slowmo.core.startup import start
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import check_inner, check_settings, check_together, check_workers
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import parts_of, travelling
-from hvd_slowmo_tf.startup import StartingKerasWorker
+from hvd_slowmo_tf.startup import start_together
 from hvd_slowmo_tf.traced_step import Gradients
 from hvd_slowmo_tf.worker import KerasWorker
 
@@ -161,7 +160,10 @@ class SlowMo(keras.optimizers.Optimizer):
                 raise ValueError("the optimizer has no variables yet: pass them, or call build(variables) first.")
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
+        self.worker.refuse_before_start()
         self.build(trainable_variables)
+        if self.worker.only_builds:
+            return
         self._check_variables_are_known(trainable_variables)
         step = self.worker.ready()
         self.worker.refuse_while_averaging("apply()")
@@ -276,10 +278,7 @@ class SlowMo(keras.optimizers.Optimizer):
         """
         model = variables if isinstance(variables, keras.Model) else None
         found, statistics = (list(variables),) * 2 if model is None else parts_of(model)
-        worker = self.worker
-        worker.remember(model, found)
-        worker.job = start(StartingKerasWorker(worker, found, statistics, model), worker.comm)
-        worker.left = ()
+        start_together(self.worker, found, statistics, model)
 
     def join(
         self, variables: keras.Model | Sequence[keras.Variable] | None = None, *, leaving: bool = False
