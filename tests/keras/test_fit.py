@@ -152,6 +152,13 @@ def test_misuse_raises_on_every_rank(keras_workers, kind):
         assert REFUSED[kind] in said
 
 
+@pytest.mark.parametrize("kind", ["sequential", "unbuilt"])
+def test_a_fit_with_the_callback_works_after_one_without(keras_workers, kind):
+    results = keras_workers(2).run("support.jobs.keras_fit:recovers", kind=kind, limit=90)
+    check(results, steps=3)
+    assert all(any(w.any() for w in result["weights"]) for result in results)
+
+
 @pytest.mark.parametrize("name", sorted(set(TRAININGS) - FAST))
 def test_two_workers_train_in_every_way(keras_workers, name):
     train(keras_workers(2), name)

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from hvd_slowmo_tf.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
+from hvd_slowmo_tf.failed_traces import initialize
 from hvd_slowmo_tf.model_parts import build_from_batch, find_optimizers, other_optimizers, split_model
 from hvd_slowmo_tf.optimizer import SlowMo
 from hvd_slowmo_tf.startup import fail_together, start_together
@@ -145,6 +146,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         try:
             if build is not None:
                 build()
+            initialize(self.model)
             several = len(self._optimizers) > 1
             parts = split_model(self.model, self._optimizers) if several else []
         except Exception as error:  # whatever it is, the other workers wait in their start and must hear of it

@@ -15,7 +15,8 @@ from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.layout import ParameterGroups
 from hvd_slowmo.core.startup import Description, Job, start
 from hvd_slowmo_tf.checks import check_model_variables
-from hvd_slowmo_tf.layout import VariableRef, native, travelling
+from hvd_slowmo_tf.failed_traces import without_values
+from hvd_slowmo_tf.layout import VariableRef, travelling
 from hvd_slowmo_tf.traced_step import TracedStep, once
 from hvd_slowmo_tf.worker import KerasWorker
 
@@ -89,11 +90,11 @@ class StartingKerasWorker:
     def describe(self) -> Description[VariableRef]:
         worker = self._worker
         check_model_variables(self._model_variables, self._model, self.parameter_map is not None)
-        empty = [v.path for v in self._model_variables if not native(v).is_initialized()]
+        empty = without_values(list(self._model_variables))
         if empty:
             raise ValueError(
-                f"{', '.join(empty)} have no values: a step that failed in its first trace has made them, a fit() "
-                "without SlowMoCallback() for example. Make the model anew."
+                f"{len(empty)} variables have no values, the first is {empty[0].path}: the fit() or the function that "
+                "made them has failed in its first trace. Make the model anew."
             )
         worker.optimizer.build([v for v in self._model_variables if v.trainable])
         known = {id(v) for v in self._model_variables}

@@ -25,6 +25,7 @@ from hvd_slowmo.core.startup import Job
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checks import refuse_strategies
+from hvd_slowmo_tf.failed_traces import drop_train_functions
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm, workers
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
@@ -33,7 +34,6 @@ from hvd_slowmo_tf.ops import TracedOps
 from hvd_slowmo_tf.store import VariableStore
 from hvd_slowmo_tf.traced_join import traced_join
 from hvd_slowmo_tf.traced_step import TracedStep, once
-from hvd_slowmo_tf.train_function import drop_traced
 from hvd_slowmo_tf.variables import OptimizerVariables
 
 
@@ -122,6 +122,8 @@ class KerasWorker:
 
     def build(self, trained: list[keras.Variable]) -> None:
         """Make SlowMo's variables and the inner optimizer's. No communication."""
+        if self.optimizer.use_ema:
+            self.inner.show_averages(self.optimizer._model_variables_moving_average)
         self.inner.build(trained, reset=self.config.inner_state == "reset" or self.config.nonfinite == "exclude")
         vectors: tuple[str, ...] = self.config.vectors
         weights = 0
@@ -177,13 +179,13 @@ class KerasWorker:
             if self.only_builds or self.comm.size == 1:
                 return
         if self.job is None or self.step is None:
-            drop_traced()
+            drop_train_functions()
             raise ValueError(
                 f"{self.comm.size} workers, and they have not been brought to one start. Give fit() a "
                 "SlowMoCallback(), or call optimizer.broadcast(model.variables) before the first gradient."
             )
         if tf.inside_function() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-            drop_traced()
+            drop_train_functions()
             raise ValueError(
                 "XLA can't compile the exchange between workers. Compile the model with jit_compile=False, or give "
                 "fit() a SlowMoCallback(), which sees to it."
