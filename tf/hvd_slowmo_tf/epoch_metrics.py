@@ -154,5 +154,4 @@ def _mean(key: str, having: Sequence[WorkerLogs]) -> Array | None:
     total = sum(each.weight for each in having)
     if not total or len({each.values[key].shape for each in having}) > 1:
         return None
-    result: Array = sum(each.values[key] * (each.weight / total) for each in having if each.weight)
-    return result
+    return np.asarray(sum(each.values[key] * (each.weight / total) for each in having if each.weight))
