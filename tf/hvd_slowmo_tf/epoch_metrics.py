@@ -63,8 +63,8 @@ def states_of(metrics: Iterable[keras.Metric]) -> dict[str, MetricState]:
     Example:
         >>> mean = keras.metrics.Mean("loss")
         >>> mean.update_state([1.0, 2.0])
-        >>> states_of([mean])["loss"].state
-        [array(3., dtype=float32), array(2., dtype=float32)]
+        >>> [float(part) for part in states_of([mean])["loss"].state]
+        [3.0, 2.0]
     """
     found = {}
     for name, metric in metrics_by_result(metrics).items():
