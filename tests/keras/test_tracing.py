@@ -104,6 +104,7 @@ class Doubles(SoloComm):
         return tf.reshape(rows + tf.reverse(rows, [0]), [-1])
 
 
+@pytest.mark.slow
 def test_a_variable_more_costs_few_operations():
     """Python makes each of them, in the trace of the step and in that of the join, before the first step."""
 
