@@ -168,9 +168,5 @@ class Meetings:
             return self._store.read("model", chunk)
 
         # Zeros where the weight is 0: an excluded worker's values may be NaN, and 0 x NaN is NaN.
-        x = self._ops.cond(
-            weight > 0,
-            lambda: self._ops.scaled(contribution(), weight),
-            lambda: self._store.zeros(chunk),
-        )
+        x = self._ops.weighted(weight, contribution, lambda: self._store.zeros(chunk))
         return self._comm.start_sum(names.model(chunk.index), x)

@@ -66,8 +66,8 @@ class Ops(Protocol):
     def cast_like(self, scalar: Scalar, tensor: Any) -> Any:
         """Return a float64 scalar as a factor for a tensor of another type."""
 
-    def scaled(self, tensor: Any, factor: Scalar) -> Any:
-        """Multiply a tensor; bitwise the tensor where the factor is 1."""
+    def weighted(self, weight: Scalar, read: Callable[[], Any], zeros: Callable[[], Any]) -> Any:
+        """Return what `read` returns, times a weight; bitwise the tensor at 1, and zeros at 0 even if it has NaN."""
 
     def dot(self, a: Any, b: Any) -> Scalar:
         """Sum the products of two tensors' elements, as a float64 scalar."""
@@ -163,8 +163,10 @@ class EagerOps:
     def cast_like(self, scalar: Scalar, tensor: Any) -> Any:
         return float(scalar)
 
-    def scaled(self, tensor: Any, factor: Scalar) -> Any:
-        return tensor if factor == 1 else tensor * factor
+    def weighted(self, weight: Scalar, read: Callable[[], Any], zeros: Callable[[], Any]) -> Any:
+        if weight == 0:
+            return zeros()
+        return read() if weight == 1 else read() * weight
 
     def dot(self, a: Any, b: Any) -> Scalar:
         return float(a @ b)

@@ -159,6 +159,13 @@ def test_misuse_raises_on_every_rank(keras_workers, kind):
         assert REFUSED[kind] in said
 
 
+@pytest.mark.parametrize("kind", ["sequential", "unbuilt"])
+def test_a_fit_with_the_callback_works_after_one_without(keras_workers, kind):
+    results = keras_workers(2).run("support.jobs.keras_fit:recovers", kind=kind)
+    check(results, steps=3)
+    assert all(any(w.any() for w in result["weights"]) for result in results)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in COMBINED)) for n in sorted(set(TRAININGS) - FAST)]
 )

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+from hvd_slowmo_tf.failed_traces import initialize, without_values
 from support.models.keras import bare
 from support.models.keras_optimizers import SGD, Scaled
 
@@ -55,6 +57,66 @@ def test_a_strategy_is_refused():
     optimizer = bare(SGD(0.1))
     with pytest.raises(ValueError, match=r"not under a tf\.distribute strategy"):
         strategy.run(lambda: optimizer.apply([tf.ones(2)], [v]))
+
+
+class Two(SoloComm):
+    """One of two workers, which never starts."""
+
+    size, ranks = 2, (0, 1)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_training_without_a_start_is_refused_again_and_again(built):
+    """TensorFlow keeps a trace that has failed after it has made variables, and does nothing from then on."""
+    inside = [keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([*([keras.Input((4,))] if built else []), *inside])
+    optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2), comm=Two())
+    model.compile(optimizer, "mse", metrics=["mae"])
+    x = np.ones((8, 4), "float32")
+    for train in (model.fit, model.train_on_batch, model.train_on_batch, model.fit):
+        with pytest.raises(ValueError, match=r"2 workers, and they have not been brought to one start\. Give fit"):
+            train(x, x[:, :1])
+        assert not optimizer.built
+    assert bool(without_values(model.variables)) is not built
+    initialize(model)
+    assert not without_values(model.variables)
+    assert model.layers[0].kernel.numpy().any()
+    assert model.layers[1].moving_variance.numpy().tolist() == [1.0] * 3
+
+
+def test_variables_without_values_are_refused_at_the_start():
+    made = []
+
+    @tf.function(autograph=False)
+    def fails():
+        made.append(keras.Variable(np.ones(2, "float32"), name="made"))
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fails()
+    with pytest.raises(ValueError, match=r"1 variables have no values, the first is made: .* Make the model anew"):
+        bare(SGD(0.1)).broadcast(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [False, True])
+def test_keras_swaps_in_the_moving_average_for_validation(scaled):
+    def trained(wrap):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        inner = SGD(0.05, use_ema=True, ema_momentum=0.9)
+        optimizer = Scaled(inner) if scaled else inner
+        model.compile(bare(optimizer) if wrap else optimizer, "mse")
+        x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+        swap = keras.callbacks.SwapEMAWeights()
+        callbacks = [swap, SlowMoCallback()] if wrap else [swap]
+        data = {"x": x, "y": x[:, :1], "validation_data": (x, x[:, :1])}
+        history = model.fit(**data, epochs=2, verbose=0, shuffle=False, callbacks=callbacks).history
+        return history["val_loss"], [v.numpy() for v in model.weights]
+
+    (losses, weights), (expected, others) = trained(wrap=True), trained(wrap=False)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(weights, others, strict=True))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import time
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -88,3 +89,37 @@ def test_seconds_waited_for_several_at_once_are_counted_once():
     for handle in [comm.start_sum(f"{number}", tf.zeros([3])) for number in range(3)]:
         comm.wait(handle)
     assert 0.15 <= float(comm.counters[1]) <= time.time() - started
+
+
+class Doubles(SoloComm):
+    """One of two workers that do the same."""
+
+    size, ranks = 2, (0, 1)
+
+    def gather(self, name, item):
+        return [item, item]
+
+    def start_sum(self, name, x):
+        if not name.endswith("ledger"):
+            return x * 2
+        rows = tf.reshape(x, [2, -1])
+        return tf.reshape(rows + tf.reverse(rows, [0]), [-1])
+
+
+@pytest.mark.slow
+def test_a_variable_more_costs_few_operations():
+    """Python makes each of them, in the trace of the step and in that of the join, before the first step."""
+
+    def count(layers):
+        model = keras.Sequential([keras.Input((4,)), *[keras.layers.Dense(4) for _ in range(layers)]])
+        optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2), comm=Doubles())
+        optimizer.broadcast(model)
+        gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
+        step = optimizer.worker.step.function.get_concrete_function(gradients)
+        join = optimizer.worker._join.get_concrete_function(tf.constant(0.0, tf.float64))
+        return [len(operations(function.graph)) for function in (step, join)]
+
+    few, more = count(2), count(6)
+    step, join = ((b - a) / 8 for a, b in zip(few, more, strict=True))  # a layer has two variables
+    assert step <= 20
+    assert join <= 18

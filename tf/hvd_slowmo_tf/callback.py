@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from numbers import Real
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import keras
 
+from hvd_slowmo.core.join import join
+from hvd_slowmo_tf.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
+from hvd_slowmo_tf.failed_traces import initialize
+from hvd_slowmo_tf.model_parts import build_from_batch, find_optimizers, other_optimizers, split_model
 from hvd_slowmo_tf.optimizer import SlowMo
+from hvd_slowmo_tf.startup import fail_together, start_together
 
 Logs = dict[str, Any]
 """Metrics by name: floats, or scalar arrays of NumPy and TensorFlow."""
@@ -23,19 +28,26 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     - Before the first batch trains, after every callback's `on_train_begin` (which may load a checkpoint):
       `SlowMo.broadcast`. A model that has no variables yet is built from the first batch's shapes.
+    - Several optimizers in a custom `train_step` are kept together alike. Each one averages the variables that it
+      trains and the statistics of their layers.
     - After an epoch's batches, before validation and before other callbacks see the model: `SlowMo.join`. Workers may
       have different numbers of batches. Where the epoch is a multiple of tau nothing changes.
-    - Training and validation metrics become the workers' means, weighted by samples, before other callbacks see them:
-      ReduceLROnPlateau and EarlyStopping decide alike everywhere. In a job with workers of another framework, which
-      have no such metrics, they stay each worker's own.
+    - Training and validation metrics become those of all workers, before other callbacks see them: ReduceLROnPlateau
+      and EarlyStopping decide alike everywhere. The states of Keras' metrics are added up; other values are averaged,
+      weighted by samples. In a job with workers of another framework, which have no such metrics, they stay each
+      worker's own.
     - A worker that ends its training early (fewer epochs, an EarlyStopping that only it has) ends the others' after the
       epoch that they are in.
     - XLA, which can't compile the exchange, is switched off for this model's training.
 
     It goes to the front of the list of callbacks by itself.
 
+    Args:
+        *optimizers: the SlowMo optimizers of a model with a custom `train_step`. Without any: all among the model's
+            attributes, and in its lists and dicts.
+
     Raises:
-        TypeError: the model's optimizer is not SlowMo.
+        TypeError: no optimizer of the model is SlowMo, or an argument is not.
         ValueError: on every rank, as `SlowMo.broadcast` and `SlowMo.join`.
 
     Example:
@@ -49,18 +61,24 @@ class SlowMoCallback(keras.callbacks.Callback):
         6
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *optimizers: SlowMo) -> None:
         super().__init__()
+        for optimizer in optimizers:
+            if not isinstance(optimizer, SlowMo):
+                raise TypeError(f"SlowMoCallback takes SlowMo optimizers. Received: {type(optimizer).__name__}")
+        self._given = optimizers
+        self._optimizers: Sequence[SlowMo] = ()
         self._place_known = self._begun = self._in_epoch = self._left = False
         self._epoch = 0  # of this worker
-        self._samples = 0.0  # number of samples behind this epoch's metrics
-        self._validation_samples = 0.0
+        self._calls = 0  # of the first optimizer, before the epoch
+        self._validation_batches = 0
+        self._training: tuple[float, dict[str, MetricState]] = 0.0, {}  # this epoch's metrics and their weight
+        self._validation: tuple[float, dict[str, MetricState]] = 0.0, {}
+        self._warned: set[str] = set()  # values that no metric is behind
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        if not isinstance(getattr(model, "optimizer", None), SlowMo):
-            found = type(getattr(model, "optimizer", None)).__name__
-            raise TypeError(f"SlowMoCallback needs a model compiled with SlowMo. Its optimizer is: {found}")
+        self._optimizers = find_optimizers(model, self._given)
         self._go_first()
         if model.jit_compile:
             logger.info("XLA is switched off for the training of %s: it can't compile SlowMo's exchange", model.name)
@@ -90,35 +108,68 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._in_epoch, self._epoch = True, epoch
+        self._calls = self._calls_made()
         if self._begun:
             return
-        if self.model.built:
+        built = self.model.built if len(self._optimizers) == 1 else all(each.built for each in self._optimizers)
+        if built:
             self._begin()
         else:
             self._begin_with_first_batch()
 
     def on_test_begin(self, logs: Logs | None = None) -> None:
         self._end_of_batches()
+        self._validation_batches = 0
+
+    def on_test_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        self._validation_batches = batch + 1
 
     def on_test_end(self, logs: Logs | None = None) -> None:
-        self._validation_samples = self._samples_seen()
+        self._validation = self._measured(self._validation_batches)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         self._end_of_batches()
-        if logs is not None and not self._left and not self.model.optimizer.worker.job.mixed:
+        job = self._first.worker.job
+        if logs is not None and not self._left and job is not None and not job.mixed:
             self._average(logs)
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         if self._begun and not self._left:
-            self.model.optimizer.join(leaving=True)
+            self._join(self._optimizers, leaving=True)
 
-    def _begin(self) -> None:
-        self.model.optimizer.broadcast(self.model)
+    @property
+    def _first(self) -> SlowMo:
+        """The optimizer whose workers exchange what the whole model has in common."""
+        return self._optimizers[0]
+
+    def _begin(self, build: Callable[[], None] | None = None) -> None:
+        """Bring all workers to one start; `build` makes the model's variables before."""
+        try:
+            if build is not None:
+                build()
+            initialize(self.model)
+            several = len(self._optimizers) > 1
+            parts = split_model(self.model, self._optimizers) if several else []
+        except Exception as error:  # whatever it is, the other workers wait in their start and must hear of it
+            fail_together(self._first.worker, error)
+        if not several:
+            self._first.broadcast(self.model)
+        for optimizer, part in zip(self._optimizers, parts, strict=False):
+            start_together(optimizer.worker, *part)
         self._begun = True
-        worker = self.model.optimizer.worker
+        worker = self._first.worker
+        assert worker.job is not None, "started"
         if worker.job.mixed:  # the others have no epochs that could be compared
             return
         comm = worker.comm
+        others = other_optimizers(self.model)
+        if others and comm.rank == 0 and comm.size > 1:
+            logger.warning(
+                "%s also trains variables with %s, and workers average those of SlowMo optimizers only. Wrap these "
+                "optimizers in SlowMo too.",
+                self.model.name,
+                ", ".join(others),
+            )
         epochs = comm.gather("epoch", self._epoch)
         if len(set(epochs)) > 1 and comm.rank == 0:
             logger.warning(
@@ -136,9 +187,11 @@ class SlowMoCallback(keras.callbacks.Callback):
             # Shapes are enough, and a tf.data iterator can't give a batch back.
             spec = getattr(iterator, "element_spec", None)
             if spec is None:
-                raise ValueError(f"{model.name} is not built. Call it on a batch of data before fit(run_eagerly=True).")
-            model._symbolic_build(data_batch=spec)
-            self._begin()
+                raise ValueError(
+                    f"{model.name} or an optimizer of it is not built. Before fit(run_eagerly=True), call the model on "
+                    "a batch of data and, where it has several optimizers, optimizer.build(variables) of each."
+                )
+            self._begin(partial(build_from_batch, model, self._optimizers, spec))
             logs: Logs = function(iterator)
             return logs
 
@@ -150,43 +203,61 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._in_epoch = False
         if not self._begun:
             # No batch and no variables: the others wait in their start, and must hear of it.
-            self.model.optimizer.broadcast([])
-        self._samples = self._samples_seen()
-        result = self.model.optimizer.join()
-        if result.left:
+            self._first.broadcast([])
+        self._training = self._measured(self._calls_made() - self._calls)
+        left = self._join(self._optimizers)
+        if left:
             self._left = True
             self.model.stop_training = True
-            logger.info("ranks %s have ended their training, so this worker ends its own", list(result.left))
+            logger.info("ranks %s have ended their training, so this worker ends its own", left)
 
-    def _samples_seen(self) -> float:
-        """Return the number of samples behind the metrics, which Keras' own loss has counted."""
-        counts = [float(m.count.numpy()) for m in self.model.metrics if m.name == "loss" and hasattr(m, "count")]
-        return counts[0] if counts else 1.0
+    def _join(self, optimizers: Sequence[SlowMo], leaving: bool = False) -> list[int]:
+        """Join the workers of each optimizer; return the ranks that have left for good. A collective."""
+        if len(optimizers) == 1:
+            return sorted(optimizers[0].join(leaving=leaving).left)
+        return sorted({rank for result in join(*optimizers, leaving=leaving) for rank in result.left})
+
+    def _calls_made(self) -> int:
+        return int(self._first.iterations.numpy())
+
+    def _measured(self, batches: int) -> tuple[float, dict[str, MetricState]]:
+        """Return the number of samples that Keras' loss has counted, or else of batches, and the metrics' states."""
+        metrics = self.model.metrics
+        counts = [float(m.count.numpy()) for m in metrics if m.name == "loss" and hasattr(m, "count")]
+        return (counts[0] if counts and counts[0] else float(batches)), states_of(metrics)
 
     def _average(self, logs: Logs) -> None:
-        """Set the metrics to the workers' means, in place: all callbacks get the same dict."""
-        own = {
-            key: (float(value), self._validation_samples if key.startswith("val_") else self._samples)
-            for key, value in logs.items()
-            if isinstance(value, Real) or getattr(value, "shape", None) == ()
-        }
-        everyone = self.model.optimizer.worker.comm.gather("logs", own)
-        for key in dict.fromkeys(key for each in everyone for key in each):
-            pairs = [each[key] for each in everyone if key in each]
-            total = sum(samples for _, samples in pairs)
-            if total > 0:
-                logs[key] = sum(value * samples for value, samples in pairs) / total
+        """Set the metrics to those of all workers, in place: all callbacks get the same dict."""
+        comm = self._first.worker.comm
+        own = numbers_in(logs)
+        training = WorkerLogs({k: v for k, v in own.items() if not k.startswith("val_")}, *self._training)
+        validation = WorkerLogs(
+            {k.removeprefix("val_"): v for k, v in own.items() if k.startswith("val_")}, *self._validation
+        )
+        everyone = comm.gather("logs", (training, validation))
+        for prefix, each in (("", [pair[0] for pair in everyone]), ("val_", [pair[1] for pair in everyone])):
+            found = over_workers(self.model.metrics, each)
+            logs |= {prefix + key: float(v) if v.ndim == 0 else v for key, v in found.values.items()}
+            self._warn_of_means([prefix + key for key in found.averaged])
+
+    def _warn_of_means(self, names: list[str]) -> None:
+        new = [name for name in names if name not in self._warned]
+        self._warned.update(new)
+        comm = self._first.worker.comm
+        if new and comm.rank == 0 and comm.size > 1:
+            logger.warning(
+                "%s: no metric of Keras has these values as its result, so they are the workers' means, weighted by "
+                "samples (by batches where Keras' own loss counts no samples). That is right for means alone.",
+                ", ".join(new),
+            )
 
     def _explain_errors(self) -> None:
         """Put the errors and warnings of Keras' traced function into plain words."""
         model = self.model
-        inner = model.train_function
-        if getattr(inner, "explains_errors", False):
+        train = model.train_function
+        if getattr(train, "explains_errors", False):
             return
-
-        def train(iterator: Iterator[Any]) -> Logs:
-            logs: Logs = model.optimizer.worker.call(inner, iterator)
-            return logs
-
-        train.explains_errors = True  # type: ignore[attr-defined]
+        for optimizer in self._optimizers:
+            train = partial(optimizer.worker.call, train)
+        train.explains_errors = True
         model.train_function = train

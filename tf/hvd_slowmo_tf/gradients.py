@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from hvd_slowmo.core.layout import Chunk
 from hvd_slowmo_tf.layout import KerasLayout, spans
-from hvd_slowmo_tf.pieces import Pending, joined, stretch_of
+from hvd_slowmo_tf.pieces import Pending, joined, parted, stretch_of
 
 
 class VariableGradients:
@@ -43,9 +43,11 @@ class VariableGradients:
         return joined(parts)
 
     def write(self, chunk: Chunk, mean: tf.Tensor) -> None:
-        for ref, start, stop, at in spans(self._layout, chunk):
+        found = list(spans(self._layout, chunk))
+        parts = parted(mean, [stop - start for _, start, stop, _ in found])
+        for (ref, start, _, _), part in zip(found, parts, strict=True):
             v = ref.variable
-            whole = self._pending.variable(ref, start, tf.cast(mean[at : at + stop - start], v.dtype))
+            whole = self._pending.variable(ref, start, tf.cast(part, v.dtype))
             if whole is not None:
                 self._means[id(v)] = whole
 

@@ -55,6 +55,10 @@ class InnerOptimizer:
             if reset:
                 self._initial = self._initial_values(variables)
 
+    def show_averages(self, averages: list[keras.Variable]) -> None:
+        """Let Keras' SwapEMAWeights find the moving average of the weights, which it looks for in here."""
+        self.optimizer._model_variables_moving_average = averages
+
     def reset(self) -> None:
         """Give the state, and the step of its bias correction, its values from before the first step; in a trace."""
         for v, value in self._initial:

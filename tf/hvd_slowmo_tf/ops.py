@@ -74,8 +74,11 @@ class TracedOps:
     def cast_like(self, scalar: Any, tensor: tf.Tensor) -> tf.Tensor:
         return tf.cast(scalar, tensor.dtype)
 
-    def scaled(self, tensor: tf.Tensor, factor: Any) -> tf.Tensor:
-        return tensor if isinstance(factor, float) and factor == 1 else tensor * tf.cast(factor, tensor.dtype)
+    def weighted(self, weight: Any, read: Callable[[], tf.Tensor], zeros: Callable[[], tf.Tensor]) -> tf.Tensor:
+        if not tf.is_tensor(weight) and weight in (0, 1):  # fixed by the settings
+            return read() if weight else zeros()
+        x = read()  # no tf.cond, which would have to bring all of the model's variables in, to both of its branches
+        return tf.math.multiply_no_nan(x, tf.cast(weight, x.dtype))
 
     def dot(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.tensordot(a, b, 1), tf.float64)

@@ -21,13 +21,12 @@ from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
-from hvd_slowmo.core.startup import start
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import check_inner, check_together, refuse_strategies, resolved, saved_values
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import parts_of, travelling
-from hvd_slowmo_tf.startup import StartingKerasWorker
+from hvd_slowmo_tf.startup import start_together
 from hvd_slowmo_tf.traced_step import Gradients
 from hvd_slowmo_tf.worker import KerasWorker
 
@@ -171,7 +170,10 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
                 raise ValueError("the optimizer has no variables yet: pass them, or call build(variables) first.")
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
+        self.worker.refuse_before_start()
         self.build(trainable_variables)
+        if self.worker.only_builds:
+            return
         self._check_variables_are_known(trainable_variables)
         step = self.worker.ready()
         self.worker.refuse_while_averaging("apply()")
@@ -275,11 +277,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         """
         model = variables if isinstance(variables, keras.Model) else None
         found, statistics = (list(variables),) * 2 if model is None else parts_of(model)
-        worker = self.worker
-        worker.take_name()
-        worker.remember(model, found)
-        worker.job = start(StartingKerasWorker(worker, found, statistics, model), worker.comm)
-        worker.left = ()
+        start_together(self.worker, found, statistics, model)
 
     def join(
         self, variables: keras.Model | Sequence[keras.Variable] | None = None, *, leaving: bool = False

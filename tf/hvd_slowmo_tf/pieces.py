@@ -1,4 +1,8 @@
-"""Stretches of variables in traces: cut out as they travel, and put together until a variable can be assigned whole."""
+"""Stretches of variables in traces: cut out as they travel, and put together until a variable can be assigned whole.
+
+The operations of a trace are few: each is made by Python, in the trace of the step and in that of the join, and a model
+has hundreds of variables.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,24 @@ V = TypeVar("V")
 def stretch_of(value: tf.Tensor, view: View, start: int, stop: int) -> tf.Tensor:
     """Return elements start .. stop - 1, in the order of the wire, of the part of a variable that a view shows."""
     if view.offset is not None:
-        return tf.reshape(value, [-1])[view.offset + start : view.offset + stop]
+        return part_of(tf.reshape(value, [-1]), view.offset + start, view.offset + stop)
     return joined(
         [
             tf.reshape(tf.transpose(tf.reshape(value[p.box], p.shape), p.axes), [-1])[p.start : p.stop]
             for p in view.pieces(start, stop)
         ]
     )
+
+
+def part_of(flat: tf.Tensor, start: int, stop: int) -> tf.Tensor:
+    """Return elements start .. stop - 1 of a flat tensor, without an operation where these are all."""
+    return flat if stop - start == flat.shape[0] else flat[start:stop]
+
+
+def parted(flat: tf.Tensor, sizes: Sequence[int]) -> list[tf.Tensor]:
+    """Return the parts of these sizes that a flat tensor consists of, by one operation."""
+    parts: list[tf.Tensor] = [flat] if len(sizes) == 1 else tf.split(flat, sizes)
+    return parts
 
 
 def joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -11,14 +11,49 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.core.broadcast import take_from
 from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.layout import ParameterGroups
-from hvd_slowmo.core.startup import Description, Job
+from hvd_slowmo.core.startup import Description, Job, start
 from hvd_slowmo_tf.checks import check_model_variables
+from hvd_slowmo_tf.failed_traces import without_values
 from hvd_slowmo_tf.layout import VariableRef, travelling
 from hvd_slowmo_tf.traced_step import TracedStep, once
 from hvd_slowmo_tf.worker import KerasWorker
 
 Values = list[NDArray[Any]]
+
+
+def start_together(
+    worker: KerasWorker,
+    variables: list[keras.Variable],
+    statistics: Sequence[keras.Variable],
+    model: keras.Model | None = None,
+) -> None:
+    """Bring all workers to one start. A collective.
+
+    Args:
+        worker: of the optimizer.
+        variables: all of the model's, or of the part of it that the optimizer trains.
+        statistics: variables among them that may be averaged without being trained.
+        model: if it was given itself.
+
+    Raises:
+        TypeError, ValueError: on every rank, if settings, variables or steps differ.
+    """
+    worker.take_name()
+    worker.remember(model, variables)
+    worker.job = start(StartingKerasWorker(worker, variables, statistics, model), worker.comm)
+    worker.left = ()
+
+
+def fail_together(worker: KerasWorker, error: Exception) -> NoReturn:
+    """Raise an error that this worker has met before its start; the others, in theirs, raise a ValueError with it."""
+
+    def fail() -> tuple[None, dict[str, Any]]:
+        raise error
+
+    agreed(worker.comm.handshake, fail, {})
+    raise AssertionError("agreed() raises the error")
 
 
 class StartingKerasWorker:
@@ -57,6 +92,12 @@ class StartingKerasWorker:
     def describe(self) -> Description[VariableRef]:
         worker = self._worker
         check_model_variables(self._model_variables, self._model, self.parameter_map is not None)
+        empty = without_values(list(self._model_variables))
+        if empty:
+            raise ValueError(
+                f"{len(empty)} variables have no values, the first is {empty[0].path}: the fit() or the function that "
+                "made them has failed in its first trace. Make the model anew."
+            )
         worker.optimizer.build([v for v in self._model_variables if v.trainable])
         known = {id(v) for v in self._model_variables}
         missing = [v.path for v in worker.optimizer._trainable_variables if id(v) not in known]

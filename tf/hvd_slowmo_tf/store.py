@@ -12,7 +12,7 @@ from hvd_slowmo.core.progress import Vector
 from hvd_slowmo.core.store import Condition
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import KerasLayout, native, spans
-from hvd_slowmo_tf.pieces import Pending, joined, stretch_of
+from hvd_slowmo_tf.pieces import Pending, joined, part_of, parted, stretch_of
 
 
 class VariableStore:
@@ -45,11 +45,11 @@ class VariableStore:
     def read(self, vector: str, stretch: Stretch) -> tf.Tensor:
         if vector != "model":
             begin = self._begin(stretch)
-            return native(self._vectors[vector][stretch.index]).read_value()[begin : begin + stretch.size]
+            return part_of(native(self._vectors[vector][stretch.index]).value(), begin, begin + stretch.size)
         wire = self._layout.layout.segments[stretch.segment].dtype
         return joined(
             [
-                tf.cast(stretch_of(native(ref.variable).read_value(), ref.spec.view, start, stop), wire)
+                tf.cast(stretch_of(native(ref.variable).value(), ref.spec.view, start, stop), wire)
                 for ref, start, stop, _ in spans(self._layout, stretch)
             ]
         )
@@ -61,9 +61,11 @@ class VariableStore:
             if whole is not None:
                 native(v).assign(whole)
             return
-        for ref, start, stop, at in spans(self._layout, stretch):
+        found = list(spans(self._layout, stretch))
+        parts = parted(value, [stop - start for _, start, stop, _ in found])
+        for (ref, start, _, _), part in zip(found, parts, strict=True):
             v = ref.variable
-            whole = self._pending.variable(ref, start, tf.cast(value[at : at + stop - start], v.dtype))
+            whole = self._pending.variable(ref, start, tf.cast(part, v.dtype))
             if whole is not None:
                 native(v).assign(whole)
 
@@ -76,7 +78,7 @@ class VariableStore:
         return tf.fill([chunk.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
     def finite(self) -> tf.Tensor:
-        found = [tf.reduce_all(tf.math.is_finite(native(v).read_value())) for v in self._watched.values()]
+        found = [tf.reduce_all(tf.math.is_finite(native(v).value())) for v in self._watched.values()]
         return tf.reduce_all(found)
 
     def condition(self) -> Condition:

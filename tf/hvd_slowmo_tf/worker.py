@@ -27,6 +27,7 @@ from hvd_slowmo.core.startup import Job
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checks import refuse_strategies
+from hvd_slowmo_tf.failed_traces import drop_train_functions
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm, workers
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
@@ -69,6 +70,7 @@ class KerasWorker:
         step: traced; made for one layout.
         left: ranks that have left for good.
         averaging: within `averaged_parameters()`.
+        only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class KerasWorker:
         self.job: Job | None = None
         self.step: TracedStep | None = None
         self.left: tuple[int, ...] = ()
-        self.averaging = False
+        self.averaging = self.only_builds = False
         self._process_set = process_set
         self._comm = comm
         self._name: str | None = None
@@ -134,6 +136,8 @@ class KerasWorker:
 
     def build(self, trained: list[keras.Variable]) -> None:
         """Make SlowMo's variables and the inner optimizer's. No communication."""
+        if self.optimizer.use_ema:
+            self.inner.show_averages(self.optimizer._model_variables_moving_average)
         self.inner.build(trained, reset=self.config.inner_state == "reset" or self.config.nonfinite == "exclude")
         vectors: tuple[str, ...] = self.config.vectors
         weights = 0
@@ -178,27 +182,38 @@ class KerasWorker:
             self._join = traced_join(self.step)
         return self.step
 
-    def ready(self) -> TracedStep:
-        """Return the step, where it can be called or traced.
+    def refuse_before_start(self) -> None:
+        """Raise ValueError where `apply` can't train: a refusal in a trace comes before the trace makes variables.
 
         Raises:
             ValueError: several workers have not been brought to one start, or XLA compiles this call.
         """
         refuse_strategies()
         with tf.init_scope():
-            if self.comm.size == 1:
-                return self.step or self._assembled_alone()
+            if self.only_builds or self.comm.size == 1:
+                return
         if self.job is None or self.step is None:
+            drop_train_functions()
             raise ValueError(
                 f"{self.comm.size} workers, and they have not been brought to one start. Give fit() a "
                 "SlowMoCallback(), or call optimizer.broadcast(model.variables) before the first gradient."
             )
         if tf.inside_function() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            drop_train_functions()
             raise ValueError(
                 "XLA can't compile the exchange between workers. Compile the model with jit_compile=False, or give "
                 "fit() a SlowMoCallback(), which sees to it."
             )
-        return self.step
+
+    def ready(self) -> TracedStep:
+        """Return the step, where it can be called or traced.
+
+        Raises:
+            ValueError: as `refuse_before_start`.
+        """
+        self.refuse_before_start()
+        with tf.init_scope():
+            return self.step or self._assembled_alone()
 
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
         """Call a traced function with collectives in it; its errors and warnings come in plain words."""

@@ -239,6 +239,15 @@ def refused(kind: str) -> str:
     return "nothing was raised"
 
 
+def recovers(kind: str) -> dict[str, Any]:
+    """Train without a callback, which is refused, and then with one."""
+    model = compiled(kind)
+    with pytest.raises(ValueError, match="Give fit"):
+        model.fit(**source("arrays", 3), verbose=0)
+    model.fit(**source("arrays", 3), verbose=0, callbacks=[SlowMoCallback()])
+    return held(model)
+
+
 def warns() -> list[str]:
     """Train with different rates; return the log."""
     model = compiled(rate=0.01 * (1 + hvd.rank()))
