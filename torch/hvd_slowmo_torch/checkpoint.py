@@ -35,6 +35,10 @@ _KEYS = {
 """PyTorch's names of the buffers of the kinds that both frameworks define alike."""
 
 
+GROUP = "param_groups"
+"""Begins the names of values that an inner optimizer's steps change in its param_groups."""
+
+
 class TorchWorkerState:
     """`hvd_slowmo.checkpoint.state.WorkerState` of a SlowMo optimizer.
 
@@ -180,11 +184,21 @@ class TorchWorkerState:
     def read_framework(self) -> Arrays:
         on_wire = {spec.own for spec in self.tensors.specs}
         persistent = self._model.state_dict(keep_vars=True)
-        return {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
+        arrays = {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
+        for number, group in enumerate(self._inner.param_groups):
+            for key in inner_state.moved_settings(self._inner):
+                value = group.get(key, np.nan)  # NaN: a later step adds it
+                array = array_of(value) if isinstance(value, torch.Tensor) else np.asarray(value, np.float64)
+                arrays[f"{GROUP}.{number}.{key}"] = array
+        return arrays
 
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for own, value in framework.items():
-            self.write("model", own, value)
+            if own.startswith(f"{GROUP}."):
+                _, place, key = own.split(".", 2)
+                inner_state.restore_setting(self._inner.param_groups[int(place)], key, value)
+            else:
+                self.write("model", own, value)
         for number, group in enumerate(self._inner.param_groups):
             common = self._common_groups.common(number)
             if common is None:

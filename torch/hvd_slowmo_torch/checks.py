@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_torch.inner_optimizer import fresh
+from hvd_slowmo_torch.inner_optimizer import check_state_dict, fresh, moved_settings
 from hvd_slowmo_torch.worker import Settings
 
 
@@ -79,6 +79,8 @@ def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> Non
 
 def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:
     """Refuse an inner optimizer that can't serve these settings, now rather than in the middle of training."""
+    check_state_dict(inner)
+    moved_settings(inner)
     for number, group in enumerate(inner.param_groups):
         if "lr" not in group:
             raise ValueError(f"parameter group {number} of the inner optimizer has no learning rate 'lr'.")

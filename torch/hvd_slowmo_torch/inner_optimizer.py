@@ -12,8 +12,11 @@ import inspect
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.optim import Optimizer
 
 
@@ -38,8 +41,99 @@ def fresh(inner: Optimizer) -> Optimizer:
 
 
 def reset(inner: Optimizer) -> None:
-    """Reset the state to its values from before the first step; rates and other settings stay."""
+    """Reset the state, and what steps move in param_groups, to the values from before the first step.
+
+    Rates and other settings stay.
+    """
     replace(inner, fresh(inner).state)
+    for group in inner.param_groups:
+        for key in moved_settings(inner):
+            group.pop(key, None)
+            if key in inner.defaults:
+                group[key] = copy.deepcopy(inner.defaults[key])
+
+
+def moved_settings(inner: Optimizer) -> tuple[str, ...]:
+    """Return the keys of param_groups whose values the optimizer's own steps change: counters, adapted values.
+
+    PyTorch's classes have none. Of others, two steps of a copy show them, before the optimizer has taken any.
+
+    Raises:
+        ValueError: one that is neither a number nor a tensor, which can be neither saved nor reset.
+    """
+    if type(inner).__module__.startswith("torch."):
+        return ()
+    if inner not in _moved:
+        _moved[inner] = tuple(sorted(_moved_by_steps(inner)))
+    return _moved[inner]
+
+
+def restore_setting(group: dict[str, Any], key: str, value: NDArray[Any]) -> None:
+    """Set a value that steps move in a parameter group.
+
+    Args:
+        value: a tensor's, or a number; NaN where the group had none.
+    """
+    current = group.get(key, 0)
+    if isinstance(current, torch.Tensor):
+        group[key] = torch.tensor(value, dtype=current.dtype, device=current.device)
+    elif np.isnan(value):
+        group.pop(key, None)
+    else:
+        number = float(value)
+        group[key] = int(number) if isinstance(current, int) and number.is_integer() else number
+
+
+_moved: WeakKeyDictionary[Optimizer, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _moved_by_steps(inner: Optimizer) -> set[str]:
+    try:
+        scratch, twins = _scratch(inner)
+        before = [dict(group) for group in copy.deepcopy(scratch.param_groups)]
+        for number in range(2):
+            for twin in twins.values():
+                twin.grad = torch.full_like(twin, number + 1.0)
+            scratch.step()
+    except Exception:  # a class of the user's own may raise anything, and takes no plain step
+        return set()
+    moved = {
+        key
+        for old, group in zip(before, scratch.param_groups, strict=True)
+        for key, value in group.items()
+        if key != "params" and not _same(old.get(key, _MISSING), value)
+    } - {"lr"}
+    for group in scratch.param_groups:
+        for key in moved & group.keys():
+            if not isinstance(group[key], (int, float, torch.Tensor)):
+                raise ValueError(
+                    f"{type(inner).__name__} keeps {key!r} in its param_groups as {type(group[key]).__name__}, which "
+                    "can be neither saved nor reset. Use another inner optimizer."
+                )
+    return moved
+
+
+_MISSING = object()
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor):
+        return isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and torch.equal(old, new)
+    return bool(old == new)
+
+
+def check_state_dict(inner: Optimizer) -> None:
+    """Refuse an optimizer whose state_dict is not in torch.optim's form: other workers could not load it.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    missing = {"state", "param_groups"} - set(inner.state_dict())
+    if missing:
+        raise ValueError(
+            f"the state_dict of {type(inner).__name__} has no {' and no '.join(map(repr, sorted(missing)))}, which "
+            "those of torch.optim have: the workers can't be given rank 0's. Wrap the torch.optim.Optimizer within it."
+        )
 
 
 def replace(inner: Optimizer, state: Mapping[torch.Tensor, Any]) -> None:
@@ -59,7 +153,7 @@ def averaged(inner: Optimizer) -> dict[str, list[tuple[torch.Tensor, torch.Tenso
     """
     try:
         stepped = _stepped(inner)
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # a class of the user's own may raise anything
         raise ValueError(
             f"inner_state='average' can't work with {type(inner).__name__}, which takes no plain step: {error}. "
             "Use inner_state='maintain' or 'reset'."
@@ -89,13 +183,23 @@ def kept(inner: Optimizer) -> dict[int, set[str]] | None:
 
 def _stepped(inner: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """Return each parameter and the state that a copy keeps for it after one step over zeros."""
-    parameters = [p for group in inner.param_groups for p in group["params"]]
-    twins = {id(p): torch.zeros_like(p, requires_grad=True) for p in parameters}
-    scratch = copy.deepcopy(inner, dict(twins))  # the memo puts the twin wherever a parameter stands
+    scratch, twins = _scratch(inner)
     for twin in twins.values():
         twin.grad = torch.zeros_like(twin)
     scratch.step()
-    return [(p, scratch.state[twins[id(p)]]) for p in parameters]
+    return [(p, scratch.state[twins[id(p)]]) for group in inner.param_groups for p in group["params"]]
+
+
+def _scratch(inner: Optimizer) -> tuple[Optimizer, dict[int, torch.Tensor]]:
+    """Return a copy over zeros in place of the parameters, and these by the parameters' ids."""
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    twins = {id(p): torch.zeros_like(p, requires_grad=True) for p in parameters}
+    memo: dict[int, Any] = dict(twins)  # puts the twin wherever a parameter stands
+    scratch = copy.deepcopy(inner, memo)
+    for name, value in vars(inner).items():  # PyTorch copies what it knows, and leaves out a subclass's own
+        if name not in vars(scratch):
+            setattr(scratch, name, copy.deepcopy(value, memo))
+    return scratch, twins
 
 
 def state_tensor(

@@ -21,6 +21,7 @@ from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.startup import start
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
+from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.checks import refuse_without_model, try_configured
 from hvd_slowmo_torch.horovod import workers
@@ -148,6 +149,7 @@ class SlowMo(Outermost, Optimizer):
     def __repr__(self) -> str:
         return f"SlowMo({self.inner_optimizer!r}, {self.config!r})"
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a graph break under torch.compile, as in the optimizers of torch.optim
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one inner step, and the outer step where it is due.
 
@@ -163,6 +165,9 @@ class SlowMo(Outermost, Optimizer):
             horovod.common.exceptions.HorovodInternalError: another worker is gone; end this one.
         """
         worker = self.worker
+        if initializes_state():
+            return None
+        refuse_foreign_checkpoints()
         worker.refuse_while_averaging("step()")
         if worker.gradients_missing and closure is None:
             if hasattr(self, "found_inf"):
@@ -343,6 +348,7 @@ class SlowMo(Outermost, Optimizer):
         Tensors are references. A state from right after an outer step or a join is common: rank 0's serves every rank.
         Any other is this rank's own, and a resume that is bitwise the run without a stop gives each rank its own.
         """
+        refuse_foreign_checkpoints()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         worker = self.worker

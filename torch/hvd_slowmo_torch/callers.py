@@ -1,0 +1,48 @@
+"""Functions of other libraries that call an optimizer for ends of their own."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+_DEPTH = 8  # PyTorch wraps a step in up to four functions: profiling, hooks, a scheduler's count
+
+_REFUSED = {
+    "torch.distributed.checkpoint.state_dict": (
+        "torch.distributed.checkpoint keeps what every optimizer has, and would lose SlowMo's anchor, momentum and "
+        "position. Save with optimizer.save(path), or state_dict() of every rank."
+    ),
+    "horovod.torch.elastic.state": (
+        "hvd.elastic.TorchState would take steps of SlowMo on behalf of its broadcasts, and restores a position that "
+        "the workers do not share. Save with optimizer.save(path), and load after a restart."
+    ),
+}
+
+
+def initializes_state() -> bool:
+    """Return whether Horovod's `broadcast_optimizer_state` takes a step, to fill an empty state.
+
+    All workers have one state since the start, so nothing is missing.
+    """
+    return "horovod.torch.functions" in _callers()
+
+
+def refuse_foreign_checkpoints() -> None:
+    """Refuse functions that would save a part of the state only.
+
+    Raises:
+        ValueError: one of them calls; it says how to save instead.
+    """
+    for module in _callers():
+        if module in _REFUSED:
+            raise ValueError(_REFUSED[module])
+
+
+def _callers() -> list[str]:
+    """Return the names of the modules whose functions are at work, the innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    found: list[str] = []
+    while frame is not None and len(found) < _DEPTH:
+        found.append(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+    return found
