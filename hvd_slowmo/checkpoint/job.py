@@ -107,7 +107,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         state = make()
         facts, arrays = facts_of(state), collect(state)
         sums = {key: checksum(value) for key, value in arrays.items()}
-        return _Collected(target, state, facts, arrays, sums), {"path": str(target), **facts}
+        return _Collected(target, state, facts, arrays, sums), {"path": str(target.absolute()), **facts}
 
     worker = agreed(saving, collected, {})
     everyone = saving.gather("sums", (worker.step, worker.sums))
@@ -129,6 +129,13 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
 
     def write_common() -> tuple[bool, dict[str, Any]]:
         if comm.rank == 0:
+            files = {rank: worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids) if id_}
+            unseen = [str(comm.ranks[rank]) for rank, file in files.items() if not file.is_file()]
+            if unseen:
+                raise CheckpointError(
+                    f"{worker.path.parent} is not one directory for all workers: rank {comm.ranks[0]} does not see the "
+                    f"files that ranks {', '.join(unseen)} have written there. Save to one that all of them see."
+                )
             # Workers of two frameworks are equal up to rounding: each has its own file, and rank 0's values serve all.
             names = common | {key for key in worker.arrays if worker.workers_equal and _equal_on_equal_workers(key)}
             write(worker.path, facts, {key: x for key, x in worker.arrays.items() if key in names}, worker.sums)

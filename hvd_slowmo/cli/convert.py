@@ -12,7 +12,7 @@ from hvd_slowmo.checkpoint.file import Arrays, is_checkpoint, read, read_plain, 
 from hvd_slowmo.checkpoint.job import check_model, write_weights
 from hvd_slowmo.checkpoint.naming import NamedTensors
 from hvd_slowmo.cli.arguments import call_named, importing_from_here, parameter_map_named
-from hvd_slowmo.errors import CommandError
+from hvd_slowmo.errors import CheckpointError, CommandError
 from hvd_slowmo.wire.parameter_map import pair
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class _Conversion:
         self._target: Path = arguments.target
         if not self._source.is_file():
             raise CommandError(f"there is no file {self._source}.")
+        if self._target.name.endswith(_CHECKPOINT) and self._target.is_file() and _is_training(self._target):
+            raise CommandError(
+                f"{self._target} is the checkpoint of a training, of which the weights alone would be left. Give "
+                "another name."
+            )
         parameter_map = parameter_map_named(arguments.map)
         self._torch: TorchFiles | None = None
         self._keras: KerasFiles | None = None
@@ -130,10 +135,19 @@ class _Conversion:
         elif name.endswith(_PLAIN):
             values = values if self._torch is None else self._torch.arrays(values)
             contiguous = {key: value.copy(order="C") for key, value in values.items()}
-            replace_atomically(self._target, lambda temporary: save_file(contiguous, temporary))
+            # Hugging Face's loaders ask for the entry.
+            replace_atomically(self._target, lambda temporary: save_file(contiguous, temporary, {"format": "pt"}))
         else:
             suffixes = ", ".join((*_TORCH, *_KERAS, _PLAIN, _CHECKPOINT))
             raise CommandError(f"the suffix of {self._target} must be one of {suffixes}.")
+
+
+def _is_training(path: Path) -> bool:
+    """Return whether a file is a checkpoint with more than weights, or a damaged one."""
+    try:
+        return is_checkpoint(path) and read(path)[0]["config"] is not None
+    except CheckpointError:
+        return True
 
 
 def _needed(files: T | None, option: str, file: Path) -> T:

@@ -52,9 +52,18 @@ def _show(arguments: argparse.Namespace) -> int:
     from hvd_slowmo_torch.interop.layers import entries_torch
 
     # isort: split
+    import keras
+    import torch
+
     from hvd_slowmo_tf.interop.layers import entries_keras
 
     torch_model, keras_model = call_named(arguments.torch), call_named(arguments.keras)
+    for name, model, kind, wanted in (
+        (arguments.torch, torch_model, torch.nn.Module, "torch.nn.Module"),
+        (arguments.keras, keras_model, keras.Model, "keras.Model"),
+    ):
+        if not isinstance(model, kind):
+            raise CommandError(f"{name} must return a {wanted}. It returned: {type(model).__name__}")
     parameter_map = parameter_map_named(arguments.map)
     torch_specs, keras_specs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
     print(_table(list(pair(torch_specs, keras_specs))))

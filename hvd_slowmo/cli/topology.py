@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from hvd_slowmo.errors import CommandError
 from hvd_slowmo.topology.checks import consecutive_nodes, topology
 from hvd_slowmo.topology.figure import describe, draw, title_of
+
+_MOST_WORKERS = 4096
 
 
 def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,6 +29,12 @@ def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _topology(arguments: argparse.Namespace) -> int:
+    if arguments.workers > _MOST_WORKERS:
+        size = arguments.workers**2 * 8 / 2**30
+        raise CommandError(
+            f"the shares of {arguments.workers} workers take {size:.0f} GiB for each step of the period. The command "
+            f"shows up to {_MOST_WORKERS} workers."
+        )
     nodes = consecutive_nodes(arguments.workers, arguments.node_size)
     array = topology(arguments.name, len(nodes))
     whole = topology(arguments.name, arguments.workers, nodes=nodes)
