@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
-import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
+from hvd_slowmo.checked_numbers import integer, real
 from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip, Topology
 from hvd_slowmo.keywords import refuse_unknown
 
@@ -117,15 +116,15 @@ class SlowMoConfig:
 
     def __post_init__(self) -> None:
         if self.tau is not None:
-            self._set("tau", _integer("tau", self.tau, 1, "a positive integer or None"))
-        self._set("alpha", _real("alpha", self.alpha, lambda a: a > 0, "a finite number > 0"))
-        self._set("beta", _real("beta", self.beta, lambda b: 0 <= b < 1, "a number in [0, 1)"))
+            self._set("tau", integer("tau", self.tau, 1, "a positive integer or None"))
+        self._set("alpha", real("alpha", self.alpha, lambda a: a > 0, "a finite number > 0"))
+        self._set("beta", real("beta", self.beta, lambda b: 0 <= b < 1, "a number in [0, 1)"))
         for name in ("nesterov", "scale_by_lr", "average"):
             _check_flag(name, getattr(self, name))
         _one_of("inner_state", self.inner_state, get_args(InnerState))
         _one_of("gradients", self.gradients, get_args(Gradients))
         _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
-        self._set("warmup_steps", _integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
+        self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         self._check_gossip()
         for warning in self._without_effect():
             warnings.warn(warning, UserWarning, stacklevel=3)
@@ -326,30 +325,6 @@ class SlowMoConfig:
             'all'
         """
         return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
-
-
-def _integer(name: str, value: Any, least: int, allowed: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={value!r}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
-    if number < least:
-        raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
-    return number
-
-
-def _real(name: str, value: Any, valid: Callable[[float], bool], allowed: str) -> float:
-    if isinstance(value, (bool, str)):
-        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={value!r}") from None
-    if not (math.isfinite(number) and valid(number)):
-        raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
-    return number
 
 
 def _check_flag(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.core.handshake import agreed
 
@@ -66,7 +67,10 @@ def weighted_mean(
     scoped = ScopedComm(comm, NAME)
 
     def make() -> tuple[tuple[Arrays, float], dict[str, Any]]:
-        return (_arrays(values, to_numpy), _checked_weight(weight)), {}
+        return (
+            _arrays(values, to_numpy),
+            real("weight", weight, lambda number: number >= 0, "a finite number >= 0"),
+        ), {}
 
     everyone: list[tuple[Arrays, float]] = scoped.gather("values", agreed(scoped, make, {}))
     counted = [(rank, *each) for rank, each in zip(comm.ranks, everyone, strict=True) if each[1] > 0]
@@ -93,16 +97,6 @@ def _arrays(values: Mapping[Any, Any], to_numpy: Callable[[Any], Any]) -> Arrays
             raise TypeError(f"{label} must be a number or a tensor of numbers. Received: {value!r}")
         found[name] = array.astype(np.float64)
     return found
-
-
-def _checked_weight(weight: Any) -> float:
-    try:
-        number = math.nan if isinstance(weight, (str, bytes)) else float(weight)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"`weight` must be a finite number >= 0. Received: weight={weight!r}")
-    return number
 
 
 def _shapes(values: Arrays) -> dict[Any, tuple[int, ...]]:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
+from hvd_slowmo.checked_numbers import number_or_nan
 from hvd_slowmo.core.gradient_average import Presence
 from hvd_slowmo.core.layout import ParameterGroups
 
@@ -31,8 +32,8 @@ class WorkerPresence:
         self.left: tuple[int, ...] = ()
 
     def rates(self) -> NDArray[np.float64]:
-        """Return the learning rate of each common group: float64 (G,)."""
-        return np.array([float(self._inner.param_groups[own]["lr"]) for own in self.groups.own])
+        """Return the learning rate of each common group, float64 (G,): NaN for what is no number."""
+        return np.array([number_or_nan(self._inner.param_groups[own]["lr"]) for own in self.groups.own])
 
     def now(self) -> Presence:
         """Return this worker's part of an exchange of gradients.
