@@ -89,4 +89,5 @@ def _spell(value: Any) -> str:
     """Return a value in a few words: Python refuses to print very long integers."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
-    return repr(value) if isinstance(value, (int, float)) else f"an object of type {type(value).__name__}"
+    own = type(value).__module__ != "builtins" or type(value) is object  # its repr may raise too
+    return f"an object of type {type(value).__name__}" if own else repr(value)
