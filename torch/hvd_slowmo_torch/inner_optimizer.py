@@ -197,7 +197,7 @@ def _scratch(inner: Optimizer) -> tuple[Optimizer, dict[int, torch.Tensor]]:
     memo: dict[int, Any] = dict(twins)  # puts the twin wherever a parameter stands
     scratch = copy.deepcopy(inner, memo)
     for name, value in vars(inner).items():  # PyTorch copies what it knows, and leaves out a subclass's own
-        if name not in vars(scratch):
+        if name not in vars(scratch) and name != "step":  # a scheduler sets that one, and it steps the original
             setattr(scratch, name, copy.deepcopy(value, memo))
     return scratch, twins
 
