@@ -57,17 +57,22 @@ def model_named(text: str, framework: Literal["PyTorch", "Keras"]) -> Any:
         Traceback (most recent call last):
         hvd_slowmo.errors.CommandError: collections:Counter must return a PyTorch model. Received: collections.Counter
     """
+    kind_of_model: Any
     if framework == "PyTorch":
-        from torch.nn import Module as Model
+        from torch import nn
+
+        kind_of_model = nn.Module
     else:
-        from keras import Layer as Model
+        import keras
+
+        kind_of_model = keras.Layer
     try:
         model = call_named(text)
     except CommandError:
         raise
     except Exception as error:  # of the user's code: it may raise anything
         raise CommandError(f"{text} has raised {spell_error(error)}") from error
-    if not isinstance(model, Model):
+    if not isinstance(model, kind_of_model):
         kind = type(model)
         raise CommandError(f"{text} must return a {framework} model. Received: {kind.__module__}.{kind.__qualname__}")
     return model
