@@ -69,7 +69,36 @@ def write(
     sums = {name: checksum(array) if sums is None else sums[name] for name, array in arrays.items()}
     text = _dump({"format": FORMAT, "facts": facts, "arrays": sums, "id": identity(facts, sums)})
     in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    replace_atomically(path, lambda temporary: save_file(in_order, temporary, metadata={_KEY: text}))
+    replace_atomically(path, lambda temporary: _save(in_order, temporary, {_KEY: text}))
+
+
+def write_plain(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays as any program reads them: a safetensors file without anything of ours.
+
+    Raises:
+        OSError: it can't be written; the old file is still there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = Path(directory) / "weights.safetensors"
+        ...     write_plain(path, {"x": np.ones(2)})
+        ...     read_plain(path)["x"].tolist()
+        [1.0, 1.0]
+    """
+    in_order = {name: array.copy(order="C") for name, array in arrays.items()}
+    # Loaders of the field refuse a file that does not say where its names and layouts come from.
+    replace_atomically(path, lambda temporary: _save(in_order, temporary, {"format": "pt"}))
+
+
+def _save(arrays: Arrays, path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(arrays, path, metadata=metadata)
+    except SafetensorError as error:  # the system's own error is in its text alone
+        code = re.search(r"\b(?:code:|os error) (\d+)", str(error))
+        number = errno.EIO if code is None else int(code.group(1))
+        text = str(error) if code is None else os.strerror(number)
+        raise OSError(number, text, str(path)) from error
 
 
 def identity(facts: Mapping[str, Any], sums: Mapping[str, str]) -> str:
@@ -121,6 +150,18 @@ def is_checkpoint(path: Path) -> bool:
         CheckpointError: it can't be read.
     """
     return isinstance(_header(path), dict)
+
+
+def is_training(path: Path) -> bool:
+    """Return whether a file is part of a training's checkpoint, of whatever version; False if it can't be read."""
+    try:
+        header = _header(path)
+    except CheckpointError:
+        return False
+    if not isinstance(header, dict):
+        return False
+    facts = header.get("facts")
+    return not isinstance(facts, dict) or "rank" in facts or facts.get("config") is not None
 
 
 _FIX = "Use another checkpoint, or a copy of this one."

@@ -101,7 +101,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
     saving = comm.scoped("save")
 
     def collected() -> tuple[_Collected, dict[str, Any]]:
-        target = Path(path)
+        target = Path(path).absolute()  # workers may have different working directories
         if target.is_dir() or not target.parent.is_dir():
             raise CheckpointError(f"`path` must be of a file in an existing directory. Received: {target}")
         state = make()

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hvd_slowmo.errors import CommandError
+from hvd_slowmo.errors import CommandError, spell_error
 from hvd_slowmo.wire.parameter_map import ParameterMap, nearest
 
 
@@ -44,6 +44,57 @@ def call_named(text: str) -> Any:
     if not callable(function):
         raise CommandError(f"{text} is not a function.")
     return function()
+
+
+def model_named(text: str, framework: Literal["PyTorch", "Keras"]) -> Any:
+    """Return the model that the function named by "module:function" makes.
+
+    Raises:
+        CommandError: as `call_named`; or the function fails, or returns no model of this framework.
+
+    Example:
+        >>> model_named("collections:Counter", "PyTorch")
+        Traceback (most recent call last):
+        hvd_slowmo.errors.CommandError: collections:Counter must return a PyTorch model. Received: collections.Counter
+    """
+    kind_of_model: Any
+    if framework == "PyTorch":
+        from torch import nn
+
+        kind_of_model = nn.Module
+    else:
+        import keras
+
+        kind_of_model = keras.Layer
+    try:
+        model = call_named(text)
+    except CommandError:
+        raise
+    except Exception as error:  # of the user's code: it may raise anything
+        raise CommandError(f"{text} has raised {spell_error(error)}") from error
+    if not isinstance(model, kind_of_model):
+        kind = type(model)
+        raise CommandError(f"{text} must return a {framework} model. Received: {kind.__module__}.{kind.__qualname__}")
+    return model
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn a refusal of the library's, within a `with` block of one documented call, into the command's one line.
+
+    Raises:
+        CommandError: for a ValueError or TypeError.
+
+    Example:
+        >>> with refusals():
+        ...     raise ValueError("`tau` must be positive. Received: 0")
+        Traceback (most recent call last):
+        hvd_slowmo.errors.CommandError: `tau` must be positive. Received: 0
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
 
 
 def parameter_map_named(text: str | None) -> ParameterMap | None:

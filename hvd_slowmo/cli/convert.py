@@ -6,13 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from safetensors.numpy import save_file
-
-from hvd_slowmo.checkpoint.file import Arrays, is_checkpoint, read, read_plain, replace_atomically
+from hvd_slowmo.checkpoint.file import Arrays, is_checkpoint, is_training, read, read_plain, write_plain
 from hvd_slowmo.checkpoint.job import check_model, write_weights
 from hvd_slowmo.checkpoint.naming import NamedTensors
-from hvd_slowmo.cli.arguments import call_named, importing_from_here, parameter_map_named
-from hvd_slowmo.errors import CheckpointError, CommandError
+from hvd_slowmo.cli.arguments import importing_from_here, model_named, parameter_map_named, refusals
+from hvd_slowmo.errors import CommandError
 from hvd_slowmo.wire.parameter_map import pair
 
 if TYPE_CHECKING:
@@ -59,28 +57,29 @@ class _Conversion:
         self._target: Path = arguments.target
         if not self._source.is_file():
             raise CommandError(f"there is no file {self._source}.")
-        if self._target.name.endswith(_CHECKPOINT) and self._target.is_file() and _is_training(self._target):
-            raise CommandError(
-                f"{self._target} is the checkpoint of a training, of which the weights alone would be left. Give "
-                "another name."
-            )
+        _check_target(self._source, self._target)
         parameter_map = parameter_map_named(arguments.map)
         self._torch: TorchFiles | None = None
         self._keras: KerasFiles | None = None
         if arguments.torch is not None:  # PyTorch first: the other way round its libraries may not load
             from hvd_slowmo_torch.interop.files import TorchFiles
 
-            self._torch = TorchFiles(call_named(arguments.torch), parameter_map)
+            torch_model = model_named(arguments.torch, "PyTorch")
+            with refusals():
+                self._torch = TorchFiles(torch_model, parameter_map)
         if arguments.keras is not None:
             from hvd_slowmo_tf.interop.files import KerasFiles
 
-            self._keras = KerasFiles(call_named(arguments.keras), parameter_map)
+            keras_model = model_named(arguments.keras, "Keras")
+            with refusals():
+                self._keras = KerasFiles(keras_model, parameter_map)
         self._models: list[NamedTensors] = [files.tensors for files in (self._torch, self._keras) if files is not None]
 
     def run(self) -> int:
         """Convert, and return the number of tensors."""
         if len(self._models) == 2:
-            list(pair(*(tensors.specs for tensors in self._models)))
+            with refusals():
+                list(pair(*(tensors.specs for tensors in self._models)))
         values = self._read()
         self._write(values)
         return len(values)
@@ -111,7 +110,7 @@ class _Conversion:
             raise CommandError(f"{self._source} has names and arrays only. Give the model: --torch or --keras.")
         specs = self._models[0].specs
         missing = [spec.name for spec in specs if spec.name not in values]
-        if missing and self._torch is not None and not set(missing) & set(values):
+        if self._torch is not None and (missing or len(values) != len(specs)):
             return self._torch.read_arrays(values, self._source)
         if missing or len(values) != len(specs):
             odd = missing or sorted(set(values) - {spec.name for spec in specs})
@@ -133,21 +132,20 @@ class _Conversion:
                 raise CommandError(f"{self._target} needs the model: give --torch or --keras MODULE:FUNCTION.")
             write_weights(self._target, self._models[0], values)
         elif name.endswith(_PLAIN):
-            values = values if self._torch is None else self._torch.arrays(values)
-            contiguous = {key: value.copy(order="C") for key, value in values.items()}
-            # Hugging Face's loaders ask for the entry.
-            replace_atomically(self._target, lambda temporary: save_file(contiguous, temporary, {"format": "pt"}))
+            write_plain(self._target, values if self._torch is None else self._torch.arrays(values))
         else:
             suffixes = ", ".join((*_TORCH, *_KERAS, _PLAIN, _CHECKPOINT))
             raise CommandError(f"the suffix of {self._target} must be one of {suffixes}.")
 
 
-def _is_training(path: Path) -> bool:
-    """Return whether a file is a checkpoint with more than weights, or a damaged one."""
-    try:
-        return is_checkpoint(path) and read(path)[0]["config"] is not None
-    except CheckpointError:
-        return True
+def _check_target(source: Path, target: Path) -> None:
+    """Refuse to replace what can't be had again: the source, or the state of a training."""
+    if target.exists() and target.samefile(source):
+        raise CommandError(f"{target} is the source itself. Give another target.")
+    if target.is_file() and is_training(target):
+        raise CommandError(
+            f"{target} is the checkpoint of a training, whose state would be lost. Give another target, or remove it."
+        )
 
 
 def _needed(files: T | None, option: str, file: Path) -> T:

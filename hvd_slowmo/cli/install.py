@@ -9,6 +9,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
+from hvd_slowmo.cli.arguments import refusals
 from hvd_slowmo.cli.console import Console
 from hvd_slowmo.installer.cache import user_cache
 from hvd_slowmo.installer.install import install_horovod
@@ -44,7 +45,8 @@ def add_install_horovod(commands: argparse._SubParsersAction[argparse.ArgumentPa
 def _install_horovod(arguments: argparse.Namespace) -> int:
     # Converted into an exception, SIGTERM unwinds the code that stops the build's processes and removes its directory.
     signal.signal(signal.SIGTERM, _terminate)
-    options = Options(mpi=arguments.mpi, nccl=arguments.nccl, rebuild=arguments.rebuild, jobs=arguments.jobs)
+    with refusals():
+        options = Options(mpi=arguments.mpi, nccl=arguments.nccl, rebuild=arguments.rebuild, jobs=arguments.jobs)
     started = time.monotonic()
     with Console(arguments.verbose) as console:
         install_horovod(options, user_cache(os.environ), os.environ, console)

@@ -14,7 +14,7 @@ from hvd_slowmo.cli.inspect import add_inspect
 from hvd_slowmo.cli.install import add_install_horovod
 from hvd_slowmo.cli.map import add_map
 from hvd_slowmo.cli.topology import add_topology
-from hvd_slowmo.errors import CommandError
+from hvd_slowmo.errors import CheckpointError, CommandError
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.version import __version__
 
@@ -28,8 +28,8 @@ _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser
     add_convert,
 )
 
-_DOCUMENTED = (CommandError, InstallError, ImportError, OSError, TypeError, ValueError)
-"""Errors of the library, of frameworks and of the system whose message is enough for a user."""
+_DOCUMENTED = (CheckpointError, CommandError, InstallError, ImportError, OSError)
+"""Errors of the library and of the system whose message is enough for a user. Any other is a bug, with a traceback."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ...
         0
     """
-    parsed = parser().parse_args(arguments)
+    parsed = argparse.Namespace(command="")
     try:
-        status: int = parsed.run(parsed)
-        sys.stdout.flush()
+        try:
+            parser().parse_args(arguments, parsed)
+            status: int = parsed.run(parsed)
+        finally:
+            sys.stdout.flush()  # of --help too: an error at Python's own end would be a traceback
     except KeyboardInterrupt:
         print("hvd-slowmo: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.cli.arguments import call_named, importing_from_here, parameter_map_named
+from hvd_slowmo.cli.arguments import importing_from_here, model_named, parameter_map_named, refusals
 from hvd_slowmo.cli.table import table
 from hvd_slowmo.errors import CommandError
 from hvd_slowmo.interop.compare import Difference, compare
@@ -57,19 +57,17 @@ def _show(arguments: argparse.Namespace) -> int:
 
     from hvd_slowmo_tf.interop.layers import entries_keras
 
-    torch_model, keras_model = call_named(arguments.torch), call_named(arguments.keras)
-    for name, model, kind, wanted in (
-        (arguments.torch, torch_model, torch.nn.Module, "torch.nn.Module"),
-        (arguments.keras, keras_model, keras.Model, "keras.Model"),
-    ):
-        if not isinstance(model, kind):
-            raise CommandError(f"{name} must return a {wanted}. It returned: {type(model).__name__}")
+    torch_model, keras_model = model_named(arguments.torch, "PyTorch"), model_named(arguments.keras, "Keras")
     parameter_map = parameter_map_named(arguments.map)
-    torch_specs, keras_specs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
-    print(_table(list(pair(torch_specs, keras_specs))))
-    copy_to_keras(torch_model, keras_model, parameter_map)
+    with refusals():
+        torch_specs, keras_specs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
+        pairs = list(pair(torch_specs, keras_specs))
+    print(_table(pairs))
+    with refusals():
+        copy_to_keras(torch_model, keras_model, parameter_map)
     inputs = _batch(keras_model, arguments)
-    output, gradients = compare(torch_model, torch_specs, keras_model, keras_specs, inputs)
+    with refusals():
+        output, gradients = compare(torch_model, torch_specs, keras_model, keras_specs, inputs)
     print(f"\nlargest difference of the outputs: {_spell(output)}")
     print("largest difference of a gradient, tensor by tensor:")
     width = max((len(gradient.name) for gradient in gradients), default=0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from hvd_slowmo.cli.arguments import refusals
 from hvd_slowmo.errors import CommandError
 from hvd_slowmo.topology.checks import consecutive_nodes, topology
 from hvd_slowmo.topology.figure import describe, draw, title_of
 
-_MOST_WORKERS = 4096
+_MOST_WORKERS = 2048
+"""Its matrices take 34 MB each; the eigenvalues of larger ones take minutes."""
 
 
 def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,16 +32,18 @@ def add_topology(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _topology(arguments: argparse.Namespace) -> int:
     if arguments.workers > _MOST_WORKERS:
-        size = arguments.workers**2 * 8 / 2**30
+        size = 8 * arguments.workers**2 / 1e9
         raise CommandError(
-            f"the shares of {arguments.workers} workers take {size:.0f} GiB for each step of the period. The command "
-            f"shows up to {_MOST_WORKERS} workers."
+            f"each matrix for {arguments.workers} workers would take {size:.3g} GB: at most {_MOST_WORKERS} can "
+            "be shown."
         )
-    nodes = consecutive_nodes(arguments.workers, arguments.node_size)
-    array = topology(arguments.name, len(nodes))
-    whole = topology(arguments.name, arguments.workers, nodes=nodes)
+    with refusals():
+        nodes = consecutive_nodes(arguments.workers, arguments.node_size)
+        array = topology(arguments.name, len(nodes))
+        whole = topology(arguments.name, arguments.workers, nodes=nodes)
     print(describe(arguments.name, array, whole))
     if arguments.out:
-        draw(title_of(arguments.name, array, whole), whole, arguments.out)
+        with refusals():
+            draw(title_of(arguments.name, array, whole), whole, arguments.out)
         print(f"drawn into {arguments.out}")
     return 0

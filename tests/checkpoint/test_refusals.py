@@ -1,6 +1,8 @@
 """Damaged checkpoints and those of another training are refused, and nothing is touched then."""
 
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -115,3 +117,21 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, monkeypatch):
         optimizer.save(folder / "newer")
     with pytest.raises(CheckpointError, match="has format 3, this version of hvd-slowmo reads format 2"):
         optimizer.load(folder / "newer")
+
+
+def test_relative_paths_in_different_working_directories_are_refused(tmp_path, monkeypatch):
+    """Thread by thread, because a process has one working directory."""
+    here = threading.local()
+    original = os.getcwd
+    monkeypatch.setattr(os, "getcwd", lambda: getattr(here, "directory", None) or original())
+
+    def work(comm):
+        directory = tmp_path / f"rank{comm.rank}"
+        directory.mkdir()
+        here.directory = str(directory)
+        _, optimizer = build(RESET, comm, comm.rank)
+        with pytest.raises(ValueError, match=r"rank 1 differs from rank 0: path: it has '.*rank1/checkpoint'"):
+            optimizer.save("checkpoint")
+        assert not list(directory.iterdir())
+
+    ThreadWorld(2).run(work)

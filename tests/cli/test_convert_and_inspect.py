@@ -1,12 +1,17 @@
 """`hvd-slowmo inspect` and `hvd-slowmo convert`."""
 
+import errno
+import resource
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_model as load_torch_model
 from safetensors.torch import save_file as save_torch_file
+from safetensors.torch import save_model as save_torch_model
 from torch import nn
 
 # isort: split
@@ -45,6 +50,11 @@ def half():
 def theirs_half():
     layers = [kl.Dense(3, dtype="bfloat16"), kl.Dense(2, dtype="bfloat16")]
     return keras.Sequential([keras.Input((2,), dtype="bfloat16"), *layers])
+
+def tied():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
+    model[1].weight = model[0].weight
+    return model
 
 same = ParameterMap()
 """
@@ -293,3 +303,63 @@ def test_inspect_holds_one_files_arrays_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(safefile, "read", watched(safefile.read))
     assert main(["inspect", "own"]) == 0
     assert len(held) > 8
+
+
+def test_a_training_or_the_source_is_never_replaced(folder, capsys):
+    saved(folder / "own", 2, 3)
+    (part, *_) = sorted(folder.glob("own.rank*"))
+    part.rename(folder / "part.safetensors")
+    (folder / "other.slowmo").write_bytes((folder / "checkpoint").read_bytes())
+    (folder / "link.slowmo").symlink_to("other.slowmo")
+    before = files(folder / "other.slowmo")
+    for source, target, message in (
+        ("other.slowmo", "other.slowmo", "is the source itself"),
+        ("other.slowmo", "link.slowmo", "is the source itself"),
+        ("weights.pt", "weights.pt", "is the source itself"),
+        ("weights.pt", "other.slowmo", "is the checkpoint of a training"),
+        ("weights.pt", "part.safetensors", "is the checkpoint of a training"),
+    ):
+        assert main(["convert", source, target, *TORCH]) == 1
+        assert message in capsys.readouterr().err
+    assert files(folder / "other.slowmo") == before
+    convert("weights.pt", "start.slowmo", *TORCH)
+    convert("weights.pt", "start.slowmo", *TORCH)
+
+
+def test_plain_weights_and_tied_ones_are_what_other_loaders_take(folder):
+    from convert_command_models import tied
+
+    options = ("--torch", "convert_command_models:tied")
+    torch.manual_seed(1)
+    expected = tied()
+    save_torch_model(expected, folder / "published.safetensors")
+    convert("published.safetensors", "a.pt", *options)
+    convert("a.pt", "b.safetensors", *options)
+    convert("b.safetensors", "c.slowmo", *options)
+    convert("c.slowmo", "d.safetensors", *options)
+    both = {name: x.clone() for name, x in expected.state_dict().items()}
+    save_torch_file(both, folder / "both.safetensors")
+    convert("both.safetensors", "e.safetensors", *options)
+    assert same(torch.load("a.pt"), dict(expected.state_dict()))
+    for name in ("b", "d", "e"):
+        with safe_open(folder / f"{name}.safetensors", framework="np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+        model = tied()
+        assert load_torch_model(model, folder / f"{name}.safetensors") == (set(), [])
+        assert same(dict(model.state_dict()), dict(expected.state_dict()))
+
+
+def test_a_full_disk_is_an_os_error_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safefile.write_plain(path, {"x": np.ones(2)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        for write in (safefile.write_plain, lambda path, arrays: safefile.write(path, {}, arrays)):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write(path, {"x": np.ones(100_000)})
+            assert caught.value.errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert safefile.read_plain(path)["x"].tolist() == [1.0, 1.0]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -25,6 +25,9 @@ def other():
 def wider():
     return theirs(units=4)
 
+def broken():
+    return 1 / 0
+
 def tokens():
     return nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 3))
 
@@ -56,6 +59,15 @@ def test_the_command_prints_the_map_and_how_far_the_models_are_apart(tmp_path, m
     status, out, _ = run("ours", "other")
     assert status == 1
     assert "The outputs differ by more than rounding." in out
+    for arguments, message in {
+        ("theirs", "theirs"): "map_command_models:theirs must return a PyTorch model. Received: keras.",
+        ("ours", "ours"): "map_command_models:ours must return a Keras model. Received: torch.",
+        ("broken", "theirs"): "map_command_models:broken has raised ZeroDivisionError",
+    }.items():
+        status, _, error = run(*arguments)
+        assert status == 1
+        assert message in error
+        assert error.count("\n") == 1
     status, _, error = run("ours", "wider")
     assert status == 1
     assert error.startswith("hvd-slowmo map: 1.linear.weight (3.weight and net/out/kernel) has shape")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import os
+import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -56,6 +59,7 @@ def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Any, monke
     assert "'ring'" in shown(capsys, "bipartite", "-m", "7", status=1)
     assert "one of 'exponential'" in shown(capsys, "cube", "-m", "8", status=1)
     assert "positive" in shown(capsys, "ring", "-m", "0", status=1)
+    assert "28.8 GB: at most 2048" in shown(capsys, "full", "-m", "60000", status=1)
     assert "whole number of nodes" in shown(capsys, "ring", "-m", "7", "--node-size", "2", status=1)
     for out in (tmp_path / "none" / "a.png", tmp_path / "a.unknown"):
         assert cli.main(["topology", "ring", "-m", "3", "--out", str(out)]) == 1
@@ -90,3 +94,25 @@ def test_command_draws(capsys: pytest.CaptureFixture[str], tmp_path: Any, argume
     assert f"drawn into {path}" in shown(capsys, *arguments, "--out", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
+
+
+def test_a_bug_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(*_: object) -> str:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("hvd_slowmo.cli.topology.describe", describe)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["topology", "ring", "-m", "4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--help"], ["topology", "exponential", "-m", "4"]])
+def test_a_reader_that_has_ended_is_no_traceback(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hvd_slowmo.cli.main", *arguments]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=buffered)
+    os.close(writing)
+    assert result.stderr == ""
+    assert result.returncode == 128 + signal.SIGPIPE

@@ -52,13 +52,32 @@ class TorchFiles:
     def write(self, values: Arrays, path: Path) -> None:
         """Write a state_dict of these values."""
         state = self._state(values)
-        replace_atomically(path, lambda temporary: torch.save(state, temporary))
+
+        def save(temporary: Path) -> None:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # from PyTorch's own writer, on a full disk for instance
+                raise OSError(f"{path} can't be written: {error}") from error
+
+        replace_atomically(path, save)
 
     def arrays(self, values: Arrays) -> Arrays:
-        """Return the values by PyTorch's names."""
-        return {name: array_of(x).copy() for name, x in self._state(values).items()}
+        """Return the values by PyTorch's names, a tied tensor under the first in order only, as safetensors does."""
+        state = self._state(values)
+        extra = {name for names in self._tied() for name in names[1:]}
+        return {name: array_of(x).copy() for name, x in state.items() if name not in extra}
+
+    def _tied(self) -> list[list[str]]:
+        """Return the names of each tensor that has several, sorted."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in sorted(self._model.state_dict(keep_vars=True).items()):
+            names.setdefault(id(tensor), []).append(name)
+        return [same for same in names.values() if len(same) > 1]
 
     def _load(self, state: dict[str, torch.Tensor], path: Path) -> Arrays:
+        for names in self._tied():
+            present = [name for name in names if name in state]
+            state = {**state, **{name: state[present[0]] for name in names if present and name not in state}}
         try:
             self._model.load_state_dict({**self._tied(state), **state})
         except RuntimeError as error:
