@@ -246,13 +246,7 @@ def replace_atomically(path: Path, write_to: Callable[[Path], object]) -> None:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # the user's default; the library makes files private
-        try:
-            write_to(temporary)
-        except SafetensorError as error:  # the library has errors of its own for a full disk
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        write_to(temporary)
         temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)

@@ -107,7 +107,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         state = make()
         facts, arrays = facts_of(state), collect(state)
         sums = {key: checksum(value) for key, value in arrays.items()}
-        return _Collected(target, state, facts, arrays, sums), {"path": str(target.absolute()), **facts}
+        return _Collected(target, state, facts, arrays, sums), {"path": str(target), **facts}
 
     worker = agreed(saving, collected, {})
     everyone = saving.gather("sums", (worker.step, worker.sums))

@@ -52,8 +52,6 @@ def _show(arguments: argparse.Namespace) -> int:
     from hvd_slowmo_torch.interop.layers import entries_torch
 
     # isort: split
-    import keras
-    import torch
 
     from hvd_slowmo_tf.interop.layers import entries_keras
 

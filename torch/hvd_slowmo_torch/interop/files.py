@@ -79,22 +79,10 @@ class TorchFiles:
             present = [name for name in names if name in state]
             state = {**state, **{name: state[present[0]] for name in names if present and name not in state}}
         try:
-            self._model.load_state_dict({**self._tied(state), **state})
+            self._model.load_state_dict(state)
         except RuntimeError as error:
             raise CommandError(f"{path} is of another model: {error}") from error
         return read_torch(self._model, self.tensors.specs)
-
-    def _tied(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the values of tied tensors of which the file has another name only."""
-        names: dict[int, list[str]] = {}
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
-            names.setdefault(id(tensor), []).append(name)
-        return {
-            name: state[present[0]]
-            for tied in names.values()
-            if (present := [each for each in tied if each in state])
-            for name in tied
-        }
 
     def _state(self, values: Arrays) -> dict[str, Any]:
         write_torch(self._model, self.tensors.specs, values)
