@@ -39,3 +39,9 @@ def distinct_name(comm: Comm, name: object) -> str:
             distinct = f"{given}.{number}"
         taken.add(distinct)
     return distinct
+
+
+def forget() -> None:
+    """Begin anew, where several trainings follow each other in one process. Every worker does so at the same time."""
+    with _lock:
+        _taken.clear()

@@ -4,6 +4,7 @@ import importlib
 import os
 import pickle
 
+from hvd_slowmo.comm import naming
 from support.pool import Failed
 
 
@@ -19,6 +20,7 @@ def main() -> None:
         except EOFError:
             break
         module, name = job.split(":")
+        naming.forget()  # every job is a training of its own
         try:
             result = getattr(importlib.import_module(module), name)(**arguments)
         except Exception as error:

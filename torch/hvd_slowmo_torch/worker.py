@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class TorchWorker:
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
-        self.store = TorchStore(layout, self.inner, names, self._buffers)
+        self.store = TorchStore(layout, self.inner, names, partial(_floating_buffers, self.model))
         on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
         runtime = Runtime(
             self.config,
@@ -159,9 +160,6 @@ class TorchWorker:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
 
-    def _buffers(self) -> set[str]:
-        return {name for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
-
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""
         if self.averaging:
@@ -187,3 +185,8 @@ class TorchWorker:
         seen = Observed(*self.progress.observed.tolist())
         self._metrics = metrics_of(seen, int(self.progress.step), waited - self._metered[1], sent - self._metered[0])
         self._metered = (sent, waited)
+
+
+# No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
+def _floating_buffers(model: nn.Module) -> set[str]:
+    return {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
