@@ -57,9 +57,7 @@ class InnerOptimizer:
 
     def show_averages(self, averages: list[keras.Variable]) -> None:
         """Let Keras' SwapEMAWeights find the moving average of the weights, which it looks for in here."""
-        vars(self.optimizer)["_model_variables_moving_average"] = (
-            averages  # setattr would track them twice
-        )
+        vars(self.optimizer)["_model_variables_moving_average"] = averages  # setattr would track them twice
 
     def reset(self) -> None:
         """Give the state, and the step of its bias correction, its values from before the first step; in a trace."""
