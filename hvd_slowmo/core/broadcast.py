@@ -24,6 +24,7 @@ def take_from(
         comm: the workers; None for all.
     """
     workers, store = comm or runtime.comm, runtime.store
+    store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters are given too
     for chunk in runtime.layout.chunks:
         if chunk.role in roles:
             values = runtime.ops.cond(

@@ -120,7 +120,8 @@ def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ..
 
     Raises:
         TypeError: an argument is no SlowMo optimizer.
-        ValueError: no optimizer, or one twice; or as in `SlowMo.join`, on every rank.
+        ValueError: no optimizer, one twice, or two that average the same buffers; or as in `SlowMo.join`, on every
+            rank.
 
     Example:
         >>> import torch
@@ -136,6 +137,16 @@ def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ..
             raise TypeError(f"join() takes SlowMo optimizers. Received: {type(optimizer).__name__}")
     if not optimizers or len({id(optimizer.worker) for optimizer in optimizers}) < len(optimizers):
         raise ValueError(f"join() takes one or more different optimizers. Received: {len(optimizers)} of them.")
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        statistics = optimizer.worker.averaged_ids()
+        if statistics & seen:
+            raise ValueError(
+                "two of the optimizers average the same buffers, which would end as another mean on each worker. Give "
+                "each optimizer its own part of the model, or leave the buffers to one of them: "
+                'SlowMo(..., statistics={"*": False}) for the others.'
+            )
+        seen |= statistics
     return _at_once([lambda each=each: each.join(leaving=leaving) for each in optimizers])  # type: ignore[misc]
 
 

@@ -159,10 +159,16 @@ class Machine:
             return ops.cond(found.weight > 0, lambda: self._mean(meeting, progress), nobody_has_steps)
 
         def nobody_has_steps() -> Progress:
-            # Nothing to average, unless a worker with steps is excluded: then it needs the others' parameters.
-            if self.config.nonfinite != "exclude":
-                return progress
-            return ops.cond(found.counted == self._comm.size, lambda: progress, plain_mean)
+            # Nothing to average, unless a worker with steps is excluded, or one was given other values: then their
+            # parameters are not those of the others.
+            reasons = [found.counted < self._comm.size] if self.config.nonfinite == "exclude" else []
+            reasons += [found.entered] if self.runtime.watches else []
+            needed = reasons[0] | reasons[1] if len(reasons) == 2 else reasons[0] if reasons else False
+            return ops.cond(needed, plain_mean, stay)
+
+        def stay() -> Progress:
+            self._store.settle(equal=True)
+            return progress
 
         def plain_mean() -> Progress:
             return self._mean(self._meetings.meet(progress, clock, PLAIN_AVERAGE), progress)
@@ -298,7 +304,10 @@ class Machine:
         if written is not anchor:
             # The block began at what half precision kept of the anchor. The rounding is no progress of the block:
             # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum.
-            mean = mean + (anchor - written)
+            own_mean, rounding = mean, anchor - written
+            mean = mean + rounding
+            if self.runtime.watches:  # values from outside have nothing to do with the old anchor
+                mean = self._ops.choose(meeting.verdict.entered, lambda: own_mean, mean)
         if self.runtime.watches:  # values from outside are no progress of the block: it begins at the mean
             entered, mine = meeting.verdict.entered, v
             anchor = self._ops.choose(entered, lambda: mean + 0, anchor)

@@ -103,6 +103,49 @@ def test_loaded_values_are_no_progress(how, caplog):
     assert ("given other values from outside on rank 0, rank 1" in caplog.text) == (how == "load")
 
 
+@pytest.mark.parametrize("how", ["load", "restart"])
+def test_values_loaded_where_a_join_had_nothing_to_average(how):
+    """The epoch is a multiple of tau: the join writes nothing, and what is loaded after it is noticed all the same."""
+
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(2):
+            step(model, optimizer, -1.0)
+        optimizer.join()
+        model.load_state_dict({"weight": torch.full((1, 1), 1.0 + (comm.rank if how == "restart" else 0))})
+        if how == "restart":
+            optimizer.restart()
+        for _ in range(6):
+            step(model, optimizer, 0.0)
+        return model.weight.item()
+
+    assert ThreadWorld(2).run(work) == [1.0, 1.0]
+
+
+def test_values_on_one_worker_between_two_joins_do_not_leave_it_apart():
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        optimizer.join()
+        if comm.rank == 1:
+            model.load_state_dict({"weight": torch.ones(1, 1)})
+        optimizer.join()
+        return model.weight.item()
+
+    assert ThreadWorld(2).run(work) == [0.5, 0.5]
+
+
+def test_a_restart_reaches_frozen_parameters():
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=1, beta=0.5)
+        model.weight.requires_grad_(False)
+        optimizer.step()  # from here on it is held
+        model.load_state_dict({"weight": torch.full((1, 1), 5.0 + comm.rank)})
+        optimizer.restart()
+        return model.weight.item()
+
+    assert ThreadWorld(2).run(work) == [5.0, 5.0]
+
+
 def test_values_loaded_after_a_join_are_no_progress_and_end_the_momentum():
     def work(comm):
         model, optimizer = one_weight(comm, tau=2, beta=0.5)

@@ -45,6 +45,18 @@ def test_without_any_batch_nothing_changes():
     assert ThreadWorld(2).run(work) == [7.0, 7.0]
 
 
+def test_a_pass_that_fails_on_one_worker_is_an_error_on_all():
+    def work(comm):
+        model = nn.Sequential(nn.BatchNorm1d(1))
+        with pytest.raises(ValueError, match="expected 2D" if comm.rank else "another worker's pass"):
+            slowmo.recompute_statistics(
+                model, [*batches(0, 1), torch.ones(1)] if comm.rank else batches(0, 1), comm=comm
+            )
+        return model[0].running_mean.item()
+
+    assert ThreadWorld(2).run(work) == [0.0, 0.0]
+
+
 def test_other_models_are_an_error_on_every_rank():
     def work(comm):
         model = nn.Sequential(*(nn.BatchNorm1d(1) for _ in range(1 + comm.rank)))

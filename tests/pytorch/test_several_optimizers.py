@@ -55,6 +55,15 @@ def test_nonsense_is_refused():
         slowmo.join(one, torch.optim.Adam(one.worker.model.parameters()))
 
 
+def test_buffers_of_two_optimizers_are_refused():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1))
+    inner = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    both = [slowmo.SlowMo(each, model, tau=2) for each in inner]
+    with pytest.raises(ValueError, match=r"average the same buffers.*statistics=\{\"\*\": False\}"):
+        slowmo.join(*both)
+    slowmo.join(both[0], slowmo.SlowMo(inner[1], model, tau=2, statistics={"*": False}))
+
+
 def test_a_name_is_given_once():
     def work(comm):
         names = [several.optimizer({"tau": 2}, comm, seed).worker.comm.name for seed in range(3)]

@@ -287,6 +287,10 @@ class KerasWorker:
         if self.left:
             raise RuntimeError(f"ranks {list(self.left)} have left in join(leaving=True): nothing can be averaged.")
 
+    def averaged_ids(self) -> set[int]:
+        """Return ids of the variables that are averaged without being trained."""
+        return {id(ref.variable) for ref in self.ready().assembly.layout.refs_of("statistic")}
+
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within `averaged_parameters()`."""
         if self.averaging:

@@ -36,7 +36,8 @@ def recompute_statistics(
         comm: as given to `SlowMo`.
 
     Raises:
-        ValueError: on every rank, if the workers' models have other BatchNorm layers.
+        ValueError: on every rank, if the workers' models have other BatchNorm layers, or the pass fails on one, which
+            raises its own error; all layers are as before then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
@@ -59,8 +60,18 @@ def recompute_statistics(
         if tensor is not None
     }
     before = {name: tensor.clone() for name, tensor in statistics.items()}
-    torch.optim.swa_utils.update_bn(counted(), model, device)
+    error: Exception | None = None
+    try:
+        torch.optim.swa_utils.update_bn(counted(), model, device)
+    except Exception as caught:  # a worker that fails alone must not leave the others waiting
+        error = caught
+    told = mean({"failed": float(error is not None), "seen": float(seen)}, process_set=process_set, comm=comm)
+    if told["failed"] or not told["seen"]:
+        for name, tensor in statistics.items():
+            tensor.copy_(before[name])
+        if told["failed"]:
+            raise error or ValueError("another worker's pass over its batches has failed; look at its output.")
+        return
     means = mean(dict(statistics), weight=seen, process_set=process_set, comm=comm)
-    nobody = any(value.isnan().any() for value in means.values())  # had a batch, and update_bn has reset the layers
     for name, tensor in statistics.items():
-        tensor.copy_((before if nobody else means)[name])
+        tensor.copy_(means[name])

@@ -161,7 +161,8 @@ class TorchStore:
     def settle(self, equal: bool = False) -> None:
         for segment, refs in zip(self.layout.segments, self._refs, strict=True) if self.watch.held else ():
             for ref, start in zip(refs, segment.offsets, strict=False):
-                if segment.role == "parameter" and id(ref.find()) in self.watch.held:
+                parameter = ref.find()
+                if segment.role == "parameter" and id(parameter) in self.watch.held and not parameter.requires_grad:
                     self._begin_anew(ref, segment, start)
         self.watch.settle(equal)
 

@@ -54,7 +54,9 @@ class ModelWatch:
             return
         tensors = self._tensors()
         if [p._version for p in tensors] != self._versions:
-            self._entered = self._entered or not torch.equal(_norms(tensors), self._norms)
+            self._entered = self._entered or not torch.allclose(
+                _norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True
+            )
         self._norms = None
 
     def hold(self, moved: Vector) -> None:
@@ -102,5 +104,6 @@ def _form(ref: TensorRef) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return a number for each tensor, which another value would change."""
-    return torch.stack([norm.double().cpu() for norm in torch._foreach_norm([p.detach() for p in tensors])])
+    """Return a number for each tensor, which other values change but for rare cases (a permutation, other signs)."""
+    values = [p.detach() if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in tensors]
+    return torch.stack([norm.double().cpu() for norm in torch._foreach_norm(values)])

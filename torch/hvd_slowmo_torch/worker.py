@@ -160,6 +160,10 @@ class TorchWorker:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
 
+    def averaged_ids(self) -> set[int]:
+        """Return ids of the tensors that are averaged without being trained."""
+        return {id(ref.find()) for ref in self.assembly.layout.refs_of("statistic")}
+
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""
         if self.averaging:
