@@ -124,6 +124,7 @@ class SlowMo(Outermost, Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        refuse_foreign_checkpoints()  # PyTorch's look at it before they change gradients and rates
         return self.inner_optimizer.state
 
     @property
@@ -351,11 +352,7 @@ class SlowMo(Outermost, Optimizer):
         refuse_foreign_checkpoints()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        worker = self.worker
-        own = slowmo_state.pack(
-            self.config, worker.assembly.machine.layout, worker.comm, worker.progress, worker.store.vectors
-        )
-        state = {**self.inner_optimizer.state_dict(), slowmo_state.KEY: own}
+        state = {**self.inner_optimizer.state_dict(), slowmo_state.KEY: slowmo_state.pack(self.worker)}
         for after in self._optimizer_state_dict_post_hooks.values():
             state = _returned(after(self, state), state)
         return state
@@ -378,7 +375,7 @@ class SlowMo(Outermost, Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
-            worker.settle(slowmo_state.restore(saved, worker.store.vectors))
+            worker.settle(slowmo_state.restore(saved, worker.store.vectors, worker.inner))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

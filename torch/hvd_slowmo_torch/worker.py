@@ -27,6 +27,7 @@ from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.progress import Observed, Progress
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
@@ -87,6 +88,7 @@ class TorchWorker:
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
+        self._resets = self.config.inner_state == "reset" or self.config.nonfinite == "exclude"
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         self.store = TorchStore(layout, self.inner, names, partial(_floating_buffers, self.model))
         on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
@@ -125,7 +127,8 @@ class TorchWorker:
         rates = self.presence.rates()
         self.store.watch.look()
         try:
-            result = take_inner_step()
+            with inner_settings.watched(self.inner, resets=self._resets):
+                result = take_inner_step()
             with torch.no_grad():
                 self.progress = self.assembly.machine.after_inner_step(
                     self.progress,
