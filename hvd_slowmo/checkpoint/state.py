@@ -289,7 +289,9 @@ def _take_optimizer(state: WorkerState, kind: str, left: Arrays, rates: NDArray[
     own = state.optimizer
     saved = {name: left.pop(name) for name in list(left) if name.startswith("optimizer_state/")}
     everyones = {name.rsplit("/", 1)[1]: saved.pop(name) for name in list(saved) if name.split("/")[1] == SETTINGS}
-    settings = {framework: value for framework, value in everyones.items() if framework == state.framework}
+    settings: dict[str, NDArray[Any]] = {
+        framework: value for framework, value in everyones.items() if framework == state.framework
+    }
     if not saved and not settings:
         return {}
     if kind != own.name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,7 @@ class SlowMo(Outermost, Optimizer):
         self.inner_optimizer = inner_optimizer
         self.config = config
         self.worker = TorchWorker(inner_optimizer, model, given, comm)
+        self.worker.optimizer = weakref.ref(self)
         start(StartingTorchWorker(self.worker), self.worker.comm)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
@@ -240,7 +242,7 @@ class SlowMo(Outermost, Optimizer):
         presence.joining, presence.leaving = True, leaving
         try:
             with torch.no_grad():
-                joining, assembly = JoiningTorchWorker(worker, self, scaler), worker.assembly
+                joining, assembly = JoiningTorchWorker(worker, worker.optimizer() or self, scaler), worker.assembly
                 left = take_part(assembly.machine, assembly.averages, joining, int(leaving))
         finally:
             presence.joining = presence.leaving = False

@@ -6,15 +6,19 @@ it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
+from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
@@ -36,6 +40,10 @@ from hvd_slowmo_torch.store import TorchGradients, TorchStore
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
+
+_LARGEST_RATE = float(np.finfo(np.float32).max)  # PyTorch refuses greater ones for parameters in float32
+
+logger = logging.getLogger("hvd_slowmo")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class TorchWorker:
     assembly: Assembly[TensorRef]
     store: TorchStore
     hooks: GradientHooks
+    optimizer: Callable[[], Optimizer | None]  # a weak reference to the SlowMo optimizer
     progress: Progress
 
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
@@ -124,11 +133,13 @@ class TorchWorker:
         plan = self.assembly.machine.plan(self.progress)
         if plan.outer or plan.mix or plan.check:
             self.presence.refuse_if_left()
-        rates = self.presence.rates()
+        rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
         self.store.watch.look()
         try:
-            with inner_settings.watched(self.inner, resets=self._resets):
-                result = take_inner_step()
+            result = None
+            if usable:
+                with inner_settings.watched(self.inner, resets=self._resets):
+                    result = take_inner_step()
             with torch.no_grad():
                 self.progress = self.assembly.machine.after_inner_step(
                     self.progress,
@@ -141,6 +152,30 @@ class TorchWorker:
         if self.settings.metrics and plan.outer:
             self._measure()
         return result
+
+    def _usable_rates(self, *, meets: bool) -> tuple[NDArray[np.float64], bool]:
+        """Return the learning rates, and whether a step can be taken with them.
+
+        A rate that no step can take (a text, 1e400) would raise from within the inner optimizer, here alone and while
+        the others wait. Such a step is left out, and the others refuse the NaN together when they meet.
+
+        Args:
+            meets: the workers will meet and compare their rates.
+
+        Raises:
+            ValueError: a rate is unusable, and nobody else will hear of it.
+        """
+        rates = self.presence.rates()
+        unusable = ~(np.abs(rates) <= _LARGEST_RATE)
+        if not unusable.any():
+            return rates, True
+        group = int(self.presence.groups.own[int(unusable.argmax())])
+        words = f"no step can be taken with the learning rate of parameter group {group}: it must be a finite number."
+        received = spell_value(self.inner.param_groups[group]["lr"])
+        if self.comm.size == 1 or not meets:
+            raise ValueError(f"{self.comm.name}: {words} Received: lr={received}")
+        logger.error("%s: %s Received: lr=%s", self.comm.name, words, received)
+        return np.where(unusable, np.nan, rates), False
 
     @property
     def gradients_missing(self) -> bool:
