@@ -201,6 +201,27 @@ def test_set_optimizer_state_dict_is_refused_before_it_changes_rates_or_gradient
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_state_that_rank_0_alone_has_loaded_is_no_matter_of_horovods_broadcast():
+    """Ranks without state would leave Horovod's function while rank 0 waits in it."""
+    scope = {"__name__": "horovod.torch.functions"}
+    exec("def broadcast_optimizer_state(optimizer): return optimizer.state_dict()", scope)
+
+    def work(comm):
+        model, optimizer = make(SGD, comm)
+        scope["broadcast_optimizer_state"](optimizer)
+        train(model, optimizer, comm.rank, 2)
+        saved = optimizer.state_dict()
+        model, optimizer = make(SGD, comm)
+        if comm.rank == 0:
+            optimizer.load_state_dict(saved)
+        scope["broadcast_optimizer_state"](optimizer)
+
+    for kind, said in raised(work):
+        assert kind is ValueError
+        assert "rank 1 differs from rank 0: steps at hvd.broadcast_optimizer_state" in said
+        assert "it has 0 where 2 is expected" in said
+
+
 class Wrapping:
     """Wrapper that copies an optimizer's attributes, as Lightning's does; counts the steps that are taken with it."""
 

@@ -352,6 +352,8 @@ class SlowMo(Outermost, Optimizer):
         Any other is this rank's own, and a resume that is bitwise the run without a stop gives each rank its own.
         """
         refuse_foreign_checkpoints()
+        if initializes_state():
+            self.worker.compare_states()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state = {**self.inner_optimizer.state_dict(), slowmo_state.KEY: slowmo_state.pack(self.worker)}

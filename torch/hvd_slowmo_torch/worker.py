@@ -24,6 +24,7 @@ from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.assembly import Assembly, assemble
 from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.handshake import agree
 from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.ops import EagerOps
@@ -201,6 +202,18 @@ class TorchWorker:
     def averaged_ids(self) -> set[int]:
         """Return ids of the tensors that are averaged without being trained."""
         return {id(ref.find()) for ref in self.assembly.layout.refs_of("statistic")}
+
+    def compare_states(self) -> None:
+        """Refuse a broadcast of the optimizer's state that would have to move something. A collective.
+
+        Horovod broadcasts only what rank 0 has, and a rank without state would not even take part.
+
+        Raises:
+            ValueError: on every rank, if they are not at the same step or not all have inner state.
+        """
+        place = "hvd.broadcast_optimizer_state, before which a state is loaded on every rank, or before SlowMo is made"
+        facts = {f"steps at {place}": int(self.progress.step), f"inner state at {place}": bool(self.inner.state)}
+        agree(self.comm.scoped("broadcast"), facts, {}, None)
 
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""
