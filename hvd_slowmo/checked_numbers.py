@@ -30,13 +30,13 @@ def integer(name: str, value: Any, least: int, allowed: str) -> int:
     try:
         number = operator.index(value)
     except Exception:  # an object of the user's own may raise anything
-        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={_spell(value)}") from None
+        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={spell_value(value)}") from None
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
     if number > _LARGEST:
-        raise ValueError(f"`{name}` must be {allowed}, at most {_LARGEST}. Received: {name}={_spell(number)}")
+        raise ValueError(f"`{name}` must be {allowed}, at most {_LARGEST}. Received: {name}={spell_value(number)}")
     if number < least:
-        raise ValueError(f"`{name}` must be {allowed}. Received: {name}={_spell(number)}")
+        raise ValueError(f"`{name}` must be {allowed}. Received: {name}={spell_value(number)}")
     return number
 
 
@@ -62,9 +62,9 @@ def real(name: str, value: Any, valid: Callable[[float], bool], allowed: str) ->
     except OverflowError:
         number = math.inf
     except Exception:  # an object of the user's own may raise anything
-        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={_spell(value)}") from None
+        raise TypeError(f"`{name}` must be {allowed}. Received: {name}={spell_value(value)}") from None
     if not (math.isfinite(number) and valid(number)):
-        raise ValueError(f"`{name}` must be {allowed}. Received: {name}={_spell(value)}")
+        raise ValueError(f"`{name}` must be {allowed}. Received: {name}={spell_value(value)}")
     return number
 
 
@@ -85,8 +85,13 @@ def number_or_nan(value: Any) -> float:
         return math.nan
 
 
-def _spell(value: Any) -> str:
-    """Return a value in a few words: Python refuses to print very long integers."""
+def spell_value(value: Any) -> str:
+    """Return a value in a few words: Python refuses to print very long integers.
+
+    Example:
+        >>> spell_value("0.1"), spell_value(10**400)
+        ("'0.1'", 'an integer of 1329 bits')
+    """
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     own = type(value).__module__ != "builtins" or type(value) is object  # its repr may raise too

@@ -28,7 +28,10 @@ ALIKE: dict[str, tuple[str, ...]] = {
 
 OptimizerState = dict[str, dict[str, NDArray[Any]]]
 """Per buffer, arrays by the adapter's names of the parameters. Those of an alike kind have the parameter's shape, and
-"steps" are scalars; of any other kind names and shapes are the adapter's own."""
+"steps" are scalars; of any other kind names and shapes are the adapter's own. `SETTINGS` is no buffer."""
+
+SETTINGS = "settings"
+"""Key of the values that an inner optimizer changes elsewhere, by framework: uint8, encoded as the adapter likes."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ model/ENTRY                                     parameters and statistics
 anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   the vectors that SlowMo keeps beside them
 progress/FIELD                                  the scalars; those of a parameter group with a value per parameter
 optimizer_state/BUFFER/ENTRY                    the inner optimizer's state
+optimizer_state/settings/FRAMEWORK              values that it changes elsewhere
 framework/FRAMEWORK/NAME                        state that one framework alone has
 """
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from hvd_slowmo.checkpoint.file import Arrays
 from hvd_slowmo.checkpoint.inner_state import (
     ALIKE,
+    SETTINGS,
     SGD,
     OptimizerKind,
     OptimizerState,
@@ -160,7 +162,8 @@ def _collect_optimizer(state: WorkerState) -> Arrays:
     buffers = state.read_optimizer()
     if not state.optimizer.alike:
         return {f"optimizer_state/{key}/{own}": x for key, values in buffers.items() for own, x in values.items()}
-    return {
+    settings = buffers.pop(SETTINGS, {})
+    return {f"optimizer_state/{SETTINGS}/{framework}": x for framework, x in settings.items()} | {
         f"optimizer_state/{key}/{spec.name}": values[spec.own]
         if key == "steps"
         else spec.view.to_wire(values[spec.own])
@@ -285,7 +288,11 @@ def _take_optimizer(state: WorkerState, kind: str, left: Arrays, rates: NDArray[
     """
     own = state.optimizer
     saved = {name: left.pop(name) for name in list(left) if name.startswith("optimizer_state/")}
-    if not saved:
+    everyones = {name.rsplit("/", 1)[1]: saved.pop(name) for name in list(saved) if name.split("/")[1] == SETTINGS}
+    settings: dict[str, NDArray[Any]] = {
+        framework: value for framework, value in everyones.items() if framework == state.framework
+    }
+    if not saved and not settings:
         return {}
     if kind != own.name:
         raise CheckpointError(
@@ -293,6 +300,13 @@ def _take_optimizer(state: WorkerState, kind: str, left: Arrays, rates: NDArray[
             f"{spell_kind(own.name)}, which can't read it. Use the optimizer of the run that is resumed, or begin a "
             "new run with the weights alone (hvd-slowmo convert)."
         )
+    buffers = _take_buffers(state, saved, rates) if saved else {}
+    return {**buffers, SETTINGS: settings} if settings else buffers
+
+
+def _take_buffers(state: WorkerState, saved: Arrays, rates: NDArray[np.float64]) -> OptimizerState:
+    """Take the state of the parameters; `saved` has it by its names in the checkpoint."""
+    own = state.optimizer
     buffers: OptimizerState = {}
     if not own.alike:
         for name, value in saved.items():

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
+from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.checkpoint.file import Arrays
-from hvd_slowmo.checkpoint.inner_state import ADAM, SGD, OptimizerKind, OptimizerState, check_buffers
+from hvd_slowmo.checkpoint.inner_state import ADAM, SETTINGS, SGD, OptimizerKind, OptimizerState, check_buffers
 from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
 from hvd_slowmo.core.assembly import Assembly
 from hvd_slowmo.core.progress import Progress
@@ -21,6 +22,7 @@ from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch import inner_optimizer as inner_state
+from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
 
@@ -33,10 +35,6 @@ _KEYS = {
     ADAM: {"moment1": "exp_avg", "moment2": "exp_avg_sq", "moment2_max": "max_exp_avg_sq", "steps": "step"},
 }
 """PyTorch's names of the buffers of the kinds that both frameworks define alike."""
-
-
-GROUP = "param_groups"
-"""Begins the names of values that an inner optimizer's steps change in its param_groups."""
 
 
 class TorchWorkerState:
@@ -84,6 +82,8 @@ class TorchWorkerState:
         missing = set(self.groups) - {spec.own for spec in self.tensors.specs}
         if missing:
             raise ValueError(f"the ParameterMap leaves out trained parameters: {', '.join(sorted(missing))}.")
+        for number, group in enumerate(inner_optimizer.param_groups):
+            real(f"param_groups[{number}]['lr']", group["lr"], lambda rate: rate >= 0, "a finite number >= 0")
         self.rates = np.array([float(inner_optimizer.param_groups[own]["lr"]) for own in assembly.groups.own])
         self.optimizer = kind_of(inner_optimizer)
 
@@ -112,8 +112,11 @@ class TorchWorkerState:
             yield view, flat[start : start + view.size]
 
     def read_optimizer(self) -> OptimizerState:
-        if not self.optimizer.alike:
-            return self._read_own_state()
+        buffers = self._read_alike_state() if self.optimizer.alike else self._read_own_state()
+        settings = inner_settings.dump(self._inner)
+        return buffers if settings is None else {**buffers, SETTINGS: {self.framework: settings}}
+
+    def _read_alike_state(self) -> OptimizerState:
         buffers: OptimizerState = {}
         for own, state in self._states().items():
             for key, attribute in _KEYS[self.optimizer.name].items():
@@ -141,19 +144,26 @@ class TorchWorkerState:
         return {own: state[self._tensors[own]] for own in self.groups if self._tensors[own] in state}
 
     def prepare_optimizer(self, state: OptimizerState, step: int) -> Callable[[], None]:
-        inner = self._inner
-        if not state:
+        inner, buffers = self._inner, {key: values for key, values in state.items() if key != SETTINGS}
+        set_settings = inner_settings.prepare(inner, state.get(SETTINGS, {}).get(self.framework))
+        if not buffers:
             # Without state nothing is to be reset, and the class may be one that can't be made anew.
             start = {} if self.optimizer.alike or not inner.state else inner_state.fresh(inner).state
-            return lambda: inner_state.replace(inner, start)
-        states = self._states_of(state)
+
+            def begin() -> None:
+                inner_state.replace(inner, start)
+                set_settings()
+
+            return begin
+        states = self._states_of(buffers)
         if not self.optimizer.alike:
-            self._check_own_state(state)
+            self._check_own_state(buffers)
 
         def commit() -> None:
             groups = inner.param_groups
             inner.load_state_dict({**inner.state_dict(), "state": states})
             inner.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
+            set_settings()
 
         return commit
 
@@ -184,21 +194,11 @@ class TorchWorkerState:
     def read_framework(self) -> Arrays:
         on_wire = {spec.own for spec in self.tensors.specs}
         persistent = self._model.state_dict(keep_vars=True)
-        arrays = {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
-        for number, group in enumerate(self._inner.param_groups):
-            for key in inner_state.moved_settings(self._inner):
-                value = group.get(key, np.nan)  # NaN: a later step adds it
-                array = array_of(value) if isinstance(value, torch.Tensor) else np.asarray(value, np.float64)
-                arrays[f"{GROUP}.{number}.{key}"] = array
-        return arrays
+        return {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
 
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for own, value in framework.items():
-            if own.startswith(f"{GROUP}."):
-                _, place, key = own.split(".", 2)
-                inner_state.restore_setting(self._inner.param_groups[int(place)], key, value)
-            else:
-                self.write("model", own, value)
+            self.write("model", own, value)
         for number, group in enumerate(self._inner.param_groups):
             common = self._common_groups.common(number)
             if common is None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_torch.inner_optimizer import check_state_dict, fresh, moved_settings
+from hvd_slowmo_torch.inner_optimizer import check_state_dict, fresh
 from hvd_slowmo_torch.worker import Settings
 
 
@@ -54,8 +56,25 @@ def check_types(inner: Any, model: Any, settings: Settings) -> None:
         raise TypeError(f"`model` must be a torch.nn.Module. Received: {type(model).__name__}")
     if settings.error is not None:
         raise settings.error
+    check_values(model)
     check_parameter_map(settings.parameter_map)
     check_statistics(settings.statistics, settings.parameter_map)
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse parameters and buffers that have no values yet.
+
+    Raises:
+        ValueError: naming the first one.
+
+    Example:
+        >>> check_values(nn.Linear(2, 1))
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(f"{name} of a lazy module has no shape yet. Pass one batch through the model first.")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device: it has no values. Give it some first.")
 
 
 def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> None:
@@ -80,10 +99,10 @@ def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> Non
 def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:
     """Refuse an inner optimizer that can't serve these settings, now rather than in the middle of training."""
     check_state_dict(inner)
-    moved_settings(inner)
     for number, group in enumerate(inner.param_groups):
         if "lr" not in group:
             raise ValueError(f"parameter group {number} of the inner optimizer has no learning rate 'lr'.")
+        real(f"param_groups[{number}]['lr']", group["lr"], lambda rate: rate >= 0, "a finite number >= 0")
     if config.tau is not None and (config.inner_state == "reset" or config.nonfinite == "exclude"):
         fresh(inner)
     if (config.gradients != "local" or config.warmup_steps) and isinstance(inner, torch.optim.LBFGS):

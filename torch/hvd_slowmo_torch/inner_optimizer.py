@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.optim import Optimizer
+
+from hvd_slowmo.errors import spell_error
+from hvd_slowmo_torch import inner_settings
 
 
 def fresh(inner: Optimizer) -> Optimizer:
@@ -41,102 +42,45 @@ def fresh(inner: Optimizer) -> Optimizer:
 
 
 def reset(inner: Optimizer) -> None:
-    """Reset the state, and what steps move in param_groups, to the values from before the first step.
+    """Reset the state, and the values that steps change elsewhere, to those from before the first step.
 
     Rates and other settings stay.
     """
     replace(inner, fresh(inner).state)
-    for group in inner.param_groups:
-        for key in moved_settings(inner):
-            group.pop(key, None)
-            if key in inner.defaults:
-                group[key] = copy.deepcopy(inner.defaults[key])
-
-
-def moved_settings(inner: Optimizer) -> tuple[str, ...]:
-    """Return the keys of param_groups whose values the optimizer's own steps change: counters, adapted values.
-
-    PyTorch's classes have none. Of others, two steps of a copy show them, before the optimizer has taken any.
-
-    Raises:
-        ValueError: one that is neither a number nor a tensor, which can be neither saved nor reset.
-    """
-    if type(inner).__module__.startswith("torch."):
-        return ()
-    if inner not in _moved:
-        _moved[inner] = tuple(sorted(_moved_by_steps(inner)))
-    return _moved[inner]
-
-
-def restore_setting(group: dict[str, Any], key: str, value: NDArray[Any]) -> None:
-    """Set a value that steps move in a parameter group.
-
-    Args:
-        value: a tensor's, or a number; NaN where the group had none.
-    """
-    current = group.get(key, 0)
-    if isinstance(current, torch.Tensor):
-        group[key] = torch.tensor(value, dtype=current.dtype, device=current.device)
-    elif np.isnan(value):
-        group.pop(key, None)
-    else:
-        number = float(value)
-        group[key] = int(number) if isinstance(current, int) and number.is_integer() else number
-
-
-_moved: WeakKeyDictionary[Optimizer, tuple[str, ...]] = WeakKeyDictionary()
-
-
-def _moved_by_steps(inner: Optimizer) -> set[str]:
-    try:
-        scratch, twins = _scratch(inner)
-        before = [dict(group) for group in copy.deepcopy(scratch.param_groups)]
-        for number in range(2):
-            for twin in twins.values():
-                twin.grad = torch.full_like(twin, number + 1.0)
-            scratch.step()
-    except Exception:  # a class of the user's own may raise anything, and takes no plain step
-        return set()
-    moved = {
-        key
-        for old, group in zip(before, scratch.param_groups, strict=True)
-        for key, value in group.items()
-        if key != "params" and not _same(old.get(key, _MISSING), value)
-    } - {"lr"}
-    for group in scratch.param_groups:
-        for key in moved & group.keys():
-            if not isinstance(group[key], (int, float, torch.Tensor)):
-                raise ValueError(
-                    f"{type(inner).__name__} keeps {key!r} in its param_groups as {type(group[key]).__name__}, which "
-                    "can be neither saved nor reset. Use another inner optimizer."
-                )
-    return moved
-
-
-_MISSING = object()
-
-
-def _same(old: Any, new: Any) -> bool:
-    if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor):
-        return isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and torch.equal(old, new)
-    try:
-        return bool(old == new)
-    except Exception:  # arrays and objects of the user's own have no single answer
-        return False
+    inner_settings.reset(inner)
 
 
 def check_state_dict(inner: Optimizer) -> None:
-    """Refuse an optimizer whose state_dict is not in torch.optim's form: other workers could not load it.
+    """Refuse an optimizer whose state_dict can't be sent, or is not in torch.optim's form, or can't be loaded.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: naming what is missing or has failed.
     """
-    missing = {"state", "param_groups"} - set(inner.state_dict())
+    state = inner.state_dict()
+    missing = {"state", "param_groups"} - set(state)
     if missing:
         raise ValueError(
             f"the state_dict of {type(inner).__name__} has no {' and no '.join(map(repr, sorted(missing)))}, which "
             "those of torch.optim have: the workers can't be given rank 0's. Wrap the torch.optim.Optimizer within it."
         )
+    try:
+        pickle.dumps(_without_tensors(state))
+        if type(inner).load_state_dict is not Optimizer.load_state_dict:
+            _scratch(inner)[0].load_state_dict(state)
+    except Exception as error:  # a class of the user's own may raise anything
+        raise ValueError(
+            f"the state_dict of {type(inner).__name__} can't be given to another worker: {spell_error(error)}. Keep "
+            "in param_groups and state what can be pickled and loaded."
+        ) from error
+
+
+def _without_tensors(item: Any) -> Any:
+    """Return the same structure without its tensors, which can always be pickled and may be large."""
+    if isinstance(item, torch.Tensor):
+        return None
+    if isinstance(item, Mapping):
+        return {key: _without_tensors(value) for key, value in item.items()}
+    return [_without_tensors(value) for value in item] if isinstance(item, (list, tuple)) else item
 
 
 def replace(inner: Optimizer, state: Mapping[torch.Tensor, Any]) -> None:
@@ -201,7 +145,10 @@ def _scratch(inner: Optimizer) -> tuple[Optimizer, dict[int, torch.Tensor]]:
     scratch = copy.deepcopy(inner, memo)
     for name, value in vars(inner).items():  # PyTorch copies what it knows, and leaves out a subclass's own
         if name not in vars(scratch) and name != "step":  # a scheduler sets that one, and it steps the original
-            setattr(scratch, name, copy.deepcopy(value, memo))
+            try:
+                setattr(scratch, name, copy.deepcopy(value, memo))
+            except Exception:  # a lock, a process group: the copy shares it
+                setattr(scratch, name, value)
     return scratch, twins
 
 

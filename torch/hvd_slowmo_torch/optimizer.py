@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,7 @@ class SlowMo(Outermost, Optimizer):
         self.inner_optimizer = inner_optimizer
         self.config = config
         self.worker = TorchWorker(inner_optimizer, model, given, comm)
+        self.worker.optimizer = weakref.ref(self)
         start(StartingTorchWorker(self.worker), self.worker.comm)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
@@ -124,6 +126,7 @@ class SlowMo(Outermost, Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        refuse_foreign_checkpoints()  # PyTorch's look at it before they change gradients and rates
         return self.inner_optimizer.state
 
     @property
@@ -239,7 +242,7 @@ class SlowMo(Outermost, Optimizer):
         presence.joining, presence.leaving = True, leaving
         try:
             with torch.no_grad():
-                joining, assembly = JoiningTorchWorker(worker, self, scaler), worker.assembly
+                joining, assembly = JoiningTorchWorker(worker, worker.optimizer() or self, scaler), worker.assembly
                 left = take_part(assembly.machine, assembly.averages, joining, int(leaving))
         finally:
             presence.joining = presence.leaving = False
@@ -349,13 +352,11 @@ class SlowMo(Outermost, Optimizer):
         Any other is this rank's own, and a resume that is bitwise the run without a stop gives each rank its own.
         """
         refuse_foreign_checkpoints()
+        if initializes_state():
+            self.worker.compare_states()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        worker = self.worker
-        own = slowmo_state.pack(
-            self.config, worker.assembly.machine.layout, worker.comm, worker.progress, worker.store.vectors
-        )
-        state = {**self.inner_optimizer.state_dict(), slowmo_state.KEY: own}
+        state = {**self.inner_optimizer.state_dict(), slowmo_state.KEY: slowmo_state.pack(self.worker)}
         for after in self._optimizer_state_dict_post_hooks.values():
             state = _returned(after(self, state), state)
         return state
@@ -378,7 +379,7 @@ class SlowMo(Outermost, Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
-            worker.settle(slowmo_state.restore(saved, worker.store.vectors))
+            worker.settle(slowmo_state.restore(saved, worker.store.vectors, worker.inner))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -12,6 +12,7 @@ from hvd_slowmo.core.gradient_average import GradientAverage
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import lay_out
 from hvd_slowmo.core.startup import Description, Job, agree
+from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 from hvd_slowmo_torch.layout import TensorRef, groups_of, refs_of, state_refs
@@ -88,6 +89,7 @@ class StartingTorchWorker:
     @torch.no_grad()
     def first_vectors(self, job: Job) -> None:
         self._worker.mixed = job.mixed
+        inner_settings.record(self._worker.inner)
         self._worker.progress = self._worker.assembly.machine.start()
 
     @property
@@ -123,6 +125,7 @@ def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
         del inner.param_groups[count:]
         raise
     added = inner.param_groups[-1]
+    inner_settings.record(inner)
     with torch.no_grad():
         values = [p.detach().cpu() for p in added["params"]] if worker.comm.rank == 0 else None
         for p, value in zip(added["params"], worker.comm.gather("group", values)[0], strict=True):
@@ -147,11 +150,13 @@ def hand_over(inner: Optimizer, average: GradientAverage) -> None:
         average: the workers; its `catch_up_from` is the giver.
     """
     comm, giver = average.comm, int(average.catch_up_from.get())
-    state = comm.gather("state", _on_cpu(inner.state_dict()["state"]) if comm.rank == giver else None)[giver]
+    own = (_on_cpu(inner.state_dict()["state"]), inner_settings.dump(inner)) if comm.rank == giver else (None, None)
+    state, settings = comm.gather("state", own)[giver]
     if comm.rank != giver:
         groups = inner.param_groups
         inner.load_state_dict({**inner.state_dict(), "state": state})
         inner.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
+        inner_settings.prepare(inner, settings)()
 
 
 def _on_cpu(item: Any) -> Any:

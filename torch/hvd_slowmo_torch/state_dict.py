@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.progress import Progress
 from hvd_slowmo.core.schedule import workers_equal
+from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.worker import TorchWorker
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -26,10 +29,13 @@ Vectors = dict[str, list[torch.Tensor | None]]
 """Per vector, a flat tensor for each segment of parameters; None for the other segments."""
 
 
-def pack(
-    config: SlowMoConfig, layout: Layout, comm: ScopedComm, progress: Progress, vectors: Vectors
-) -> dict[str, Any]:
-    """Return the entry "slowmo" of a state_dict: a worker's scalars and vectors. No communication."""
+def pack(worker: TorchWorker) -> dict[str, Any]:
+    """Return the entry "slowmo" of a state_dict: a worker's scalars and vectors, and the inner optimizer's attributes.
+
+    No communication.
+    """
+    config, comm, progress = worker.config, worker.comm, worker.progress
+    attributes = inner_settings.dump(worker.inner, attributes_only=True)
     return {
         "format": FORMAT,
         "config": config.facts(),
@@ -37,8 +43,9 @@ def pack(
         "size": comm.size,
         "common": workers_equal(config, progress.step, progress.since),
         "progress": {field: np.asarray(value).tolist() for field, value in progress.flat().items()},
-        "parameters": _parameters(layout),
-        "vectors": {name: [t for t in tensors if t is not None] for name, tensors in vectors.items()},
+        "parameters": _parameters(worker.assembly.machine.layout),
+        "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
+        "inner_attributes": None if attributes is None else bytes(attributes).decode(),
     }
 
 
@@ -80,8 +87,11 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
     return saved
 
 
-def restore(saved: dict[str, Any], vectors: Vectors) -> Progress:
-    """Load checked vectors, in place, and return the scalars."""
+def restore(saved: dict[str, Any], vectors: Vectors, inner: Optimizer) -> Progress:
+    """Load checked vectors, in place, and the inner optimizer's attributes, and return the scalars."""
+    text = saved.get("inner_attributes")
+    attributes = None if text is None else np.frombuffer(text.encode(), dtype=np.uint8)
+    inner_settings.prepare(inner, attributes, attributes_only=True)()
     for name, tensors in vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)

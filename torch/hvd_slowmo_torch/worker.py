@@ -6,20 +6,25 @@ it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
+from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.assembly import Assembly, assemble
 from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.handshake import agree
 from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.ops import EagerOps
@@ -27,6 +32,7 @@ from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.progress import Observed, Progress
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
@@ -35,6 +41,10 @@ from hvd_slowmo_torch.store import TorchGradients, TorchStore
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
+
+_LARGEST_RATE = float(np.finfo(np.float32).max)  # PyTorch refuses greater ones for parameters in float32
+
+logger = logging.getLogger("hvd_slowmo")
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class TorchWorker:
     assembly: Assembly[TensorRef]
     store: TorchStore
     hooks: GradientHooks
+    optimizer: Callable[[], Optimizer | None]  # a weak reference to the SlowMo optimizer
     progress: Progress
 
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
@@ -87,6 +98,7 @@ class TorchWorker:
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
+        self._resets = self.config.inner_state == "reset" or self.config.nonfinite == "exclude"
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         self.store = TorchStore(layout, self.inner, names, partial(_floating_buffers, self.model))
         on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
@@ -122,10 +134,13 @@ class TorchWorker:
         plan = self.assembly.machine.plan(self.progress)
         if plan.outer or plan.mix or plan.check:
             self.presence.refuse_if_left()
-        rates = self.presence.rates()
+        rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
         self.store.watch.look()
         try:
-            result = take_inner_step()
+            result = None
+            if usable:
+                with inner_settings.watched(self.inner, resets=self._resets):
+                    result = take_inner_step()
             with torch.no_grad():
                 self.progress = self.assembly.machine.after_inner_step(
                     self.progress,
@@ -138,6 +153,30 @@ class TorchWorker:
         if self.settings.metrics and plan.outer:
             self._measure()
         return result
+
+    def _usable_rates(self, *, meets: bool) -> tuple[NDArray[np.float64], bool]:
+        """Return the learning rates, and whether a step can be taken with them.
+
+        A rate that no step can take (a text, 1e400) would raise from within the inner optimizer, here alone and while
+        the others wait. Such a step is left out, and the others refuse the NaN together when they meet.
+
+        Args:
+            meets: the workers will meet and compare their rates.
+
+        Raises:
+            ValueError: a rate is unusable, and nobody else will hear of it.
+        """
+        rates = self.presence.rates()
+        unusable = ~(np.abs(rates) <= _LARGEST_RATE)
+        if not unusable.any():
+            return rates, True
+        group = int(self.presence.groups.own[int(unusable.argmax())])
+        words = f"no step can be taken with the learning rate of parameter group {group}: it must be a finite number."
+        received = spell_value(self.inner.param_groups[group]["lr"])
+        if self.comm.size == 1 or not meets:
+            raise ValueError(f"{self.comm.name}: {words} Received: lr={received}")
+        logger.error("%s: %s Received: lr=%s", self.comm.name, words, received)
+        return np.where(unusable, np.nan, rates), False
 
     @property
     def gradients_missing(self) -> bool:
@@ -163,6 +202,18 @@ class TorchWorker:
     def averaged_ids(self) -> set[int]:
         """Return ids of the tensors that are averaged without being trained."""
         return {id(ref.find()) for ref in self.assembly.layout.refs_of("statistic")}
+
+    def compare_states(self) -> None:
+        """Refuse a broadcast of the optimizer's state that would have to move something. A collective.
+
+        Horovod broadcasts only what rank 0 has, and a rank without state would not even take part.
+
+        Raises:
+            ValueError: on every rank, if they are not at the same step or not all have inner state.
+        """
+        place = "hvd.broadcast_optimizer_state, before which a state is loaded on every rank, or before SlowMo is made"
+        facts = {f"steps at {place}": int(self.progress.step), f"inner state at {place}": bool(self.inner.state)}
+        agree(self.comm.scoped("broadcast"), facts, {}, None)
 
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""
