@@ -13,6 +13,7 @@ from hvd_slowmo.cli.doctor import add_doctor
 from hvd_slowmo.cli.inspect import add_inspect
 from hvd_slowmo.cli.install import add_install_horovod
 from hvd_slowmo.cli.map import add_map
+from hvd_slowmo.cli.run import add_run
 from hvd_slowmo.cli.topology import add_topology
 from hvd_slowmo.errors import CheckpointError, CommandError
 from hvd_slowmo.installer.errors import InstallError
@@ -22,6 +23,7 @@ from hvd_slowmo.version import __version__
 _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_install_horovod,
     add_doctor,
+    add_run,
     add_topology,
     add_map,
     add_inspect,
