@@ -40,6 +40,7 @@ setup(
         "hvd_slowmo",
         *(f"hvd_slowmo.{part}" for part in PARTS),
         "hvd_slowmo_torch",
+        "hvd_slowmo_torch.comm",
         "hvd_slowmo_torch.interop",
         "hvd_slowmo_tf",
         "hvd_slowmo_tf.interop",

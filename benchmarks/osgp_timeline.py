@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from hvd_slowmo_torch.horovod import HorovodComm, Push
+from hvd_slowmo_torch.comm.horovod import HorovodComm, Push
 
 LOOK_S = 0.002
 LANES = {"forward": "#56B4E9", "backward": "#0072B2", "step(), waits included": "#009E73", "message": "#D55E00"}
@@ -46,9 +46,9 @@ class WatchedComm(HorovodComm):
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def start_push(self, name: str, x: torch.Tensor, weights: Any) -> Push:
+    def start_push(self, name: str, x: torch.Tensor, shares: Any) -> Push:
         begin = time.perf_counter()
-        push = super().start_push(name, x, weights)
+        push = super().start_push(name, x, shares)
         with self._lock:
             self._open[push.handle] = begin
         return push

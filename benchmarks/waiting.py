@@ -3,7 +3,7 @@
     horovodrun -np 4 python benchmarks/waiting.py
 
 Prints the median time of an allreduce for each pause (0: `hvd.synchronize`); the ways take turns within one run. The
-library's pause is _PAUSE_S in torch/hvd_slowmo_torch/horovod.py.
+library's pause is _PAUSE_S in torch/hvd_slowmo_torch/comm/horovod.py.
 """
 
 from __future__ import annotations

@@ -5,12 +5,10 @@ from hvd_slowmo.core.join import JoinResult, join
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_torch.horovod import workers
+from hvd_slowmo_torch.comm.workers import init, local_rank, rank, size
 from hvd_slowmo_torch.mean import mean
 from hvd_slowmo_torch.optimizer import SlowMo
 from hvd_slowmo_torch.recompute import recompute_statistics
-
-init = workers.init
 
 __all__ = [
     "DPSGD",
@@ -22,6 +20,9 @@ __all__ = [
     "SlowMoConfig",
     "init",
     "join",
+    "local_rank",
     "mean",
+    "rank",
     "recompute_statistics",
+    "size",
 ]

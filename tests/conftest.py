@@ -4,27 +4,48 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from support.pool import Pool, PoolOf
+from support.pool import DISTRIBUTED, Pool, PoolOf
 
 
-def _pools(horovod: str) -> Iterator[PoolOf]:
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave a test on the second transport to `make test-all`, unless it is marked."""
+    for item in items:
+        transport = item.callspec.params.get("workers") if hasattr(item, "callspec") else None
+        if transport == DISTRIBUTED and not item.get_closest_marker("both_transports"):
+            item.add_marker(pytest.mark.thorough)
+
+
+def _pools(transport: str) -> Iterator[PoolOf]:
     pools: dict[int, Pool] = {}
 
     def of(size: int) -> Pool:
         for other, pool in pools.items():
             if other != size:
                 pool.close()
-        return pools.setdefault(size, Pool(size, horovod))
+        return pools.setdefault(size, Pool(size, transport))
 
     yield of
     for pool in pools.values():
         pool.close()
 
 
+@pytest.fixture(scope="session", params=["horovod.torch", DISTRIBUTED])
+def workers(request: pytest.FixtureRequest) -> Iterator[PoolOf]:
+    """workers(n): n workers of each transport, started at first use. At most one set is alive, to save memory."""
+    yield from _pools(request.param)
+
+
 @pytest.fixture(scope="session")
-def workers() -> Iterator[PoolOf]:
-    """workers(n): n Horovod workers, started at first use. At most one set is alive, to save memory."""
+def horovod_workers() -> Iterator[PoolOf]:
+    """workers(n): n Horovod workers, for what only Horovod has."""
     yield from _pools("horovod.torch")
+
+
+@pytest.fixture(scope="session")
+def distributed_workers() -> Iterator[PoolOf]:
+    """workers(n): n workers of torch.distributed, for what only it has."""
+    yield from _pools(DISTRIBUTED)
 
 
 @pytest.fixture(scope="module")

@@ -5,24 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from hvd_slowmo.comm.failure import FailureLatch
 from hvd_slowmo.comm.launcher import alone_text, launched
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
-
-
-class Family:
-    """The workers of one process set, whichever framework's `Comm` they are reached through."""
-
-
-def family(ranks: Sequence[int]) -> Family:
-    """Return the one object that stands for these workers in this process: the names of their optimizers differ."""
-    return _families.setdefault(tuple(ranks), Family())
-
-
-_families: dict[tuple[int, ...], Family] = {}
 
 MakeComm = Callable[[Any, Comm | None], Comm]
 """Makes a `Comm` of a Horovod process set and of the node's workers."""
@@ -72,7 +61,7 @@ class Workers:
                 ) from error
             return self._alone(node)
         if not hvd.is_initialized():
-            if launch.workers > 1 and not launch.initializes:
+            if launch.workers > 1 and launch.transport != "horovod":
                 raise ValueError(alone_text(launch, 1))
             if launch.workers > 1 or process_set is not None:
                 raise ValueError(
@@ -135,26 +124,15 @@ class Workers:
         return self._make(next((s for s in self._sets if s.included()), hvd.global_process_set), None)
 
 
-class FailureLatch:
-    """Remembers that a collective has failed: after Horovod's error nothing more may be submitted.
-
-    A collective submitted right after that error can freeze the process, even while it ends (docs/design-notes.md).
+class HorovodFailures(FailureLatch):
+    """Horovod's errors.
 
     Args:
         rank: of this worker, for messages.
     """
 
     def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._failure: str | None = None
-
-    def refuse_after_failure(self) -> None:
-        """Raise RuntimeError after `explain` has seen a worker lost."""
-        if self._failure is not None:
-            raise RuntimeError(
-                f"nothing more can be exchanged after Horovod's error ({self._failure}). End this process; the job can "
-                "be resumed from its last checkpoint."
-            )
+        super().__init__("Horovod", rank)
 
     def explain(self, error: Exception) -> Exception:
         """Return the exception to raise in place of an error of a collective."""
@@ -162,9 +140,5 @@ class FailureLatch:
             return ValueError(f"the workers do not exchange the same: {error}")
         from horovod.common.exceptions import HorovodInternalError
 
-        self._failure = str(error)
-        lost: Exception = HorovodInternalError(
-            f"rank {self._rank}: a collective failed, most likely because another worker ended or was killed; look at "
-            f"that worker's output. Horovod says: {error}"
-        )
+        lost: Exception = HorovodInternalError(self.lost(str(error)))
         return lost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 IGNORE = "HVD_SLOWMO_IGNORE_LAUNCHER"
 """Environment variable: 1 if processes that a launcher has started together are meant to train apart."""
@@ -19,12 +19,12 @@ class Launch(NamedTuple):
     Attributes:
         launcher: its name, for messages.
         workers: 1 without a launcher.
-        initializes: `hvd.init()` can find the other workers.
+        transport: the one that can find the other workers, "horovod" or "torch".
     """
 
     launcher: str
     workers: int
-    initializes: bool
+    transport: Literal["horovod", "torch"]
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -36,33 +36,34 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
     Example:
         >>> launched({"WORLD_SIZE": "4", "RANK": "0"})
-        Launch(launcher='torchrun or a launcher like it', workers=4, initializes=False)
+        Launch(launcher='torchrun or a launcher like it', workers=4, transport='torch')
     """
 
     def count(name: str) -> int:
         value = environment.get(name, "")
         return int(value) if value.isascii() and value.isdecimal() else 1
 
-    nothing = Launch("no launcher", 1, False)
+    nothing = Launch("no launcher", 1, "horovod")
     if environment.get(IGNORE, "") not in ("", "0"):
         return nothing
     if "HOROVOD_SIZE" in environment:
-        return Launch("horovodrun", count("HOROVOD_SIZE"), True)
+        return Launch("horovodrun", count("HOROVOD_SIZE"), "horovod")
     in_srun = "SLURM_STEP_ID" in environment and count("SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
     found = [
         nothing,
-        Launch("mpirun", count("OMPI_COMM_WORLD_SIZE"), True),
-        Launch("mpirun or srun", count("PMI_SIZE"), True),
-        Launch("srun", count("SLURM_STEP_NUM_TASKS") if in_srun else 1, True),
-        Launch("torchrun or a launcher like it", count("WORLD_SIZE"), False),
+        Launch("mpirun", count("OMPI_COMM_WORLD_SIZE"), "horovod"),
+        Launch("mpirun or srun", count("PMI_SIZE"), "horovod"),
+        Launch("srun", count("SLURM_STEP_NUM_TASKS") if in_srun else 1, "horovod"),
+        Launch("torchrun or a launcher like it", count("WORLD_SIZE"), "torch"),
     ]
     return max(found, key=lambda launch: launch.workers)
 
 
-def alone_text(launch: Launch, size: int) -> str:
-    """Return the text of an error: the launcher says more workers than Horovod has."""
+def alone_text(launch: Launch, size: int, library: str = "Horovod") -> str:
+    """Return the text of an error: the launcher says more workers than a library has."""
     return (
-        f"{launch.launcher} has started {launch.workers} workers, and Horovod has {size}: each would train without the "
-        f"others. Start them with: horovodrun -np {launch.workers} python train.py (or with mpirun, if Horovod was "
-        f"built with MPI). If they are meant to train apart, set {IGNORE}=1."
+        f"{launch.launcher} has started {launch.workers} workers, and {library} has {size}: each would train without "
+        f"the others. Start them with: horovodrun -np {launch.workers} python train.py (or with mpirun, if Horovod was "
+        f"built with MPI), or for PyTorch alone: torchrun --nproc-per-node {launch.workers} train.py. If they are "
+        f"meant to train apart, set {IGNORE}=1."
     )

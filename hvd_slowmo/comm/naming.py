@@ -7,9 +7,22 @@ step them in another order, and models of the same shapes would become each othe
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from hvd_slowmo.comm.protocol import HANDSHAKE, Comm
+
+
+class Family:
+    """The workers that train together, whichever `Comm` of them: the names of their optimizers differ."""
+
+
+def family(transport: str, ranks: Sequence[int]) -> Family:
+    """Return the one object that stands for these workers in this process."""
+    return _families.setdefault((transport, *ranks), Family())
+
+
+_families: dict[tuple[str | int, ...], Family] = {}
 
 _taken: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 _lock = threading.Lock()

@@ -37,14 +37,14 @@ class Comm(Protocol):
     def start_sum(self, name: str, x: Any) -> Any:
         """Start the sum of x over the workers; x belongs to the collective until `wait` has returned."""
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        """Start to send weights[i] * x to each worker i whose weight is not 0, and to receive.
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
+        """Start to send shares[i, rank] * x to each worker i where that share is not 0, and to receive.
 
-        All workers call it together; x may be changed at once. The result is the sum of the tensors received, zeros if
-        there are none.
+        All workers call it together, with the same shares; x may be changed at once. The result is the sum of the
+        tensors received, zeros if there are none.
 
         Args:
-            weights: float64 (size,).
+            shares: float64 (size, size).
         """
 
     def wait(self, handle: Any) -> Any:
@@ -65,7 +65,7 @@ class SoloComm:
     def start_sum(self, name: str, x: Any) -> Any:
         return x
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
         return x * 0
 
     def wait(self, handle: Any) -> Any:
@@ -111,8 +111,8 @@ class ScopedComm:
     def start_sum(self, name: str, x: Any) -> Any:
         return self._comm.start_sum(f"{self._prefix}.{name}", x)
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        return self._comm.start_push(f"{self._prefix}.{name}", x, weights)
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
+        return self._comm.start_push(f"{self._prefix}.{name}", x, shares)
 
     def wait(self, handle: Any) -> Any:
         return self._comm.wait(handle)
@@ -148,9 +148,9 @@ class MeteredComm:
         self._bytes_sent += x.nbytes if self.size > 1 else 0
         return self._comm.start_sum(name, x)
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        self._bytes_sent += x.nbytes * int((weights != 0).sum())
-        return self._comm.start_push(name, x, weights)
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
+        self._bytes_sent += x.nbytes * int((shares[:, self.rank] != 0).sum())
+        return self._comm.start_push(name, x, shares)
 
     def wait(self, handle: Any) -> Any:
         started = time.perf_counter()

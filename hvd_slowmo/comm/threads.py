@@ -148,8 +148,8 @@ class _ThreadComm:
         # A copy, as on a network: a worker that writes to x too early must not change what the others see.
         return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0), x
 
-    def start_push(self, name: str, x: Any, weights: Any) -> tuple[int, Any]:
-        sent = [x * float(weight) if weight else None for weight in weights]
+    def start_push(self, name: str, x: Any, shares: Any) -> tuple[int, Any]:
+        sent = [x * float(weight) if weight else None for weight in shares[:, self.rank]]
         return self._world.submit(self.rank, ("push", repr(name), tuple(x.shape), str(x.dtype)), (sent, x * 0)), None
 
     def wait(self, handle: tuple[int, Any]) -> Any:

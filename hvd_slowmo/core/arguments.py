@@ -87,23 +87,28 @@ def check_parameter_map(parameter_map: object) -> None:
         raise TypeError(f"`parameter_map` must be a ParameterMap. Received: {type(parameter_map).__name__}")
 
 
-def check_workers(config: SlowMoConfig, process_set: object, comm: Comm | None) -> None:
+def check_workers(config: SlowMoConfig, comm: Comm | None, **given: object) -> None:
     """Refuse workers that do not fit the settings.
+
+    Args:
+        given: the constructor's other arguments that say who trains together, None where they are not given.
 
     Raises:
         ValueError: workers are given twice, or the workers of each node are missing.
     """
-    refuse_both(process_set, comm)
-    if config.gradients == "node" and process_set is not None:
-        raise ValueError("gradients='node' works on all ranks only: give no process_set.")
+    refuse_both(comm, **given)
+    parts = [name for name in ("process_set", "process_group") if given.get(name) is not None]
+    if config.gradients == "node" and parts:
+        raise ValueError(f"gradients='node' works on all ranks only: give no {parts[0]}.")
     if config.gradients == "node" and comm is not None and comm.size > 1 and comm.node is None:
         raise ValueError("gradients='node' needs the workers of each node. Give a comm that has them as `comm.node`.")
 
 
-def refuse_both(process_set: object, comm: Comm | None) -> None:
+def refuse_both(comm: Comm | None, **given: object) -> None:
     """Refuse workers that are given twice with a ValueError."""
-    if comm is not None and process_set is not None:
-        raise ValueError("`comm` and `process_set` both say who trains together. Give one of them.")
+    for name, value in given.items():
+        if comm is not None and value is not None:
+            raise ValueError(f"`comm` and `{name}` both say who trains together. Give one of them.")
 
 
 def refuse_wrapped(inner: object) -> None:

@@ -267,7 +267,7 @@ class Gossip:
         while self._discarded:  # their names are taken until then
             self._comm.wait(self._discarded.pop())
         _, sent = self._shares(hop)
-        return self._comm.start_push(names.push(chunk.index), x, sent[:, self._comm.rank])
+        return self._comm.start_push(names.push(chunk.index), x, sent)
 
     def _shares(self, hop: Scalar) -> tuple[Any, Any]:
         at = hop % self._period

@@ -12,7 +12,7 @@ SHARES = np.array([[0.0, 0.5, 0.25], [0.0, 0.0, 0.25], [1.0, 0.0, 0.0]])
 
 def push(comm, length=2):
     x = np.full(length, 10.0**comm.rank)
-    handle = comm.start_push("x", x, SHARES[:, comm.rank])
+    handle = comm.start_push("x", x, SHARES)
     x[:] = -1  # the caller may overwrite it at once
     return comm.wait(handle)
 
@@ -25,7 +25,7 @@ def test_each_gets_the_sum_of_the_shares_that_others_send():
 def test_nobody_sends():
     def work(comm):
         x = np.ones(3, np.float32)
-        came = comm.wait(comm.start_push("x", x, np.zeros(2)))
+        came = comm.wait(comm.start_push("x", x, np.zeros((2, 2))))
         assert came.dtype == np.float32
         return came.tolist()
 
@@ -34,7 +34,7 @@ def test_nobody_sends():
 
 def test_pushes_and_sums_may_be_under_way_together():
     def work(comm):
-        pushed = comm.start_push("x", np.ones(1), np.eye(2)[1 - comm.rank])
+        pushed = comm.start_push("x", np.ones(1), np.eye(2)[::-1])
         total = comm.wait(comm.start_sum("x", np.full(1, comm.rank + 1.0)))
         return comm.wait(pushed).tolist(), total.tolist()
 
@@ -66,6 +66,6 @@ def test_bytes_are_counted_per_receiver():
 def test_alone_nothing_is_sent_and_nothing_comes():
     solo = MeteredComm(SoloComm())
     x = np.ones(2)
-    assert solo.wait(solo.start_push("x", x, np.zeros(1))).tolist() == [0.0, 0.0]
+    assert solo.wait(solo.start_push("x", x, np.zeros((1, 1)))).tolist() == [0.0, 0.0]
     assert x.tolist() == [1.0, 1.0]
     assert solo.bytes_sent == 0

@@ -69,7 +69,7 @@ def test_a_record_has_a_line_per_collective_in_the_phase_that_awaits_it():
     first = comm.start_sum("a.model.0", np.zeros(4, np.float32))
     comm.start_sum("a.model.1", np.zeros(1))
     mine.phase("join")
-    second = comm.start_push("a.push.0", np.ones(1), np.array([0.5, 0.0, 0.5]))
+    second = comm.start_push("a.push.0", np.ones(1), np.array([[0.5], [0.0], [0.5]]))
     assert comm.wait(second).tolist() == [0.0]
     assert comm.wait(first).shape == (4,)
     assert mine.text("rank 0, ").splitlines() == [

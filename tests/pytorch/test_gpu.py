@@ -126,7 +126,7 @@ def test_join_and_averaged_parameters(workers):
 
 def test_a_device_has_its_own_copies_and_streams():
     """The staging alone equals a plain copy, while the stream is busy."""
-    from hvd_slowmo_torch.host_staging import CudaCopies, Outbox
+    from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox
 
     def submit(name, x):
         assert x.is_pinned()

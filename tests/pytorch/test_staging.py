@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from hvd_slowmo_torch.host_staging import Outbox
+from hvd_slowmo_torch.comm.host_staging import Outbox
 from support.late_copies import LateCopies
 from support.problems import PROBLEMS
 from support.trainings.pytorch import same

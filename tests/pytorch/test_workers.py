@@ -1,11 +1,17 @@
-"""The PyTorch adapter on real Horovod workers: misuse, lost workers, process sets."""
+"""The PyTorch adapter on real workers of both transports: misuse, lost workers, process sets."""
+
+import re
 
 import pytest
 
-from support.pool import Pool
+from support.pool import DISTRIBUTED, Pool
 
 pytestmark = pytest.mark.workers
 
+LOST = re.compile(
+    "HorovodInternalError: .* because another worker ended or was killed.*after Horovod's error|"
+    "DistNetworkError: .* because rank 1 ended or was killed.*after torch.distributed's error"
+)
 MISUSE = {
     "tau": "ValueError: slowmo: rank 1 differs from rank 0: config: tau: it has 4 where 3 is expected",
     "beta": "config: beta: it has 0.6 where 0.5 is expected",
@@ -24,6 +30,7 @@ MISUSE = {
 
 
 @pytest.mark.slow
+@pytest.mark.both_transports
 @pytest.mark.parametrize("kind", MISUSE)
 def test_misuse_on_one_rank_raises_on_every_rank(workers, kind):
     for said in workers(3).run("support.jobs.pytorch:misuse", kind=kind):
@@ -33,8 +40,8 @@ def test_misuse_on_one_rank_raises_on_every_rank(workers, kind):
 
 
 @pytest.mark.parametrize("op", ["Average", "Adasum"])
-def test_horovods_optimizer_is_not_wrapped(workers, op):
-    for said in workers(3).run("support.jobs.pytorch:wrapped_by_horovod", op=op):
+def test_horovods_optimizer_is_not_wrapped(horovod_workers, op):
+    for said in horovod_workers(3).run("support.jobs.pytorch:wrapped_by_horovod", op=op):
         assert "is a hvd.DistributedOptimizer, which averages gradients" in said
         assert "Keep one of the two" in said
 
@@ -44,8 +51,9 @@ def test_losses_are_averaged(workers):
 
 
 @pytest.mark.slow
-def test_two_process_sets_train_apart():
-    pool = Pool(4, HOROVOD_DYNAMIC_PROCESS_SETS="1")
+@pytest.mark.parametrize("transport", ["horovod.torch", DISTRIBUTED])
+def test_two_process_sets_train_apart(transport):
+    pool = Pool(4, transport, HOROVOD_DYNAMIC_PROCESS_SETS="1")
     a, b, c, d = pool.run("support.jobs.pytorch:halves", sets=[[0, 2], [1, 3]])
     pool.close()
     assert a == c
@@ -66,13 +74,13 @@ def test_messages_of_full_length(workers):
 
 
 @pytest.mark.slow
+@pytest.mark.both_transports
 @pytest.mark.parametrize("how", ["ends", "dies"])
 def test_a_lost_worker_is_one_clear_error_and_nothing_more_is_sent(workers, how):
     first, lost, third = workers(3).outcomes("support.jobs.pytorch:lost_worker", how=how, fatal=True)
     assert lost is None
     for said in (first, third):
-        assert "most likely because another worker ended or was killed" in said
-        assert "nothing more can be exchanged after Horovod's error" in said
+        assert LOST.search(said)
         assert float(said.rsplit("|", 1)[1]) < 20
 
 

@@ -116,10 +116,10 @@ class RecordingComm:
         number = self._started("sum", name, _spell(x))
         return number, self._comm.start_sum(name, x)
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        receivers = " ".join(str(rank) for rank, weight in enumerate(weights) if weight)
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
+        receivers = " ".join(str(rank) for rank, weight in enumerate(shares[:, self.rank]) if weight)
         number = self._started("push", name, f"{_spell(x)} to {receivers}")
-        return number, self._comm.start_push(name, x, weights)
+        return number, self._comm.start_push(name, x, shares)
 
     def wait(self, handle: Any) -> Any:
         number, inner = handle

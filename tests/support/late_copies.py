@@ -1,4 +1,4 @@
-"""`hvd_slowmo_torch.host_staging.Copies` without a device, to test host staging on any machine."""
+"""`hvd_slowmo_torch.comm.host_staging.Copies` without a device, to test host staging on any machine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Real Horovod workers that stay alive and run one job after the other, so that one launch serves many tests.
+"""Real workers that stay alive and run one job after the other, so that one launch serves many tests.
 
 A job is a function "support.module:name", called on every worker with the same arguments. A job that takes
-too long fails with the report of Horovod's stall check, and the next one gets new workers. Between two jobs the
-processes are stopped: Horovod's background threads would take a third of a core for four idle workers.
+too long fails with the report of Horovod's stall check, or of torch.distributed's timeout, and the next one gets new
+workers. Between two jobs the processes are stopped: Horovod's background threads would take a third of a core for four
+idle workers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from hvd_slowmo.installer.local import environments
 
 TESTS = Path(__file__).resolve().parents[1]
 STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 30
+DISTRIBUTED = "torch.distributed"
+"""The transport that is not Horovod's."""
 START_LIMIT_S = 120
 JOB_LIMIT_S = (
     240  # a hang is found by the stall check long before; a job of many traces takes a minute on a busy machine
@@ -45,12 +48,12 @@ class Failed(Exception):
 class Pool:
     """`size` workers; call `run`.
 
-    horovod: the Horovod module of each worker: one for all, or one per rank.
+    transport: the module through which each worker reaches the others: one for all, or one per rank.
     """
 
-    def __init__(self, size: int, horovod: str | Sequence[str] = "horovod.torch", **variables: str) -> None:
+    def __init__(self, size: int, transport: str | Sequence[str] = "horovod.torch", **variables: str) -> None:
         self.size = size
-        self._horovod = [horovod] * size if isinstance(horovod, str) else horovod
+        self._transports = [transport] * size if isinstance(transport, str) else transport
         self._variables = variables
         self._workers: list[subprocess.Popen[bytes]] = []
         self._stack = ExitStack()
@@ -99,10 +102,14 @@ class Pool:
     def _start(self) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._logs = [folder / f"worker{rank}.log" for rank in range(self.size)]
-        started = zip(self._stack.enter_context(environments(self.size)), self._logs, self._horovod, strict=True)
-        for env, log, horovod in started:
+        if DISTRIBUTED in self._transports:
+            settings = [{**os.environ, "RANK": str(r), "WORLD_SIZE": str(self.size)} for r in range(self.size)]
+        else:
+            settings = self._stack.enter_context(environments(self.size))
+        for env, log, transport in zip(settings, self._logs, self._transports, strict=True):
             env |= {
-                "POOL_HOROVOD": horovod,
+                "POOL_TRANSPORT": transport,
+                "POOL_FOLDER": str(folder),
                 "HOROVOD_STALL_CHECK_TIME_SECONDS": str(STALL_WARNING_S),
                 "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(STALL_SHUTDOWN_S),
                 "HOROVOD_GLOO_TIMEOUT_SECONDS": "3600",  # its clock goes on while the processes are stopped

@@ -80,12 +80,12 @@ class GraphSafeComm:
         x = self._protected(name, x)
         return _Started(self._comm.start_sum(name, x), x.shape[0], x.shape[0] * x.dtype.size, self._now(x))
 
-    def start_push(self, name: str, x: tf.Tensor, weights: tf.Tensor) -> _Started:
+    def start_push(self, name: str, x: tf.Tensor, shares: tf.Tensor) -> _Started:
         if self.size == 1:
-            return _Started(self._comm.start_push(name, x, weights), x.shape[0], 0, 0.0)
+            return _Started(self._comm.start_push(name, x, shares), x.shape[0], 0, 0.0)
         x = self._protected(name, x)
-        size = tf.math.count_nonzero(weights) * x.shape[0] * x.dtype.size
-        return _Started(self._comm.start_push(name, x, weights), x.shape[0], size, self._now(x))
+        size = tf.math.count_nonzero(shares[:, self.rank]) * x.shape[0] * x.dtype.size
+        return _Started(self._comm.start_push(name, x, shares), x.shape[0], size, self._now(x))
 
     def wait(self, handle: _Started) -> tf.Tensor:
         result = self._comm.wait(handle.handle)

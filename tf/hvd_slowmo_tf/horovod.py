@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hvd_slowmo.comm.horovod import FailureLatch, Workers, family
+from hvd_slowmo.comm.horovod import HorovodFailures, Workers
+from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
 
 
@@ -35,18 +36,18 @@ class HorovodComm:
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.node = node
-        self.family = family(self.ranks)
-        self.latch = FailureLatch(hvd.rank())
+        self.family = family("horovod", self.ranks)
+        self.latch = HorovodFailures(hvd.rank())
         self._gathers: dict[str, Any] = {}  # per name, the traced function that gathers under it
 
     def start_sum(self, name: str, x: tf.Tensor) -> tf.Tensor:
         options = {"op": self._hvd.Sum, "process_set": self._set, "ignore_name_scope": True}
         return self._hvd.allreduce(x, name=f"allreduce.{name}", **options)
 
-    def start_push(self, name: str, x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    def start_push(self, name: str, x: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
+        weights = shares[:, self.rank]
         # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
-        shares = tf.boolean_mask(weights, weights > 0)
-        sent = tf.reshape(tf.cast(shares, x.dtype)[:, tf.newaxis] * x, [-1])
+        sent = tf.reshape(tf.cast(tf.boolean_mask(weights, weights > 0), x.dtype)[:, tf.newaxis] * x, [-1])
         splits = tf.cast(weights > 0, tf.int32) * x.shape[0]
         options = {"process_set": self._set, "ignore_name_scope": True}
         received, _ = self._hvd.alltoall(sent, splits, name=f"alltoall.{name}", **options)

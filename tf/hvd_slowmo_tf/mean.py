@@ -42,7 +42,7 @@ def mean(value: Any, weight: float = 1.0, *, process_set: Any = None, comm: Comm
     """
     if tf.inside_function():
         raise ValueError("mean() is for the end of an epoch: call it outside of the tf.function.")
-    refuse_both(process_set, comm)
+    refuse_both(comm, process_set=process_set)
     return mean_of(workers.connect(process_set) if comm is None else comm, value, weight, _to_numpy, _like)
 
 

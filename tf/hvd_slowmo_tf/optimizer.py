@@ -101,7 +101,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         config = configured(SlowMo, config, settings)
         check_name(name)
         check_parameter_map(parameter_map)
-        check_workers(config, process_set, comm)
+        check_workers(config, comm, process_set=process_set)
         refuse_strategies()
         inner_optimizer = resolved(inner_optimizer)
         check_inner(inner_optimizer)

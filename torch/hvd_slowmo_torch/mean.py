@@ -12,18 +12,40 @@ from numpy.typing import NDArray
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.arguments import refuse_both
 from hvd_slowmo.core.mean import mean_of
-from hvd_slowmo_torch.horovod import workers
+from hvd_slowmo_torch.comm.workers import Transport, shared
 
 V = TypeVar("V", float, torch.Tensor)
 
 
 @overload
-def mean(value: V, weight: float = 1.0, *, process_set: Any = None, comm: Comm | None = None) -> V: ...
+def mean(
+    value: V,
+    weight: float = 1.0,
+    *,
+    process_set: Any = None,
+    process_group: Any = None,
+    transport: Transport | None = None,
+    comm: Comm | None = None,
+) -> V: ...
 @overload
 def mean(
-    value: Mapping[str, V], weight: float = 1.0, *, process_set: Any = None, comm: Comm | None = None
+    value: Mapping[str, V],
+    weight: float = 1.0,
+    *,
+    process_set: Any = None,
+    process_group: Any = None,
+    transport: Transport | None = None,
+    comm: Comm | None = None,
 ) -> dict[str, V]: ...
-def mean(value: Any, weight: float = 1.0, *, process_set: Any = None, comm: Comm | None = None) -> Any:
+def mean(
+    value: Any,
+    weight: float = 1.0,
+    *,
+    process_set: Any = None,
+    process_group: Any = None,
+    transport: Transport | None = None,
+    comm: Comm | None = None,
+) -> Any:
     """Return the weighted mean of a loss or metric over the workers. A collective.
 
     Use it at the end of an epoch. In every step it would make the workers wait for each other, which SlowMo avoids.
@@ -34,7 +56,9 @@ def mean(value: Any, weight: float = 1.0, *, process_set: Any = None, comm: Comm
         weight: of this worker, such as its number of samples. Workers of weight 0 take no part, whatever their values
             are; if all weights are 0 the mean is NaN.
         process_set: the Horovod process set whose workers are meant; None for all ranks.
-        comm: the workers, in place of Horovod's.
+        process_group: the same of torch.distributed.
+        transport: "horovod" or "torch" where both are initialized.
+        comm: the workers, in place of these.
 
     Returns:
         The mean in the form of `value`.
@@ -48,8 +72,9 @@ def mean(value: Any, weight: float = 1.0, *, process_set: Any = None, comm: Comm
         >>> mean({"loss": torch.tensor([0.5, 1.5])}, weight=64)
         {'loss': tensor([0.5000, 1.5000])}
     """
-    refuse_both(process_set, comm)
-    return mean_of(workers.connect(process_set) if comm is None else comm, value, weight, _to_numpy, _like)
+    refuse_both(comm, process_set=process_set, process_group=process_group, transport=transport)
+    workers = shared(process_set, process_group, transport) if comm is None else comm
+    return mean_of(workers, value, weight, _to_numpy, _like)
 
 
 def _to_numpy(value: Any) -> Any:

@@ -25,7 +25,7 @@ from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.checks import refuse_without_model, try_configured
-from hvd_slowmo_torch.horovod import workers
+from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
@@ -50,8 +50,10 @@ class SlowMo(Outermost, Optimizer):
         model: the module that is trained; its parameters are trained in place and never rebound.
         config: the settings; None for SlowMoConfig's defaults, or for its fields as keywords: SlowMo(..., tau=12).
         process_set: the Horovod process set that trains together; None for all ranks.
-        comm: the workers, in place of Horovod's: threads of one process, or another transport. With gradients="node"
-            it brings its node's workers as `comm.node`.
+        process_group: the group of torch.distributed that trains together; None for all ranks.
+        transport: "horovod" or "torch"; None for the one that is initialized.
+        comm: the workers, in place of these: threads of one process, or another transport. With gradients="node" it
+            brings its node's workers as `comm.node`.
         name: prefix of the collectives' names; a second optimizer in one process takes another.
         metrics: measure at every outer step, for `metrics()`; costs about as much as the outer update itself.
         parameter_map: names of the tensors in other frameworks, to train together with their workers. Every worker
@@ -97,6 +99,8 @@ class SlowMo(Outermost, Optimizer):
         config: SlowMoConfig | None = None,
         *,
         process_set: Any = None,
+        process_group: Any = None,
+        transport: Transport | None = None,
         comm: Comm | None = None,
         name: str = "slowmo",
         metrics: bool = False,
@@ -106,8 +110,9 @@ class SlowMo(Outermost, Optimizer):
     ) -> None:
         config, error = try_configured(SlowMo, config, settings)
         check_name(name)  # of the collectives: under another one this worker could not tell the others
-        check_workers(config, process_set, comm)
-        comm = workers.connect(process_set, config.gradients == "node") if comm is None else comm
+        check_workers(config, comm, process_set=process_set, process_group=process_group, transport=transport)
+        if comm is None:
+            comm = connect(process_set, process_group, transport, node=config.gradients == "node")
         given = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
         self.inner_optimizer = inner_optimizer
         self.config = config
@@ -140,7 +145,7 @@ class SlowMo(Outermost, Optimizer):
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this worker has handed to Horovod since construction (before a ring multiplies them)."""
+        """Bytes that this worker has handed over since construction (before a ring multiplies them)."""
         return self.worker.bytes_sent
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,7 +170,8 @@ class SlowMo(Outermost, Optimizer):
         Raises:
             ValueError: on every rank at an outer step, if on one of them parameters or learning rates are not finite
                 or the ranks have not made the same number of steps; nothing is written then.
-            horovod.common.exceptions.HorovodInternalError: another worker is gone; end this one.
+            horovod.common.exceptions.HorovodInternalError, torch.distributed.DistNetworkError: another worker is gone;
+                end this one.
         """
         worker = self.worker
         if initializes_state():

@@ -13,7 +13,7 @@ from support.trainings.checkpoints import CASES, KerasWorker, TorchWorker, apart
 
 
 def worker(framework: str, case: str) -> Any:
-    rank = importlib.import_module(f"horovod.{framework}").rank()
+    rank = importlib.import_module("hvd_slowmo.torch" if framework == "torch" else "horovod.tensorflow").rank()
     return {"torch": TorchWorker, "tensorflow": KerasWorker}[framework](*CASES[case], rank=rank)
 
 

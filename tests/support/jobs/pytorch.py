@@ -6,13 +6,14 @@ import contextlib
 import os
 import time
 
-import horovod.torch as hvd
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+import hvd_slowmo.torch as slowmo
 from hvd_slowmo.torch import SlowMo, SlowMoConfig, mean
-from hvd_slowmo_torch.horovod import workers
+from hvd_slowmo_torch.comm.workers import connect
 from support.late_copies import LateCopies
 from support.problems import Problem
 from support.trainings.pytorch import run
@@ -27,7 +28,7 @@ def train(model: nn.Module, optimizer: SlowMo, steps: int) -> None:
 
 def misuse(kind: str) -> str:
     """Do one thing wrong on rank 1; return the error."""
-    odd = hvd.rank() == 1
+    odd = slowmo.rank() == 1
     model: nn.Module = nn.Linear(3, 5 if odd and kind == "shape" else 4)
     if odd and kind == "names":
         model.other, model.weight = model.weight, None
@@ -72,6 +73,8 @@ def misuse(kind: str) -> str:
 
 def wrapped_by_horovod(op: str) -> str:
     """Wrap Horovod's optimizer; return the error."""
+    import horovod.torch as hvd
+
     model = nn.Linear(3, 4)
     inner = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), op=getattr(hvd, op))
     with pytest.raises(TypeError) as caught:
@@ -81,7 +84,7 @@ def wrapped_by_horovod(op: str) -> str:
 
 def averaged_loss() -> tuple[float, float, list[float]]:
     """Average a number, a number that one worker alone has, and a tensor."""
-    rank = hvd.rank()
+    rank = slowmo.rank()
     alone = mean({"loss": float("nan") if rank else 4.0}, weight=float(not rank))["loss"]
     return mean(float(rank), weight=rank), alone, mean(torch.tensor([rank, 1.0])).tolist()
 
@@ -99,13 +102,13 @@ def lost_worker(how: str) -> str:
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
     train(model, optimizer, 4)
-    if hvd.rank() == 1:
+    if slowmo.rank() == 1:
         os._exit(0 if how == "ends" else 9)
     started = time.monotonic()
     try:
         train(model, optimizer, 6)
-    except hvd.mpi_ops.HorovodInternalError as error:
-        first = str(error)
+    except RuntimeError as error:  # of the transport's own class
+        first = f"{type(error).__name__}: {error}"
     try:
         train(model, optimizer, 6)
     except RuntimeError as error:
@@ -117,26 +120,34 @@ def stalls() -> str:
     """Let rank 1 never reach the outer step."""
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
-    if hvd.rank() == 1:
+    if slowmo.rank() == 1:
         time.sleep(15)
     train(model, optimizer, 3)
     return "nothing was raised"
 
 
 def halves(sets: list[list[int]]) -> list[float]:
-    """Train two process sets independently of each other."""
-    members = [hvd.add_process_set(ranks) for ranks in sets]
-    mine = next(each for each in members if each.included())
-    torch.manual_seed(hvd.rank())
+    """Train two process sets, or process groups, independently of each other."""
+    if dist.is_initialized():
+        groups = [dist.new_group(ranks) for ranks in sets]
+        mine, other = groups if slowmo.rank() in sets[0] else groups[::-1]
+        given, foreign = {"process_group": mine}, {"process_group": other}
+    else:
+        import horovod.torch as hvd
+
+        members = [hvd.add_process_set(ranks) for ranks in sets]
+        mine, other = sorted(members, key=lambda each: not each.included())
+        given, foreign = {"process_set": mine}, {"process_set": other}
+    torch.manual_seed(slowmo.rank())
     model = nn.Linear(3, 4)
-    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), process_set=mine)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2), **given)
     train(model, optimizer, 2)
-    other = next(each for each in members if not each.included())
-    with pytest.raises(ValueError, match="is not in the process set"):
-        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(), process_set=other)
+    with pytest.raises(ValueError, match=r"is not in the process (set|group)"):
+        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(), **foreign)
     result = model.weight.detach().reshape(-1).tolist()
-    for each in members:
-        hvd.remove_process_set(each)
+    if not dist.is_initialized():
+        for each in members:
+            hvd.remove_process_set(each)
     return result
 
 
@@ -145,7 +156,7 @@ def averaged() -> tuple[list[float], list[float], list[float]]:
     model = nn.Linear(2, 1)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=10))
     with torch.no_grad():
-        model.weight += hvd.rank()
+        model.weight += slowmo.rank()
     own = model.weight.tolist()[0]
     with optimizer.averaged_parameters():
         inside = model.weight.tolist()[0]
@@ -159,9 +170,9 @@ def large(elements: int) -> bool:
     assert len(optimizer.worker.assembly.machine.layout.chunks) > 2
     ramp = torch.arange(elements, dtype=torch.float32) % 1000
     with torch.no_grad():
-        model[0].copy_(ramp * (hvd.rank() + 1))
+        model[0].copy_(ramp * (slowmo.rank() + 1))
     optimizer.step()
-    mean = sum(ramp * (r + 1) for r in range(hvd.size())) / hvd.size()
+    mean = sum(ramp * (r + 1) for r in range(slowmo.size())) / slowmo.size()
     return torch.equal(model[0].detach(), mean)
 
 
@@ -169,16 +180,23 @@ def own_collectives_after_join() -> float:
     """Train on uneven data, join, and run a collective of the script."""
     model = nn.Linear(3, 4)
     optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=3))
-    train(model, optimizer, 2 + 3 * hvd.rank())
+    train(model, optimizer, 2 + 3 * slowmo.rank())
     optimizer.join()
-    return hvd.allreduce(torch.ones(1), op=hvd.Sum, name="own").item()
+    own = torch.ones(1)
+    if dist.is_initialized():
+        dist.all_reduce(own)
+        return own.item()
+    import horovod.torch as hvd
+
+    return hvd.allreduce(own, op=hvd.Sum, name="own").item()
 
 
 def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
     """Train the same model with SlowMo's averaged gradients and with DistributedDataParallel."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{store}{scaled}", rank=hvd.rank(), world_size=hvd.size())
+    horovod = not dist.is_initialized()
+    if horovod:
+        where = {"rank": slowmo.rank(), "world_size": slowmo.size()}
+        dist.init_process_group("gloo", init_method=f"file://{store}{scaled}", **where)
 
     def training(wrap) -> tuple[list, int]:
         torch.manual_seed(0)
@@ -189,8 +207,8 @@ def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
         for k in range(6):
             optimizer.zero_grad()
             for part in range(2):
-                x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * hvd.rank() + 2 * k + part))
-                bad = float("inf") if scaled and (hvd.rank(), k) in ((1, 2), (0, 4)) else 1.0
+                x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * slowmo.rank() + 2 * k + part))
+                bad = float("inf") if scaled and (slowmo.rank(), k) in ((1, 2), (0, 4)) else 1.0
                 with no_sync() if part == 0 else contextlib.nullcontext():
                     scaler.scale(forward(x).square().mean() * bad).backward()
             scaler.unscale_(optimizer)
@@ -200,7 +218,7 @@ def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
         return [p.detach().numpy().copy() for p in model.parameters()], getattr(optimizer, "steps", 0)
 
     def with_slowmo(model, base):
-        optimizer = SlowMo(base, model, SlowMoConfig.ar_sgd())
+        optimizer = SlowMo(base, model, SlowMoConfig.ar_sgd(), transport="horovod" if horovod else "torch")
         return model, optimizer, optimizer.no_sync
 
     def with_ddp(model, base):
@@ -209,7 +227,8 @@ def against_ddp(store: str, scaled: bool) -> tuple[list, list, int]:
 
     ours, steps = training(with_slowmo)
     theirs, _ = training(with_ddp)
-    dist.destroy_process_group()
+    if horovod:
+        dist.destroy_process_group()
     return ours, theirs, steps
 
 
@@ -225,7 +244,7 @@ def node_without_init() -> str:
 
 def staged(problem: Problem, looks: int | None) -> list:
     """Train with tensors that go through host memory as those of a device would; None: directly."""
-    comm = workers.connect()
+    comm = connect()
     if looks is not None:
         comm._outbox._copies = LateCopies(looks, torch.float64)
     return run(problem, comm, chunk_bytes=40)
@@ -233,7 +252,7 @@ def staged(problem: Problem, looks: int | None) -> list:
 
 def on_device(width: int) -> list[float]:
     """Train a model of several chunks on the CUDA device: warm-up with averaged gradients, then blocks."""
-    torch.manual_seed(hvd.rank())
+    torch.manual_seed(slowmo.rank())
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).cuda()
     base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     optimizer = SlowMo(base, model, SlowMoConfig(tau=2, warmup_steps=3))
@@ -272,7 +291,7 @@ def uneven_on_device() -> tuple[list[float], list[float], list[float]]:
     for _ in range(3):
         optimizer.step()
     with torch.no_grad():
-        model.weight += hvd.rank() + 1
+        model.weight += slowmo.rank() + 1
     own = model.weight.tolist()[0]
     with optimizer.averaged_parameters():
         inside = model.weight.tolist()[0]

@@ -51,13 +51,11 @@ def alone(config, steps, comm, place):
 
 
 def crossed(config, lengths):
-    import horovod.torch as hvd
-
     both = [optimizer(config, None, seed) for seed in range(2)]
-    order = both if hvd.rank() == 0 else both[::-1]  # of their joins
+    order = both if slowmo.rank() == 0 else both[::-1]  # of their joins
     for _ in range(2):
-        for number in range(lengths[hvd.rank()]):
+        for number in range(lengths[slowmo.rank()]):
             for one in both:
-                step(one, hvd.rank(), number)
+                step(one, slowmo.rank(), number)
         slowmo.join(*order)
     return [(weights(one), one.steps) for one in both]

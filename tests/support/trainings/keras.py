@@ -41,13 +41,13 @@ class GraphComm:
 
         return tf.numpy_function(start, [x], tf.int64), x.dtype, x.shape
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        def start(value: np.ndarray, shares: np.ndarray) -> np.int64:
-            number, mine = self._comm.start_push(name, np.array(value), shares)
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
+        def start(value: np.ndarray, given: np.ndarray) -> np.int64:
+            number, mine = self._comm.start_push(name, np.array(value), given)
             self._started[number] = mine
             return np.int64(number)
 
-        return tf.numpy_function(start, [x, weights], tf.int64), x.dtype, x.shape
+        return tf.numpy_function(start, [x, shares], tf.int64), x.dtype, x.shape
 
     def wait(self, handle: Any) -> Any:
         number, dtype, shape = handle

@@ -21,7 +21,7 @@ MAP = ParameterMap(
     orient={"net/holder/part0": "transpose", "net/holder/part3": PART3},
 )
 VIEWS = [View.permute((2, 3), (1, 0)), View.same((4,)), View.same(()), PART3]
-TORCH = os.environ.get("POOL_HOROVOD") == "horovod.torch"
+TORCH = os.environ.get("POOL_TRANSPORT") == "horovod.torch"
 
 
 class TorchWorker:
@@ -30,11 +30,11 @@ class TorchWorker:
     def __init__(
         self, problem: Problem, comm: Any = None, parameter_map: ParameterMap | None = MAP, split: bool = False
     ) -> None:
-        from hvd_slowmo.torch import SlowMo
-        from support.trainings.pytorch import BASES, Model, horovod_rank
+        from hvd_slowmo.torch import SlowMo, rank
+        from support.trainings.pytorch import BASES, Model
 
         self.problem = problem
-        self.rank = horovod_rank() if comm is None else comm.rank
+        self.rank = rank() if comm is None else comm.rank
         self.model = Model(problem.start() + self.rank)
         parts = list(self.model.parts)
         groups = [{"params": parts[2:]}, {"params": parts[:2]}] if split else [{"params": parts}]
@@ -119,8 +119,8 @@ class TorchComm:
     def start_sum(self, name: str, x: Any) -> Any:
         return self._comm.start_sum(name, x.numpy()), x
 
-    def start_push(self, name: str, x: Any, weights: Any) -> Any:
-        return self._comm.start_push(name, x.numpy(), weights), None
+    def start_push(self, name: str, x: Any, shares: Any) -> Any:
+        return self._comm.start_push(name, x.numpy(), shares), None
 
     def wait(self, handle: Any) -> Any:
         import torch

@@ -13,6 +13,7 @@ import torch
 
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.torch import SlowMo
+from hvd_slowmo.torch import rank as own_rank
 from support.problems import Problem, chunks_of, config_of, pieces, with_node
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -71,8 +72,8 @@ def held(model: Model, optimizer: SlowMo) -> dict[str, Any]:
 def run(
     problem: Problem, comm: Comm | None = None, chunk_bytes: int | None = None, devices: Sequence[str] = ("cpu",)
 ) -> list[dict[str, Any]]:
-    """Run all steps on one worker of `comm`, or of Horovod."""
-    rank = horovod_rank() if comm is None else comm.rank
+    """Run all steps on one worker of `comm`, or of the pool."""
+    rank = own_rank() if comm is None else comm.rank
     with chunks_of(chunk_bytes):
         model, optimizer = build(problem, comm, rank, devices=devices)
     return [held(model, optimizer), *advance(problem, model, optimizer, rank, range(problem.steps))]
@@ -80,7 +81,7 @@ def run(
 
 def resumed(problem: Problem, stop: int, comm: Comm | None = None) -> list[dict[str, Any]]:
     """Stop after `stop` steps, save to bytes, and resume in new objects."""
-    rank = horovod_rank() if comm is None else comm.rank
+    rank = own_rank() if comm is None else comm.rank
     model, optimizer = build(problem, comm, rank)
     before = advance(problem, model, optimizer, rank, range(stop))
     file = io.BytesIO()
@@ -97,7 +98,7 @@ def resumed(problem: Problem, stop: int, comm: Comm | None = None) -> list[dict[
 
 def epochs(problem: Problem, plan: list[tuple[int, ...]], comm: Comm | None = None) -> list[dict[str, Any]]:
     """Train epochs of plan[epoch][rank] steps with a join after each; return the worker's values after each join."""
-    rank = horovod_rank() if comm is None else comm.rank
+    rank = own_rank() if comm is None else comm.rank
     model, optimizer = build(problem, comm, rank)
     history, taken = [], 0
     for lengths in plan:
@@ -124,9 +125,3 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and np.array_equal(a, b)
     return bool(a == b)
-
-
-def horovod_rank() -> int:
-    import horovod.torch as hvd
-
-    return int(hvd.rank())

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvd_slowmo.comm.horovod import FailureLatch, Workers, family
+from hvd_slowmo.comm.horovod import HorovodFailures, Workers
+from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo_torch.host_staging import CudaCopies, Outbox, Sum
+from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox, Sum
+from hvd_slowmo_torch.comm.messages import shared
 
 # Between two looks at an unfinished collective. Horovod's own `synchronize` looks without a pause and takes the core
 # that its communication thread, or another worker on a full machine, needs; see benchmarks/waiting.py.
@@ -46,18 +48,18 @@ class HorovodComm:
         self.size: int = process_set.size()
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.node = node
-        self.family = family(self.ranks)
-        self._latch = FailureLatch(hvd.rank())
+        self.family = family("horovod", self.ranks)
+        self._latch = HorovodFailures(hvd.rank())
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:
         self._latch.refuse_after_failure()
         return self._outbox.put(name, x)
 
-    def start_push(self, name: str, x: torch.Tensor, weights: Any) -> Push:
+    def start_push(self, name: str, x: torch.Tensor, shares: Any) -> Push:
         self._latch.refuse_after_failure()
+        weights = shares[:, self.rank]
         # Horovod has no send and receive; an alltoall with nothing for most workers puts no more on the wire.
-        shares = [x * float(weight) for weight in weights if weight]
-        sent = torch.cat(shares) if len(shares) > 1 else shares[0] if shares else x[:0]
+        sent = shared(x, weights)
         splits = torch.tensor([len(x) if weight else 0 for weight in weights], dtype=torch.int32)
         if self._host_only:
             sent = sent.cpu()

@@ -1,8 +1,8 @@
-"""Sums of device tensors over a Horovod that takes host memory only, through pinned memory.
+"""Sums of device tensors over a transport that takes host memory only, through pinned memory.
 
 The host never waits for the device here. The copy to the host runs on a separate stream, behind the caller's queued
-work. Horovod may read host memory at once, so a sum is handed over only when its copy has arrived, which is checked
-whenever a worker starts a sum or waits for one. The copy back is queued on the caller's stream.
+work. The transport may read host memory at once, so a sum is handed over only when its copy has arrived, which is
+checked whenever a worker starts a sum or waits for one. The copy back is queued on the caller's stream.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class Sum:
     x: torch.Tensor
     host: torch.Tensor
     arrived: Callable[[], bool] | None = None
-    handle: Any = None  # Horovod's, once the sum has been handed over
+    handle: Any = None  # the transport's, once the sum has been handed over
 
 
 class Outbox:
-    """A queue of sums for Horovod.
+    """A queue of sums for a transport. They leave in the order in which they came, which is the same on every worker.
 
     Args:
         submit: starts the sum of a tensor in host memory, in place, and returns a handle.
-        copies: None where Horovod takes tensors on the device itself.
+        copies: None where the transport takes tensors on the device itself.
     """
 
     def __init__(self, submit: Callable[[str, torch.Tensor], Any], copies: Copies | None) -> None:
@@ -87,9 +87,10 @@ class Outbox:
 
     def put(self, name: str, x: torch.Tensor) -> Sum:
         """Start the sum of x, which belongs to the queue until `take`."""
-        if self._copies is None or not self._copies.needed(x):
-            return Sum(name, x, x, handle=self._submit(name, x))
-        begun = Sum(name, x, *self._copies.to_host(x))
+        if self._copies is not None and self._copies.needed(x):
+            begun = Sum(name, x, *self._copies.to_host(x))
+        else:
+            begun = Sum(name, x, x)
         self._waiting.append(begun)
         self.advance()
         return begun
@@ -104,7 +105,7 @@ class Outbox:
             first.handle = self._submit(first.name, first.host)
 
     def take(self, done: Sum) -> torch.Tensor:
-        """Return the result of a sum that Horovod has finished, in the memory of x."""
+        """Return the result of a sum that the transport has finished, in the memory of x."""
         if done.host is not done.x:
             assert self._copies is not None, "only copies put a sum elsewhere"
             self._copies.to_device(done.host, done.x)

@@ -1,0 +1,51 @@
+"""The end of a transport: after its error nothing more may be submitted."""
+
+from __future__ import annotations
+
+
+class FailureLatch:
+    """Remembers that a collective has failed.
+
+    A collective submitted right after such an error can freeze the process, even while it ends (docs/design-notes.md).
+
+    Args:
+        library: whose collectives they are, for messages.
+        rank: of this worker, for messages.
+
+    Example:
+        >>> latch = FailureLatch("Horovod", 0)
+        >>> latch.refuse_after_failure()
+        >>> latch.lost("connection reset")
+        'rank 0: a collective failed, most likely because another worker ended or was killed; look at that worker...
+        >>> latch.refuse_after_failure()
+        Traceback (most recent call last):
+        RuntimeError: nothing more can be exchanged after Horovod's error (connection reset). ...
+    """
+
+    def __init__(self, library: str, rank: int) -> None:
+        self._library = library
+        self._rank = rank
+        self._failure: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """True once a worker was lost."""
+        return self._failure is not None
+
+    def refuse_after_failure(self) -> None:
+        """Raise RuntimeError after `lost` was called."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"nothing more can be exchanged after {self._library}'s error ({self._failure}). End this process; the "
+                "job can be resumed from its last checkpoint."
+            )
+
+    def lost(self, says: str, cause: str = "another worker ended or was killed; look at that worker's output") -> str:
+        """Remember an error of the library, and return the text of the one to raise in its place.
+
+        Args:
+            says: the library's own text.
+            cause: the likely one.
+        """
+        self._failure = says
+        return f"rank {self._rank}: a collective failed, most likely because {cause}. {self._library} says: {says}"

@@ -1,0 +1,1 @@
+"""Transports of the PyTorch adapter: Horovod and torch.distributed."""

@@ -1,0 +1,214 @@
+"""torch.distributed as the core's `Comm`: gloo and NCCL, which come with PyTorch.
+
+A process group matches collectives by their order, where Horovod matches them by name. Two things take the place of
+names. Every optimizer has process groups of its own, so that its exchanges can't mix with others. And whenever nothing
+is in flight, the workers compare what they are about to exchange before they start it: gloo ends the process at
+messages of different lengths, and takes any two of one length for the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from hvd_slowmo.comm.failure import FailureLatch
+from hvd_slowmo.comm.naming import family
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox, Sum
+from hvd_slowmo_torch.comm.lost import lost_ranks
+from hvd_slowmo_torch.comm.messages import shared
+
+_PAUSE_S = 0.0002  # between two looks at a copy
+
+_GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
+
+_NAME_BYTES = 160  # of a collective in words, for an error
+
+
+class Push(NamedTuple):
+    """A message in flight, and the memory into which others' come."""
+
+    name: str
+    work: Any
+    sent: torch.Tensor
+    came: torch.Tensor
+    length: int
+    device: torch.device
+
+
+def own_group(group: Any) -> Any:
+    """Return a new process group of the same workers. A collective of these workers.
+
+    It always has gloo, for what is in host memory; with NCCL in the given group, CUDA tensors go over NCCL.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    nccl = "nccl" in str(dist.get_backend_config(group))
+    return dist.new_group(
+        ranks,
+        timeout=timeout_of(group),
+        backend=_GLOO_AND_NCCL if nccl else "gloo",
+        # Names of groups that all ranks make are counted; others would wait for ranks that never come.
+        use_local_synchronization=len(ranks) < dist.get_world_size(),
+    )
+
+
+def timeout_of(group: Any) -> timedelta:
+    """Return the time after which a collective of a process group fails."""
+    for device in ("cpu", "cuda"):
+        try:
+            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):  # no such backend; one without options
+            continue
+        return timeout
+    return dist.default_pg_timeout
+
+
+class DistributedComm:
+    """Collectives of a process group that nobody else uses. After an error nothing more is submitted.
+
+    Args:
+        group: torch.distributed's, of this object's own.
+        node: the workers of this one's node, for gradients="node".
+    """
+
+    def __init__(self, group: Any, node: Comm | None = None) -> None:
+        self._group = group
+        self._push_group: Any = None
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+        self.ranks: Sequence[int] = tuple(dist.get_process_group_ranks(group))
+        self.node = node
+        self.family = family("torch.distributed", self.ranks)
+        self.backend = "gloo" if "nccl" not in str(dist.get_backend_config(group)) else _GLOO_AND_NCCL
+        self.timeout = timeout_of(group)
+        self._host_only = self.backend == "gloo"
+        self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
+        self._latch = FailureLatch("torch.distributed", dist.get_rank())
+        self._in_flight: set[str] = set()  # sums
+        self._history = 0  # digest of the collectives so far
+
+    def start_sum(self, name: str, x: torch.Tensor) -> Sum:
+        self._latch.refuse_after_failure()
+        if name in self._in_flight:
+            raise RuntimeError(
+                f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
+                "wait. End this process and resume from the last checkpoint."
+            )
+        what = f"sum {name} of {x.numel()} elements {x.dtype}"
+        if not self._in_flight:
+            self._compare(what)
+        self._note(what)
+        self._in_flight.add(name)
+        return self._outbox.put(name, x)
+
+    def start_push(self, name: str, x: torch.Tensor, shares: Any) -> Push:
+        self._latch.refuse_after_failure()
+        if self._push_group is None:
+            # Its own, because a push may stay in flight while the workers meet.
+            self._push_group = own_group(self._group)
+        weights, sources = shares[:, self.rank], shares[self.rank]
+        sent = shared(x, weights)
+        sent = sent.cpu() if self._host_only else sent
+        splits = [[len(x) if share else 0 for share in each] for each in (sources, weights)]
+        came = torch.empty(sum(splits[0]), dtype=x.dtype, device=sent.device)
+        work = self._begin(self._push_group, dist.all_to_all_single, came, sent, *splits)
+        return Push(name, work, sent, came, len(x), x.device)
+
+    def wait(self, handle: Sum | Push) -> torch.Tensor:
+        if isinstance(handle, Push):
+            self._finish(handle.work, handle.name)
+            came = handle.came.view(-1, handle.length)
+            return (came[0] if len(came) == 1 else came.sum(dim=0)).to(handle.device)
+        while handle.handle is None:  # its copy to host memory is in flight
+            time.sleep(_PAUSE_S)
+            self._outbox.advance()
+        self._finish(handle.handle, handle.name)
+        self._in_flight.discard(handle.name)
+        return self._outbox.take(handle)
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        self._latch.refuse_after_failure()
+        own = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        # Lengths differ, which an allgather can't have, and often one worker alone sends much.
+        lengths = self._compare(f"gather {name}", len(own))
+        self._note(f"gather {name}")
+        parts = [own if r == self.rank else torch.empty(n, dtype=torch.uint8) for r, n in enumerate(lengths)]
+        works = [
+            self._begin(self._group, dist.broadcast, part, src=source)
+            for part, source in zip(parts, self.ranks, strict=True)
+        ]
+        for work in works:
+            self._finish(work, name)
+        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+
+    def _submit(self, name: str, x: torch.Tensor) -> Any:
+        return self._begin(self._group, dist.all_reduce, x)
+
+    def _note(self, what: str) -> None:
+        self._history = _digest(f"{self._history} {what}")
+
+    def _compare(self, what: str, length: int = 0) -> list[int]:
+        """Compare with the other workers what comes next, and return everyone's `length`. A collective.
+
+        Raises:
+            ValueError: on every worker, if one is about to exchange something else, or has exchanged something else
+                since the last comparison.
+        """
+        table = torch.zeros(self.size, 3, dtype=torch.int64)
+        table[self.rank] = torch.tensor([_digest(what), self._history, length])
+        self._finish(self._begin(self._group, dist.all_reduce, table), what)
+        if bool((table[:, :2] == table[0, :2]).all()):
+            return [int(n) for n in table[:, 2]]
+        texts = torch.zeros(self.size, _NAME_BYTES, dtype=torch.uint8)
+        words = what.encode()[:_NAME_BYTES]
+        texts[self.rank, : len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        self._finish(self._begin(self._group, dist.all_reduce, texts), what)
+        self._history = 0
+        spelt = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in texts.tolist()]
+        if len(set(spelt)) == 1:
+            raise ValueError(f"the workers have not exchanged the same before their {what}. Start the job anew.")
+        places = "; ".join(f"rank {rank} is at its {text}" for rank, text in zip(self.ranks, spelt, strict=True))
+        raise ValueError(
+            f"the workers do not exchange the same: {places}. Construct optimizers, and call step(), join() and all "
+            "other collectives, equally often and in the same order on every rank."
+        )
+
+    def _begin(self, group: Any, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        self._latch.refuse_after_failure()
+        try:
+            return collective(*tensors, group=group, async_op=True, **options)
+        except RuntimeError as error:
+            raise self._explained(error, collective.__name__) from error
+
+    def _finish(self, work: Any, what: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._explained(error, what) from error
+
+    def _explained(self, error: RuntimeError, what: str) -> Exception:
+        """Return the exception to raise in place of an error of a collective, which ends the exchange for all."""
+        text = f"{what}: {str(error).splitlines()[0]}"
+        if "imed out" in text:
+            cause = "another worker has not come within the process group's timeout"
+            return dist.DistNetworkError(self._latch.lost(text, cause))
+        for group in (self._group, self._push_group):
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._group = self._push_group = None  # which closes the connections: all others notice at once
+        lost = lost_ranks(self.ranks, self.rank)
+        if not lost:
+            return dist.DistNetworkError(self._latch.lost(text))
+        who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+        return dist.DistNetworkError(self._latch.lost(text, f"{who} ended or was killed; look at the output there"))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
