@@ -183,6 +183,6 @@ def test_a_node_joins_when_all_of_its_workers_are_done():
 
 
 @pytest.mark.workers
-def test_node_gradients_need_slowmo_init(workers):
-    for said in workers(2).run("support.jobs.pytorch:node_without_init"):
+def test_node_gradients_need_slowmo_init(horovod_workers):
+    for said in horovod_workers(2).run("support.jobs.pytorch:node_without_init"):
         assert "Call hvd_slowmo.torch.init() in place of hvd.init()." in said

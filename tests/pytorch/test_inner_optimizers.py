@@ -144,8 +144,8 @@ def test_a_foreign_checkpoint_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.workers
-def test_horovods_broadcasts_left_in_a_script_change_nothing(workers):
-    for steps_taken, same, said in workers(2).run("support.jobs.pytorch_broadcasts:left_in"):
+def test_horovods_broadcasts_left_in_a_script_change_nothing(horovod_workers):
+    for steps_taken, same, said in horovod_workers(2).run("support.jobs.pytorch_broadcasts:left_in"):
         assert steps_taken == 4
         assert same
         assert "hvd.elastic.TorchState would take steps" in said

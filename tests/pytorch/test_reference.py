@@ -70,7 +70,7 @@ def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
         *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.thorough]) for n in (4, 8)),
     ],
 )
-def test_horovod_workers_equal_the_reference(workers, size):
+def test_workers_equal_the_reference(workers, size):
     for name, problem in PROBLEMS.items():
         histories = workers(size).run("support.trainings.pytorch:run", problem=problem, chunk_bytes=40)
         assert distance(histories, problem) < TOLERANCE, name

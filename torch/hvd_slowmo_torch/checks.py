@@ -15,6 +15,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.inner_optimizer import check_state_dict, fresh
+from hvd_slowmo_torch.parallel import refuse_sharded
 from hvd_slowmo_torch.worker import Settings
 
 
@@ -56,6 +57,7 @@ def check_types(inner: Any, model: Any, settings: Settings) -> None:
         raise TypeError(f"`model` must be a torch.nn.Module. Received: {type(model).__name__}")
     if settings.error is not None:
         raise settings.error
+    refuse_sharded(model)
     check_values(model)
     check_parameter_map(settings.parameter_map)
     check_statistics(settings.statistics, settings.parameter_map)

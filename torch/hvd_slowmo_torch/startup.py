@@ -16,6 +16,7 @@ from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 from hvd_slowmo_torch.layout import TensorRef, groups_of, refs_of, state_refs
+from hvd_slowmo_torch.parallel import refuse_data_parallel
 from hvd_slowmo_torch.worker import TorchWorker
 
 Own = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -48,6 +49,7 @@ class StartingTorchWorker:
         if self._param_group is not None:
             inner.add_param_group(self._param_group)
         check_types(inner, model, settings)
+        refuse_data_parallel(model, self.config.gradients, self._worker.comm.ranks)
         refs = refs_of(model, inner, settings.parameter_map, settings.statistics)
         groups = groups_of(refs, model, inner)
         specs = [ref.spec for ref in refs]
