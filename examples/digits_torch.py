@@ -1,6 +1,7 @@
 """SlowMo against Local SGD and AR-SGD on scikit-learn's handwritten digits, with PyTorch.
 
-Run it with: horovodrun -np 4 python examples/digits_torch.py
+Run it with: torchrun --nproc-per-node 4 examples/digits_torch.py
+Or over Horovod: hvd-slowmo run -np 4 python examples/digits_torch.py
 """
 
 import time
@@ -8,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import digits_common as common
-import horovod.torch as hvd
 import numpy as np
 import torch
 from torch import nn
@@ -45,8 +45,8 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
     log = logger(args.logdir, f"{method}-{seed}")
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs - args.epochs // 5])
 
-    mine = common.shard(classes.cpu().numpy(), args.shards, hvd.rank(), hvd.size(), seed)
-    rng = np.random.default_rng([seed, hvd.rank()])
+    mine = common.shard(classes.cpu().numpy(), args.shards, slowmo.rank(), slowmo.size(), seed)
+    rng = np.random.default_rng([seed, slowmo.rank()])
     seconds, sent = 0.0, 0
     for _ in range(args.epochs):
         model.train()
@@ -65,21 +65,20 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
         scheduler.step()
 
         run.steps.append(optimizer.steps)
-        run.loss.append(hvd.allreduce(loss, name="loss").item())
+        run.loss.append(slowmo.mean(loss.item()))
         if len(run.steps) == args.epochs:
             optimizer.join()  # at the end all workers keep the mean
         with optimizer.averaged_parameters():  # a collective: every worker enters, although only rank 0 evaluates
-            if hvd.rank() == 0:
+            if slowmo.rank() == 0:
                 run.accuracy.append(accuracy(model, test_images, test_classes))
-    milliseconds = torch.tensor(1000 * seconds / optimizer.steps)
-    run.ms_per_step = hvd.allreduce(milliseconds, name="milliseconds").item()
+    run.ms_per_step = slowmo.mean(1000 * seconds / optimizer.steps)
     run.mb_sent = sent / 1e6
     return run
 
 
 def logger(logdir: Path | None, name: str) -> Callable[[slowmo.SlowMo], None]:
     """Return a function that writes the optimizer's metrics to TensorBoard after each outer step, on rank 0 only."""
-    if logdir is None or hvd.rank() != 0:
+    if logdir is None or slowmo.rank() != 0:
         return lambda optimizer: None
     from torch.utils.tensorboard import SummaryWriter
 
@@ -102,26 +101,26 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
 
 
 def main() -> None:
-    hvd.init()
-    args = common.parse(__doc__, hvd.rank())
+    slowmo.init()
+    args = common.parse(__doc__, slowmo.rank())
     torch.set_num_threads(1)  # several workers share this machine's cores
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", hvd.local_rank() % torch.cuda.device_count())
+        device = torch.device("cuda", slowmo.local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
     arrays = common.load()
     data = [torch.from_numpy(array).to(device) for array in arrays]
 
     runs = []
-    steps = args.epochs * common.steps_per_epoch(arrays, args.batch_size, hvd.size())
+    steps = args.epochs * common.steps_per_epoch(arrays, args.batch_size, slowmo.size())
     total = steps * args.seeds * len(args.methods)
-    with tqdm(total=total, unit="step", mininterval=0.5, disable=hvd.rank() != 0) as bar:
+    with tqdm(total=total, unit="step", mininterval=0.5, disable=slowmo.rank() != 0) as bar:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for method in args.methods:
                 bar.set_description(f"{method}, seed {seed}")
                 runs.append(train(args, method, seed, data, bar))
-    if hvd.rank() == 0:
-        common.report("digits_torch", args, runs, hvd.size())
+    if slowmo.rank() == 0:
+        common.report("digits_torch", args, runs, slowmo.size())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 from support.pool import DISTRIBUTED, Pool, PoolOf
+
+# Nothing here is timed: a busy machine takes its time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks

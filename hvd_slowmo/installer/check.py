@@ -1,8 +1,9 @@
-"""Checks with two workers on this machine and a time limit: an allreduce, and Horovod's stall check."""
+"""Checks with two workers on this machine and a time limit: an allreduce per transport, and Horovod's stall check."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ class Result:
     Attributes:
         error: error message followed by the last output of the workers, or None if the check passed.
         seconds: duration.
-        facts: "gloo", "mpi" and "nccl", each True if Horovod was built with it, as reported by worker 0.
+        facts: "gloo", "mpi" and "nccl", each True if the transport was built with it, as reported by worker 0.
     """
 
     error: str | None
@@ -37,10 +38,10 @@ class Result:
 
 
 def allreduce(framework: str, time_limit: float = TIME_LIMIT) -> Result:
-    """Sum a tensor over two workers with one framework.
+    """Sum a tensor over two workers.
 
     Args:
-        framework: "torch" or "tensorflow".
+        framework: "torch" or "tensorflow", over Horovod, or "torch.distributed".
         time_limit: in seconds, with the startup of the workers.
 
     Returns:
@@ -76,6 +77,10 @@ def _run(framework: str, task: str, extra: Mapping[str, str], time_limit: float,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
     }
+    if framework == "torch.distributed":
+        ranks = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+        complete = [{**environment, **settings, **extra} for environment in ranks]
+        return _watch(complete, framework, task, started, time_limit, wait_for)
     try:
         with local.environments(2) as environments:
             complete = [{**environment, **settings, **extra} for environment in environments]

@@ -1,4 +1,4 @@
-"""`hvd-slowmo doctor`: examine the frameworks, Horovod's build and its ability to train."""
+"""`hvd-slowmo doctor`: examine the frameworks, and the ability of both transports to train."""
 
 from __future__ import annotations
 
@@ -57,11 +57,18 @@ def examine(env: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding(Level.OK, f"hvd-slowmo {__version__}, Python {platform.python_version()} ({sys.executable})")
     frameworks = detect()
     yield from _frameworks(frameworks)
+    distributed = _distributed(frameworks)
+    if distributed is not None:
+        yield distributed
     yield _compiler(env, max((framework.cxx for framework in frameworks), default=17))
     try:
         version = importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(Level.PROBLEM, "Horovod is not installed", _INSTALL)
+        if distributed is not None and distributed.level is Level.OK:
+            text = "Horovod is not installed. Keras and jobs of both frameworks need it; PyTorch runs under torchrun"
+            yield Finding(Level.NOTE, text, f"for these, {_INSTALL}")
+        else:
+            yield Finding(Level.PROBLEM, "Horovod is not installed", _INSTALL)
         return
     built = recipe.installed()
     yield _origin(version, built)
@@ -102,6 +109,17 @@ def _frameworks(found: tuple[Framework, ...]) -> Iterator[Finding]:
             yield Finding(Level.OK, f"Keras {importlib.metadata.version('keras')}")
         except importlib.metadata.PackageNotFoundError:
             yield Finding(Level.NOTE, "Keras, version unknown")
+
+
+def _distributed(found: tuple[Framework, ...]) -> Finding | None:
+    if not any(framework.name == "torch" and framework.supported for framework in found):
+        return None
+    result = check.allreduce("torch.distributed")
+    if result.error is not None:
+        text = f"Two workers could not sum a tensor over torch.distributed: {result.error}"
+        return Finding(Level.WARNING, text, "check that processes on this machine can connect to each other.")
+    have = ", ".join(name for name in ("gloo", "nccl") if result.facts.get(name))
+    return Finding(Level.OK, f"Two workers summed a tensor over torch.distributed ({have}; {result.seconds:.1f} s)")
 
 
 def _compiler(env: Mapping[str, str], standard: int) -> Finding:
@@ -158,12 +176,14 @@ def _match(framework: Framework, targets: Mapping[str, str]) -> Iterator[Finding
 def _allreduce(framework: Framework, targets: Mapping[str, str]) -> tuple[Finding, check.Result]:
     result = check.allreduce(framework.name)
     if result.error is None:
-        return Finding(Level.OK, f"Two workers summed a tensor with {framework.title} ({result.seconds:.1f} s)"), result
+        return Finding(
+            Level.OK, f"Two workers summed a tensor over Horovod with {framework.title} ({result.seconds:.1f} s)"
+        ), result
     if framework.name not in targets:
         text = f"Horovod was built without {framework.title}"
         fix = "run `hvd-slowmo install-horovod`, which builds for every installed framework."
         return Finding(Level.PROBLEM, text, fix), result
-    text = f"Two workers could not sum a tensor with {framework.title}: {result.error}"
+    text = f"Two workers could not sum a tensor over Horovod with {framework.title}: {result.error}"
     fix = (
         "run `hvd-slowmo install-horovod --rebuild`. If it fails again, check that processes on this machine can "
         "connect to each other on 127.0.0.1."

@@ -1,6 +1,6 @@
 """Worker of `hvd_slowmo.installer.check`: a standalone script that imports nothing from hvd_slowmo.
 
-Arguments: the framework ("torch" or "tensorflow") and the task. In "allreduce", both workers sum a tensor filled with
+Arguments: "torch" or "tensorflow", for Horovod with this framework, or "torch.distributed"; and the task. In "allreduce", both workers sum a tensor filled with
 rank + 1. In "stall", rank 0 waits for a tensor that rank 1 never sends. The result is one line of JSON, with a prefix
 that distinguishes it from the frameworks' messages.
 """
@@ -31,9 +31,25 @@ def tensorflow_sum(hvd: ModuleType, value: float, name: str) -> list[float]:
     return total
 
 
+def distributed() -> None:
+    """Sum with torch.distributed, and print the result and the backends."""
+    import torch
+    import torch.distributed as dist
+
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), **place)
+    total = torch.full((1000,), dist.get_rank() + 1.0)
+    dist.all_reduce(total)
+    facts = {"gloo": True, "nccl": dist.is_nccl_available(), "ok": total.tolist() == [3.0] * 1000}
+    print("hvd-slowmo-check " + json.dumps(facts), flush=True)
+
+
 def main() -> None:
     """Run the task and print its result."""
     framework, task = sys.argv[1:]
+    if framework == "torch.distributed":
+        distributed()
+        return
     if framework == "torch":
         import horovod.torch as hvd
 

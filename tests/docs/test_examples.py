@@ -118,7 +118,7 @@ def horovodrun(workers: int, *command: str | Path) -> str:
         encoding="utf-8",
     ) as job:
         try:
-            output, _ = job.communicate(timeout=180)
+            output, _ = job.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             job.terminate()  # not kill: horovodrun then ends its workers
             output, _ = job.communicate()

@@ -11,8 +11,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.workers]
 def test_the_doctor_is_content_with_the_development_environment():
     said = run(python_here, "-m", "hvd_slowmo.cli.main", "doctor", cwd=ROOT)
     assert "Training works here" in said
-    assert "Two workers summed a tensor with PyTorch" in said
-    assert "Two workers summed a tensor with TensorFlow" in said
+    assert "Two workers summed a tensor over torch.distributed (gloo" in said
+    assert "Two workers summed a tensor over Horovod with PyTorch" in said
+    assert "Two workers summed a tensor over Horovod with TensorFlow" in said
 
 
 def test_the_stall_check_of_our_build_reports_a_tensor_that_never_comes():

@@ -24,12 +24,15 @@ from typing import Any
 from hvd_slowmo.installer.local import environments
 
 TESTS = Path(__file__).resolve().parents[1]
-STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 30
+STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 90  # a trace can take half a minute on a busy machine
+ENDS = ("HorovodInternalError", "DistNetworkError")
+"""Errors after which the workers can exchange nothing more."""
+
 DISTRIBUTED = "torch.distributed"
 """The transport that is not Horovod's."""
 START_LIMIT_S = 120
 JOB_LIMIT_S = (
-    240  # a hang is found by the stall check long before; a job of many traces takes a minute on a busy machine
+    240  # a hang is found by the stall check long before; a job of many traces takes minutes on a busy machine
 )
 
 
@@ -85,7 +88,8 @@ class Pool:
         except BaseException:
             self.close()
             raise
-        if fatal:
+        over = any(isinstance(result, Failed) and result.kind in ENDS for result in results)
+        if fatal or over:
             self.close()
         elif any(worker.poll() is not None for worker in self._workers):
             tails = self._tails()
