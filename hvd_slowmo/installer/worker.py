@@ -1,8 +1,8 @@
 """Worker of `hvd_slowmo.installer.check`: a standalone script that imports nothing from hvd_slowmo.
 
-Arguments: "torch" or "tensorflow", for Horovod with this framework, or "torch.distributed"; and the task. In "allreduce", both workers sum a tensor filled with
-rank + 1. In "stall", rank 0 waits for a tensor that rank 1 never sends. The result is one line of JSON, with a prefix
-that distinguishes it from the frameworks' messages.
+Arguments: "torch" or "tensorflow", for Horovod with this framework, or "torch.distributed"; and the task. In
+"allreduce", both workers sum a tensor filled with rank + 1. In "stall", rank 0 waits for a tensor that rank 1 never
+sends. The result is one line of JSON, with a prefix that distinguishes it from the frameworks' messages.
 """
 
 from __future__ import annotations

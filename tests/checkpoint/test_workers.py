@@ -1,4 +1,4 @@
-"""Checkpoints of real Horovod workers, in the middle of a block; a run that goes on in the other framework."""
+"""Checkpoints of real workers in the middle of a block; runs that go on in the other framework or transport."""
 
 import pytest
 
@@ -28,6 +28,20 @@ def test_pytorch_and_then_keras(workers, keras_workers, tmp_path):
         theirs = keras_workers(2).run("support.jobs.checkpoints:continued", framework="tensorflow", **asked)
         for (_, ours), other in zip(whole, theirs, strict=True):
             assert apart(ours, other) < 1e-9
+
+
+@pytest.mark.parametrize("case", ["osgp", "momentum"])
+def test_a_run_goes_on_over_the_other_transport(horovod_workers, distributed_workers, tmp_path, case):
+    """Bitwise, with two workers: a sum of two numbers has one order."""
+    pools = [horovod_workers(2), distributed_workers(2)]
+    for number, (first, second) in enumerate((pools, pools[::-1])):
+        asked = {"framework": "torch", "case": case, "path": tmp_path / str(number), "stop": 6, "end": 14}
+        whole = first.run("support.jobs.checkpoints:resumed", **asked)
+        for (different, ours), other in zip(
+            whole, second.run("support.jobs.checkpoints:continued", **asked), strict=True
+        ):
+            assert different == 0
+            assert apart(ours, other) == 0
 
 
 def test_keras_in_the_middle_of_a_block(keras_workers, tmp_path):

@@ -89,7 +89,11 @@ def holding(value):
     [
         (lambda: holding(torch.zeros(2, device="meta")), ValueError, "odd is on the meta device"),
         (lambda: holding(torch.zeros(1).expand(3)), RuntimeError, "single memory location"),
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), ValueError, "1.weight of a lazy module has no shape yet"),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)),
+            ValueError,
+            "1.weight of a lazy module has no shape yet",
+        ),
         (lambda: nn.ParameterList([nn.Parameter(torch.empty(0))]), ValueError, "has no parameter with an element"),
     ],
     ids=["meta", "expanded", "lazy", "empty"],

@@ -66,7 +66,10 @@ class Pool:
         results = self.outcomes(job, limit=limit, **arguments)
         for rank, result in enumerate(results):
             if isinstance(result, Failed):
-                raise AssertionError(f"rank {rank} of {self.size}: {result}\n{self._tails()}")
+                tails = self._tails()
+                if any(isinstance(other, Failed) and other.kind in ENDS for other in results):
+                    self.close()
+                raise AssertionError(f"rank {rank} of {self.size}: {result}\n{tails}")
         return results
 
     def outcomes(self, job: str, *, limit: float = JOB_LIMIT_S, fatal: bool = False, **arguments: Any) -> list[Any]:
@@ -88,8 +91,7 @@ class Pool:
         except BaseException:
             self.close()
             raise
-        over = any(isinstance(result, Failed) and result.kind in ENDS for result in results)
-        if fatal or over:
+        if fatal:
             self.close()
         elif any(worker.poll() is not None for worker in self._workers):
             tails = self._tails()

@@ -1,0 +1,113 @@
+"""Whole jobs under torchrun: the examples, nodes, a launcher without init, and a killed worker."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.workers]
+
+
+def torchrun(*command, workers=2, options=(), folder=None):
+    """Run a job to its end."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), *options, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=folder,
+        check=False,
+    )
+
+
+def script(folder, text):
+    path = folder / "train.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_small_example_learns():
+    job = torchrun(ROOT / "examples" / "minimal_torch.py")
+    assert job.returncode == 0, job.stderr
+    assert float(re.search(r"test accuracy (\d+\.\d) %", job.stdout)[1]) > 90
+
+
+def test_the_digits_example_runs_unchanged(tmp_path):
+    job = torchrun(ROOT / "examples" / "digits_torch.py", "--quick", "--out", tmp_path)
+    assert job.returncode == 0, job.stderr
+    assert float(re.search(r"slowmo +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", job.stdout, re.MULTILINE)[1]) > 80
+
+
+MODEL = """
+import os, signal, torch
+import hvd_slowmo.torch as slowmo
+model = torch.nn.Linear(3, 2)
+def train(steps, **settings):
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2, **settings)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.full((1, 3), float(slowmo.rank() + step))).square().sum().backward()
+        optimizer.step()
+"""
+
+
+def test_without_init_every_rank_is_told_the_line(tmp_path):
+    job = torchrun(script(tmp_path, MODEL + "train(2)"), options=["--tee", "3"])
+    assert job.returncode != 0
+    assert "one of 2 workers. Call hvd_slowmo.torch.init()" in job.stderr
+
+
+def test_keras_is_told_to_use_horovod(tmp_path):
+    pytest.importorskip("keras")
+    text = """
+import keras, hvd_slowmo.tf as slowmo
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+optimizer = slowmo.SlowMo(keras.optimizers.SGD(0.1), tau=2)
+optimizer.broadcast(model)
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tf"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "2", "RANK": "0"}
+    job = subprocess.run(
+        [sys.executable, script(tmp_path, text)], env=env, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert job.returncode != 0
+    assert "torchrun or a launcher like it has started 2 workers, and Horovod has 1" in job.stderr
+    assert "horovodrun -np 2" in job.stderr
+
+
+def test_a_killed_worker_ends_the_job(tmp_path):
+    text = (
+        MODEL
+        + """
+slowmo.init()
+train(3)
+if slowmo.rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+train(4)
+"""
+    )
+    job = torchrun(script(tmp_path, text))
+    assert job.returncode != 0
+    assert "Signal 9 (SIGKILL)" in job.stderr
+
+
+def test_init_is_not_needed_after_the_scripts_own(tmp_path):
+    text = (
+        MODEL
+        + """
+torch.distributed.init_process_group("gloo")
+train(4)
+torch.distributed.destroy_process_group()
+print("weights", model.weight.double().sum().item())
+"""
+    )
+    job = torchrun(script(tmp_path, text))
+    assert job.returncode == 0, job.stderr
+    first, second = re.findall(r"weights ([-\d.]+)", job.stdout)  # the two may share a line
+    assert first == second
