@@ -38,6 +38,7 @@ from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
 from hvd_slowmo_torch.presence import WorkerPresence
 from hvd_slowmo_torch.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.watch import WatchNotes
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
@@ -119,10 +120,14 @@ class TorchWorker:
         """Get ready for the coming step."""
         self.hooks.prepare(self.assembly.machine.plan(self.progress))
 
-    def settle(self, progress: Progress) -> None:
-        """Go on from this position; the vectors have their values already."""
+    def settle(self, progress: Progress, notes: WatchNotes | None = None) -> None:
+        """Go on from this position; the vectors have their values already.
+
+        Args:
+            notes: of the model's watch, where the position was loaded.
+        """
         self.assembly.machine.mixing.discard_in_flight()
-        self.store.watch.forget()
+        self.store.watch.resume(notes)
         self.progress = progress
         self.prepare()
 
