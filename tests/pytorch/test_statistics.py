@@ -75,7 +75,7 @@ def test_named_tensors_are_averaged_or_left_alone(statistics, queue, teacher, tm
 def test_nonsense_is_refused():
     model = WithTeacher()
     with pytest.raises(ValueError, match=r"has 'student.weight', and no tensor .* teacher.weight, teacher.bias"):
-        optimizer_of(model, statistics={"student.weight": False})
+        optimizer_of(model, statistics={"student.weight": True})
     with pytest.raises(TypeError, match=r"averages count, which has type torch.int64"):
         optimizer_of(model, statistics={"count": True})
     for wrong in (["queue"], {"queue": "own"}, {3: True}):
@@ -83,3 +83,44 @@ def test_nonsense_is_refused():
             optimizer_of(model, statistics=wrong)
     with pytest.raises(ValueError, match="give no `statistics`"):
         optimizer_of(model, statistics={"queue": False}, parameter_map=slowmo.ParameterMap())
+
+
+def test_a_buffer_that_appears_later_is_left_alone_by_choice(caplog):
+    """The caches of rotary embeddings come with the first batch, and grow with the longest one."""
+
+    def work(comm):
+        model = nn.Linear(1, 1)
+        optimizer = optimizer_of(model, comm, statistics={"*cache": False})
+        for length in (2, 3 + comm.rank):
+            model.register_buffer("cos_cache", torch.full([length], float(comm.rank)), persistent=False)
+            optimizer.step()
+        optimizer.join()
+        model.register_buffer("mean", torch.zeros(1))
+        with pytest.raises(ValueError, match="there is a new buffer mean"):
+            optimizer.join()
+        return model.cos_cache.tolist()
+
+    with caplog.at_level("WARNING", logger="hvd_slowmo"):
+        assert ThreadWorld(2).run(work) == [[0.0] * 3, [1.0] * 4]
+    assert "'*cache', and no tensor of that name is there" in caplog.text
+
+
+def test_a_teacher_that_is_trained_from_now_on_is_no_statistic_any_more():
+    def work(comm):
+        model = WithTeacher()
+        optimizer = optimizer_of(model, comm, statistics={"teacher.*": True})
+        nn.init.constant_(model.teacher.weight, 3.0 * comm.rank)
+        optimizer.step()
+        optimizer.join()
+        assert model.teacher.weight.item() == 1.5
+        model.teacher.requires_grad_(True)
+        optimizer.add_param_group({"params": list(model.teacher.parameters()), "lr": 1.0})
+        layout = optimizer.worker.assembly.layout
+        names = [ref.spec.name for ref in layout.refs_of("parameter", "statistic")]
+        assert sorted(names) == ["queue", "student.bias", "student.weight", "teacher.bias", "teacher.weight"]
+        optimizer.zero_grad()
+        (model.teacher.weight * (1.0 + 2 * comm.rank)).sum().backward()
+        optimizer.step()
+        return model.teacher.weight.item()
+
+    assert ThreadWorld(2).run(work) == [-0.5, -0.5]

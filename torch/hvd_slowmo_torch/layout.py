@@ -70,7 +70,7 @@ def refs_of(
 
     Raises:
         ValueError: the inner optimizer has a parameter that the model lacks; with a map, a model that `ParameterMap`
-            refuses, or a trained parameter that the inner optimizer lacks; a pattern that fits no name.
+            refuses, or a trained parameter that the inner optimizer lacks.
         TypeError: complex or integer parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
