@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.progress import Scalar, Vector
 
@@ -177,16 +178,22 @@ def rates_warning(ranks: Sequence[int], name: str) -> Words:
     return describe
 
 
-def entry_warning(ranks: Sequence[int], name: str) -> Words:
+def entry_warning(ranks: Sequence[int], name: str, config: SlowMoConfig) -> Words:
     """Return the warning about values that no step has made."""
+    if not config.vectors:
+        mixes = config.gossip is not None and config.tau is None
+        effect = "They are mixed with the other workers' like any others" if mixes else "All workers take the mean"
+    else:
+        anchor = "the workers' mean becomes" if config.average else "on every worker its own parameters become"
+        effect = f"They are not counted as progress: {anchor} the new anchor"
+        effect += ", and slow momentum begins anew" if "v" in config.vectors else ""
 
     def describe(table: NDArray[Any]) -> str:
         column = columns(table)
         where = [f"rank {r}" for r, entered in zip(ranks, column.entered, strict=True) if entered]
         return (
             f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). "
-            "They are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins "
-            "anew. Call optimizer.restart() after loading to say that it is meant."
+            f"{effect}. To begin from rank 0's values, call optimizer.restart() on every rank after loading."
         )
 
     return describe

@@ -130,7 +130,7 @@ class Meetings:
         meeting = ops.error_if(found.failed, table, words, meeting)
         self._store.hold(meeting.moved)
         if self._runtime.watches:
-            ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name))
+            ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name, config))
         if purpose.reason == TRAINING:
             ops.warn("rates", found.rates_differ, table, rates_warning(comm.ranks, comm.name))
         if exclude:

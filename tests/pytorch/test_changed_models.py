@@ -160,6 +160,75 @@ def test_values_loaded_after_a_join_are_no_progress_and_end_the_momentum():
     assert ThreadWorld(2).run(work) == [1.0, 1.0]
 
 
+def test_values_loaded_after_the_join_of_a_single_worker_are_no_progress():
+    def work(comm, loaded):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(3):
+            step(model, optimizer, -1.0)
+        optimizer.join()
+        if loaded:
+            model.load_state_dict({"weight": torch.ones(1, 1)})
+        for _ in range(7):
+            step(model, optimizer, 0.0 if loaded else -1.0)
+            optimizer.join()
+        return model.weight.item()
+
+    def without_joins(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(10):
+            step(model, optimizer, -1.0)
+        return model.weight.item()
+
+    assert ThreadWorld(1).run(lambda comm: work(comm, True)) == [1.0]
+    assert ThreadWorld(1).run(lambda comm: work(comm, False)) == ThreadWorld(1).run(without_joins)
+
+
+def test_values_loaded_after_a_group_was_added_are_no_progress():
+    def work(comm):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        inner = torch.optim.SGD(model[0].parameters(), lr=1.0)
+        optimizer = slowmo.SlowMo(inner, model, slowmo.SlowMoConfig(tau=2, beta=0.5), comm=comm)
+        optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 1.0})
+        for p in model.parameters():
+            nn.init.constant_(p, 4.0)
+        for _ in range(6):
+            optimizer.step()
+        return [p.item() for p in model.parameters()]
+
+    assert ThreadWorld(2).run(work) == [[4.0, 4.0]] * 2
+
+
+WORDS = {
+    "the workers' mean becomes the new anchor, and slow momentum begins anew": {"tau": 2},
+    "the workers' mean becomes the new anchor. To begin": {"tau": 2, "alpha": 0.5, "beta": 0.0},
+    "All workers take the mean. To begin": {"tau": 2, "alpha": 1.0, "beta": 0.0},
+    "on every worker its own parameters become the new anchor, and slow": {
+        "tau": 2,
+        "average": False,
+        "gossip": slowmo.SGP(),
+    },
+    "They are mixed with the other workers' like any others. To begin": {
+        "tau": None,
+        "alpha": 1.0,
+        "beta": 0.0,
+        "gossip": slowmo.SGP(),
+    },
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_warning_about_loaded_values_says_what_the_method_does_with_them(words, caplog):
+    def work(comm):
+        model, optimizer = one_weight(comm, **WORDS[words])
+        model.load_state_dict({"weight": torch.ones(1, 1)})
+        for _ in range(2):
+            step(model, optimizer, 0.0)
+        optimizer.join()
+
+    ThreadWorld(2).run(work)
+    assert words in caplog.text
+
+
 def test_the_same_values_again_change_nothing(caplog):
     """Scripts broadcast parameters that are equal already."""
 

@@ -236,6 +236,7 @@ class SlowMo(Outermost, Optimizer):
         worker.refuse_while_averaging("join()")
         presence.refuse_if_left()
         if worker.comm.size == 1:
+            worker.store.watch.expect_values()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
         worker.store.watch.look()

@@ -84,12 +84,22 @@ class ModelWatch:
 
     def adopt(self, before: ModelWatch) -> None:
         """Take over the notes of a watch over the same parameters and fewer."""
+        equal = before._norms is not None  # and still are, but for what this look finds
         before.look()
         tensors = before._tensors()
         known = {id(p): changed for p, changed in zip(tensors, before._changed(tensors), strict=True)}
         tensors = self._tensors()
         self._note(tensors, [known.get(id(p), False) for p in tensors])
         self._entered, self.held = before._entered, before.held
+        self._norms = _norms(tensors) if equal else None
+
+    def expect_values(self) -> None:
+        """Take other values for values from outside until the next step, as `settle(equal=True)` does.
+
+        For a worker that is alone: nothing has been decided, and all else stays noted.
+        """
+        self.look()
+        self._norms = _norms(self._tensors())
 
     def notes(self) -> WatchNotes:
         """Return the notes by which a resume leaves alone the parameters that the run without a stop leaves alone."""
