@@ -126,7 +126,8 @@ class Meetings:
         first = None if started is None else comm.wait(started)
         found = verdict(ops, table, config.nonfinite)
         meeting = Meeting(table, found, finite, moved, weights, first, progress)
-        words = error_text(comm.ranks, comm.name, self._runtime.layout.names, condition.name)
+        mixes = config.gossip is not None
+        words = error_text(comm.ranks, comm.name, self._runtime.layout.names, condition.name, mixes)
         meeting = ops.error_if(found.failed, table, words, meeting)
         self._store.hold(meeting.moved)
         if self._runtime.watches:

@@ -239,7 +239,7 @@ class SlowMo(Outermost, Optimizer):
             worker.store.watch.expect_values()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
-        worker.store.watch.look()
+        worker.store.watch.look(mixes=self.config.gossip is not None)
         presence.joining, presence.leaving = True, leaving
         try:
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import torch
 from hvd_slowmo.core.progress import Vector
 from hvd_slowmo.core.store import Condition
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+
+logger = logging.getLogger("hvd_slowmo")
 
 
 class WatchNotes(NamedTuple):
@@ -32,6 +35,7 @@ class ModelWatch:
         buffers: returns the names of the model's floating-point buffers.
 
     Attributes:
+        fits: False once parameters of another form should have been mixed; the next meeting tells the others.
         held: ids of the parameters that nobody has moved: they are left alone while they are frozen.
     """
 
@@ -44,7 +48,8 @@ class ModelWatch:
         self._buffers = buffers()
         self._versions: list[int] = []
         self._norms: torch.Tensor | None = None
-        self._entered = False
+        self._entered = self._apart = False
+        self._misfit_found = (0, "")  # while mixing
         self._resumed: WatchNotes | None = None  # of a state that was loaded, until the model is looked at
         self._moved: list[bool] = [False] * len(self._parameters)  # before `_versions` were noted
         self.held: set[int] = set()
@@ -59,17 +64,36 @@ class ModelWatch:
         moved = [float(p.requires_grad or changed) for p, changed in zip(tensors, self._changed(tensors), strict=True)]
         return Condition(0, int(self._entered), moved)
 
-    def look(self) -> None:
-        """Notice values that were given to the model between the moment when all were equal and the next step."""
+    @property
+    def fits(self) -> bool:
+        return not self._misfit_found[0]
+
+    def look(self, mixes: bool = False) -> None:
+        """Notice values that were given to the model between the moment when all were equal and the next step.
+
+        Args:
+            mixes: this worker is going to send parameters to others before all meet.
+        """
+        if mixes and self.fits:
+            self._misfit_found = self._form_of_parameters()
         self._resume()
         if self._norms is None:
             return
         tensors = self._tensors()
-        if [p._version for p in tensors] != self._versions:
-            self._entered = self._entered or not torch.allclose(
-                _norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True
-            )
+        changed = [p._version for p in tensors] != self._versions
+        if changed and not torch.allclose(_norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True):
+            self._entered = self._apart = True
         self._norms = None
+
+    def take_apart(self) -> bool:
+        """Return whether values have come from outside that an exchange of gradients is still to tell of."""
+        self.look()
+        apart, self._apart = self._apart, False
+        return apart
+
+    def misfit_of(self, number: int) -> bool:
+        """Return whether a parameter has another form than at construction."""
+        return _form(self._parameters[number]) != self._forms[number]
 
     def hold(self, moved: Vector) -> None:
         """Hold the parameters for which this is 0."""
@@ -78,7 +102,8 @@ class ModelWatch:
     def settle(self, equal: bool) -> None:
         """Note the model's present state; see `hvd_slowmo.core.store.Store.settle`."""
         tensors = self._tensors()
-        self._entered, self._resumed = False, None
+        self._entered = self._apart = False
+        self._misfit_found, self._resumed = (0, ""), None
         self._note(tensors, [False] * len(tensors))
         self._norms = _norms(tensors) if equal else None
 
@@ -90,7 +115,7 @@ class ModelWatch:
         known = {id(p): changed for p, changed in zip(tensors, before._changed(tensors), strict=True)}
         tensors = self._tensors()
         self._note(tensors, [known.get(id(p), False) for p in tensors])
-        self._entered, self.held = before._entered, before.held
+        self._entered, self._apart, self.held = before._entered, before._apart, before.held
         self._norms = _norms(tensors) if equal else None
 
     def expect_values(self) -> None:
@@ -121,6 +146,7 @@ class ModelWatch:
             notes: of the state that is loaded; None where it has none: everything counts as moved that is written.
         """
         self._entered, self._norms, self._resumed = False, None, notes
+        self._apart, self._misfit_found = False, (0, "")
         self.held = set()
 
     def _resume(self) -> None:
@@ -146,7 +172,21 @@ class ModelWatch:
     def _tensors(self) -> list[torch.Tensor]:
         return [ref.find() for ref in self._parameters]
 
+    def _form_of_parameters(self) -> tuple[int, str]:
+        """Return (0, ""), or the number and name of a parameter of another form, as `_misfit`."""
+        for number, ref in enumerate(self._parameters):
+            if self.misfit_of(number):
+                logger.error(
+                    "%s has another form than at the construction of SlowMo: this worker can't go on, sends zeros from "
+                    "now on and tells the others when all meet.",
+                    ref.spec.name,
+                )
+                return number + 1, ref.spec.name
+        return 0, ""
+
     def _misfit(self) -> tuple[int, str]:
+        if not self.fits:
+            return self._misfit_found
         for number, (ref, form) in enumerate(zip(self._watched, self._forms, strict=True), start=1):
             if form is None:
                 continue

@@ -119,7 +119,7 @@ class TorchWorker:
         )
         self.assembly = assemble(runtime, layout, groups, graph)
         self.presence.groups = groups
-        self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout), self.presence)
+        self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout, self.store.watch), self.presence)
 
     def prepare(self) -> None:
         """Get ready for the coming step."""
@@ -145,8 +145,12 @@ class TorchWorker:
         if plan.outer or plan.mix or plan.check:
             self.presence.refuse_if_left()
         rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
-        self.store.watch.look()
+        self.store.watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
+        usable = usable and self.store.watch.fits
         try:
+            if self.assembly.averages.ever:
+                with torch.no_grad():
+                    self.assembly.averages.level()
             result = None
             if usable:
                 with inner_settings.watched(self.inner, resets=self._resets):
