@@ -41,6 +41,30 @@ def test_spectral_norms_vectors_keep_their_length(form, chunk_bytes, monkeypatch
             torch.testing.assert_close(vector, torch.full([2], 0.5**0.5))
 
 
+@pytest.mark.parametrize("form", [old_spectral_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("chunk_bytes", [12, 2**20])
+def test_spectral_norms_vectors_of_opposite_signs_do_not_end_as_noise(form, chunk_bytes, monkeypatch):
+    """Both u, v and -u, -v are a pair of singular vectors: their mean is no direction at all."""
+    monkeypatch.setattr(slowmo.SlowMo, "_chunk_bytes", chunk_bytes)
+
+    def work(comm):
+        linear = nn.Linear(3, 4, bias=False)
+        with torch.no_grad():
+            linear.weight.copy_(torch.arange(12.0).reshape(4, 3) - 4)
+        model = form(linear)
+        optimizer = optimizer_of(model, comm)
+        for vector in model.buffers():
+            vector.mul_(1 - 2 * comm.rank).add_(1e-6 * comm.rank)
+        optimizer.step()
+        optimizer.join()
+        model.eval()
+        return torch.linalg.matrix_norm(model(torch.eye(3)), ord=2).item(), [v.clone() for v in model.buffers()]
+
+    (norm, vectors), (_, others) = ThreadWorld(2).run(work)
+    assert norm == pytest.approx(1.0, abs=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, others, strict=True))
+
+
 class WithTeacher(nn.Module):
     def __init__(self):
         super().__init__()

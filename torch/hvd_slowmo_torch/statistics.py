@@ -9,8 +9,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -79,22 +77,6 @@ def floating_buffers(model: nn.Module, choice: Mapping[str, bool]) -> set[str]:
     """
     named = model.named_buffers()
     return {name for name, x in named if x.is_floating_point() and choice_of(name, choice) is not False}
-
-
-def is_unit_vector(module: nn.Module, key: str) -> bool:
-    """Return whether a buffer is one of spectral normalization's vectors, in either of PyTorch's forms.
-
-    A mean of vectors of length 1 is shorter, and would scale the layer's weight.
-
-    Example:
-        >>> layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 2))
-        >>> is_unit_vector(layer.parametrizations.weight[0], "_u")
-        True
-    """
-    if isinstance(module, _SpectralNorm):
-        return key in ("_u", "_v")
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
-    return any(key in (f"{hook.name}_u", f"{hook.name}_v") for hook in hooks)
 
 
 def _untrained(model: nn.Module, trained: set[int]) -> Iterator[tuple[str, torch.Tensor, bool]]:

@@ -12,6 +12,7 @@ from hvd_slowmo.core.progress import Vector
 from hvd_slowmo.core.store import Condition
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.spectral import Estimate, restore_length
 from hvd_slowmo_torch.watch import ModelWatch
 
 
@@ -114,6 +115,7 @@ class TorchStore:
             refs, spans = layout.refs[chunk.segment], self.layout.spans(chunk)
             ended = [refs[n] for n, _, stop, _ in spans if refs[n].unit and stop == refs[n].spec.size]
             self._units.update({chunk.index: ended} if ended else {})
+        self._noise: list[Estimate] = []  # of the pairs whose mean has to be replaced
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:
@@ -133,8 +135,12 @@ class TorchStore:
         else:
             self._pieces.scatter(stretch, value, torch.Tensor.detach)
             for ref in self._units.get(stretch.index, ()):
-                unit = ref.find().detach()
-                torch.nn.functional.normalize(unit, dim=0, out=unit)
+                if restore_length(ref.find().detach()) and ref.unit is not None:
+                    self._noise.append(ref.unit)
+            if stretch.index == max(self._units, default=None):  # both vectors of a pair are written by now
+                for estimate in self._noise:
+                    estimate()
+                self._noise.clear()
 
     def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
         own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)

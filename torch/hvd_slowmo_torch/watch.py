@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ logger = logging.getLogger("hvd_slowmo")
 class WatchNotes(NamedTuple):
     """A watch's notes for a checkpoint, by the parameters' own names."""
 
-    norms: dict[str, float]  # of the parameters that are as the last meeting has left them; NaN for the others
+    norms: dict[str, float]  # of the parameters that are as the last meeting has left them; -1 for the others
     held: dict[str, bool]  # whether nobody has moved it, see `ModelWatch.held`
     entered: bool  # values have come from outside, and no meeting has told the others yet
 
@@ -133,7 +132,7 @@ class ModelWatch:
         tensors = self._tensors()
         names = [ref.spec.own for ref in self._parameters]
         norms = [
-            math.nan if changed else norm
+            -1.0 if changed else norm
             for changed, norm in zip(self._changed(tensors), _norms(tensors).tolist(), strict=True)
         ]
         held = [id(p) in self.held for p in tensors]
@@ -158,7 +157,7 @@ class ModelWatch:
         names = [ref.spec.own for ref in self._parameters]
         # A parameter with another value than the notes are of has moved: the workers' values may differ.
         present = zip(names, _norms(tensors).tolist(), strict=True)
-        self._note(tensors, [norms.get(name, math.nan) != norm for name, norm in present])
+        self._note(tensors, [norms.get(name) != norm for name, norm in present])
         self.held = {id(p) for name, p in zip(names, tensors, strict=True) if held.get(name, False)}
 
     def _note(self, tensors: list[torch.Tensor], moved: list[bool]) -> None:
