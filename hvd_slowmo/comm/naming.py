@@ -25,6 +25,7 @@ def family(transport: str, ranks: Sequence[int]) -> Family:
 _families: dict[tuple[str | int, ...], Family] = {}
 
 _taken: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
+_kept: dict[int, tuple[object, set[str]]] = {}
 _lock = threading.Lock()
 
 
@@ -45,7 +46,7 @@ def distinct_name(comm: Comm, name: object) -> str:
     """
     given = name if isinstance(name, str) and name else HANDSHAKE
     with _lock:
-        taken = _taken.setdefault(getattr(comm, "family", comm), set())
+        taken = _names_of(getattr(comm, "family", comm))
         number, distinct = 0, given
         while distinct in taken:
             number += 1
@@ -58,3 +59,11 @@ def forget() -> None:
     """Begin anew, where several trainings follow each other in one process. Every worker does so at the same time."""
     with _lock:
         _taken.clear()
+        _kept.clear()
+
+
+def _names_of(workers: object) -> set[str]:
+    try:
+        return _taken.setdefault(workers, set())
+    except TypeError:  # of a class with __eq__ and no hash, or with __slots__: kept alive, so that its id stays its own
+        return _kept.setdefault(id(workers), (workers, set()))[1]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core import names
-from hvd_slowmo.core.ledger import own_row
+from hvd_slowmo.core.ledger import entry_text, misfit_text, own_row
 from hvd_slowmo.core.progress import Scalar, Vector
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import StepPlan
@@ -41,6 +43,10 @@ class Attendance(NamedTuple):
     rates: Vector  # (G,): its learning rates
 
 
+_ROW = ("training", "leaving", "rank", "misfit", "entered")
+"""A worker's row of the attendance; its learning rates stand behind it. The last two as in `Condition`."""
+
+
 class GradientAverage:
     """Exchanges of gradients among some workers, one per step: `send_next` any number of times, `send_rest`, `finish`.
 
@@ -55,11 +61,13 @@ class GradientAverage:
         self.comm = comm
         self.chunks = list(reversed(runtime.layout.parameter_chunks))
         self._ops = runtime.ops
+        self._runtime = runtime
         self._groups = runtime.layout.group_count
         self._handles: list[Any] = []
         self._attendance: Any = None
         self.stragglers = runtime.ops.cell(False)  # whether a worker was done before others, since the last join
         self.catch_up_from = runtime.ops.cell(0)  # rank in `comm` of a worker that was not
+        self.entered = runtime.ops.cell(False)  # whether the last exchange has told of values from outside
         self.other: GradientAverage | None = None  # the exchange of the other phase, if there are two
 
     @property
@@ -80,25 +88,39 @@ class GradientAverage:
             self._ops,
             self.comm.rank,
             self.comm.size,
-            (presence.training, presence.leaving, self.comm.rank),
+            (presence.training, presence.leaving, self.comm.rank, source.misfit(), source.entered()),
             presence.rates,
         )
         self._attendance = self.comm.start_sum(names.PRESENT, self._ops.pack([*row, source.present()]))
 
     def finish(self, source: GradientSource) -> Attendance:
-        """Set every gradient to the mean over the workers that train."""
+        """Set every gradient to the mean over the workers that train.
+
+        Raises:
+            ValueError: on every worker, if a model has another form; nothing is written and nothing is in flight.
+        """
         handles, self._handles = self._handles, []
-        ops, size, width = self._ops, self.comm.size, 3 + self._groups
+        ops, size, width = self._ops, self.comm.size, len(_ROW) + self._groups
         everyone = ops.unpack(self.comm.wait(self._attendance))
         table = ops.reshape(everyone[: size * width], (size, width))
+        if self._runtime.watches:
+            misfits = ops.sum(ops.where(table[:, 3] == 0, 0.0, 1.0)) > 0
+            if ops.keeps_handles and misfits:
+                for handle in handles:
+                    self.comm.wait(handle)
+            everyone = ops.error_if(misfits, table, self._misfit_text, everyone)
         first = ops.argmax_row(table, 0)
-        attendance = Attendance(ops.sum(table[:, 0]), table[:, 1], ops.to_int(first[2]), first[3:])
+        attendance = Attendance(ops.sum(table[:, 0]), table[:, 1], ops.to_int(first[2]), first[len(_ROW) :])
         source.admit(everyone[size * width :])
         count = ops.where(attendance.training > 0, attendance.training, 1.0)
         for chunk, handle in zip(self.chunks, handles, strict=True):
             total = self.comm.wait(handle)
             source.write(chunk, total / ops.cast_like(count, total))
         self._remember(attendance)
+        if self._runtime.watches and self.comm is self._runtime.comm:
+            entered = ops.sum(table[:, 4]) > 0
+            ops.warn("entered", entered, table, self._entry_text)
+            self.entered.set(self.entered.get() | entered)
         return attendance
 
     def exchange(self, source: GradientSource, presence: Presence) -> Attendance:
@@ -109,6 +131,15 @@ class GradientAverage:
     def forget(self) -> None:
         """Begin anew: all workers are equal."""
         self.stragglers.set(False)
+
+    def _misfit_text(self, table: NDArray[Any]) -> str:
+        # Not strict: a trace keeps its tables in the form of the ledger, filled up with zeros.
+        rank, number = next((r, int(row[3])) for r, row in zip(self.comm.ranks, table, strict=False) if row[3])
+        return misfit_text(self.comm.name, rank, f"{self._runtime.layout.names[number - 1]} has another form")
+
+    def _entry_text(self, table: NDArray[Any]) -> str:
+        where = [f"rank {r}" for r, row in zip(self.comm.ranks, table, strict=False) if row[4]]
+        return entry_text(self.comm.name, where, "All workers take the mean")
 
     def _remember(self, attendance: Attendance) -> None:
         anyone = attendance.training > 0
@@ -126,12 +157,32 @@ class GradientAverages:
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self.ever = runtime.config.gradients != "local" or runtime.config.warmup_steps > 0  # whether some step has one
         self.of_all = GradientAverage(runtime, runtime.comm)
         self.of_node = self.of_all
         if runtime.comm.node is not None:
             self.of_node = GradientAverage(runtime, runtime.comm.node)
             self.of_all.other, self.of_node.other = self.of_node, self.of_all
+
+    def level(self) -> None:
+        """Give all workers the mean of their parameters, if the last exchange has told of values from outside.
+
+        Averaged gradients would leave the workers apart for ever. A collective then, before the inner step.
+        """
+        ops, runtime, entered = self._runtime.ops, self._runtime, self.of_all.entered
+
+        def mean() -> Scalar:
+            runtime.store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters too
+            for chunk in runtime.layout.parameter_chunks:
+                own = runtime.store.read("model", chunk)
+                total = runtime.comm.wait(runtime.comm.start_sum(names.model(chunk.index), own))
+                runtime.store.write("model", chunk, total / ops.cast_like(runtime.comm.size, total))
+            entered.set(False)
+            return ops.to_int(1.0)
+
+        if runtime.watches:
+            ops.cond(entered.get(), mean, lambda: ops.to_int(0.0))
 
     def of(self, plan: StepPlan) -> GradientAverage:
         """Return the exchange of a step; not in a trace."""

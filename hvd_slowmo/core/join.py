@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.core.broadcast import average_statistics, take_from
@@ -70,6 +71,8 @@ def take_part(machine: Machine, averages: GradientAverages, worker: JoiningWorke
         attendance = worker.exchange_nothing(average, leaving)
 
         def all_done() -> tuple[Scalar, Scalar, Vector]:
+            if average is averages.of_all:
+                averages.level()
             catch_up(machine, average, worker, average is averages.of_all)
             # A node whose workers are all done exchanges gradients no more, and goes on meeting the other nodes.
             return (False, False, attendance.leaving) if average is averages.of_all else (True, False, left)
@@ -95,10 +98,20 @@ def take_part(machine: Machine, averages: GradientAverages, worker: JoiningWorke
     return left
 
 
+class JoinsInThread(Protocol):
+    """An adapter's part in a join that runs in a thread."""
+
+    def caller_context(self) -> AbstractContextManager[Any]:
+        """Return a context, to be entered in another thread, in which the framework works as it does here."""
+
+    def averaged_ids(self) -> set[int]:
+        """Return ids of the tensors that are averaged without being trained."""
+
+
 class JoinsAlone(Protocol):
     """An optimizer of either framework."""
 
-    worker: Any
+    worker: JoinsInThread
 
     def join(self, *, leaving: bool = False) -> JoinResult:
         """Wait for workers with more data."""
@@ -147,7 +160,17 @@ def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ..
                 'SlowMo(..., statistics={"*": False}) for the others.'
             )
         seen |= statistics
-    return _at_once([lambda each=each: each.join(leaving=leaving) for each in optimizers])  # type: ignore[misc]
+
+    def call(optimizer: JoinsAlone) -> Callable[[], JoinResult]:
+        context = optimizer.worker.caller_context()  # of this thread
+
+        def joined() -> JoinResult:
+            with context:
+                return optimizer.join(leaving=leaving)
+
+        return joined
+
+    return _at_once([call(optimizer) for optimizer in optimizers])
 
 
 def _at_once(calls: Sequence[Callable[[], JoinResult]]) -> tuple[JoinResult, ...]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.progress import Scalar, Vector
 
@@ -101,12 +102,34 @@ Words = Callable[[NDArray[Any]], str]
 """Puts a table into words."""
 
 
-def error_text(ranks: Sequence[int], name: str, tensors: Sequence[str] = (), new: str = "") -> Words:
+def misfit_text(name: str, rank: int, which: str, mixes: bool = False) -> str:
+    """Return the error for a model of another form.
+
+    Args:
+        which: names the tensor and its change.
+        mixes: the worker may have taken part in gossip since.
+    """
+    sent = (
+        "Others may have mixed zeros in place of its parameters since then: go on from a checkpoint"
+        if mixes
+        else "Nothing was sent or written"
+    )
+    return (
+        f"{name}: the model on rank {rank} is not the one that the optimizer was constructed with: {which}. "
+        f"{sent}. Change shapes, types, masks and buffers before SlowMo is constructed, or construct another SlowMo "
+        "for the changed model."
+    )
+
+
+def error_text(
+    ranks: Sequence[int], name: str, tensors: Sequence[str] = (), new: str = "", mixes: bool = False
+) -> Words:
     """Return the error for a table with a failed verdict: it names the ranks at fault, and says what to do.
 
     Args:
         tensors: names of all tensors, in the order of the layout.
         new: name of a buffer that this worker's model has in addition.
+        mixes: workers gossip between two meetings.
     """
 
     def describe(table: NDArray[Any]) -> str:
@@ -115,11 +138,7 @@ def error_text(ranks: Sequence[int], name: str, tensors: Sequence[str] = (), new
             if misfit:
                 changed = f"{tensors[int(misfit) - 1]} has another form"
                 which = changed if misfit > 0 else f"there is a new buffer {new}".rstrip()
-                return (
-                    f"{name}: the model on rank {r} is not the one that the optimizer was constructed with: {which}. "
-                    "Nothing was sent or written. Change shapes, types, masks and buffers before SlowMo is "
-                    "constructed, or construct another SlowMo for the changed model."
-                )
+                return misfit_text(name, r, which, mixes and misfit > 0)
         if any(column.reason != column.reason[0]):
             places = [f"rank {r} is {_place(Row(*row[:RATES]))}" for r, row in zip(ranks, table, strict=True)]
             return (
@@ -177,19 +196,35 @@ def rates_warning(ranks: Sequence[int], name: str) -> Words:
     return describe
 
 
-def entry_warning(ranks: Sequence[int], name: str) -> Words:
+def entry_warning(ranks: Sequence[int], name: str, config: SlowMoConfig) -> Words:
     """Return the warning about values that no step has made."""
+    if not config.vectors:
+        mixes = config.gossip is not None and config.tau is None
+        effect = "They are mixed with the other workers' like any others" if mixes else "All workers take the mean"
+    else:
+        anchor = "the workers' mean becomes" if config.average else "on every worker its own parameters become"
+        effect = f"They are not counted as progress: {anchor} the new anchor"
+        effect += ", and slow momentum begins anew" if "v" in config.vectors else ""
 
     def describe(table: NDArray[Any]) -> str:
         column = columns(table)
         where = [f"rank {r}" for r, entered in zip(ranks, column.entered, strict=True) if entered]
-        return (
-            f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). "
-            "They are not counted as progress: the workers' mean becomes the new anchor, and slow momentum begins "
-            "anew. Call optimizer.restart() after loading to say that it is meant."
-        )
+        return entry_text(name, where, effect)
 
     return describe
+
+
+def entry_text(name: str, where: Sequence[str], effect: str) -> str:
+    """Return the warning about values that no step has made.
+
+    Args:
+        where: the ranks, in words.
+        effect: the fate of the values, in words.
+    """
+    return (
+        f"{name}: parameters were given other values from outside on {', '.join(where)} (loaded weights, say). "
+        f"{effect}. To begin from rank 0's values, call optimizer.restart() on every rank after loading."
+    )
 
 
 def exclusion_warning(ranks: Sequence[int], name: str) -> Words:

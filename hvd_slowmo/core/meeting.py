@@ -126,11 +126,12 @@ class Meetings:
         first = None if started is None else comm.wait(started)
         found = verdict(ops, table, config.nonfinite)
         meeting = Meeting(table, found, finite, moved, weights, first, progress)
-        words = error_text(comm.ranks, comm.name, self._runtime.layout.names, condition.name)
+        mixes = config.gossip is not None
+        words = error_text(comm.ranks, comm.name, self._runtime.layout.names, condition.name, mixes)
         meeting = ops.error_if(found.failed, table, words, meeting)
         self._store.hold(meeting.moved)
         if self._runtime.watches:
-            ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name))
+            ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name, config))
         if purpose.reason == TRAINING:
             ops.warn("rates", found.rates_differ, table, rates_warning(comm.ranks, comm.name))
         if exclude:

@@ -74,5 +74,11 @@ class GradientSource(Protocol):
     def present(self) -> Vector:
         """Return a vector of scalars with a 1 for every parameter that has a gradient here, else 0."""
 
+    def misfit(self) -> Scalar:
+        """Return 0, or 1 + the number in the layout of a parameter of another form; its chunk was read as zeros."""
+
+    def entered(self) -> Scalar:
+        """Return 1 if values have come from outside since the workers were last equal; once for all exchanges."""
+
     def admit(self, counts: Vector) -> None:
         """Take the number of workers that have a gradient for each parameter: where one has, all get the mean."""

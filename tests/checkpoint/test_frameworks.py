@@ -178,7 +178,7 @@ def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
     other.save(tmp_path / "b", theirs)
     (facts, a, _), (others, b, _) = (safefile.read(tmp_path / name) for name in "ab")
     assert facts == others
-    assert set(a) - set(b) == {"framework/torch/1.num_batches_tracked"}
+    assert {name for name in set(a) - set(b) if "/watch/" not in name} == {"framework/torch/1.num_batches_tracked"}
     assert all(name.startswith("framework/keras/") for name in set(b) - set(a))  # the GRU's seed
     rate = "progress/learning_rate"  # 0.1 is another number in Keras, where rates have float32
     assert all(np.array_equal(a[name], b[name]) for name in (set(a) & set(b)) - {rate})
@@ -190,7 +190,8 @@ def test_both_write_the_same_files_for_a_model_of_many_layers(tmp_path):
     optimizer.save(tmp_path / "c")
     _, c, _ = safefile.read(tmp_path / "c")
     assert a.keys() == c.keys()
-    assert all(np.array_equal(a[name], c[name]) for name in set(a) - {rate})
+    known = {name for name in a if "/watch/" not in name}  # Keras does not know which parameters have changed
+    assert all(np.array_equal(a[name], c[name]) for name in known - {rate})
 
 
 def test_what_one_framework_alone_names_is_refused_by_the_other(tmp_path):

@@ -24,6 +24,7 @@ from hvd_slowmo_tf.layout import mapped_refs
 from hvd_slowmo_tf.store import VariableStore
 from hvd_slowmo_torch.layout import groups_of, refs_of
 from hvd_slowmo_torch.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.watch import ModelWatch
 from support.problems import Problem, distance
 from support.trainings.keras import doubles
 from support.trainings.mixed import KerasWorker, TorchWorker
@@ -125,7 +126,7 @@ def test_gradients_of_both_are_the_same_and_one_that_lacks_is_known(models, layo
         p.data = torch.zeros_like(p) if g.grad is None else g.grad
     copy_to_keras(gradients, twin)
     given = [v.value for v in twin.trainable_variables]
-    mine = TorchGradients(layouts[0])
+    mine = TorchGradients(layouts[0], ModelWatch(layouts[0], set))
     other = VariableGradients(layouts[1], theirs.trainable_variables, [*given[:-1], None])
     assert mine.present() == other.present().numpy().tolist()
     assert mine.present().count(0.0) == 1

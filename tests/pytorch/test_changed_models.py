@@ -160,6 +160,131 @@ def test_values_loaded_after_a_join_are_no_progress_and_end_the_momentum():
     assert ThreadWorld(2).run(work) == [1.0, 1.0]
 
 
+def test_values_loaded_after_the_join_of_a_single_worker_are_no_progress():
+    def work(comm, loaded):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(3):
+            step(model, optimizer, -1.0)
+        optimizer.join()
+        if loaded:
+            model.load_state_dict({"weight": torch.ones(1, 1)})
+        for _ in range(7):
+            step(model, optimizer, 0.0 if loaded else -1.0)
+            optimizer.join()
+        return model.weight.item()
+
+    def without_joins(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        for _ in range(10):
+            step(model, optimizer, -1.0)
+        return model.weight.item()
+
+    assert ThreadWorld(1).run(lambda comm: work(comm, True)) == [1.0]
+    assert ThreadWorld(1).run(lambda comm: work(comm, False)) == ThreadWorld(1).run(without_joins)
+
+
+def test_values_loaded_after_a_group_was_added_are_no_progress():
+    def work(comm):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        inner = torch.optim.SGD(model[0].parameters(), lr=1.0)
+        optimizer = slowmo.SlowMo(inner, model, slowmo.SlowMoConfig(tau=2, beta=0.5), comm=comm)
+        optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 1.0})
+        for p in model.parameters():
+            nn.init.constant_(p, 4.0)
+        for _ in range(6):
+            optimizer.step()
+        return [p.item() for p in model.parameters()]
+
+    assert ThreadWorld(2).run(work) == [[4.0, 4.0]] * 2
+
+
+AVERAGED = {
+    "AR-SGD": slowmo.SlowMoConfig.ar_sgd(),
+    "warm-up": slowmo.SlowMoConfig(tau=2, beta=0.5, warmup_steps=20),
+    "gradients of all in blocks": slowmo.SlowMoConfig(tau=4, beta=0.5, gradients="all"),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+@pytest.mark.parametrize("when", ["at the start", "after a join", "before a join"])
+def test_values_on_one_worker_do_not_leave_it_apart_where_gradients_are_averaged(name, when, caplog):
+    """Equal gradients would keep the workers as far apart as they are."""
+
+    def work(comm):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = slowmo.SlowMo(inner, model, AVERAGED[name], comm=comm)
+
+        def train(steps, rate=0.0):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model(torch.full((1, 1), rate)).sum().backward()
+                optimizer.step()
+
+        if when == "after a join":
+            train(2, 1.0)
+            optimizer.join()
+        if comm.rank == 1:
+            model.load_state_dict({"weight": torch.full((1, 1), 3.0)})
+        if when != "before a join":
+            train(2)
+            return model.weight.item()
+        optimizer.join()
+        return model.weight.item()
+
+    found = ThreadWorld(2).run(work)
+    assert found == [{"at the start": 1.5, "before a join": 1.5, "after a join": 0.5}[when]] * 2
+    assert "outside on rank 1 (loaded weights, say)" in caplog.text
+
+
+def test_values_are_no_progress_of_a_block_with_averaged_gradients():
+    def work(comm):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = slowmo.SlowMo(inner, model, slowmo.SlowMoConfig(tau=2, beta=0.5, gradients="all"), comm=comm)
+        nn.init.ones_(model.weight)
+        for _ in range(8):
+            optimizer.zero_grad()
+            model(torch.zeros(1, 1)).sum().backward()
+            optimizer.step()
+        return model.weight.item()
+
+    assert ThreadWorld(2).run(work) == [1.0, 1.0]
+
+
+WORDS = {
+    "the workers' mean becomes the new anchor, and slow momentum begins anew": {"tau": 2},
+    "the workers' mean becomes the new anchor. To begin": {"tau": 2, "alpha": 0.5, "beta": 0.0},
+    "All workers take the mean. To begin": {"tau": 2, "alpha": 1.0, "beta": 0.0},
+    "on every worker its own parameters become the new anchor, and slow": {
+        "tau": 2,
+        "average": False,
+        "gossip": slowmo.SGP(),
+    },
+    "They are mixed with the other workers' like any others. To begin": {
+        "tau": None,
+        "alpha": 1.0,
+        "beta": 0.0,
+        "gossip": slowmo.SGP(),
+    },
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_warning_about_loaded_values_says_what_the_method_does_with_them(words, caplog):
+    def work(comm):
+        model, optimizer = one_weight(comm, **WORDS[words])
+        model.load_state_dict({"weight": torch.ones(1, 1)})
+        for _ in range(2):
+            step(model, optimizer, 0.0)
+        optimizer.join()
+
+    ThreadWorld(2).run(work)
+    assert words in caplog.text
+
+
 def test_the_same_values_again_change_nothing(caplog):
     """Scripts broadcast parameters that are equal already."""
 
@@ -256,3 +381,63 @@ def test_a_model_of_another_form_is_refused_on_every_rank_before_anything_is_sen
     first, second = ThreadWorld(2).run(work)
     assert ("later" in second) == (said == "there is a new buffer")
     assert first.startswith("slowmo: the model on rank 1")
+
+
+@pytest.mark.parametrize("config", [slowmo.SlowMoConfig.ar_sgd(), slowmo.SlowMoConfig(tau=2, warmup_steps=5)])
+@pytest.mark.parametrize("how", ["step", "join"])
+def test_averaged_gradients_refuse_a_model_of_another_form_on_every_rank(config, how):
+    """The others hear of it in the exchange itself, before a gradient is written."""
+
+    def work(comm):
+        model = nn.Linear(2, 2, bias=False)
+        optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config, comm=comm)
+
+        def backward():
+            optimizer.zero_grad()
+            model(torch.ones(1, 2 + comm.rank * changed)).sum().backward()
+
+        changed = 0
+        backward()
+        optimizer.step()
+        if comm.rank == 1:
+            changed, model.weight.grad = 1, None
+            model.weight.data = torch.ones(2, 3)
+        before = model.weight.detach().clone()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"model on rank 1 .*: weight has another form. Nothing was sent"):
+                backward() if how == "step" or comm.rank == 0 else optimizer.join()
+        assert torch.equal(model.weight, before)
+
+    ThreadWorld(2).run(work)
+
+
+GOSSIP = {
+    "SGP": slowmo.SlowMoConfig.sgp(),
+    "OSGP": slowmo.SlowMoConfig.osgp(),
+    "D-PSGD": slowmo.SlowMoConfig.dpsgd(),
+    "SGP in blocks": slowmo.SlowMoConfig(tau=4, gossip=slowmo.SGP()),
+}
+
+
+@pytest.mark.parametrize("name", GOSSIP)
+def test_gossip_with_a_model_of_another_form_goes_on_until_all_meet(name, caplog):
+    """A worker that raised alone would leave the others waiting for its messages."""
+
+    def work(comm):
+        model = nn.Linear(2, 2, bias=False)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = slowmo.SlowMo(inner, model, GOSSIP[name], comm=comm)
+
+        def train():
+            for number in range(5):
+                if number == 1 and comm.rank == 1:
+                    model.weight.data = torch.ones(3, 2)
+                model.weight.grad = torch.ones_like(model.weight)
+                optimizer.step()
+            optimizer.join()
+
+        with pytest.raises(ValueError, match=r"rank 1 .*: weight has another form. Others may have mixed zeros"):
+            train()
+
+    ThreadWorld(2).run(work)
+    assert caplog.text.count("weight has another form than at the construction of SlowMo") == 1

@@ -83,3 +83,42 @@ def test_statistics_lag_behind_a_model_that_jumps():
         true = torch.cat([model[0](x) for x in data]).mean().item()
     assert abs(lagging - true) > 5
     assert model[1].running_mean.item() == pytest.approx(true, rel=1e-5)
+
+
+def test_the_count_of_batches_is_update_bns():
+    """Cumulative averages (momentum=None) go on from it."""
+
+    def work(comm, mine):
+        model = nn.Sequential(nn.BatchNorm1d(1, momentum=None))
+        model[0].num_batches_tracked.fill_(1000)
+        slowmo.recompute_statistics(model, mine(comm.rank), comm=comm)
+        return model[0].num_batches_tracked.item()
+
+    assert ThreadWorld(1).run(lambda comm: work(comm, lambda rank: batches(0, 4))) == [4]
+    assert ThreadWorld(2).run(lambda comm: work(comm, lambda rank: batches(0, 2 + 2 * rank))) == [3, 3]
+    assert ThreadWorld(2).run(lambda comm: work(comm, lambda rank: batches(0, rank))) == [1, 1]
+
+
+def test_a_failed_pass_leaves_counts_momentum_and_mode():
+    model = nn.Sequential(nn.BatchNorm1d(1)).eval()
+    model[0].num_batches_tracked.fill_(7)
+    with pytest.raises(ValueError, match="expected 2D"):
+        slowmo.recompute_statistics(model, [*batches(0, 1), torch.ones(1)])
+    assert model[0].num_batches_tracked.item() == 7
+    assert model[0].momentum == 0.1
+    assert not any(module.training for module in model.modules())
+
+
+def test_layers_that_exchange_in_their_forward_pass_wait_for_nobody():
+    class SyncBatchNorm(nn.BatchNorm1d):
+        def forward(self, x):
+            raise AssertionError("another worker may have fewer batches")
+
+    def work(comm):
+        model = nn.Sequential(SyncBatchNorm(1))
+        slowmo.recompute_statistics(model, batches(comm.rank, 1 + comm.rank), comm=comm)
+        with pytest.raises(AssertionError, match="fewer batches"):
+            model(torch.ones(2, 1))
+        return model[0].running_mean.item()
+
+    assert ThreadWorld(2).run(work) == [5.0, 5.0]  # the mean of 2, 6 and 7

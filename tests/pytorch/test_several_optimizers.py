@@ -1,10 +1,17 @@
 """Two optimizers in one training, as in every GAN: their exchanges never meet each other's, and none is waited for."""
 
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import hvd_slowmo.torch as slowmo
+from hvd_slowmo.comm.naming import distinct_name
+from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo_torch.streams import caller_context
 from support.jobs import several
 
 LENGTHS = [(5, 2), (2, 7), (0, 3)]
@@ -92,3 +99,62 @@ def test_joins_on_workers_in_any_order(workers):
             assert torch.equal(first, second)
             apart.append(first)
         assert not torch.equal(*apart)
+
+
+class Cuda:
+    """Stands for torch.cuda: a device and a current stream per thread, as CUDA has them."""
+
+    def __init__(self):
+        self.threads = threading.local()
+        self.entered = []
+
+    def current_device(self):
+        return getattr(self.threads, "device", 0)
+
+    def current_stream(self, device):
+        return getattr(self.threads, "streams", {}).get(device.index, f"default of {device.index}")
+
+    @contextmanager
+    def stream(self, stream):
+        self.entered.append((threading.get_ident(), stream))
+        yield
+
+    @contextmanager
+    def device(self, number):
+        self.entered.append((threading.get_ident(), number))
+        yield
+
+
+def test_the_threads_of_a_join_take_the_callers_device_and_stream(monkeypatch):
+    """PyTorch begins a thread on device 0 and its default stream."""
+    cuda, ran, both = Cuda(), [], threading.Barrier(2)
+    cuda.threads.device, cuda.threads.streams = 1, {1: "side"}
+    optimizers = [several.optimizer({"tau": 2}, None, seed) for seed in range(2)]
+    for optimizer in optimizers:
+        optimizer.join = lambda leaving: ran.append((threading.get_ident(), list(cuda.entered))) or both.wait()
+        monkeypatch.setattr(
+            optimizer.worker, "caller_context", lambda: caller_context([torch.device("cpu"), torch.device("cuda", 1)])
+        )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    slowmo.join(*optimizers)
+    assert len(ran) == 2
+    for thread, entered in ran:
+        assert [what for where, what in entered if where == thread] == ["side", 1]
+
+
+def test_a_model_without_cuda_needs_no_context():
+    with several.optimizer({"tau": 2}, None, 0).worker.caller_context():
+        pass
+
+
+@dataclass
+class Equal(SoloComm):
+    """Workers of a class with __eq__, which has no hash."""
+
+    number: int = 0
+
+
+def test_workers_without_a_hash_have_names_of_their_own():
+    first, second = Equal(), Equal()
+    names = [distinct_name(workers, "slowmo") for workers in (first, first, second)]
+    assert names == ["slowmo", "slowmo.1", "slowmo"]

@@ -41,6 +41,30 @@ def test_spectral_norms_vectors_keep_their_length(form, chunk_bytes, monkeypatch
             torch.testing.assert_close(vector, torch.full([2], 0.5**0.5))
 
 
+@pytest.mark.parametrize("form", [old_spectral_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("chunk_bytes", [12, 2**20])
+def test_spectral_norms_vectors_of_opposite_signs_do_not_end_as_noise(form, chunk_bytes, monkeypatch):
+    """Both u, v and -u, -v are a pair of singular vectors: their mean is no direction at all."""
+    monkeypatch.setattr(slowmo.SlowMo, "_chunk_bytes", chunk_bytes)
+
+    def work(comm):
+        linear = nn.Linear(3, 4, bias=False)
+        with torch.no_grad():
+            linear.weight.copy_(torch.arange(12.0).reshape(4, 3) - 4)
+        model = form(linear)
+        optimizer = optimizer_of(model, comm)
+        for vector in model.buffers():
+            vector.mul_(1 - 2 * comm.rank).add_(1e-6 * comm.rank)
+        optimizer.step()
+        optimizer.join()
+        model.eval()
+        return torch.linalg.matrix_norm(model(torch.eye(3)), ord=2).item(), [v.clone() for v in model.buffers()]
+
+    (norm, vectors), (_, others) = ThreadWorld(2).run(work)
+    assert norm == pytest.approx(1.0, abs=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, others, strict=True))
+
+
 class WithTeacher(nn.Module):
     def __init__(self):
         super().__init__()
@@ -75,7 +99,7 @@ def test_named_tensors_are_averaged_or_left_alone(statistics, queue, teacher, tm
 def test_nonsense_is_refused():
     model = WithTeacher()
     with pytest.raises(ValueError, match=r"has 'student.weight', and no tensor .* teacher.weight, teacher.bias"):
-        optimizer_of(model, statistics={"student.weight": False})
+        optimizer_of(model, statistics={"student.weight": True})
     with pytest.raises(TypeError, match=r"averages count, which has type torch.int64"):
         optimizer_of(model, statistics={"count": True})
     for wrong in (["queue"], {"queue": "own"}, {3: True}):
@@ -83,3 +107,44 @@ def test_nonsense_is_refused():
             optimizer_of(model, statistics=wrong)
     with pytest.raises(ValueError, match="give no `statistics`"):
         optimizer_of(model, statistics={"queue": False}, parameter_map=slowmo.ParameterMap())
+
+
+def test_a_buffer_that_appears_later_is_left_alone_by_choice(caplog):
+    """The caches of rotary embeddings come with the first batch, and grow with the longest one."""
+
+    def work(comm):
+        model = nn.Linear(1, 1)
+        optimizer = optimizer_of(model, comm, statistics={"*cache": False})
+        for length in (2, 3 + comm.rank):
+            model.register_buffer("cos_cache", torch.full([length], float(comm.rank)), persistent=False)
+            optimizer.step()
+        optimizer.join()
+        model.register_buffer("mean", torch.zeros(1))
+        with pytest.raises(ValueError, match="there is a new buffer mean"):
+            optimizer.join()
+        return model.cos_cache.tolist()
+
+    with caplog.at_level("WARNING", logger="hvd_slowmo"):
+        assert ThreadWorld(2).run(work) == [[0.0] * 3, [1.0] * 4]
+    assert "'*cache', and no tensor of that name is there" in caplog.text
+
+
+def test_a_teacher_that_is_trained_from_now_on_is_no_statistic_any_more():
+    def work(comm):
+        model = WithTeacher()
+        optimizer = optimizer_of(model, comm, statistics={"teacher.*": True})
+        nn.init.constant_(model.teacher.weight, 3.0 * comm.rank)
+        optimizer.step()
+        optimizer.join()
+        assert model.teacher.weight.item() == 1.5
+        model.teacher.requires_grad_(True)
+        optimizer.add_param_group({"params": list(model.teacher.parameters()), "lr": 1.0})
+        layout = optimizer.worker.assembly.layout
+        names = [ref.spec.name for ref in layout.refs_of("parameter", "statistic")]
+        assert sorted(names) == ["queue", "student.bias", "student.weight", "teacher.bias", "teacher.weight"]
+        optimizer.zero_grad()
+        (model.teacher.weight * (1.0 + 2 * comm.rank)).sum().backward()
+        optimizer.step()
+        return model.teacher.weight.item()
+
+    assert ThreadWorld(2).run(work) == [-0.5, -0.5]

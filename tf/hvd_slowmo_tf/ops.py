@@ -99,11 +99,11 @@ class TracedOps:
         return tf.reshape(scalars, shape)
 
     def error_if(self, failed: tf.Tensor, table: tf.Tensor, describe: Words, guarded: T) -> T:
-        self._error.describe, self._error.always = describe, True
+        self._error.always = True
         words = f"{self._name}: the workers can't go on; a row per worker (see hvd_slowmo/core/ledger.py):"
 
         def fail() -> Any:
-            with tf.control_dependencies([self._error.keep(table)]):
+            with tf.control_dependencies([self._error.keep(table, describe)]):
                 return tf.debugging.Assert(False, [words, table], summarize=-1)
 
         with tf.control_dependencies([tf.cond(failed, fail, tf.no_op)]):
@@ -116,8 +116,8 @@ class TracedOps:
 
     def warn(self, topic: Topic, holds: tf.Tensor, table: tf.Tensor, describe: Words, always: bool = False) -> None:
         note = self._notes[topic]
-        note.describe, note.always = describe, always
-        tf.cond(holds, lambda: note.keep(table), tf.no_op)
+        note.always = always
+        tf.cond(holds, lambda: note.keep(table, describe), tf.no_op)
 
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
         """Call a traced function; raise its errors, and log its warnings, in plain words.
@@ -163,16 +163,21 @@ class _Note:
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self.describe: Words = str
         self.always = False
+        self._words: list[Words] = []  # of each place in the traces that keeps a table
         self._told = 0
+        self._shape = shape
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._place = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._table = tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
 
-    def keep(self, table: tf.Tensor) -> tf.Operation:
-        """Set the table aside, in a trace."""
-        return tf.group(self._table.assign(table), self._count.assign_add(1))
+    def keep(self, table: tf.Tensor, describe: Words) -> tf.Operation:
+        """Set the table aside, in a trace; a smaller one is filled up with zeros."""
+        self._words.append(describe)
+        whole = tf.pad(table, [[0, most - size] for most, size in zip(self._shape, table.shape, strict=True)])
+        place = self._place.assign(len(self._words) - 1)
+        return tf.group(self._table.assign(whole), place, self._count.assign_add(1))
 
     def news(self) -> str | None:
         """Return the words for the last table if it is new, else None; only for the first one, unless always."""
@@ -180,4 +185,4 @@ class _Note:
         if count == self._told or (self._told and not self.always):
             return None
         self._told = count
-        return self.describe(self._table.numpy())
+        return self._words[int(self._place.numpy())](self._table.numpy())

@@ -53,6 +53,7 @@ class JoiningStep:
     def follow_step(self, attendance: Attendance, plan: StepPlan) -> None:
         step, machine, gradients = self._step, self._step.assembly.machine, self._gradients
         assert gradients is not None, "exchanged in the same pass of the loop"
+        step.assembly.averages.level()
         step.averaged_step(self._nothing, gradients.means(), gradients.counts(), attendance.rates)
         progress = machine.after_inner_step(
             self.read_progress(), attendance.rates, training=0, catch_up_from=attendance.first

@@ -182,6 +182,7 @@ class TracedStep:
         else:
             own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
             means, counts, first = self._averaged(own, rates, plan, due)
+            averages.level()
             self.averaged_step(own, means, counts, rates)
         progress = machine.after_inner_step(variables.read(), rates, catch_up_from=first, arrivals=arrivals)
         variables.write(progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -286,6 +287,10 @@ class KerasWorker:
         """Raise RuntimeError once some workers have left for good."""
         if self.left:
             raise RuntimeError(f"ranks {list(self.left)} have left in join(leaving=True): nothing can be averaged.")
+
+    def caller_context(self) -> AbstractContextManager[None]:
+        """Return a context for another thread: an empty one, since TensorFlow orders the work on a device itself."""
+        return nullcontext()
 
     def averaged_ids(self) -> set[int]:
         """Return ids of the variables that are averaged without being trained."""

@@ -25,6 +25,7 @@ from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
+from hvd_slowmo_torch.watch import WatchNotes
 
 if TYPE_CHECKING:
     from hvd_slowmo_torch.layout import TensorRef
@@ -36,6 +37,9 @@ _KEYS = {
 }
 """PyTorch's names of the buffers of the kinds that both frameworks define alike."""
 
+_WATCH = tuple(f"watch/{field}" for field in WatchNotes._fields)
+"""The watch's notes among the state of PyTorch alone; parameters in the order of the model's tensors."""
+
 
 class TorchWorkerState:
     """`hvd_slowmo.checkpoint.state.WorkerState` of a SlowMo optimizer.
@@ -44,7 +48,7 @@ class TorchWorkerState:
         assembly: the optimizer's parts, whose store is a TorchStore.
         progress: the scalar state.
         parameter_map: None for the automatic one or, where there is none, PyTorch's own names.
-        settle: takes the scalars over once everything else is set.
+        settle: takes the scalars and the watch's notes over once everything else is set.
 
     Raises:
         ValueError: the map leaves out trained parameters.
@@ -59,11 +63,12 @@ class TorchWorkerState:
         assembly: Assembly[TensorRef],
         progress: Progress,
         parameter_map: ParameterMap | None,
-        settle: Callable[[Progress], None],
+        settle: Callable[[Progress, WatchNotes | None], None],
     ) -> None:
         self._model, self._inner, self._settle = model, inner_optimizer, settle
         self._common_groups = assembly.groups
-        self._flats = cast("TorchStore", assembly.runtime.store).vectors
+        store = cast("TorchStore", assembly.runtime.store)
+        self._flats, self._watch = store.vectors, store.watch
         self._tensors = tensors_of(model)
         self._places: dict[str, list[tuple[int, int, View]]] = {}  # segment, start, view; by own name
         self.config = assembly.runtime.config
@@ -194,11 +199,31 @@ class TorchWorkerState:
     def read_framework(self) -> Arrays:
         on_wire = {spec.own for spec in self.tensors.specs}
         persistent = self._model.state_dict(keep_vars=True)
-        return {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
+        others = {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
+        return others | self._read_watch()
+
+    def _read_watch(self) -> Arrays:
+        norms, held, entered = self._watch.notes()
+        order = self._trained()
+        arrays = (np.array([norms[own] for own in order]), np.array([held[own] for own in order]), np.array(entered))
+        return dict(zip(_WATCH, arrays, strict=True))
+
+    def _trained(self) -> list[str]:
+        """Return the trained parameters in the order of the model's tensors, whatever devices they are on."""
+        return list(dict.fromkeys(spec.own for spec in self.tensors.specs if spec.own in self.groups))
+
+    def _notes(self, framework: Mapping[str, NDArray[Any]]) -> WatchNotes | None:
+        """Return the watch's notes; None in a checkpoint of another framework or of weights alone."""
+        if not all(name in framework for name in _WATCH):
+            return None
+        norms, held, entered = (framework[name].tolist() for name in _WATCH)
+        order = self._trained()
+        return WatchNotes(dict(zip(order, norms, strict=True)), dict(zip(order, held, strict=True)), entered)
 
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for own, value in framework.items():
-            self.write("model", own, value)
+            if own not in _WATCH:
+                self.write("model", own, value)
         for number, group in enumerate(self._inner.param_groups):
             common = self._common_groups.common(number)
             if common is None:
@@ -207,7 +232,7 @@ class TorchWorkerState:
                 group["lr"].fill_(rates[common])
             else:
                 group["lr"] = float(rates[common])
-        self._settle(progress)
+        self._settle(progress, self._notes(framework))
 
 
 def name_model(model: nn.Module, parameter_map: ParameterMap | None) -> NamedTensors:

@@ -18,7 +18,8 @@ from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import tensors_of
-from hvd_slowmo_torch.statistics import chosen_statistics, is_unit_vector
+from hvd_slowmo_torch.spectral import Estimate, estimate_of
+from hvd_slowmo_torch.statistics import chosen_statistics
 
 Find = Callable[[], torch.Tensor]
 """Finds a tensor when it is needed: optimizers and users replace tensors, so none is kept."""
@@ -33,14 +34,14 @@ class TensorRef:
         device: of the tensor.
         find: returns the tensor.
         watched: a running statistic of BatchNorm, which must be finite as parameters must.
-        unit: a vector of length 1, which its mean is given again.
+        unit: for a vector of spectral normalization, its estimate: its mean is given length 1 again.
     """
 
     spec: TensorSpec
     device: str
     find: Find
     watched: bool = False
-    unit: bool = False
+    unit: Estimate | None = None
 
     @property
     def offset(self) -> int:
@@ -70,7 +71,7 @@ def refs_of(
 
     Raises:
         ValueError: the inner optimizer has a parameter that the model lacks; with a map, a model that `ParameterMap`
-            refuses, or a trained parameter that the inner optimizer lacks; a pattern that fits no name.
+            refuses, or a trained parameter that the inner optimizer lacks.
         TypeError: complex or integer parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
@@ -97,7 +98,7 @@ def refs_of(
         find, module = places[spec.own]
         tensor = find()
         watched = spec.role == "statistic" and isinstance(module, _NormBase) and tensor.is_floating_point()
-        unit = spec.role == "statistic" and is_unit_vector(module, spec.own.rpartition(".")[2])
+        unit = estimate_of(model, module, spec.own) if spec.role == "statistic" else None
         refs.append(TensorRef(spec, str(tensor.device), find, watched, unit))
     return refs
 

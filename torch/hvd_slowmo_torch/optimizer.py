@@ -242,9 +242,10 @@ class SlowMo(Outermost, Optimizer):
         worker.refuse_while_averaging("join()")
         presence.refuse_if_left()
         if worker.comm.size == 1:
+            worker.store.watch.expect_values()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
-        worker.store.watch.look()
+        worker.store.watch.look(mixes=self.config.gossip is not None)
         presence.joining, presence.leaving = True, leaving
         try:
             with torch.no_grad():
@@ -385,7 +386,7 @@ class SlowMo(Outermost, Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
-            worker.settle(slowmo_state.restore(saved, worker.store.vectors, worker.inner))
+            worker.settle(*slowmo_state.restore(saved, worker.store.vectors, worker.inner))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

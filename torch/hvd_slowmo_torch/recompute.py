@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ def recompute_statistics(
     Running statistics follow a model over many batches, and one that jumps by its slow momentum leaves them behind:
     the training loss is good and the evaluation's is not. Call this after `join()`, before an evaluation or a save that
     counts. A pass over 50 to 100 batches is enough; see Izmailov et al., UAI 2018 (arXiv 1803.05407), section 3.2.
+
+    `num_batches_tracked` becomes the number of batches, as in torch.optim.swa_utils.update_bn; of several workers the
+    mean. SyncBatchNorm layers take each worker's batches for themselves here, so their numbers may differ.
 
     Args:
         model: its BatchNorm layers are changed, and nothing else.
@@ -59,19 +64,53 @@ def recompute_statistics(
         for kind, tensor in (("mean", layer.running_mean), ("variance", layer.running_var))
         if tensor is not None
     }
-    before = {name: tensor.clone() for name, tensor in statistics.items()}
+    counts = [layer.num_batches_tracked for layer in layers.values() if layer.num_batches_tracked is not None]
+    before = [(tensor, tensor.clone()) for tensor in (*statistics.values(), *counts)]
     error: Exception | None = None
     try:
-        torch.optim.swa_utils.update_bn(counted(), model, device)
+        with _each_worker_alone(model), _settings_kept(model):
+            torch.optim.swa_utils.update_bn(counted(), model, device)
     except Exception as caught:  # a worker that fails alone must not leave the others waiting
         error = caught
     told = mean({"failed": float(error is not None), "seen": float(seen)}, process_set=process_set, comm=comm)
     if told["failed"] or not told["seen"]:
-        for name, tensor in statistics.items():
-            tensor.copy_(before[name])
+        for tensor, former in before:
+            tensor.copy_(former)
         if told["failed"]:
             raise error or ValueError("another worker's pass over its batches has failed; look at its output.")
         return
     means = mean(dict(statistics), weight=seen, process_set=process_set, comm=comm)
     for name, tensor in statistics.items():
         tensor.copy_(means[name])
+    for count in counts:
+        count.fill_(max(1, round(told["seen"])))
+
+
+@contextmanager
+def _settings_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what update_bn changes for its pass, which it leaves behind if a batch fails."""
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for layer, momentum in momenta:
+            layer.momentum = momentum
+
+
+@contextmanager
+def _each_worker_alone(model: nn.Module) -> Iterator[None]:
+    """Let SyncBatchNorm layers, PyTorch's and Horovod's, compute as BatchNorm does.
+
+    They exchange in every forward pass, and workers with fewer batches would leave the others waiting.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and type(m).__name__ == "SyncBatchNorm"]
+    for layer in layers:
+        layer.forward = partial(_BatchNorm.forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -17,6 +17,7 @@ from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 from hvd_slowmo_torch.layout import TensorRef, groups_of, refs_of, state_refs
 from hvd_slowmo_torch.parallel import refuse_data_parallel
+from hvd_slowmo_torch.statistics import check_patterns
 from hvd_slowmo_torch.worker import TorchWorker
 
 Own = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -51,6 +52,9 @@ class StartingTorchWorker:
         check_types(inner, model, settings)
         refuse_data_parallel(model, self.config.gradients, self._worker.comm.ranks)
         refs = refs_of(model, inner, settings.parameter_map, settings.statistics)
+        if self._param_group is None:  # a group that is added may be what a pattern is of: it is trained from now on
+            trained = {id(p) for group in inner.param_groups for p in group["params"]}
+            check_patterns(model, trained, settings.statistics or {})
         groups = groups_of(refs, model, inner)
         specs = [ref.spec for ref in refs]
         if self.config.inner_state == "average" and self.config.tau is not None:

@@ -18,6 +18,7 @@ from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.progress import Progress
 from hvd_slowmo.core.schedule import workers_equal
 from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.watch import WatchNotes
 from hvd_slowmo_torch.worker import TorchWorker
 
 logger = logging.getLogger("hvd_slowmo")
@@ -45,6 +46,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "progress": {field: np.asarray(value).tolist() for field, value in progress.flat().items()},
         "parameters": _parameters(worker.assembly.machine.layout),
         "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
+        "watch": worker.store.watch.notes()._asdict(),
         "inner_attributes": None if attributes is None else bytes(attributes).decode(),
     }
 
@@ -87,8 +89,8 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
     return saved
 
 
-def restore(saved: dict[str, Any], vectors: Vectors, inner: Optimizer) -> Progress:
-    """Load checked vectors, in place, and the inner optimizer's attributes, and return the scalars."""
+def restore(saved: dict[str, Any], vectors: Vectors, inner: Optimizer) -> tuple[Progress, WatchNotes | None]:
+    """Load checked vectors, in place, and the inner optimizer's attributes; return scalars and the watch's notes."""
     text = saved.get("inner_attributes")
     attributes = None if text is None else np.frombuffer(text.encode(), dtype=np.uint8)
     inner_settings.prepare(inner, attributes, attributes_only=True)()
@@ -96,7 +98,8 @@ def restore(saved: dict[str, Any], vectors: Vectors, inner: Optimizer) -> Progre
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
     fields = saved["progress"].items()
-    return Progress.from_flat({field: np.array(x) if isinstance(x, list) else x for field, x in fields})
+    progress = Progress.from_flat({field: np.array(x) if isinstance(x, list) else x for field, x in fields})
+    return progress, WatchNotes(**saved["watch"]) if "watch" in saved else None
 
 
 def _check_layout(saved: dict[str, Any], layout: Layout) -> None:

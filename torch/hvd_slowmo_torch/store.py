@@ -12,6 +12,7 @@ from hvd_slowmo.core.progress import Vector
 from hvd_slowmo.core.store import Condition
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.spectral import Estimate, restore_length
 from hvd_slowmo_torch.watch import ModelWatch
 
 
@@ -114,10 +115,13 @@ class TorchStore:
             refs, spans = layout.refs[chunk.segment], self.layout.spans(chunk)
             ended = [refs[n] for n, _, stop, _ in spans if refs[n].unit and stop == refs[n].spec.size]
             self._units.update({chunk.index: ended} if ended else {})
+        self._noise: list[Estimate] = []  # of the pairs whose mean has to be replaced
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:
             return self._flat(vector, stretch)
+        if not self.watch.fits:
+            return self._stage(stretch).zero_()
         return self._pieces.gather(stretch, self._stage(stretch), torch.Tensor.detach)
 
     def write(self, vector: str, stretch: Stretch, value: torch.Tensor) -> None:
@@ -126,12 +130,17 @@ class TorchStore:
             if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
                 flat.copy_(value)
         elif stretch.role == "parameter":
-            self._pieces.scatter(stretch, value, self._unheld)
+            if self.watch.fits:
+                self._pieces.scatter(stretch, value, self._unheld)
         else:
             self._pieces.scatter(stretch, value, torch.Tensor.detach)
             for ref in self._units.get(stretch.index, ()):
-                unit = ref.find().detach()
-                torch.nn.functional.normalize(unit, dim=0, out=unit)
+                if restore_length(ref.find().detach()) and ref.unit is not None:
+                    self._noise.append(ref.unit)
+            if stretch.index == max(self._units, default=None):  # both vectors of a pair are written by now
+                for estimate in self._noise:
+                    estimate()
+                self._noise.clear()
 
     def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
         own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)
@@ -219,17 +228,33 @@ class TorchGradients:
 
     Args:
         layout: of the model.
+        watch: of the model.
     """
 
-    def __init__(self, layout: TorchLayout) -> None:
+    def __init__(self, layout: TorchLayout, watch: ModelWatch) -> None:
         self.layout = layout.layout
         self._pieces = Pieces(layout)
+        self._watch = watch
+        self._misfit = 0
         self._parameters = layout.refs_of("parameter")
+        self._numbers: dict[int, list[int]] = {}  # per chunk, of its parameters
+        start = 0
+        for segment in range(len(layout.refs)):
+            if self.layout.segments[segment].role != "parameter":
+                continue
+            for chunk in self.layout.chunks:
+                if chunk.segment == segment:
+                    self._numbers[chunk.index] = [start + number for number, *_ in self.layout.spans(chunk)]
+            start += len(layout.refs[segment])
         self._staging: dict[int, torch.Tensor] = {}  # one per chunk, since all of them travel at once
 
     def read(self, chunk: Chunk) -> torch.Tensor:
         if chunk.index not in self._staging:
             self._staging[chunk.index] = zeros_of(self.layout.segments[chunk.segment], chunk.size)
+        odd = next((number for number in self._numbers[chunk.index] if self._watch.misfit_of(number)), None)
+        if odd is not None:
+            self._misfit = odd + 1
+            return self._staging[chunk.index].zero_()
         return self._pieces.gather(chunk, self._staging[chunk.index], _gradient)
 
     def write(self, chunk: Chunk, mean: torch.Tensor) -> None:
@@ -237,6 +262,13 @@ class TorchGradients:
 
     def present(self) -> list[float]:
         return [0.0 if ref.find().grad is None else 1.0 for ref in self._parameters]
+
+    def misfit(self) -> int:
+        found, self._misfit = self._misfit, 0
+        return found
+
+    def entered(self) -> int:
+        return int(self._watch.take_apart())
 
     def admit(self, counts: Vector) -> None:
         for ref, count in zip(self._parameters, counts, strict=True):

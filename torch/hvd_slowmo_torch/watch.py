@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from hvd_slowmo.core.progress import Vector
 from hvd_slowmo.core.store import Condition
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+
+logger = logging.getLogger("hvd_slowmo")
+
+
+class WatchNotes(NamedTuple):
+    """A watch's notes for a checkpoint, by the parameters' own names."""
+
+    norms: dict[str, float]  # of the parameters that are as the last meeting has left them; -1 for the others
+    held: dict[str, bool]  # whether nobody has moved it, see `ModelWatch.held`
+    entered: bool  # values have come from outside, and no meeting has told the others yet
 
 
 class ModelWatch:
@@ -22,6 +34,7 @@ class ModelWatch:
         buffers: returns the names of the model's floating-point buffers.
 
     Attributes:
+        fits: False once parameters of another form should have been mixed; the next meeting tells the others.
         held: ids of the parameters that nobody has moved: they are left alone while they are frozen.
     """
 
@@ -34,7 +47,10 @@ class ModelWatch:
         self._buffers = buffers()
         self._versions: list[int] = []
         self._norms: torch.Tensor | None = None
-        self._entered = False
+        self._entered = self._apart = False
+        self._misfit_found = (0, "")  # while mixing
+        self._resumed: WatchNotes | None = None  # of a state that was loaded, until the model is looked at
+        self._moved: list[bool] = [False] * len(self._parameters)  # before `_versions` were noted
         self.held: set[int] = set()
 
     def condition(self) -> Condition:
@@ -42,22 +58,41 @@ class ModelWatch:
         misfit, name = self._misfit()
         if misfit:
             return Condition(misfit, 0, [0.0] * len(self._parameters), name)
-        moved = [
-            float(p.requires_grad or p._version != before)
-            for p, before in zip(self._tensors(), self._versions, strict=True)
-        ]
+        self._resume()
+        tensors = self._tensors()
+        moved = [float(p.requires_grad or changed) for p, changed in zip(tensors, self._changed(tensors), strict=True)]
         return Condition(0, int(self._entered), moved)
 
-    def look(self) -> None:
-        """Notice values that were given to the model between the moment when all were equal and the next step."""
+    @property
+    def fits(self) -> bool:
+        return not self._misfit_found[0]
+
+    def look(self, mixes: bool = False) -> None:
+        """Notice values that were given to the model between the moment when all were equal and the next step.
+
+        Args:
+            mixes: this worker is going to send parameters to others before all meet.
+        """
+        if mixes and self.fits:
+            self._misfit_found = self._form_of_parameters()
+        self._resume()
         if self._norms is None:
             return
         tensors = self._tensors()
-        if [p._version for p in tensors] != self._versions:
-            self._entered = self._entered or not torch.allclose(
-                _norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True
-            )
+        changed = [p._version for p in tensors] != self._versions
+        if changed and not torch.allclose(_norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True):
+            self._entered = self._apart = True
         self._norms = None
+
+    def take_apart(self) -> bool:
+        """Return whether values have come from outside that an exchange of gradients is still to tell of."""
+        self.look()
+        apart, self._apart = self._apart, False
+        return apart
+
+    def misfit_of(self, number: int) -> bool:
+        """Return whether a parameter has another form than at construction."""
+        return _form(self._parameters[number]) != self._forms[number]
 
     def hold(self, moved: Vector) -> None:
         """Hold the parameters for which this is 0."""
@@ -66,25 +101,91 @@ class ModelWatch:
     def settle(self, equal: bool) -> None:
         """Note the model's present state; see `hvd_slowmo.core.store.Store.settle`."""
         tensors = self._tensors()
-        self._entered = False
-        self._versions = [p._version for p in tensors]
+        self._entered = self._apart = False
+        self._misfit_found, self._resumed = (0, ""), None
+        self._note(tensors, [False] * len(tensors))
         self._norms = _norms(tensors) if equal else None
 
     def adopt(self, before: ModelWatch) -> None:
         """Take over the notes of a watch over the same parameters and fewer."""
+        equal = before._norms is not None  # and still are, but for what this look finds
         before.look()
-        known = {id(p): version for p, version in zip(before._tensors(), before._versions, strict=True)}
-        self._versions = [known.get(id(p), p._version) for p in self._tensors()]
-        self._entered, self.held = before._entered, before.held
+        tensors = before._tensors()
+        known = {id(p): changed for p, changed in zip(tensors, before._changed(tensors), strict=True)}
+        tensors = self._tensors()
+        self._note(tensors, [known.get(id(p), False) for p in tensors])
+        self._entered, self._apart, self.held = before._entered, before._apart, before.held
+        self._norms = _norms(tensors) if equal else None
 
-    def forget(self) -> None:
-        """Take the next values that the model is given for a resume."""
-        self._entered, self._norms = False, None
+    def expect_values(self) -> None:
+        """Take other values for values from outside until the next step, as `settle(equal=True)` does.
+
+        For a worker that is alone: nothing has been decided, and all else stays noted.
+        """
+        self.look()
+        self._norms = _norms(self._tensors())
+
+    def notes(self) -> WatchNotes:
+        """Return the notes by which a resume leaves alone the parameters that the run without a stop leaves alone."""
+        if self._resumed is not None:
+            return self._resumed
+        tensors = self._tensors()
+        names = [ref.spec.own for ref in self._parameters]
+        norms = [
+            -1.0 if changed else norm
+            for changed, norm in zip(self._changed(tensors), _norms(tensors).tolist(), strict=True)
+        ]
+        held = [id(p) in self.held for p in tensors]
+        return WatchNotes(dict(zip(names, norms, strict=True)), dict(zip(names, held, strict=True)), self._entered)
+
+    def resume(self, notes: WatchNotes | None) -> None:
+        """Take the next values that the model is given for a resume.
+
+        Args:
+            notes: of the state that is loaded; None where it has none: everything counts as moved that is written.
+        """
+        self._entered, self._norms, self._resumed = False, None, notes
+        self._apart, self._misfit_found = False, (0, "")
+        self.held = set()
+
+    def _resume(self) -> None:
+        """Go on from loaded notes: only now has the model its values, whatever was loaded first."""
+        if self._resumed is None:
+            return
+        (norms, held, self._entered), self._resumed = self._resumed, None
+        tensors = self._tensors()
+        names = [ref.spec.own for ref in self._parameters]
+        # A parameter with another value than the notes are of has moved: the workers' values may differ.
+        present = zip(names, _norms(tensors).tolist(), strict=True)
+        self._note(tensors, [norms.get(name) != norm for name, norm in present])
+        self.held = {id(p) for name, p in zip(names, tensors, strict=True) if held.get(name, False)}
+
+    def _note(self, tensors: list[torch.Tensor], moved: list[bool]) -> None:
+        self._moved, self._versions = moved, [p._version for p in tensors]
+
+    def _changed(self, tensors: list[torch.Tensor]) -> list[bool]:
+        """Return which parameters have changed since the last meeting."""
+        noted = zip(tensors, self._versions, self._moved, strict=True)
+        return [moved or p._version != version for p, version, moved in noted]
 
     def _tensors(self) -> list[torch.Tensor]:
         return [ref.find() for ref in self._parameters]
 
+    def _form_of_parameters(self) -> tuple[int, str]:
+        """Return (0, ""), or the number and name of a parameter of another form, as `_misfit`."""
+        for number, ref in enumerate(self._parameters):
+            if self.misfit_of(number):
+                logger.error(
+                    "%s has another form than at the construction of SlowMo: this worker can't go on, sends zeros from "
+                    "now on and tells the others when all meet.",
+                    ref.spec.name,
+                )
+                return number + 1, ref.spec.name
+        return 0, ""
+
     def _misfit(self) -> tuple[int, str]:
+        if not self.fits:
+            return self._misfit_found
         for number, (ref, form) in enumerate(zip(self._watched, self._forms, strict=True), start=1):
             if form is None:
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +38,10 @@ from hvd_slowmo_torch.gradient_hooks import GradientHooks
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
 from hvd_slowmo_torch.presence import WorkerPresence
+from hvd_slowmo_torch.statistics import floating_buffers
 from hvd_slowmo_torch.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.streams import caller_context
+from hvd_slowmo_torch.watch import WatchNotes
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
@@ -100,7 +104,9 @@ class TorchWorker:
         """Make everything that a step needs; the vectors are zeros."""
         self._resets = self.config.inner_state == "reset" or self.config.nonfinite == "exclude"
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
-        self.store = TorchStore(layout, self.inner, names, partial(_floating_buffers, self.model))
+        # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
+        buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
+        self.store = TorchStore(layout, self.inner, names, buffers)
         on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
         runtime = Runtime(
             self.config,
@@ -113,16 +119,20 @@ class TorchWorker:
         )
         self.assembly = assemble(runtime, layout, groups, graph)
         self.presence.groups = groups
-        self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout), self.presence)
+        self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout, self.store.watch), self.presence)
 
     def prepare(self) -> None:
         """Get ready for the coming step."""
         self.hooks.prepare(self.assembly.machine.plan(self.progress))
 
-    def settle(self, progress: Progress) -> None:
-        """Go on from this position; the vectors have their values already."""
+    def settle(self, progress: Progress, notes: WatchNotes | None = None) -> None:
+        """Go on from this position; the vectors have their values already.
+
+        Args:
+            notes: of the model's watch, where the position was loaded.
+        """
         self.assembly.machine.mixing.discard_in_flight()
-        self.store.watch.forget()
+        self.store.watch.resume(notes)
         self.progress = progress
         self.prepare()
 
@@ -135,8 +145,12 @@ class TorchWorker:
         if plan.outer or plan.mix or plan.check:
             self.presence.refuse_if_left()
         rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
-        self.store.watch.look()
+        self.store.watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
+        usable = usable and self.store.watch.fits
         try:
+            if self.assembly.averages.ever:
+                with torch.no_grad():
+                    self.assembly.averages.level()
             result = None
             if usable:
                 with inner_settings.watched(self.inner, resets=self._resets):
@@ -199,6 +213,10 @@ class TorchWorker:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
 
+    def caller_context(self) -> AbstractContextManager[None]:
+        """Return a context, to be entered in another thread, with this thread's CUDA device and streams."""
+        return caller_context(torch.device(segment.device) for segment in self.assembly.layout.layout.segments)
+
     def averaged_ids(self) -> set[int]:
         """Return ids of the tensors that are averaged without being trained."""
         return {id(ref.find()) for ref in self.assembly.layout.refs_of("statistic")}
@@ -240,8 +258,3 @@ class TorchWorker:
         seen = Observed(*self.progress.observed.tolist())
         self._metrics = metrics_of(seen, int(self.progress.step), waited - self._metered[1], sent - self._metered[0])
         self._metered = (sent, waited)
-
-
-# No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
-def _floating_buffers(model: nn.Module) -> set[str]:
-    return {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
