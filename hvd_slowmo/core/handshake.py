@@ -20,7 +20,7 @@ logger = logging.getLogger("hvd_slowmo")
 
 RESTART_FACT = "number of steps at restart()"
 
-WIRE = 4
+WIRE = 5
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 
