@@ -227,9 +227,9 @@ def _opened(sent: _Manifest, bodies: Sequence[Body]) -> list[Body]:
         if label.content is None:
             following.append(body)
             continue
-        content = label.content or bytes(min(label.nbytes, PIECE_BYTES))
+        zeros = bytes(min(label.nbytes, PIECE_BYTES))
         for start, stop in _pieces(label.nbytes):
-            body.write(start, np.frombuffer(content[: stop - start], np.uint8))
+            body.write(start, np.frombuffer(label.content[start:stop] or zeros[: stop - start], np.uint8))
         body.close()
     return following
 
