@@ -120,4 +120,4 @@ def handed_out(small: int) -> list[np.ndarray]:
         np.resize(np.array([-0.0, np.inf, 1e-45], np.float32), odd.shape) if rank == 0 else random.normal(size=40)
     )
     SlowMo(inner, SlowMoConfig(tau=3)).broadcast(model)
-    return [v.numpy().view(np.uint8) if v.shape else v.numpy() for v in [*model.variables, *inner.variables]]
+    return [np.asarray(v.numpy()).reshape(-1).view(np.uint8) for v in [*model.variables, *inner.variables]]
