@@ -65,12 +65,12 @@ _COMMON = {
     "ops/collective_operations.cc": 11,
     "ops/operation_manager.cc": 9,
     "optim/bayesian_optimization.cc": 14,
-    "optim/gaussian_process.cc": 14,
-    "utils/env_parser.cc": 4,
-    "gloo/gloo_context.cc": 9,
-    "gloo/gloo_controller.cc": 11,
-    "gloo/http_store.cc": 7,
-    "gloo/memory_store.cc": 3,
+    "optim/gaussian_process.cc": 43,
+    "utils/env_parser.cc": 3,
+    "gloo/gloo_context.cc": 8,
+    "gloo/gloo_controller.cc": 12,
+    "gloo/http_store.cc": 8,
+    "gloo/memory_store.cc": 4,
     "ops/gloo_operations.cc": 25,
 }
 _TENSORFLOW = {

@@ -19,8 +19,14 @@ _BUILT = re.compile(r"^\[\s*\d+%\] Built target (?P<target>\S+)$")
 _MEASURED = 0.05
 """Share of the build from which on its speed predicts the rest."""
 
-_ALMOST = 0.95
-"""The most that a file in compilation counts as done, whatever its age."""
+_LARGE = 50
+"""Cost of a file from which on its age tells the machine's speed; smaller ones may be finished already."""
+
+_ALMOST = 0.8
+"""The most that a file in compilation counts as done, whatever its age: the rest is what its cost may be wrong by."""
+
+_OVERDUE = 3
+"""Multiple of its expected time after which a smaller file must have been finished, though no line said so."""
 
 
 class File(NamedTuple):
@@ -37,8 +43,8 @@ class Estimate(NamedTuple):
     Attributes:
         percent: of the cost; None before the first file.
         left: seconds; None until the speed is known.
-        file: the file that has been compiled for the longest time; "" if there is none.
-        age: seconds for which it has been.
+        file: the one in compilation that will take longest; "" if there is none.
+        age: seconds for which it has been compiled.
     """
 
     percent: int | None
@@ -134,22 +140,21 @@ def estimate(build: Build, seconds: float) -> Estimate:
     started = sum(cost(name) for _, name in build.compiled)
     total = started + sum(waiting)
     finished = started - sum(cost(file.name) for file in build.running)
-    elapsed = max(seconds - build.began, 1e-9)
-    each = finished / elapsed / build.jobs  # cost per second of one job
-    unfinished = [max(cost(f.name) - each * (seconds - f.since), (1 - _ALMOST) * cost(f.name)) for f in build.running]
-    rest = sum(unfinished) + sum(waiting)
-    done = total - rest
-    left = None
-    if each and done >= _MEASURED * total:
-        # The last files do not keep all jobs at work: the longest one alone is a bound.
-        speed = done / elapsed
-        left = max(rest, max([*unfinished, *waiting], default=0.0) * build.jobs) / speed
-    oldest = min(build.running, key=lambda file: file.since, default=None)
+    speed = _speed(build, finished, seconds)
+    rests: dict[File, float] = {}
+    for file in build.running:
+        each, worked = cost(file.name), speed * (seconds - file.since)
+        if each >= _LARGE or worked < _OVERDUE * each:
+            rests[file] = max(each - worked, (1 - _ALMOST) * each)
+    unfinished = list(rests.values())
+    done = total - sum(unfinished) - sum(waiting)
+    left = _span([*unfinished, *waiting], build.jobs) / speed if speed and done >= _MEASURED * total else None
+    longest = max(rests, key=lambda file: rests[file], default=None)
     return Estimate(
         int(100 * done / total),
         left,
-        "" if oldest is None else oldest.name,
-        0.0 if oldest is None else seconds - oldest.since,
+        "" if longest is None else longest.name,
+        0.0 if longest is None else seconds - longest.since,
     )
 
 
@@ -190,16 +195,49 @@ class Meter:
         return found.percent, spell(found)
 
 
+def _speed(build: Build, finished: float, seconds: float) -> float:
+    """Return the cost per second of one job; 0 until a file is finished.
+
+    Args:
+        build: with a file.
+        finished: cost of the finished files.
+        seconds: time.
+    """
+    assert build.began is not None, "with a file"
+    ages = [(cost(file.name), max(seconds - file.since, 1e-9)) for file in build.running]
+    elapsed = max(seconds - build.began, 1e-9)
+    speed = finished / elapsed / build.jobs
+    for _ in range(3):  # what the files in compilation add depends on the speed
+        speed = (finished + sum(min(speed * age, _ALMOST * each) for each, age in ages)) / elapsed / build.jobs
+    # A large file that is overdue says that the machine has become slower.
+    return min([speed, *(each / age for each, age in ages if each >= _LARGE)])
+
+
+def _span(costs: Sequence[float], jobs: int) -> float:
+    """Return the time at which the last file is done, if each job takes the next one at speed 1.
+
+    Example:
+        >>> _span([1, 1, 1, 4], jobs=2)
+        5
+    """
+    free: list[float] = [0] * jobs
+    for each in costs:
+        free[free.index(min(free))] += each
+    return max(free)
+
+
 def _waiting(build: Build) -> list[float]:
-    """Return the costs of the known files that are still to be started."""
+    """Return the costs of the known files that are still to be started, in about their order."""
     started = set(build.compiled)
-    return [
-        each
-        for target in build.targets
-        if target not in build.built
-        for name, each in target_costs(target).items()
-        if (target, name) not in started
-    ]
+    found: list[tuple[bool, float, float]] = []
+    for target in build.targets:
+        files = target_costs(target)
+        if target not in build.built:
+            # All gloo comes first, then the libraries that need it, side by side.
+            places = ((not target.endswith("gloo"), number / len(files)) for number in range(len(files)))
+            pairs = zip(places, files.items(), strict=True)
+            found += [(*place, each) for place, (name, each) in pairs if (target, name) not in started]
+    return [each for *_, each in sorted(found)]
 
 
 def _name(target: str, file: str) -> str:
