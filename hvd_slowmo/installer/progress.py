@@ -60,7 +60,8 @@ class Build:
     Attributes:
         jobs: files compiled at once.
         targets: libraries that are being built, or will be.
-        began: time of the first file, s; None before it.
+        last: time of the last file that was started, s; None before the first one.
+        busy: job-seconds of compilation up to then.
         compiled: files by target that have been started.
         running: those that are in compilation.
         built: finished targets.
@@ -68,7 +69,8 @@ class Build:
 
     jobs: int
     targets: tuple[str, ...]
-    began: float | None = None
+    last: float | None = None
+    busy: float = 0.0
     compiled: tuple[tuple[str, str], ...] = ()
     running: tuple[File, ...] = ()
     built: frozenset[str] = frozenset()
@@ -121,7 +123,8 @@ def after_line(build: Build, line: str, seconds: float) -> Build:
     return replace(
         build,
         targets=build.targets if target in build.targets else (*build.targets, target),
-        began=seconds if build.began is None else build.began,
+        last=seconds,
+        busy=build.busy + (0.0 if build.last is None else len(build.running) * (seconds - build.last)),
         compiled=(*build.compiled, (target, name)),
         running=(*running, File(target, name, seconds)),
     )
@@ -134,18 +137,17 @@ def estimate(build: Build, seconds: float) -> Estimate:
         build: as its output shows it.
         seconds: time.
     """
-    if build.began is None:
+    if build.last is None:
         return Estimate(None, None, "", 0.0)
     waiting = _waiting(build)
     started = sum(cost(name) for _, name in build.compiled)
     total = started + sum(waiting)
     finished = started - sum(cost(file.name) for file in build.running)
     speed = _speed(build, finished, seconds)
-    rests: dict[File, float] = {}
-    for file in build.running:
-        each, worked = cost(file.name), speed * (seconds - file.since)
-        if each >= _LARGE or worked < _OVERDUE * each:
-            rests[file] = max(each - worked, (1 - _ALMOST) * each)
+    rests = {
+        file: max(cost(file.name) - speed * (seconds - file.since), (1 - _ALMOST) * cost(file.name))
+        for file in _alive(build, speed, seconds)
+    }
     unfinished = list(rests.values())
     done = total - sum(unfinished) - sum(waiting)
     left = _span([*unfinished, *waiting], build.jobs) / speed if speed and done >= _MEASURED * total else None
@@ -203,14 +205,24 @@ def _speed(build: Build, finished: float, seconds: float) -> float:
         finished: cost of the finished files.
         seconds: time.
     """
-    assert build.began is not None, "with a file"
-    ages = [(cost(file.name), max(seconds - file.since, 1e-9)) for file in build.running]
-    elapsed = max(seconds - build.began, 1e-9)
-    speed = finished / elapsed / build.jobs
-    for _ in range(3):  # what the files in compilation add depends on the speed
-        speed = (finished + sum(min(speed * age, _ALMOST * each) for each, age in ages)) / elapsed / build.jobs
+    assert build.last is not None, "with a file"
+    speed = 0.0
+    for _ in range(4):  # which files are in compilation, and what they add, depends on the speed
+        alive = _alive(build, speed, seconds)
+        added = sum(min(speed * (seconds - file.since), _ALMOST * cost(file.name)) for file in alive)
+        speed = (finished + added) / max(build.busy + len(alive) * (seconds - build.last), 1e-9)
     # A large file that is overdue says that the machine has become slower.
-    return min([speed, *(each / age for each, age in ages if each >= _LARGE)])
+    large = [file for file in build.running if cost(file.name) >= _LARGE]
+    return min([speed, *(cost(file.name) / max(seconds - file.since, 1e-9) for file in large)])
+
+
+def _alive(build: Build, speed: float, seconds: float) -> list[File]:
+    """Return the files that can still be in compilation at this speed."""
+    return [
+        file
+        for file in build.running
+        if cost(file.name) >= _LARGE or speed * (seconds - file.since) < _OVERDUE * cost(file.name)
+    ]
 
 
 def _span(costs: Sequence[float], jobs: int) -> float:

@@ -73,10 +73,9 @@ CASES = [
 @pytest.mark.parametrize(("frameworks", "jobs", "slow"), CASES)
 def test_share_and_time_left_are_those_of_the_build(frameworks, jobs, slow):
     found, end = course(frameworks, jobs, lambda seconds: slow)
-    tolerance = 0.25 if jobs < 6 else 0.35  # of many jobs, most have nothing to do at the end
     for seconds, each in found:
         if seconds > 0.15 * end:
-            assert abs(each.left - (end - seconds)) < tolerance * end, seconds
+            assert abs(each.left - (end - seconds)) < 0.25 * end, seconds
         if jobs == 1:
             assert abs(each.percent - 100 * seconds / end) < 10, seconds
     assert found[-1][1].percent >= 90
