@@ -1,13 +1,19 @@
 """Tensors that one worker hands out beside the chunks: bitwise, in pieces, with errors on every worker."""
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
 
+import hvd_slowmo.tf
+import hvd_slowmo.torch
 from hvd_slowmo.comm import gathering
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.core import bulk
 from hvd_slowmo.core.bulk import Gift, Parcel, WholeArray, give
+from support.trainings.keras import GraphComm
 
 ODD = np.array([-0.0, np.nan, np.inf, 1e-45, -1e-45], np.float32)
 ODD.view(np.uint32)[1] = 0xFFC12345  # a NaN with a payload, which a sum of floats would lose
@@ -197,3 +203,41 @@ def test_the_sum_of_all_items_is_bounded_too():
     with pytest.raises(ValueError, match=r"rank 0 has 1\.9 MiB to gather, and 1\.0 MiB is the most with 1024 workers"):
         gathering.bounded_gather(gather, range(1024), "x", bytes(2 * 10**6))
     assert len(gathering.bounded_gather(gather, range(1024), "x", bytes(10**6))) == 1024
+
+
+def torch_start(comm):
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 300).requires_grad_(False))
+    with torch.no_grad():
+        model[1].weight.fill_(1.0 + comm.rank)
+    inner = torch.optim.Adam(model[0].parameters())
+    if comm.rank == 0:
+        model(torch.ones(300)).sum().backward()
+        inner.step()
+    hvd_slowmo.torch.SlowMo(inner, model, comm=comm)
+    return model[1].weight[0, 0].item(), inner.state[model[0].weight]["exp_avg"].numpy().copy()
+
+
+def keras_start(comm):
+    model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(300), keras.layers.Dense(300, trainable=False)])
+    model.layers[1].kernel.assign(tf.fill([300, 300], 1.0 + comm.rank))
+    inner = keras.optimizers.Adam()
+    inner.build(model.trainable_variables)
+    moment = inner.variables[2]
+    moment.assign(tf.fill(moment.shape, 2.0 - comm.rank))
+    hvd_slowmo.tf.SlowMo(inner, comm=GraphComm(comm)).broadcast(model)
+    return model.layers[1].kernel.numpy()[0, 0], moment.numpy()
+
+
+@pytest.mark.parametrize("start", [torch_start, keras_start])
+def test_a_start_gathers_nothing_of_a_tensors_size(start):
+    """Frozen parameters of 360 kB and Adam's moments, which rank 0 alone has."""
+
+    def work(comm):
+        recorded = Recorded(comm)
+        return start(recorded), max(recorded.gathered)
+
+    (first, gathered), (second, _) = ThreadWorld(2).run(work)
+    assert gathered < 16 * 1024
+    assert first[0] == second[0] == 1.0
+    np.testing.assert_array_equal(first[1], second[1])
+    assert first[1].any()

@@ -141,9 +141,8 @@ def test_a_build_ends_in_a_patched_wheel_with_its_record_and_the_next_one_takes_
         listed = archive.read("horovod-9.9.dist-info/RECORD").decode()
         assert recipe.RECORD in listed  # so that uninstalling removes it
     assert install.requirements(wheel) == ["cloudpickle"]
-    assert reporter.percents[0] == 0
-    assert reporter.percents[-1] in range(1, 5)
-    assert reporter.notes[0] == "compiling gloo/algorithm.cc for 0 min 00 s"
+    assert next(percent for percent in reporter.percents if percent is not None) == 0
+    assert "compiling gloo/algorithm.cc for 0 min 00 s" in reporter.notes
     calls = list(fake_python.calls)
     assert len(calls) == 1  # the build tools
     assert "cmake" in calls[0]
