@@ -19,7 +19,7 @@ _BUILT = re.compile(r"^\[\s*\d+%\] Built target (?P<target>\S+)$")
 _MEASURED = 0.05
 """Share of the build from which on its speed predicts the rest."""
 
-_LARGE = 50
+_LARGE = 45
 """Cost of a file from which on its age tells the machine's speed; smaller ones may be finished already."""
 
 _ALMOST = 0.8
