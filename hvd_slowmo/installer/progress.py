@@ -19,13 +19,13 @@ _BUILT = re.compile(r"^\[\s*\d+%\] Built target (?P<target>\S+)$")
 _MEASURED = 0.05
 """Share of the build from which on its speed predicts the rest."""
 
-_LARGE = 45
+_LARGE = 46
 """Cost of a file from which on its age tells the machine's speed; smaller ones may be finished already."""
 
 _ALMOST = 0.8
 """The most that a file in compilation counts as done, whatever its age: the rest is what its cost may be wrong by."""
 
-_OVERDUE = 3
+_OVERDUE = 1.5
 """Multiple of its expected time after which a smaller file must have been finished, though no line said so."""
 
 

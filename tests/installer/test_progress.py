@@ -73,9 +73,10 @@ CASES = [
 @pytest.mark.parametrize(("frameworks", "jobs", "slow"), CASES)
 def test_share_and_time_left_are_those_of_the_build(frameworks, jobs, slow):
     found, end = course(frameworks, jobs, lambda seconds: slow)
+    tolerance = 0.25 if jobs < 6 else 0.4  # of many jobs, most have nothing to do at the end
     for seconds, each in found:
         if seconds > 0.15 * end:
-            assert abs(each.left - (end - seconds)) < 0.33 * end, seconds
+            assert abs(each.left - (end - seconds)) < tolerance * end, seconds
         if jobs == 1:
             assert abs(each.percent - 100 * seconds / end) < 10, seconds
     assert found[-1][1].percent >= 90
@@ -86,7 +87,7 @@ def test_a_machine_that_becomes_slower_is_noticed():
     found, end = course(BOTH, 2, lambda seconds: 1.0 if seconds < 200 else 5.0)
     for seconds, each in found:
         if seconds > 500:
-            assert 0.1 * (end - seconds) - 10 < each.left < 2 * (end - seconds) + 60, seconds
+            assert 0.1 * (end - seconds) - 10 < each.left < 2 * (end - seconds) + 150, seconds
     assert sum(each.percent >= 98 for _, each in found) < 6  # of 100 times
 
 
