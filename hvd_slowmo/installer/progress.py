@@ -1,6 +1,6 @@
 """The share of Horovod's build that is done, and the time left at the speed measured so far.
 
-CMake counts files, and two of the last ones take a quarter of the time. Here each file counts with its cost, the
+CMake counts files, and three of the last ones take a quarter of the time. Here each file counts with its cost, the
 processor seconds that compiling it took once (costs.py); relative costs are alike on other machines.
 """
 

@@ -12,7 +12,7 @@ from hvd_slowmo.installer.progress import Estimate, Meter, after_line, begin, es
 OUTPUT = (Path(__file__).parent / "build_output.txt").read_text().splitlines()
 """Of PyTorch and TensorFlow with two jobs: the lines of files and libraries."""
 
-LARGE = ("tensorflow/mpi_ops.cc", "torch/mpi_ops_v2.cc")
+LARGE = ("tensorflow/mpi_ops.cc", "torch/mpi_ops_v2.cc", "torch/adapter_v2.cc")
 
 
 def compiled(line):
