@@ -45,10 +45,10 @@ class Console:
         if self._verbose:
             print(line, flush=True)
 
-    def progress(self, what: str, percent: int | None, seconds: float) -> None:
+    def progress(self, what: str, percent: int | None, seconds: float, note: str = "") -> None:
         """Redraw the progress line, or print a new one if the last is at least 20 seconds old."""
         share = "" if percent is None else f"{percent:3d} %, "
-        text = f"  {what}: {share}{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+        text = f"  {what}: {share}{int(seconds) // 60} min {int(seconds) % 60:02d} s{', ' if note else ''}{note}"
         if self._terminal:
             print(f"\r{text}\033[K", end="", flush=True)
             self._drawn = True

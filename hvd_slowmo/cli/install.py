@@ -21,7 +21,7 @@ def add_install_horovod(commands: argparse._SubParsersAction[argparse.ArgumentPa
     parser = commands.add_parser(
         "install-horovod",
         help="build, install and verify Horovod for the installed frameworks",
-        description="Build Horovod for the PyTorch and TensorFlow of this environment (2 to 6 minutes, once: the wheel "
+        description="Build Horovod for the PyTorch and TensorFlow of this environment (some minutes, once: the wheel "
         "is kept in the user's cache), install it, and sum a tensor over two workers with each framework. gloo is "
         "always included, because it has no requirements.",
     )

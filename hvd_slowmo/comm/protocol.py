@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from hvd_slowmo.comm.gathering import bounded_gather
+
 HANDSHAKE = "slowmo"
 """Prefix of the handshake's collectives, whatever an optimizer's name."""
 
@@ -118,7 +120,7 @@ class ScopedComm:
         return self._comm.wait(handle)
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        return self._comm.gather(f"{self._prefix}.{name}", item)
+        return bounded_gather(self._comm.gather, self.ranks, f"{self._prefix}.{name}", item)
 
 
 class MeteredComm:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core import names
+from hvd_slowmo.core.layout import Chunk
 from hvd_slowmo.core.progress import Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.wire.tensors import Role
@@ -23,16 +25,21 @@ def take_from(
         source: the worker's rank in `comm`.
         comm: the workers; None for all.
     """
-    workers, store = comm or runtime.comm, runtime.store
+    workers, store, ops = comm or runtime.comm, runtime.store, runtime.ops
     store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters are given too
+
+    def start(chunk: Chunk) -> Any:
+        read = partial(store.read, "model", chunk)
+        values = ops.cond(source == workers.rank, read, partial(store.zeros, chunk))
+        return workers.start_sum(names.model(chunk.index), values)
+
+    total = None
     for chunk in runtime.layout.chunks:
         if chunk.role in roles:
-            values = runtime.ops.cond(
-                source == workers.rank,
-                partial(store.read, "model", chunk),
-                partial(store.zeros, chunk),
-            )
-            store.write("model", chunk, workers.wait(workers.start_sum(names.model(chunk.index), values)))
+            # One after the other: a trace would read all chunks at once, and hold the model a second time.
+            handle = start(chunk) if total is None else ops.after(total[0], partial(start, chunk))
+            total = workers.wait(handle)
+            store.write("model", chunk, total)
 
 
 def average_statistics(runtime: Runtime) -> None:

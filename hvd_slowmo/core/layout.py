@@ -160,13 +160,7 @@ class Layout:
 
     def spans(self, stretch: Stretch) -> Iterator[tuple[int, int, int, int]]:
         """Yield the tensors under a stretch: (number in the segment, from, to in the tensor, place in the stretch)."""
-        offsets = self.segments[stretch.segment].offsets
-        number = bisect_right(offsets, stretch.start) - 1
-        while offsets[number] < stretch.stop:
-            start, stop = max(stretch.start, offsets[number]), min(stretch.stop, offsets[number + 1])
-            if start < stop:
-                yield number, start - offsets[number], stop - offsets[number], start - stretch.start
-            number += 1
+        return spans(self.segments[stretch.segment].offsets, stretch.start, stretch.stop)
 
     def describe(self) -> list[tuple[Any, ...]]:
         """Return what workers must agree on, tensor by tensor, in wire order."""
@@ -265,6 +259,28 @@ def _cut(segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops
             chunks.append(Chunk(len(chunks), number, segment.role, start, stop, inside))
             start = stop
     return Layout(tuple(segments), tuple(chunks), groups, count)
+
+
+def spans(offsets: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the tensors under a stretch of tensors laid end to end.
+
+    Args:
+        offsets: start of each tensor, and last the end of all.
+        begin, end: of the stretch.
+
+    Yields:
+        Number of the tensor, from and to in the tensor, place in the stretch.
+
+    Example:
+        >>> list(spans((0, 3, 3, 8), 2, 5))
+        [(0, 2, 3, 0), (2, 0, 2, 1)]
+    """
+    number = bisect_right(offsets, begin) - 1
+    while offsets[number] < end:
+        start, stop = max(begin, offsets[number]), min(end, offsets[number + 1])
+        if start < stop:
+            yield number, start - offsets[number], stop - offsets[number], start - begin
+        number += 1
 
 
 def _runs(segment: Segment, next_group: Callable[[], int]) -> list[tuple[int, int, int]]:

@@ -8,14 +8,14 @@ comes from rank 0.
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.announcement import announcement
+from hvd_slowmo.core.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.graph import Graph, agreed_graph
 from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.layout import ModelLayout, ParameterGroups, Ref
@@ -95,6 +95,7 @@ class StartingWorker(Protocol[R]):
         parameter_map: names of the tensors in other frameworks; None in a job of one framework.
         remarks: facts that may differ between workers with a warning, such as versions.
         started_before: this optimizer has been brought to a start before.
+        carrier: of the tensors that the chunks do not carry.
     """
 
     framework: str
@@ -102,6 +103,7 @@ class StartingWorker(Protocol[R]):
     parameter_map: ParameterMap | None
     remarks: Mapping[str, Any]
     started_before: bool
+    carrier: Carrier
 
     def describe(self) -> Description[R]:
         """Check the arguments and lay out the model.
@@ -119,14 +121,14 @@ class StartingWorker(Protocol[R]):
     def assemble(self, description: Description[R], graph: Graph | None) -> None:
         """Make everything that a step needs."""
 
-    def give_frozen(self) -> Any:
-        """Return the frozen tensors of a map, readable without a framework."""
+    def frozen(self) -> Mapping[str, Body]:
+        """Return the frozen tensors of a map in the wire's form, which is that of every framework."""
 
-    def give_own(self, job: Job) -> Any:
-        """Return all else that the chunks do not carry, for the other workers of this framework."""
+    def own(self, job: Job) -> Gift:
+        """Return all else that the chunks do not carry, for or from the other workers of this framework."""
 
-    def take(self, frozen: Any | None, own: Any | None, job: Job) -> None:
-        """Take over both; None where this worker is the one that gives it."""
+    def take(self, values: Any) -> None:
+        """Take over the values of another worker's `own`, whose named tensors have been written already."""
 
     def first_vectors(self, job: Job) -> None:
         """Take rank 0's vectors and the first anchor, or continue from restored ones. A collective."""
@@ -147,8 +149,7 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
         description = replace(description, groups=job.groups, layout=layout)
     worker.assemble(description, graph)
     if job.fresh or job.restored_first:
-        frozen, own = hand_out(comm, job, worker.give_frozen, lambda: worker.give_own(job))
-        worker.take(frozen, own, job)
+        hand_out(worker, comm, job)
     worker.first_vectors(job)
     if comm.rank == 0 and not worker.started_before:
         logger.info("%s: %s", comm.name, announcement(worker.config, description.layout.layout, graph, comm.size))
@@ -234,24 +235,17 @@ def meet(comm: ScopedComm, position: Position) -> Job:
     return job
 
 
-def hand_out(
-    comm: ScopedComm, job: Job, give_frozen: Callable[[], Any], give_own: Callable[[], Any]
-) -> tuple[Any | None, Any | None]:
+def hand_out(worker: StartingWorker[R], comm: ScopedComm, job: Job) -> None:
     """Hand out the state that the chunks do not carry. A collective.
 
-    Args:
-        give_frozen: rank 0's gift to all; it must be readable without a framework.
-        give_own: the gift of the first worker of a framework to the others of it.
-
-    Returns:
-        Both as received; None where this worker is the giver.
+    Rank 0 gives the frozen tensors of a map to all. The first worker of each framework gives the rest to the others of
+    it: only they can read it.
     """
-    framework = job.frameworks[comm.rank]
-    giver = job.frameworks.index(framework)
-    # As bytes within the message: a worker without the framework must not unpickle it.
-    gift = (give_frozen() if comm.rank == 0 else None, pickle.dumps(give_own()) if comm.rank == giver else None)
-    everyone = comm.gather("start", gift)
-    return (
-        None if comm.rank == 0 else everyone[0][0],
-        None if comm.rank == giver else pickle.loads(everyone[giver][1]),
-    )
+    parcels = [Parcel(0, lambda: Gift(worker.frozen()))]
+    frameworks = list(dict.fromkeys(job.frameworks))
+    for framework in frameworks:
+        giver, mine = job.frameworks.index(framework), framework == worker.framework
+        parcels.append(Parcel(giver, (lambda: worker.own(job)) if mine else None))
+    _, *owns = give(comm, "start", parcels, worker.carrier)
+    if job.frameworks.index(worker.framework) != comm.rank:
+        worker.take(owns[frameworks.index(worker.framework)])

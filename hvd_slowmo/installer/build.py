@@ -13,6 +13,7 @@ from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import TITLES, Framework
 from hvd_slowmo.installer.options import Options, default_jobs
 from hvd_slowmo.installer.pip import Pip
+from hvd_slowmo.installer.progress import Meter
 from hvd_slowmo.installer.recipe import RECORD, Recipe
 from hvd_slowmo.installer.reporter import Reporter
 
@@ -103,6 +104,7 @@ def build_wheel(
     source: Path,
     recipe: Recipe,
     env: Mapping[str, str],
+    jobs: int,
     log: Path,
     reporter: Reporter,
     changes: tuple[patches.Patch, ...] = patches.PATCHES,
@@ -113,6 +115,7 @@ def build_wheel(
         source: root of the unpacked sources.
         recipe: the inputs of the build; the wheel contains them as a record.
         env: environment variables of the build; see `build_environment`.
+        jobs: number of files that they compile at once.
         log: file that receives the full output.
         reporter: receives the progress.
         changes: patches to apply to the sources.
@@ -128,11 +131,13 @@ def build_wheel(
     record.parent.mkdir(parents=True)
     record.write_text(recipe.to_json(), encoding="utf-8")
     titles = " and ".join(f"{TITLES[name]} {version}" for name, version in recipe.frameworks.items())
-    reporter.say(f"Building Horovod {recipe.horovod} for {titles} (2 to 6 minutes on two processors)")
+    meter = Meter(list(recipe.frameworks), jobs)
+    minutes = round(meter.cost / 60)
+    reporter.say(f"Building Horovod {recipe.horovod} for {titles}: some {minutes} minutes of one processor's time")
     reporter.say(f"Full log: {log}")
     setup = [sys.executable, "setup.py", "build", "--build-lib", str(library), "--build-temp", str(work / "temp")]
     command = [*setup, "bdist_wheel", "--dist-dir", str(wheels)]
-    status = process.run(command, log, reporter, what="building Horovod", env=env, cwd=source)
+    status = process.run(command, log, reporter, what="building Horovod", meter=meter, env=env, cwd=source)
     if status != 0:
         raise InstallError(
             f"Horovod's build failed (exit status {status}):\n{process.first_error(log)}",

@@ -14,7 +14,7 @@ from hvd_slowmo.installer import build, check, patches, preflight, recipe, sdist
 from hvd_slowmo.installer.cache import Cache
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import Framework, detect, supported
-from hvd_slowmo.installer.options import Options
+from hvd_slowmo.installer.options import Options, default_jobs
 from hvd_slowmo.installer.pip import Pip, require_usable_environment
 from hvd_slowmo.installer.reporter import Reporter
 
@@ -113,7 +113,8 @@ def obtain_wheel(
         log = cache.log(f"build-{wanted.key}")
         log.unlink(missing_ok=True)
         build_env = build.build_environment(tools, env, frameworks, options)
-        return cache.put(wanted, build.build_wheel(unpacked, wanted, build_env, log, reporter, changes))
+        jobs = options.jobs or default_jobs()
+        return cache.put(wanted, build.build_wheel(unpacked, wanted, build_env, jobs, log, reporter, changes))
 
 
 def install_wheel(wheel: Path, pip: Pip, reporter: Reporter) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from hvd_slowmo.installer.progress import Meter
 from hvd_slowmo.installer.reporter import Reporter
 
 _TICK_SECONDS = 0.5
 _ERROR = re.compile(r"(?<!\w)error:|^CMake Error|undefined reference|multiple definition", re.IGNORECASE)
-_CMAKE_PERCENT = re.compile(r"^\[\s*(\d{1,3})%\]")
 
 
 def run(
@@ -27,18 +27,20 @@ def run(
     reporter: Reporter,
     *,
     what: str,
+    meter: Meter | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> int:
     """Run `command`, append its stdout and stderr to `log`, and return its exit status.
 
-    While the command runs, the reporter regularly receives the elapsed time and, for CMake's output, the percentage.
+    While the command runs, the reporter regularly receives the elapsed time and, with a meter, the completed share.
 
     Args:
         command: program and arguments.
         log: file that receives the output.
         reporter: receives each line and the progress.
         what: description of the action, such as "building Horovod".
+        meter: reads the output and measures the progress.
         env: environment variables; None: those of this process.
         cwd: working directory; None: that of this process.
 
@@ -47,7 +49,12 @@ def run(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    percent: int | None = None
+
+    def report() -> None:
+        seconds = time.monotonic() - started
+        percent, note = (None, "") if meter is None else meter.at(seconds)
+        reporter.progress(what, percent, seconds, note)
+
     with log.open("a", encoding="utf-8", errors="replace") as sink:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
@@ -71,15 +78,15 @@ def run(
                 try:
                     line = lines.get(timeout=_TICK_SECONDS)
                 except queue.Empty:
-                    reporter.progress(what, percent, time.monotonic() - started)
+                    report()
                     continue
                 if line is None:
                     break
                 sink.write(line)
                 reporter.detail(line.rstrip("\n"))
-                if match := _CMAKE_PERCENT.match(line):
-                    percent = int(match.group(1))
-                    reporter.progress(what, percent, time.monotonic() - started)
+                if meter is not None:
+                    meter.read(line.rstrip("\n"), time.monotonic() - started)
+                    report()
             return process.wait()
         finally:
             stop(process)

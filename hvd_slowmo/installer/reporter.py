@@ -14,13 +14,14 @@ class Reporter(Protocol):
     def detail(self, line: str) -> None:
         """Report one line of a command's output."""
 
-    def progress(self, what: str, percent: int | None, seconds: float) -> None:
+    def progress(self, what: str, percent: int | None, seconds: float, note: str = "") -> None:
         """Report the progress of a running command.
 
         Args:
             what: description of the action.
             percent: completed share, 0 to 100; None if unknown.
             seconds: elapsed time.
+            note: time left and current file, in words.
         """
 
     def finish_progress(self) -> None:

@@ -36,8 +36,9 @@ def distributed() -> None:
     import torch
     import torch.distributed as dist
 
-    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), **place)
+    store = f"file://{os.getcwd()}/store"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     total = torch.full((1000,), dist.get_rank() + 1.0)
     dist.all_reduce(total)
     facts = {"gloo": True, "nccl": dist.is_nccl_available(), "ok": total.tolist() == [3.0] * 1000}

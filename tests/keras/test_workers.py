@@ -43,6 +43,12 @@ def test_starts(keras_workers):
     assert first[-1].tolist() == second[-1].tolist() == [4, 4]
 
 
+def test_all_types_are_handed_out_bitwise(keras_workers):
+    for small in (0, 1024):
+        first, second = keras_workers(2).run("support.jobs.keras:handed_out", small=small)
+        assert same(first, second), small
+
+
 @pytest.mark.slow
 def test_overflows_on_one_worker_leave_all_equal_and_nothing_hangs(keras_workers):
     first, second = keras_workers(2).run("support.jobs.keras:half")

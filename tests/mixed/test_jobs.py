@@ -89,6 +89,14 @@ def test_no_further_apart_after_a_thousand_blocks(mixed_workers):
     assert distance(histories, problem) < TOLERANCE
 
 
+@pytest.mark.parametrize("kinds", ["tk", pytest.param("ktk", marks=pytest.mark.thorough)])
+def test_frozen_layers_are_handed_out_bitwise(mixed_workers, kinds):
+    first, *others = mixed_workers(kinds).run("support.jobs.mixed:handed_out")
+    assert "0.conv.weight" in first
+    for other in others:
+        assert {key: x.tobytes() for key, x in other.items()} == {key: x.tobytes() for key, x in first.items()}
+
+
 @pytest.mark.parametrize("name", ["warm-up", "ar_sgd"])
 def test_gradients_averaged(mixed_workers, name):
     check(mixed_workers, "tk", {name: OTHERS[name]})

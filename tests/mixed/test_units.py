@@ -14,6 +14,7 @@ from keras import layers as kl
 from hvd_slowmo import ParameterMap, SlowMoConfig
 from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.core.bulk import Gift
 from hvd_slowmo.core.layout import ParameterGroups, lay_out
 from hvd_slowmo.core.startup import Position, common_groups, hand_out, meet
 from hvd_slowmo.interop.copy import copy_to_keras
@@ -22,12 +23,13 @@ from hvd_slowmo_tf.gradients import VariableGradients
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import mapped_refs
 from hvd_slowmo_tf.store import VariableStore
+from hvd_slowmo_torch.bulk import TorchCarrier, bodies_of
 from hvd_slowmo_torch.layout import groups_of, refs_of
 from hvd_slowmo_torch.store import TorchGradients, TorchStore
 from hvd_slowmo_torch.watch import ModelWatch
 from support.problems import Problem, distance
 from support.trainings.keras import doubles
-from support.trainings.mixed import KerasWorker, TorchWorker
+from support.trainings.mixed import KerasWorker, TorchComm, TorchWorker
 
 CONFIG = SlowMoConfig(tau=3)
 # See keras/test_threads.py.
@@ -168,18 +170,34 @@ def test_starts_that_do_not_go_together_raise_everywhere(positions, message):
     ThreadWorld(2).run(work)
 
 
+class HandingOut:
+    """The part of a starting worker that hands out: one tensor to all and one value to those of its framework."""
+
+    carrier = TorchCarrier()
+
+    def __init__(self, framework, rank):
+        self.framework, self.rank, self.taken = framework, rank, None
+        self.common = torch.full((500,), float(rank))
+
+    def frozen(self):
+        return bodies_of({"common": self.common})
+
+    def own(self, job):
+        return Gift(values=lambda: f"own {self.rank}")
+
+    def take(self, values):
+        self.taken = values
+
+
 def test_what_one_framework_alone_can_read_comes_from_its_first_worker():
     def work(comm):
-        job = meet(ScopedComm(comm, "x"), Position("abab"[comm.rank], 0, 0, (0,)))
+        worker = HandingOut("abab"[comm.rank], comm.rank)
+        job = meet(ScopedComm(comm, "x"), Position(worker.framework, 0, 0, (0,)))
         assert job.mixed
-        return hand_out(ScopedComm(comm, "x"), job, lambda: f"common {comm.rank}", lambda: f"own {comm.rank}")
+        hand_out(worker, ScopedComm(TorchComm(comm), "x"), job)
+        return worker.common.unique().item(), worker.taken
 
-    assert ThreadWorld(4).run(work) == [
-        (None, None),
-        ("common 0", None),
-        ("common 0", "own 0"),
-        ("common 0", "own 1"),
-    ]
+    assert ThreadWorld(4).run(work) == [(0.0, None), (0.0, None), (0.0, "own 0"), (0.0, "own 1")]
 
 
 def test_what_the_pytorch_adapter_refuses_with_a_map():

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from support.pool import DISTRIBUTED, Pool
 
@@ -48,6 +49,18 @@ def test_horovods_optimizer_is_not_wrapped(horovod_workers, op):
 
 def test_losses_are_averaged(workers):
     assert workers(3).run("support.jobs.pytorch:averaged_loss") == [(5 / 3, 4.0, [1.0, 1.0])] * 3
+
+
+def test_all_types_are_handed_out_bitwise(workers):
+    for small in (0, 1024):
+        first, *others = workers(3).run("support.jobs.pytorch:handed_out", small=small)
+        assert first["1.weight"][0, :2].signbit().tolist() == [True, False]
+        assert "exp_avg_sq" in first
+        for other in others:
+            assert other.keys() == first.keys()
+            for key, x in first.items():
+                same = other[key].reshape(-1).view(torch.uint8)
+                assert torch.equal(same, x.reshape(-1).view(torch.uint8)), (small, key)
 
 
 @pytest.mark.slow

@@ -143,6 +143,7 @@ def _spell(x: Any) -> str:
 CHUNK_BYTES = 20
 PARAMETERS = {"kernel": (3, 2), "bias": (3,)}
 STATISTICS = {"mean": (2,)}
+FROZEN = (20, 30)
 PATHS = {name: f"net/layer/{name}" for name in (*PARAMETERS, *STATISTICS)}  # in Keras
 MAP = ParameterMap(PATHS, orient=dict.fromkeys(PATHS.values(), "same"))
 
@@ -157,6 +158,7 @@ class Training(ABC):
         config: the settings.
         metrics: whether outer steps measure.
         parameter_map: for a job of both frameworks.
+        frozen: the model has a frozen tensor that is too large to be gathered.
     """
 
     optimizer: Any
@@ -170,9 +172,11 @@ class Training(ABC):
         config: SlowMoConfig,
         metrics: bool = False,
         parameter_map: ParameterMap | None = None,
+        frozen: bool = False,
     ) -> None:
         self.rank = comm.rank
         self._record = record
+        self._frozen = frozen
         record.phase("construction")
         self._construct(comm, node, config, metrics=metrics, parameter_map=parameter_map)
 
@@ -231,6 +235,8 @@ class TorchTraining(Training):
     def _construct(self, comm: Comm, node: Comm | None, config: SlowMoConfig, **options: Any) -> None:
         self.model = TorchModel()
         self.parameters = list(self.model.parameters())
+        if self._frozen:
+            self.model.frozen = torch.nn.Parameter(torch.ones(FROZEN), requires_grad=False)
         inner = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.5)
         workers = with_node(TorchComm(comm), None if node is None else TorchComm(node))
         self.optimizer = hvd_slowmo.torch.SlowMo(inner, self.model, config, comm=workers, **options)
@@ -258,11 +264,20 @@ class KerasLayer(keras.layers.Layer):
         return x
 
 
+class FrozenLayer(keras.layers.Layer):
+    def build(self, shape: Any) -> None:
+        self.add_weight(shape=FROZEN, initializer="ones", name="weight")
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
 class KerasTraining(Training):
     """A Keras worker in a custom training loop."""
 
     def _construct(self, comm: Comm, node: Comm | None, config: SlowMoConfig, **options: Any) -> None:
-        self.model = keras.Sequential([keras.Input((1,)), KerasLayer(name="layer")], name="net")
+        layers = [KerasLayer(name="layer"), *([FrozenLayer(trainable=False)] if self._frozen else [])]
+        self.model = keras.Sequential([keras.Input((1,)), *layers], name="net")
         inner = keras.optimizers.SGD(0.1, momentum=0.5)
         workers = with_node(GraphComm(comm), None if node is None else GraphComm(node))
         self.optimizer = hvd_slowmo.tf.SlowMo(inner, config, comm=workers, **options)
@@ -395,6 +410,7 @@ def _add_group(training: Training, _: Path) -> None:
 
 SCENARIOS: dict[str, Scenario] = {
     "local": Scenario(SlowMoConfig(tau=2), _steps(4)),
+    "frozen": Scenario(SlowMoConfig(tau=2), _steps(2), options={"frozen": True}),
     "local_join": Scenario(SlowMoConfig(tau=2), _steps_and_join(1, 4), every_rank=True),
     "warmup": Scenario(SlowMoConfig(tau=2, warmup_steps=2), _steps(6), traced="test"),
     "gradients_all": Scenario(SlowMoConfig(tau=2, gradients="all"), _steps(3)),

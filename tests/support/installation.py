@@ -20,6 +20,7 @@ class Recorder:
     def __init__(self):
         self.said = []
         self.percents = []
+        self.notes = []
 
     def say(self, text):
         self.said.append(text)
@@ -27,8 +28,9 @@ class Recorder:
     def detail(self, line):
         pass
 
-    def progress(self, what, percent, seconds):
+    def progress(self, what, percent, seconds, note=""):
         self.percents.append(percent)
+        self.notes.append(note)
 
     def finish_progress(self):
         pass

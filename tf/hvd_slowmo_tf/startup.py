@@ -7,20 +7,19 @@ from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from hvd_slowmo.core.broadcast import take_from
+from hvd_slowmo.core.bulk import Body, Carrier, Gift
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.layout import ParameterGroups
 from hvd_slowmo.core.startup import Description, Job, start
+from hvd_slowmo_tf.bulk import KerasCarrier, in_place, on_wire
 from hvd_slowmo_tf.checks import check_model_variables
 from hvd_slowmo_tf.failed_traces import without_values
 from hvd_slowmo_tf.layout import VariableRef, travelling
 from hvd_slowmo_tf.traced_step import TracedStep, once
 from hvd_slowmo_tf.worker import KerasWorker
-
-Values = list[NDArray[Any]]
 
 
 def start_together(
@@ -77,6 +76,7 @@ class StartingKerasWorker:
     ) -> None:
         self.config, self.parameter_map = worker.config, worker.parameter_map
         self.started_before = worker.job is not None
+        self.carrier: Carrier = KerasCarrier(worker)
         self.remarks: Mapping[str, Any] = {
             "TensorFlow": tf.__version__,
             "Keras": keras.__version__,
@@ -120,19 +120,15 @@ class StartingKerasWorker:
     def assemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self._step = self._worker.assemble(description.layout, description.groups, graph)
 
-    def give_frozen(self) -> dict[str, NDArray[Any]]:
-        return {ref.spec.name: ref.spec.view.to_wire(ref.variable.numpy()) for ref in self._frozen}
+    def frozen(self) -> dict[str, Body]:
+        return {ref.spec.name: on_wire(ref) for ref in self._frozen}
 
-    def give_own(self, job: Job) -> Values:
-        return [v.numpy() for v in self._own(job)]
+    def own(self, job: Job) -> Gift:
+        # By number, since the names of an optimizer's variables have Keras' numbers in them.
+        return Gift({f"variable {number}": in_place(v) for number, v in enumerate(self._own(job))})
 
-    def take(self, frozen: dict[str, NDArray[Any]] | None, own: Values | None, job: Job) -> None:
-        if frozen is not None:
-            for ref in self._frozen:
-                ref.variable.assign(ref.spec.view.to_own(frozen[ref.spec.name], ref.variable.numpy()))
-        if own is not None:
-            for v, value in zip(self._own(job), own, strict=True):
-                v.assign(value)
+    def take(self, values: Any) -> None:
+        """Do nothing: all are variables."""
 
     def first_vectors(self, job: Job) -> None:
         worker, variables = self._worker, self._worker.variables

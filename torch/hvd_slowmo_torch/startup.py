@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hvd_slowmo.core.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.gradient_average import GradientAverage
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import lay_out
 from hvd_slowmo.core.startup import Description, Job, agree
 from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.bulk import TorchCarrier, bodies_of, is_plain, on_wire
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
-from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 from hvd_slowmo_torch.layout import TensorRef, groups_of, refs_of, state_refs
 from hvd_slowmo_torch.parallel import refuse_data_parallel
 from hvd_slowmo_torch.statistics import check_patterns
 from hvd_slowmo_torch.worker import TorchWorker
 
 Own = tuple[dict[str, torch.Tensor], dict[str, Any]]
-"""Tensors that the chunks do not carry, by name, and the inner optimizer's state_dict."""
+"""Tensors of special kinds that the chunks do not carry, by name, and the inner optimizer's state_dict."""
 
 
 class StartingTorchWorker:
@@ -34,6 +35,7 @@ class StartingTorchWorker:
 
     framework = "PyTorch"
     started_before = False  # a start is part of the construction
+    carrier: Carrier = TorchCarrier()
 
     def __init__(self, worker: TorchWorker, param_group: dict[str, Any] | None = None) -> None:
         self.config, self.parameter_map = worker.config, worker.settings.parameter_map
@@ -72,21 +74,23 @@ class StartingTorchWorker:
     def assemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
         self._worker.assemble(description.layout, description.groups, graph)
 
-    def give_frozen(self) -> Any:
-        return read_torch(self._worker.model, self._frozen)
+    def frozen(self) -> dict[str, Body]:
+        return {spec.name: on_wire(self._worker.model, spec) for spec in self._frozen}
 
-    def give_own(self, job: Job) -> Own:
-        return _on_cpu((self._others(), self._worker.inner.state_dict()))  # type: ignore[no-any-return]
+    def own(self, job: Job) -> Gift:
+        inner, others = self._worker.inner, self._others()
 
-    def take(self, frozen: Any | None, own: Own | None, job: Job) -> None:
-        if frozen is not None:
-            write_torch(self._worker.model, self._frozen, frozen)
-        if own is None:
-            return
-        tensors, state = own
+        def values() -> Own:
+            return _on_cpu(({name: x for name, x in others.items() if not is_plain(x)}, inner.state_dict()))  # type: ignore[no-any-return]
+
+        named = bodies_of({name: x for name, x in others.items() if is_plain(x)})
+        return Gift(named, values, make_room=inner.state.clear)
+
+    def take(self, values: Own) -> None:
+        tensors, state = values
         with torch.no_grad():
-            for name, tensor in self._others().items():
-                tensor.copy_(tensors[name])
+            for name, tensor in tensors.items():
+                self._others()[name].copy_(tensor)
         inner = self._worker.inner
         current = inner.state_dict()
         if state["state"] or current["state"] or _group_settings(state) != _group_settings(current):
@@ -133,9 +137,8 @@ def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
     added = inner.param_groups[-1]
     inner_settings.record(inner)
     with torch.no_grad():
-        values = [p.detach().cpu() for p in added["params"]] if worker.comm.rank == 0 else None
-        for p, value in zip(added["params"], worker.comm.gather("group", values)[0], strict=True):
-            p.copy_(value)
+        values = bodies_of({str(number): p for number, p in enumerate(added["params"])})
+        give(worker.comm, "group", [Parcel(0, lambda: Gift(values))], TorchCarrier())
         hooks.remove()
         worker.assemble(description.layout, description.groups, worker.assembly.graph)
         worker.hooks.accumulating = hooks.accumulating
@@ -156,9 +159,12 @@ def hand_over(inner: Optimizer, average: GradientAverage) -> None:
         average: the workers; its `catch_up_from` is the giver.
     """
     comm, giver = average.comm, int(average.catch_up_from.get())
-    own = (_on_cpu(inner.state_dict()["state"]), inner_settings.dump(inner)) if comm.rank == giver else (None, None)
-    state, settings = comm.gather("state", own)[giver]
+    gift = Gift(
+        values=lambda: (_on_cpu(inner.state_dict()["state"]), inner_settings.dump(inner)), make_room=inner.state.clear
+    )
+    (values,) = give(comm, "state", [Parcel(giver, lambda: gift)], TorchCarrier())
     if comm.rank != giver:
+        state, settings = values
         groups = inner.param_groups
         inner.load_state_dict({**inner.state_dict(), "state": state})
         inner.param_groups = groups  # loading copies them, and schedulers may hold a rate that is a tensor
@@ -166,9 +172,9 @@ def hand_over(inner: Optimizer, average: GradientAverage) -> None:
 
 
 def _on_cpu(item: Any) -> Any:
-    """Return the same structure with tensors in host memory: another worker's devices are not this one's."""
+    """Return the same structure with tensors of special kinds in host memory: a device is this worker's own."""
     if isinstance(item, torch.Tensor):
-        return item.cpu()
+        return item if is_plain(item) else item.cpu()
     if isinstance(item, dict):
         return {key: _on_cpu(value) for key, value in item.items()}
     if isinstance(item, (list, tuple)):

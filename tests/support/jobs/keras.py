@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hvd_slowmo.core import bulk
 from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig, mean
 from support.models.keras import batch, fit, held, net
 
@@ -100,3 +101,23 @@ def halves(sets: list[list[int]]) -> list[float]:
     for _ in range(2):
         optimizer.apply([tf.fill([2], float(hvd.rank()))], [v])
     return [float(x) for x in v.numpy()]
+
+
+def handed_out(small: int) -> list[np.ndarray]:
+    """Return what rank 0 hands out: frozen variables and Adam's state; `small` bytes at most are gathered."""
+    bulk.SMALL_BYTES = small
+    rank = hvd.rank()
+    random = np.random.default_rng(rank)
+    layers = [keras.layers.Dense(40), keras.layers.Dense(40, trainable=False)]
+    layers.append(keras.layers.Dense(40, trainable=False, dtype="bfloat16"))
+    model = keras.Sequential([keras.Input((40,)), *layers])
+    inner = keras.optimizers.Adam()
+    inner.build(model.trainable_variables)
+    for v in [*model.non_trainable_variables, *(v for v in inner.variables if len(v.shape) == 2)]:
+        v.assign(random.normal(size=v.shape))
+    odd = layers[1].bias
+    odd.assign(
+        np.resize(np.array([-0.0, np.inf, 1e-45], np.float32), odd.shape) if rank == 0 else random.normal(size=40)
+    )
+    SlowMo(inner, SlowMoConfig(tau=3)).broadcast(model)
+    return [np.asarray(v.numpy()).reshape(-1).view(np.uint8) for v in [*model.variables, *inner.variables]]

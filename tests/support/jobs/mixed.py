@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import ParameterMap, SlowMoConfig
+from hvd_slowmo.core import bulk
 from support.problems import Problem, config_of
 from support.trainings.mixed import MAP, TORCH, worker
 
@@ -71,7 +72,8 @@ def network(kind: str, config: SlowMoConfig, start: bool = True) -> tuple[Any, A
         if kind == "unknown":
             layers.append(nn.PReLU())
         model = nn.Sequential(*layers).to(torch.float32 if kind == "precision" else torch.float64)
-        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+        model[0].requires_grad_(kind != "frozen")
+        base = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05, momentum=0.5)
         return model, SlowMo(base, model, config, parameter_map=parameter_map)
     import keras
 
@@ -82,6 +84,7 @@ def network(kind: str, config: SlowMoConfig, start: bool = True) -> tuple[Any, A
     kl = keras.layers
     layers = [kl.Conv2D(3, 3), kl.BatchNormalization(epsilon=eps, momentum=0.75), kl.Activation("tanh")]
     layers += [kl.MaxPooling2D(2), kl.Flatten(), kl.Dense(units), kl.Dense(2)]
+    layers[0].trainable = kind != "frozen"
     if kind == "layers":
         del layers[1]
     model = keras.Sequential([keras.Input((6, 6, 1)), *layers])
@@ -89,6 +92,12 @@ def network(kind: str, config: SlowMoConfig, start: bool = True) -> tuple[Any, A
     if start:
         optimizer.broadcast(model)
     return model, optimizer
+
+
+def handed_out() -> dict[str, np.ndarray]:
+    """Return the network's wire values after the start, in which a frozen layer travels in pieces."""
+    bulk.SMALL_BYTES = 0
+    return on_the_wire(network("frozen", SlowMoConfig(tau=3))[0])
 
 
 def batches(rank: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import hvd_slowmo.torch as slowmo
+from hvd_slowmo.core import bulk
 from hvd_slowmo.torch import SlowMo, SlowMoConfig, mean
 from hvd_slowmo_torch.comm.workers import connect
 from support.late_copies import LateCopies
@@ -297,3 +298,24 @@ def uneven_on_device() -> tuple[list[float], list[float], list[float]]:
         inside = model.weight.tolist()[0]
     optimizer.join()
     return own, inside, model.weight.tolist()[0]
+
+
+def handed_out(small: int) -> dict[str, torch.Tensor]:
+    """Return what rank 0 hands out: frozen tensors, buffers and Adam's state; `small` bytes at most are gathered."""
+    bulk.SMALL_BYTES = small
+    rank = slowmo.rank()
+    random = torch.Generator().manual_seed(rank)
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 40).bfloat16()).requires_grad_(False)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=random))
+    model[0].weight.requires_grad_(True)
+    model[1].weight[0, :3] = torch.tensor([-0.0, float("inf"), 1e-45]) if rank == 0 else 7.0
+    model.register_buffer("mask", torch.rand((40, 41), generator=random) < 0.5)
+    model.register_buffer("turned", torch.randn((30, 50), generator=random).t())
+    inner = torch.optim.Adam([model[0].weight])
+    if rank == 0:
+        model[0].weight.grad = torch.randn((40, 40), generator=random)
+        inner.step()
+    SlowMo(inner, model, SlowMoConfig(tau=3))
+    found = {**model.state_dict(), **inner.state[model[0].weight]}
+    return {key: x.detach().clone() for key, x in found.items()}
