@@ -1,7 +1,8 @@
 """Compare the time of a step under SlowMo and its alternatives; the methods take turns in one run.
 
     make bench                                                     # loopback and 1 Gbit/s, 2 and 4 workers
-    horovodrun -np 2 python benchmarks/step_time.py                # the network as it is
+    torchrun --nproc-per-node 2 benchmarks/step_time.py            # the network as it is, over torch.distributed
+    horovodrun -np 2 python benchmarks/step_time.py                # the same over Horovod
 
 25.2 million parameters, batch 32, Nesterov SGD, tau = 12, one thread per worker. In each of `--rounds` rounds, each
 method takes `--steps` steps (rounded up to whole blocks). Prints the median over rounds of the mean time of a step, the
@@ -17,19 +18,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-import horovod.torch as hvd
 import torch
 import torch.distributed as dist
 import turns
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from transport import add_store, connect
+from transport import name as transport_name
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 TAU = turns.TAU
-Wrap = Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]
+Wrap = Callable[[nn.Module, torch.optim.Optimizer], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def network(shrink: int = 1) -> nn.Module:
@@ -42,8 +46,18 @@ def network(shrink: int = 1) -> nn.Module:
 def message(shrink: int) -> turns.Step:
     """Return a step that sends a gossip message on the topology "exponential", without computation."""
     x = torch.rand(sum(p.numel() for p in network(shrink).parameters()))
-    splits = torch.zeros(hvd.size(), dtype=torch.int32)
-    splits[(hvd.rank() + 1) % hvd.size()] = len(x)
+    sizes = [
+        len(x) if rank == (dist.get_rank() + 1) % dist.get_world_size() else 0 for rank in range(dist.get_world_size())
+    ]
+    if transport_name() == "torch.distributed":
+        sources = [
+            len(x) if (rank + 1) % dist.get_world_size() == dist.get_rank() else 0
+            for rank in range(dist.get_world_size())
+        ]
+        return lambda: dist.all_to_all_single(torch.empty_like(x), x, sources, sizes)
+    import horovod.torch as hvd
+
+    splits = torch.tensor(sizes, dtype=torch.int32)
 
     def step() -> None:
         handle = hvd.alltoall_async(x, splits, name="message")
@@ -56,7 +70,7 @@ def message(shrink: int) -> turns.Step:
 
 def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.Step:
     model = network(shrink)
-    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True))
+    model, optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True))
     x, y = torch.randn(batch, 2048 // shrink), torch.randint(74, (batch,))
 
     if pause is not None:  # a device computes while the host's cores are idle
@@ -76,46 +90,50 @@ def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.
     return step
 
 
-def horovod(model: nn.Module, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def horovod(model: nn.Module, inner: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    import horovod.torch as hvd
+
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    return hvd.DistributedOptimizer(inner, named_parameters=model.named_parameters())
+    return model, hvd.DistributedOptimizer(inner, named_parameters=model.named_parameters())
 
 
-def post_local(model: nn.Module, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return PostLocalSGDOptimizer(inner, PeriodicModelAverager(period=TAU, warmup_steps=0))
+def post_local(model: nn.Module, inner: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return model, PostLocalSGDOptimizer(inner, PeriodicModelAverager(period=TAU, warmup_steps=0))
 
 
-def ours(config: SlowMoConfig, name: str) -> Wrap:
-    return lambda model, inner: SlowMo(inner, model, config, name=name)
+def ours(config: SlowMoConfig, name: str, transport: dict[str, Any]) -> Wrap:
+    return lambda model, inner: (model, SlowMo(inner, model, config, name=name, **transport))
 
 
 METHODS: dict[str, Wrap] = {
-    "no communication": lambda model, inner: inner,
-    "Horovod DistributedOptimizer": horovod,
+    "no communication": lambda model, inner: (model, inner),
     "PyTorch PostLocalSGD": post_local,
 }
+if transport_name() == "torch.distributed":
+    METHODS["PyTorch DDP"] = lambda model, inner: (DistributedDataParallel(model), inner)
+else:
+    METHODS["Horovod DistributedOptimizer"] = horovod
 
 
 def main() -> None:
     parser = turns.options(__doc__, METHODS)
     parser.add_argument("--batch-size", type=int, default=32, help="per worker and step (default: %(default)s)")
-    parser.add_argument("--store", default=None, help="new file for PyTorch's process group (default: a local port)")
+    add_store(parser)
     args = parser.parse_args()
-    hvd.init()
+    transport = connect(args.store)
     torch.set_num_threads(1)
-    if "PyTorch PostLocalSGD" in args.methods:
-        where = f"file://{args.store}" if args.store else "tcp://127.0.0.1:29517"
-        dist.init_process_group("gloo", init_method=where, rank=hvd.rank(), world_size=hvd.size())
-    wraps = {**METHODS, **{name: ours(config, mark) for name, (config, mark) in turns.ours(args.tau_gossip).items()}}
+    wraps = {**METHODS}
+    for name, (config, mark) in turns.ours(args.tau_gossip).items():
+        wraps[name] = ours(config, mark, transport)
 
     def make(name: str) -> turns.Step:
         if name == turns.MESSAGE:
             return message(args.shrink)
         return training(wraps[name], args.batch_size, args.shrink, args.pause)
 
-    turns.run(hvd, args, make, hvd.barrier)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    args.label = f"{args.label}, {transport_name()}"
+    turns.run(args, make, dist.barrier, dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main() -> None:
         inner()
         memory()
     else:
-        turns.run(hvd, args, make, barrier)
+        turns.run(args, make, barrier, hvd.rank(), hvd.size())
 
 
 if __name__ == "__main__":

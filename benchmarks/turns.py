@@ -9,7 +9,6 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.gossip import DPSGD, SGP
@@ -81,17 +80,17 @@ def measure(
     return times
 
 
-def run(hvd: Any, args: Namespace, make: Callable[[str], Step], barrier: Step) -> None:
-    """Measure `args.methods`, and print the results on rank 0. hvd: horovod.torch or horovod.tensorflow."""
+def run(args: Namespace, make: Callable[[str], Step], barrier: Step, rank: int, size: int) -> None:
+    """Measure `args.methods`, and print the results on rank 0."""
     names = [ALONE, *(name for name in args.methods if name != ALONE)]
     steps = {name: make(name) for name in names}
     blocks = {name: block_of(name, args.tau_gossip) for name in steps}
-    times = measure(steps, args.rounds, args.steps, barrier, hvd.rank() == 0, blocks)
-    if hvd.rank() == 0:
+    times = measure(steps, args.rounds, args.steps, barrier, rank == 0, blocks)
+    if rank == 0:
         rounds = f"median of {args.rounds} rounds of {args.steps} steps or whole blocks"
-        print(f"\n{args.label}, {hvd.size()} workers; {rounds}")
+        print(f"\n{args.label}, {size} workers; {rounds}")
         for name, seconds in times.items():
-            _tell(name, seconds, times[ALONE], hvd.size(), args)
+            _tell(name, seconds, times[ALONE], size, args)
         _compare(times)
 
 

@@ -21,14 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.thorough)
 
 
-def _pools(transport: str) -> Iterator[PoolOf]:
+def _pools(transport: str, **variables: str) -> Iterator[PoolOf]:
     pools: dict[int, Pool] = {}
 
     def of(size: int) -> Pool:
         for other, pool in pools.items():
             if other != size:
                 pool.close()
-        return pools.setdefault(size, Pool(size, transport))
+        return pools.setdefault(size, Pool(size, transport, **variables))
 
     yield of
     for pool in pools.values():
@@ -51,6 +51,12 @@ def horovod_workers() -> Iterator[PoolOf]:
 def distributed_workers() -> Iterator[PoolOf]:
     """workers(n): n workers of torch.distributed, for what only it has."""
     yield from _pools(DISTRIBUTED)
+
+
+@pytest.fixture(scope="module")
+def nccl_workers() -> Iterator[PoolOf]:
+    """workers(n): n workers of torch.distributed with NCCL."""
+    yield from _pools(DISTRIBUTED, POOL_NCCL="1")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device. Two Horovod workers can share one device, with a gloo build of Horovod."""
+"""Tests that need a CUDA device. Over gloo two workers can share one device; NCCL wants one each."""
 
 import copy
 import warnings
@@ -31,6 +31,15 @@ def test_workers_on_a_device_equal_the_reference(workers, name, devices):
     for step, snapshot in enumerate(problem.reference(2)):
         if snapshot.outer:
             assert np.array_equal(histories[0][step]["x"], histories[1][step]["x"])
+
+
+@pytest.mark.workers
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NOT RUN: NCCL needs a device per worker")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_nccl_with_a_device_per_worker_equals_the_reference(nccl_workers, name):
+    problem = PROBLEMS[name]
+    histories = nccl_workers(2).run("support.jobs.pytorch:run_on_own_device", problem=problem)
+    assert distance(histories, problem) < TOLERANCE
 
 
 @pytest.mark.workers

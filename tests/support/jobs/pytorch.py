@@ -251,6 +251,13 @@ def staged(problem: Problem, looks: int | None) -> list:
     return run(problem, comm, chunk_bytes=40)
 
 
+def run_on_own_device(problem: Problem) -> list:
+    """Train on the device of this worker's number."""
+    device = f"cuda:{slowmo.rank()}"
+    torch.cuda.set_device(device)
+    return run(problem, chunk_bytes=40, devices=[device])
+
+
 def on_device(width: int) -> list[float]:
     """Train a model of several chunks on the CUDA device: warm-up with averaged gradients, then blocks."""
     torch.manual_seed(slowmo.rank())
