@@ -18,13 +18,16 @@ _REFUSED = {
     ),
 }
 
+_INITIALIZES = "horovod.torch.functions"
+_NAMES = {*_REFUSED, _INITIALIZES}
+
 
 def initializes_state() -> bool:
     """Return whether Horovod's `broadcast_optimizer_state` takes a step, to fill an empty state.
 
     All workers have one state since the start, so nothing is missing.
     """
-    return "horovod.torch.functions" in _callers()
+    return _INITIALIZES in _callers()
 
 
 def refuse_foreign_checkpoints() -> None:
@@ -40,6 +43,8 @@ def refuse_foreign_checkpoints() -> None:
 
 def _callers() -> list[str]:
     """Return the names of the modules whose functions are at work, the innermost first."""
+    if _NAMES.isdisjoint(sys.modules):  # a step costs microseconds, and a look at its callers one of them
+        return []
     frame: FrameType | None = sys._getframe(2)
     found: list[str] = []
     while frame is not None and len(found) < _DEPTH:

@@ -51,7 +51,9 @@ def record(inner: Optimizer) -> None:
     An optimizer that has made steps already is taken to have begun at its defaults, where it has them.
 
     Example:
-        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> class Counting(torch.optim.SGD):  # not one of PyTorch's own
+        ...     pass
+        >>> inner = Counting([torch.nn.Parameter(torch.ones(1))], lr=0.1)
         >>> record(inner)
         >>> with watched(inner):
         ...     inner.param_groups[0]["k"] = 1
@@ -75,12 +77,15 @@ def watched(inner: Optimizer, *, resets: bool = False) -> Iterator[None]:
     """Notice the values that a step changes.
 
     Args:
-        inner: the inner optimizer.
+        inner: the inner optimizer. PyTorch's own change nothing there, and are not looked at.
         resets: its state may be reset later.
 
     Raises:
         ValueError: a changed value can't be reset, and may have to be.
     """
+    if type(inner).__module__.startswith("torch.optim."):
+        yield
+        return
     record(inner)
     before = [{key: _mark(x) for key, x in _own(v, n).items()} for n, v in enumerate(_places(inner))]
     yield
@@ -117,7 +122,9 @@ def dump(inner: Optimizer, *, attributes_only: bool = False) -> NDArray[np.uint8
         CheckpointError: a value that steps change is of a type that can't be stored.
 
     Example:
-        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> class Counting(torch.optim.SGD):  # not one of PyTorch's own
+        ...     pass
+        >>> inner = Counting([torch.nn.Parameter(torch.ones(1))], lr=0.1)
         >>> record(inner)
         >>> dump(inner) is None
         True
