@@ -15,8 +15,8 @@ class FailureLatch:
     Example:
         >>> latch = FailureLatch("Horovod", 0)
         >>> latch.refuse_after_failure()
-        >>> latch.lost("connection reset")
-        'rank 0: a collective failed, most likely because another worker ended or was killed; look at that worker...
+        >>> print(latch.lost("connection reset"))
+        rank 0: a collective failed, most likely because another worker ended ... Horovod says: connection reset
         >>> latch.refuse_after_failure()
         Traceback (most recent call last):
         RuntimeError: nothing more can be exchanged after Horovod's error (connection reset). ...
