@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo_torch.comm.workers import Transport
 from hvd_slowmo_torch.mean import mean
 
 
@@ -21,6 +22,8 @@ def recompute_statistics(
     *,
     device: torch.device | None = None,
     process_set: Any = None,
+    process_group: Any = None,
+    transport: Transport | None = None,
     comm: Comm | None = None,
 ) -> None:
     """Set BatchNorm's running statistics to the mean over these batches, of all workers. A collective.
@@ -37,8 +40,7 @@ def recompute_statistics(
         batches: this worker's: inputs of the model, or tuples and lists that begin with them. None at all is allowed on
             a worker.
         device: to which inputs are moved.
-        process_set: as given to `SlowMo`.
-        comm: as given to `SlowMo`.
+        process_set, process_group, transport, comm: as given to `SlowMo`.
 
     Raises:
         ValueError: on every rank, if the workers' models have other BatchNorm layers, or the pass fails on one, which
@@ -50,6 +52,7 @@ def recompute_statistics(
         >>> model[0].running_mean.item(), model[0].running_var.item()
         (3.0, 2.0)
     """
+    workers = {"process_set": process_set, "process_group": process_group, "transport": transport, "comm": comm}
     seen = 0
 
     def counted() -> Iterator[Any]:
@@ -72,14 +75,14 @@ def recompute_statistics(
             torch.optim.swa_utils.update_bn(counted(), model, device)
     except Exception as caught:  # a worker that fails alone must not leave the others waiting
         error = caught
-    told = mean({"failed": float(error is not None), "seen": float(seen)}, process_set=process_set, comm=comm)
+    told = mean({"failed": float(error is not None), "seen": float(seen)}, **workers)
     if told["failed"] or not told["seen"]:
         for tensor, former in before:
             tensor.copy_(former)
         if told["failed"]:
             raise error or ValueError("another worker's pass over its batches has failed; look at its output.")
         return
-    means = mean(dict(statistics), weight=seen, process_set=process_set, comm=comm)
+    means = mean(dict(statistics), weight=seen, **workers)
     for name, tensor in statistics.items():
         tensor.copy_(means[name])
     for count in counts:
