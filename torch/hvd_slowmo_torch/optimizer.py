@@ -192,7 +192,7 @@ class SlowMo(Outermost, Optimizer):
         refuse_foreign_checkpoints()
         worker.refuse_elsewhere("step()")
         if worker.gradients_missing and closure is None:
-            if hasattr(self, "found_inf"):
+            if "found_inf" in self.__dict__:
                 raise RuntimeError(
                     "the scaler has looked at gradients that no backward has averaged yet. Under a GradScaler, leave "
                     "one backward of every step outside of no_sync()."
@@ -201,7 +201,7 @@ class SlowMo(Outermost, Optimizer):
         return worker.step(lambda: self._inner_step(closure))
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        if not hasattr(self, "found_inf"):
+        if "found_inf" not in self.__dict__:  # hasattr would go through __getattr__ in every step
             step = self.inner_optimizer.step
             return step() if closure is None else step(self.worker.averaged(closure))
         try:
@@ -312,18 +312,8 @@ class SlowMo(Outermost, Optimizer):
         worker = self.worker
         worker.refuse_while_averaging("averaged_parameters()")
         worker.presence.refuse_if_left()
-        own = {name: tensor.detach().clone() for name, tensor in worker.tensors()}
-        worker.averaging = True
-        try:
-            with torch.no_grad():
-                worker.assembly.machine.average(worker.progress)
+        with worker.holding_mean():
             yield
-        finally:
-            worker.averaging = False
-            with torch.no_grad():
-                for name, tensor in worker.tensors():
-                    if not torch.equal(tensor, own[name]):  # what stays untouched is not taken for a change
-                        tensor.copy_(own[name])
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -218,6 +218,22 @@ class TorchWorker:
     def caller_context(self) -> AbstractContextManager[None]:
         """Return a context, to be entered in another thread, with this thread's CUDA device and streams."""
         return caller_context(torch.device(segment.device) for segment in self.assembly.layout.layout.segments)
+
+    @contextmanager
+    def holding_mean(self) -> Iterator[None]:
+        """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
+        own = {name: tensor.detach().clone() for name, tensor in self.tensors()}
+        self.averaging = True
+        try:
+            with torch.no_grad():
+                self.assembly.machine.average(self.progress)
+            yield
+        finally:
+            self.averaging = False
+            with torch.no_grad():
+                for name, tensor in self.tensors():
+                    if not torch.equal(tensor, own[name]):  # what stays untouched is not taken for a change
+                        tensor.copy_(own[name])
 
     def averaged_ids(self) -> set[int]:
         """Return ids of the tensors that are averaged without being trained."""
