@@ -98,8 +98,8 @@ def train(comm: Comm, beta: float, momentum: float, epochs: int, seed: int) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=9, help="passes over the data (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("momentum   beta   training loss   test accuracy, %   after recompute_statistics")

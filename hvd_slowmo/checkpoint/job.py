@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from numpy.typing import NDArray
 
@@ -32,10 +32,11 @@ from hvd_slowmo.checkpoint.state import (
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.handshake import agreed
 from hvd_slowmo.core.schedule import workers_equal
-from hvd_slowmo.errors import CheckpointError
+from hvd_slowmo.errors import CheckpointError, CheckpointFileError
 from hvd_slowmo.wire.tensors import describe
 
 AnyPath: TypeAlias = str | os.PathLike[str]
+T = TypeVar("T")
 
 KINDS = {
     "model": "parameters and statistics",
@@ -96,7 +97,8 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         path: of the common file, the same on every worker, in an existing directory that all of them see.
 
     Raises:
-        ValueError: on every worker, if something can't be saved or written on one; the old checkpoint is whole then.
+        CheckpointFileError: on every worker, if the system refuses a file on one; the old checkpoint is whole then.
+        ValueError: on every worker, if something can't be saved on one, with the same consequence.
     """
     saving = comm.scoped("save")
 
@@ -109,7 +111,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         sums = {key: checksum(value) for key, value in arrays.items()}
         return _Collected(target, state, facts, arrays, sums), {"path": str(target), **facts}
 
-    worker = agreed(saving, collected, {})
+    worker = _agreed_on_files(saving, collected)
     everyone = saving.gather("sums", (worker.step, worker.sums))
     if len({step for step, _ in everyone}) > 1:
         steps = ", ".join(f"rank {r} step {step}" for r, (step, _) in zip(comm.ranks, everyone, strict=True))
@@ -118,7 +120,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         )
     all_sums = [sums for _, sums in everyone]
     common = {key for key, value in all_sums[0].items() if all(sums.get(key) == value for sums in all_sums)}
-    ids = saving.gather("files", agreed(saving, lambda: (_write_own(worker, comm, common), {}), {}))
+    ids = saving.gather("files", _agreed_on_files(saving, lambda: (_write_own(worker, comm, common), {})))
     facts = {
         **worker.facts,
         "reason": worker.state.tensors.reason,
@@ -141,7 +143,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
             write(worker.path, facts, {key: x for key, x in worker.arrays.items() if key in names}, worker.sums)
         return True, {}
 
-    agreed(saving, write_common, {})
+    _agreed_on_files(saving, write_common)
     if comm.rank == 0:
         _remove_older(worker.path, {worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids)})
 
@@ -153,7 +155,8 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         make, comm, path: as in `save`.
 
     Raises:
-        ValueError: on every worker, if a file can't be read or does not fit on one; nothing has been changed then.
+        CheckpointFileError: on every worker, if the system refuses a file on one; nothing has been changed then.
+        ValueError: on every worker, if a file is damaged or does not fit on one, with the same consequence.
     """
 
     def prepared() -> tuple[Callable[[], None], dict[str, Any]]:
@@ -167,7 +170,7 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
             arrays = {**contents.common, **contents.own}
         return prepare(state, facts, arrays), {"checkpoint": contents.id}
 
-    agreed(comm.scoped("load"), prepared, {})()
+    _agreed_on_files(comm.scoped("load"), prepared)()
 
 
 def write_weights(path: Path, tensors: NamedTensors, values: Mapping[str, NDArray[Any]]) -> None:
@@ -266,6 +269,20 @@ def check_model(tensors: NamedTensors, saved: Mapping[str, Any]) -> None:
         )
 
 
+def _agreed_on_files(comm: ScopedComm, make: Callable[[], tuple[T, Mapping[str, Any]]]) -> T:
+    """Return the result of `agreed`; a system's error is one type on every worker, those without the file included."""
+
+    def with_own_type() -> tuple[T, Mapping[str, Any]]:
+        try:
+            return make()
+        except OSError as error:
+            raised = CheckpointFileError(str(error))
+            raised.errno = error.errno
+            raise raised from error
+
+    return agreed(comm, with_own_type, {})
+
+
 def _write_own(worker: _Collected, comm: ScopedComm, common: set[str]) -> str:
     """Write the arrays that differ between workers; return the file's identity, "" if there are none."""
     own = {key: value for key, value in worker.arrays.items() if key not in common}
@@ -308,10 +325,11 @@ def _remove_older(path: Path, listed: set[Path]) -> None:
         (f"{glob.escape(path.name)}.rank*", rf"{name}{_RANK}"),
         (f".*.{glob.escape(path.name)}*", rf"{TEMPORARY}{name}({_RANK})?"),
     ):
-        for file in path.parent.glob(pattern):
-            if re.fullmatch(expected, file.name) and file not in listed:
-                with suppress(OSError):  # it does no harm
-                    file.unlink()
+        with suppress(OSError):  # a directory that can't be listed: the checkpoint is complete all the same
+            for file in path.parent.glob(pattern):
+                if re.fullmatch(expected, file.name) and file not in listed:
+                    with suppress(OSError):  # it does no harm
+                        file.unlink()
 
 
 def _check(state: WorkerState, comm: ScopedComm, saved: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.layout import spans
-from hvd_slowmo.errors import spell_error
+from hvd_slowmo.errors import SharedError, raise_together, share
 
 Bytes = NDArray[np.uint8]
 
@@ -145,7 +145,7 @@ class _Manifest(NamedTuple):
     """A worker's part in a parcel, as it is gathered; the last three are the giver's alone."""
 
     names: str  # digest of names, types and shapes of the named tensors
-    error: str | None = None  # it can't give
+    error: SharedError | None = None  # it can't give
     named: Mapping[str, _Label] = {}
     values: bytes = b""  # for the framework of the giver to unpickle
     within: Sequence[_Label] = ()  # the tensors in the values
@@ -168,7 +168,8 @@ def give(comm: ScopedComm, name: str, parcels: Sequence[Parcel], carrier: Carrie
         The values of each parcel; None where this worker is the giver, or the parcel is not for it.
 
     Raises:
-        ValueError: on every worker, if a giver can't give, or the named tensors of two workers differ.
+        Exception: on every worker of one type, if a giver can't give; the text names its rank.
+        ValueError: on every worker, if the named tensors of two workers differ.
     """
     gifts: list[Gift | None] = []
     bodies: list[list[Body]] = []
@@ -185,13 +186,17 @@ def give(comm: ScopedComm, name: str, parcels: Sequence[Parcel], carrier: Carrie
                 manifest, travelling = _packed(gift, carrier)
         except Exception as caught:  # whatever it is, the other workers wait in the gather and must hear of it
             error = error or caught
-            manifest = _Manifest("", spell_error(caught))
+            manifest = _Manifest("", share(caught))
         gifts.append(gift)
         bodies.append(travelling)
         manifests.append(manifest)
     everyone: list[list[_Manifest | None]] = comm.gather(name, manifests)
-    if error is not None:
-        raise error
+    failed = [
+        (rank, next(manifest.error for manifest in each if manifest is not None and manifest.error is not None))
+        for rank, each in zip(comm.ranks, everyone, strict=True)
+        if any(manifest is not None and manifest.error is not None for manifest in each)
+    ]
+    raise_together(comm.name, failed, comm.size, error)
     _compare(comm, parcels, gifts, everyone)
     results = []
     for number, (giver, _) in enumerate(parcels):
@@ -274,11 +279,7 @@ def _compare(
     gifts: Sequence[Gift | None],
     everyone: Sequence[Sequence[_Manifest | None]],
 ) -> None:
-    """Raise ValueError where a worker could not give, or would write the tensors of a parcel to others."""
-    for rank, each in zip(comm.ranks, everyone, strict=True):
-        failed = [manifest.error for manifest in each if manifest is not None and manifest.error is not None]
-        if failed:
-            raise ValueError(f"{comm.name}: rank {rank}: {failed[0]}")
+    """Raise ValueError where a worker would write the tensors of a parcel to others."""
     for number, (giver, _) in enumerate(parcels):
         sent, own = everyone[giver][number], gifts[number]
         assert sent is not None, "a giver has its own gift"

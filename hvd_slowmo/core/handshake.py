@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.errors import SharedError, raise_together, share
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ WIRE = 5
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 
-def agree(comm: ScopedComm, facts: Mapping[str, Any], remarks: Mapping[str, Any], error: str | None) -> None:
+def agree(comm: ScopedComm, facts: Mapping[str, Any], remarks: Mapping[str, Any], error: Exception | None) -> None:
     """Compare every worker's facts with rank 0's. A collective.
 
     Args:
@@ -33,18 +34,18 @@ def agree(comm: ScopedComm, facts: Mapping[str, Any], remarks: Mapping[str, Any]
         error: of this worker, if there has been one already; it takes part all the same, so that the others hear of it.
 
     Raises:
-        ValueError: on every worker, if one of them has an error or a fact differs.
+        Exception: on every worker of one type, if one of them has an error; the text names its rank.
+        ValueError: on every worker, if a fact differs.
     """
     facts = {"wire version of hvd-slowmo": WIRE, **facts}
-    own = json.dumps([facts, remarks, error], default=str)
+    own = json.dumps([facts, remarks, None if error is None else share(error)], default=str)
     digests = comm.gather("digest", hashlib.sha256(own.encode()).hexdigest() + ("" if error is None else "!"))
     if len(set(digests)) == 1 and error is None:
         return
     # Only now the long form travels: all workers see the same digests, so all of them come here.
     everyone = [json.loads(text) for text in comm.gather("facts", own)]
-    failed = [f"rank {r}: {each[2]}" for r, each in zip(comm.ranks, everyone, strict=True) if each[2] is not None]
-    if failed:
-        raise ValueError(error if error is not None and len(failed) == 1 else f"{comm.name}: {'; '.join(failed)}")
+    failed = [(rank, SharedError(*each[2])) for rank, each in zip(comm.ranks, everyone, strict=True) if each[2]]
+    raise_together(comm.name, failed, comm.size, error)
     first = everyone[0]
     for rank, each in zip(comm.ranks, everyone, strict=True):
         for key, expected in first[0].items():
@@ -68,8 +69,8 @@ def agreed(comm: ScopedComm, make: Callable[[], tuple[T, Mapping[str, Any]]], re
     """Return the first half of `make()`, once all workers have compared the second half, its facts. A collective.
 
     Raises:
-        Exception: raised by `make` here.
-        ValueError: `make` has raised on another worker, or a fact differs.
+        Exception: `make` has raised on a worker; of one type on every worker, see `hvd_slowmo.errors.raise_together`.
+        ValueError: on every worker, if a fact differs.
     """
     made: T | None = None
     facts: Mapping[str, Any] = {}
@@ -78,10 +79,7 @@ def agreed(comm: ScopedComm, make: Callable[[], tuple[T, Mapping[str, Any]]], re
         made, facts = make()
     except Exception as caught:  # whatever it is, the other workers wait in agree() and must hear of it
         error = caught
-    try:
-        agree(comm, facts, remarks, None if error is None else str(error))
-    except ValueError as raised:
-        raise (raised if error is None else error) from None
+    agree(comm, facts, remarks, error)
     assert made is not None, "agree() raises where it is missing"
     return made
 

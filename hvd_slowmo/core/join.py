@@ -147,7 +147,9 @@ def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ..
     """
     for optimizer in optimizers:
         if not hasattr(optimizer, "averaged_parameters"):
-            raise TypeError(f"join() takes SlowMo optimizers. Received: {type(optimizer).__name__}")
+            raise TypeError(
+                f"join() takes SlowMo optimizers. Received: {type(optimizer).__name__}{_spell_wrapped(optimizer)}"
+            )
     if not optimizers or len({id(optimizer.worker) for optimizer in optimizers}) < len(optimizers):
         raise ValueError(f"join() takes one or more different optimizers. Received: {len(optimizers)} of them.")
     seen: set[int] = set()
@@ -171,6 +173,14 @@ def join(*optimizers: JoinsAlone, leaving: bool = False) -> tuple[JoinResult, ..
         return joined
 
     return _at_once([call(optimizer) for optimizer in optimizers])
+
+
+def _spell_wrapped(wrapper: object) -> str:
+    """Return the rest of a sentence about a wrapper of SlowMo (accelerate's, say), empty for any other object."""
+    for name, value in getattr(wrapper, "__dict__", {}).items():
+        if hasattr(value, "averaged_parameters"):
+            return f", which wraps one. Give that one: join(optimizer.{name})."
+    return ""
 
 
 def _at_once(calls: Sequence[Callable[[], JoinResult]]) -> tuple[JoinResult, ...]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
-from hvd_slowmo.core.handshake import agreed
+from hvd_slowmo.core.handshake import agree, agreed
 
 Arrays = dict[Any, NDArray[np.float64]]
 
@@ -86,6 +86,23 @@ def weighted_mean(
     total = sum(share for _, _, share in counted)
     with np.errstate(over="ignore", invalid="ignore"):
         return {name: np.asarray(sum(own[name] * share for _, own, share in counted) / total) for name in expected}
+
+
+def agree_on_success(comm: Comm, error: Exception | None) -> None:
+    """Raise what has failed on a worker before a mean, on every worker. A collective.
+
+    Args:
+        error: of this worker, if it has met one.
+
+    Raises:
+        Exception: on every worker of one type; the text names the rank.
+
+    Example:
+        >>> from hvd_slowmo.comm.threads import ThreadWorld
+        >>> ThreadWorld(2).run(lambda comm: agree_on_success(comm, None))
+        [None, None]
+    """
+    agree(ScopedComm(comm, NAME), {}, {}, error)
 
 
 def _arrays(values: Mapping[Any, Any], to_numpy: Callable[[Any], Any]) -> Arrays:

@@ -22,6 +22,7 @@ from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_tf.callers import refuse_foreign_broadcasts
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import check_inner, check_together, refuse_strategies, resolved, saved_values
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
@@ -116,6 +117,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
+        refuse_foreign_broadcasts()
         return [*self._variables, *self.inner_optimizer.variables]
 
     @property

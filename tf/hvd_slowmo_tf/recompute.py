@@ -9,6 +9,9 @@ import keras
 import numpy as np
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.arguments import refuse_both
+from hvd_slowmo.core.mean import agree_on_success
+from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.mean import mean
 
 
@@ -31,6 +34,7 @@ def recompute_statistics(
 
     Raises:
         ValueError: on every rank, if the workers' models have other BatchNormalization layers.
+        Exception: on every rank of one type, if the pass fails on one; all layers are as before then.
 
     Example:
         >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
@@ -38,9 +42,13 @@ def recompute_statistics(
         >>> float(model.layers[0].moving_mean[0]), float(model.layers[0].moving_variance[0])
         (3.0, 1.0)
     """
+    refuse_both(comm, process_set=process_set)
     layers = [x for x in model._flatten_layers() if isinstance(x, keras.layers.BatchNormalization) and x.trainable]
     momenta = [layer.momentum for layer in layers]
+    variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
+    before = [v.numpy() for v in variables]
     seen = 0
+    error: Exception | None = None
     try:
         for batch in batches:
             # The moving average of equal weights: the first batch replaces what was there.
@@ -48,13 +56,19 @@ def recompute_statistics(
                 layer.momentum = seen / (seen + 1)
             model(batch[0] if isinstance(batch, (tuple, list)) else batch, training=True)
             seen += 1
+    except Exception as caught:  # a worker that fails alone must not leave the others waiting
+        error = caught
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-    variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
-    means = mean(
-        {str(number): v.value for number, v in enumerate(variables)}, weight=seen, process_set=process_set, comm=comm
-    )
+    everyone = workers.connect(process_set) if comm is None else comm
+    try:
+        agree_on_success(everyone, error)
+    except Exception:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        raise
+    means = mean({str(number): v.value for number, v in enumerate(variables)}, weight=seen, comm=everyone)
     for number, variable in enumerate(variables):
         if np.all(np.isfinite(means[str(number)])):  # not where nobody had a batch
             variable.assign(means[str(number)])

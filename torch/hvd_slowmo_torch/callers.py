@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
+from hvd_slowmo.callers import calling_modules
 
 _DEPTH = 8  # PyTorch wraps a step in up to four functions: profiling, hooks, a scheduler's count
 
@@ -27,7 +26,7 @@ def initializes_state() -> bool:
 
     All workers have one state since the start, so nothing is missing.
     """
-    return _INITIALIZES in _callers()
+    return _INITIALIZES in calling_modules(_NAMES, _DEPTH)
 
 
 def refuse_foreign_checkpoints() -> None:
@@ -36,18 +35,6 @@ def refuse_foreign_checkpoints() -> None:
     Raises:
         ValueError: one of them calls; it says how to save instead.
     """
-    for module in _callers():
+    for module in calling_modules(_NAMES, _DEPTH):
         if module in _REFUSED:
             raise ValueError(_REFUSED[module])
-
-
-def _callers() -> list[str]:
-    """Return the names of the modules whose functions are at work, the innermost first."""
-    if _NAMES.isdisjoint(sys.modules):  # a step costs microseconds, and a look at its callers one of them
-        return []
-    frame: FrameType | None = sys._getframe(2)
-    found: list[str] = []
-    while frame is not None and len(found) < _DEPTH:
-        found.append(frame.f_globals.get("__name__", ""))
-        frame = frame.f_back
-    return found

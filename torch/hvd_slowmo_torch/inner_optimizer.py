@@ -133,6 +133,8 @@ def _stepped(inner: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     scratch, twins = _scratch(inner)
     for twin in twins.values():
         twin.grad = torch.zeros_like(twin)
+    if hasattr(scratch, "train"):  # schedule-free optimizers take no step before it
+        scratch.train()
     scratch.step()
     return [(p, scratch.state[twins[id(p)]]) for group in inner.param_groups for p in group["params"]]
 

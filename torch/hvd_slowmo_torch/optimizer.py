@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,6 +149,18 @@ class SlowMo(Outermost, Optimizer):
         """Bytes that this worker has handed over since construction (before a ring multiplies them)."""
         return self.worker.bytes_sent
 
+    if TYPE_CHECKING:  # which would take every name for an attribute
+        train: Callable[[], Any]
+        eval: Callable[[], Any]
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return `train` or `eval`, where the inner optimizer has it: schedule-free optimizers do."""
+            inner = self.__dict__.get("inner_optimizer")  # not there yet while a copy is made
+            if name in ("train", "eval") and hasattr(inner, name):
+                return partial(self.worker.switch, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "SlowMo can't be pickled or deep-copied: it holds connections to the other workers and hooks on its model. "
@@ -177,9 +190,9 @@ class SlowMo(Outermost, Optimizer):
         if initializes_state():
             return None
         refuse_foreign_checkpoints()
-        worker.refuse_while_averaging("step()")
+        worker.refuse_elsewhere("step()")
         if worker.gradients_missing and closure is None:
-            if hasattr(self, "found_inf"):
+            if "found_inf" in self.__dict__:
                 raise RuntimeError(
                     "the scaler has looked at gradients that no backward has averaged yet. Under a GradScaler, leave "
                     "one backward of every step outside of no_sync()."
@@ -188,7 +201,7 @@ class SlowMo(Outermost, Optimizer):
         return worker.step(lambda: self._inner_step(closure))
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        if not hasattr(self, "found_inf"):
+        if "found_inf" not in self.__dict__:  # hasattr would go through __getattr__ in every step
             step = self.inner_optimizer.step
             return step() if closure is None else step(self.worker.averaged(closure))
         try:
@@ -239,7 +252,7 @@ class SlowMo(Outermost, Optimizer):
             JoinResult(behind=0, left=())
         """
         worker, presence = self.worker, self.worker.presence
-        worker.refuse_while_averaging("join()")
+        worker.refuse_elsewhere("join()")
         presence.refuse_if_left()
         if worker.comm.size == 1:
             worker.store.watch.expect_values()
@@ -273,7 +286,7 @@ class SlowMo(Outermost, Optimizer):
             >>> optimizer.restart()
         """
         worker = self.worker
-        worker.refuse_while_averaging("restart()")
+        worker.refuse_elsewhere("restart()")
         worker.presence.refuse_if_left()
         agree(worker.comm, {RESTART_FACT: self.steps}, {}, None)
         with torch.no_grad():
@@ -299,18 +312,8 @@ class SlowMo(Outermost, Optimizer):
         worker = self.worker
         worker.refuse_while_averaging("averaged_parameters()")
         worker.presence.refuse_if_left()
-        own = {name: tensor.detach().clone() for name, tensor in worker.tensors()}
-        worker.averaging = True
-        try:
-            with torch.no_grad():
-                worker.assembly.machine.average(worker.progress)
+        with worker.holding_mean():
             yield
-        finally:
-            worker.averaging = False
-            with torch.no_grad():
-                for name, tensor in worker.tensors():
-                    if not torch.equal(tensor, own[name]):  # what stays untouched is not taken for a change
-                        tensor.copy_(own[name])
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
@@ -343,7 +346,7 @@ class SlowMo(Outermost, Optimizer):
                 "with a parameter_map no parameters can be added: workers of another framework can't follow. Give the "
                 "inner optimizer all of them before SlowMo is constructed."
             )
-        worker.refuse_while_averaging("add_param_group()")
+        worker.refuse_elsewhere("add_param_group()")
         worker.presence.refuse_if_left()
         if not worker.assembly.machine.mixing.at_rest(worker.progress.mixing):
             raise ValueError(
@@ -387,6 +390,7 @@ class SlowMo(Outermost, Optimizer):
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
             worker.settle(*slowmo_state.restore(saved, worker.store.vectors, worker.inner))
+        worker.evaluating = saved.get("evaluating", False)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -430,7 +434,7 @@ class SlowMo(Outermost, Optimizer):
 
     def _worker_state(self, parameter_map: ParameterMap | None) -> TorchWorkerState:
         worker = self.worker
-        worker.refuse_while_averaging("save() or load()")
+        worker.refuse_elsewhere("save() or load()")
         names = parameter_map or worker.settings.parameter_map
         return TorchWorkerState(worker.model, worker.inner, worker.assembly, worker.progress, names, worker.settle)
 

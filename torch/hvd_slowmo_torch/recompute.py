@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo_torch.comm.workers import Transport
+from hvd_slowmo.core.arguments import refuse_both
+from hvd_slowmo.core.mean import agree_on_success
+from hvd_slowmo_torch.comm.workers import Transport, shared
 from hvd_slowmo_torch.mean import mean
 
 
@@ -43,8 +45,8 @@ def recompute_statistics(
         process_set, process_group, transport, comm: as given to `SlowMo`.
 
     Raises:
-        ValueError: on every rank, if the workers' models have other BatchNorm layers, or the pass fails on one, which
-            raises its own error; all layers are as before then.
+        ValueError: on every rank, if the workers' models have other BatchNorm layers.
+        Exception: on every rank of one type, if the pass fails on one; all layers are as before then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
@@ -52,7 +54,7 @@ def recompute_statistics(
         >>> model[0].running_mean.item(), model[0].running_var.item()
         (3.0, 2.0)
     """
-    workers = {"process_set": process_set, "process_group": process_group, "transport": transport, "comm": comm}
+    refuse_both(comm, process_set=process_set, process_group=process_group, transport=transport)
     seen = 0
 
     def counted() -> Iterator[Any]:
@@ -75,18 +77,22 @@ def recompute_statistics(
             torch.optim.swa_utils.update_bn(counted(), model, device)
     except Exception as caught:  # a worker that fails alone must not leave the others waiting
         error = caught
-    told = mean({"failed": float(error is not None), "seen": float(seen)}, **workers)
-    if told["failed"] or not told["seen"]:
-        for tensor, former in before:
-            tensor.copy_(former)
-        if told["failed"]:
-            raise error or ValueError("another worker's pass over its batches has failed; look at its output.")
+    workers = shared(process_set, process_group, transport) if comm is None else comm
+    taken = 0.0  # the mean number of batches
+    try:
+        agree_on_success(workers, error)
+        taken = mean(float(seen), comm=workers)
+    finally:
+        if not taken:  # a pass has failed, or nobody had a batch
+            for tensor, former in before:
+                tensor.copy_(former)
+    if not taken:
         return
-    means = mean(dict(statistics), weight=seen, **workers)
+    means = mean(dict(statistics), weight=seen, comm=workers)
     for name, tensor in statistics.items():
         tensor.copy_(means[name])
     for count in counts:
-        count.fill_(max(1, round(told["seen"])))
+        count.fill_(max(1, round(taken)))
 
 
 @contextmanager

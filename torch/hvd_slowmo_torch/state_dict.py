@@ -47,6 +47,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "parameters": _parameters(worker.assembly.machine.layout),
         "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
         "watch": worker.store.watch.notes()._asdict(),
+        "evaluating": worker.evaluating,
         "inner_attributes": None if attributes is None else bytes(attributes).decode(),
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -124,6 +125,16 @@ class ModelWatch:
         """
         self.look()
         self._norms = _norms(self._tensors())
+
+    @contextmanager
+    def expecting_writes(self) -> Iterator[None]:
+        """Take values that are written within for none from outside. Those of frozen parameters count as moved."""
+        equal = self._norms is not None  # and still are, but for what this look finds
+        self.look()
+        try:
+            yield
+        finally:
+            self._norms = _norms(self._tensors()) if equal else None
 
     def notes(self) -> WatchNotes:
         """Return the notes by which a resume leaves alone the parameters that the run without a stop leaves alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,6 +82,7 @@ class TorchWorker:
         progress: the scalar state.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().
+        evaluating: between eval() and train() of a schedule-free inner optimizer.
     """
 
     assembly: Assembly[TensorRef]
@@ -97,6 +98,7 @@ class TorchWorker:
         self.presence = WorkerPresence(inner)
         self.mixed = False
         self.averaging = False
+        self.evaluating = False
         self._metrics: Metrics | None = None
         self._metered = (0, 0.0)  # bytes sent and seconds waited, up to the last outer step
 
@@ -217,6 +219,22 @@ class TorchWorker:
         """Return a context, to be entered in another thread, with this thread's CUDA device and streams."""
         return caller_context(torch.device(segment.device) for segment in self.assembly.layout.layout.segments)
 
+    @contextmanager
+    def holding_mean(self) -> Iterator[None]:
+        """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
+        own = {name: tensor.detach().clone() for name, tensor in self.tensors()}
+        self.averaging = True
+        try:
+            with torch.no_grad():
+                self.assembly.machine.average(self.progress)
+            yield
+        finally:
+            self.averaging = False
+            with torch.no_grad():
+                for name, tensor in self.tensors():
+                    if not torch.equal(tensor, own[name]):  # what stays untouched is not taken for a change
+                        tensor.copy_(own[name])
+
     def averaged_ids(self) -> set[int]:
         """Return ids of the tensors that are averaged without being trained."""
         return {id(ref.find()) for ref in self.assembly.layout.refs_of("statistic")}
@@ -232,6 +250,26 @@ class TorchWorker:
         place = "hvd.broadcast_optimizer_state, before which a state is loaded on every rank, or before SlowMo is made"
         facts = {f"steps at {place}": int(self.progress.step), f"inner state at {place}": bool(self.inner.state)}
         agree(self.comm.scoped("broadcast"), facts, {}, None)
+
+    def switch(self, mode: str) -> Any:
+        """Call `train()` or `eval()` of a schedule-free inner optimizer, which writes other values to the parameters.
+
+        These are no values from outside, and neither are those that train() brings back, rounded.
+        """
+        self.refuse_while_averaging(f"{mode}()")
+        with self.store.watch.expecting_writes():
+            result = getattr(self.inner, mode)()
+        self.evaluating = mode == "eval"
+        return result
+
+    def refuse_elsewhere(self, what: str) -> None:
+        """Raise RuntimeError where the model does not hold the parameters that this worker trains."""
+        self.refuse_while_averaging(what)
+        if self.evaluating:
+            raise RuntimeError(
+                f"{what} after eval(): the parameters are those to evaluate, not those that are trained. Call "
+                "optimizer.train() first."
+            )
 
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""
