@@ -37,12 +37,13 @@ def test_nothing_is_handed_over_before_it_is_in_host_memory():
     assert x.tolist() == [2, 2, 2]
 
 
-def test_sums_are_handed_over_in_order_and_those_in_host_memory_at_once():
+def test_sums_are_handed_over_in_their_order_wherever_they_are():
+    """A transport without names matches them by that order, and copies arrive when they like."""
     outbox, order, begun = sent(3, [torch.ones(1), torch.ones(2), torch.ones(1, dtype=torch.float64)])
-    assert order == ["2"]
+    assert order == []
     while len(order) < 3:
         outbox.advance()
-    assert order == ["2", "0", "1"]
+    assert order == ["0", "1", "2"]
     assert [outbox.take(each).tolist() for each in begun] == [[2], [2, 2], [2]]
 
 
