@@ -96,11 +96,11 @@ def test_agreement_names_the_rank_and_the_first_difference(caplog):
 
 def test_an_error_on_one_worker_is_heard_by_all():
     def wrong(comm):
-        agree(ScopedComm(comm, "slowmo"), {}, {}, "no such model" if comm.rank == 1 else None)
+        agree(ScopedComm(comm, "slowmo"), {}, {}, ValueError("no such model") if comm.rank == 1 else None)
 
     for result in ThreadWorld(2).run(wrong, return_exceptions=True):
         assert isinstance(result, ValueError)
-        assert "no such model" in str(result)
+        assert "rank 1: no such model" in str(result)
 
 
 def test_alone_nothing_is_sent():
