@@ -75,8 +75,8 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
     Args:
         nonfinite: the setting of that name.
     """
-    column, rates = columns(table), table[:, RATES:]
-    workers, training, weight = ops.sum(column.training * 0 + 1), ops.sum(column.training), ops.sum(column.weight)
+    column, rates = Row(*ops.columns(table)[:RATES]), table[:, RATES:]
+    workers, training, weight = table.shape[0], ops.sum(column.training), ops.sum(column.weight)
     valid = (rates >= 0) & (rates < math.inf)  # false for NaN too
     wrong = (
         ops.sum(ops.where(column.meeting_step == column.meeting_step[0], 0.0, 1.0))

@@ -51,7 +51,7 @@ class Observer:
 
     def __init__(self, runtime: Runtime, observed: Vector) -> None:
         self._runtime = runtime
-        self._before = Observed(*(observed[i] for i in range(len(Observed._fields))))
+        self._before = observed
         self._seen = observed * 0
 
     def chunk(self, chunk: Chunk, mean: Any) -> None:
@@ -76,7 +76,8 @@ class Observer:
         if not self._runtime.observe or meeting is None:
             return self._seen
         ops = self._runtime.ops
-        measured = self._before.mean > 0
-        size = ops.where(measured, self._before.mean, 1.0) * self._runtime.comm.size
+        mean = self._before[Observed._fields.index("mean")]
+        measured = mean > 0
+        size = ops.where(measured, mean, 1.0) * self._runtime.comm.size
         divergence = ops.where(measured, ops.sum(columns(meeting.table).drift) / size, 0.0)
         return self._seen + ops.vector([0.0, 0.0, divergence, 0.0, 0.0, 0.0])

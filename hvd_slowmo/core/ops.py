@@ -60,6 +60,9 @@ class Ops(Protocol):
     def sum(self, table: Any) -> Any:
         """Sum over the first axis."""
 
+    def columns(self, table: Any) -> Sequence[Vector]:
+        """Return the columns of a table, in a trace by one operation."""
+
     def vector(self, values: Sequence[Scalar]) -> Vector:
         """Return a float64 vector of scalars."""
 
@@ -156,6 +159,9 @@ class EagerOps:
 
     def sum(self, table: Any) -> Any:
         return table.sum(axis=0)
+
+    def columns(self, table: Any) -> Sequence[Vector]:
+        return [table[:, number] for number in range(table.shape[1])]
 
     def vector(self, values: Sequence[Scalar]) -> Vector:
         return np.array(values, dtype=np.float64)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import SoloComm
+from hvd_slowmo.core.ledger import RATES
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from support.models.keras import fit, held, net, sentences, step_of, words
@@ -123,3 +124,44 @@ def test_a_variable_more_costs_few_operations():
     step, join = ((b - a) / 8 for a, b in zip(few, more, strict=True))  # a layer has two variables
     assert step <= 20
     assert join <= 18
+
+
+class Mirrored(Doubles):
+    """One of two workers that do the same, when it runs; both have one parameter group."""
+
+    def start_sum(self, name, x):
+        if not name.endswith("ledger"):
+            return x * 2
+        rows = tf.reshape(x[: 2 * (RATES + 1)], [2, -1])
+        return tf.concat([tf.reshape(rows + tf.reverse(rows, [0]), [-1]), x[2 * (RATES + 1) :] * 2], 0)
+
+
+def test_a_join_that_only_meets_the_others_is_not_traced():
+    model = net()
+    optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2), comm=Mirrored())
+    optimizer.broadcast(model)
+    before = held(model)
+    assert optimizer.join().behind == 0
+    assert optimizer.worker.step.traces == 0
+    assert all(np.array_equal(a, b) for a, b in zip(held(model), before, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"alpha": 0.7, "nesterov": True}, {"beta": 0.0}], ids=str)
+def test_an_outer_step_has_the_same_bits_with_and_without_a_trace(config):
+    """A worker in a join takes it without one, beside workers that take it in their traced step."""
+    results = []
+    for eager in (False, True):
+        variable = keras.Variable(np.random.default_rng(0).normal(size=(7, 5)).astype("float32"))
+        variable.assign(variable * tf.constant([1.0, 1.0, 1.0, 1.0, -0.0]))
+        optimizer = SlowMo(SGD(0.1), config_of({"tau": 2, **config}), comm=Mirrored())
+        optimizer.broadcast([variable])
+        tf.config.run_functions_eagerly(eager)
+        try:
+            for step in range(6):
+                gradient = np.random.default_rng(step).normal(size=(7, 5)) * [1, 1, 1, 1, 0]
+                optimizer.apply([tf.constant(gradient, tf.float32)], [variable])
+        finally:
+            tf.config.run_functions_eagerly(False)
+        results.append([v.numpy().tobytes() for v in (variable, *optimizer.variables)])
+    assert results[0] == results[1]

@@ -5,11 +5,16 @@ constant into its first result, merges two of the same tensor, and drops one who
 leaves the other workers waiting, or alone. So here every collective's input depends on a variable of its own, and a
 variable is assigned a part of its result. A control dependency on the result alone is not enough: TensorFlow drops an
 operation that is only waited for.
+
+Outside of a trace (in a join, say) a collective is a traced function of its own, since TensorFlow has names in these
+only. It runs in a thread, so that the next chunk travels while this one is updated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -24,8 +29,46 @@ class _Started(NamedTuple):
     ready: tf.Tensor | float  # time at which it could begin, s
 
 
+class _InTurn(threading.Thread):
+    """A call in a thread of its own, after another one: all workers start their collectives in one order.
+
+    A daemon, so that an interrupt ends a process that waits for others. After an error nothing more is submitted.
+    """
+
+    def __init__(self, call: Callable[[], tf.Tensor], before: _InTurn | None) -> None:
+        super().__init__(daemon=True)
+        self._call: Callable[[], tf.Tensor] | None = call
+        self._before = before
+        self._result: tf.Tensor | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        # Nothing of a chunk's size is kept by the last one.
+        (call, self._call), (before, self._before) = (self._call, None), (self._before, None)
+        assert call is not None, "a thread runs once"
+        try:
+            if before is not None:
+                before.finish()
+            self._result = call()
+        except BaseException as error:  # it belongs to the caller, whatever it is
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait until the call is over; raise its error."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> tf.Tensor:
+        """Wait, and take the result."""
+        self.finish()
+        result, self._result = self._result, None
+        return result
+
+
 class GraphSafeComm:
-    """Another Comm on tensors of a trace, safe from TensorFlow's optimizer of graphs, and metered.
+    """Another Comm on tensors of a trace or of none, safe from TensorFlow's optimizer of graphs, and metered.
 
     Args:
         comm: the workers.
@@ -40,6 +83,8 @@ class GraphSafeComm:
         self.rank, self.size, self.ranks = comm.rank, comm.size, comm.ranks
         self.node: GraphSafeComm | None = None if comm.node is None else GraphSafeComm(comm.node, names, timed=timed)
         self._beginnings: dict[str, tf.Variable] = {}
+        self._alone: dict[tuple[Any, ...], Callable[..., tf.Tensor]] = {}  # collectives that are functions of their own
+        self._last_started: _InTurn | None = None
         if self.size > 1:
             for name in names:
                 self._beginning(name)
@@ -75,23 +120,21 @@ class GraphSafeComm:
         return int(step), int(sent), seconds
 
     def start_sum(self, name: str, x: tf.Tensor) -> _Started:
-        if self.size == 1:
-            return _Started(self._comm.start_sum(name, x), x.shape[0], 0, 0.0)
-        x = self._protected(name, x)
-        return _Started(self._comm.start_sum(name, x), x.shape[0], x.shape[0] * x.dtype.size, self._now(x))
+        return self._start("sum", name, x, x.dtype.size)
 
     def start_push(self, name: str, x: tf.Tensor, shares: tf.Tensor) -> _Started:
-        if self.size == 1:
-            return _Started(self._comm.start_push(name, x, shares), x.shape[0], 0, 0.0)
-        x = self._protected(name, x)
-        size = tf.math.count_nonzero(shares[:, self.rank]) * x.shape[0] * x.dtype.size
-        return _Started(self._comm.start_push(name, x, shares), x.shape[0], size, self._now(x))
+        receivers = 0 if self.size == 1 else tf.math.count_nonzero(shares[:, self.rank])
+        return self._start("push", name, x, receivers * x.dtype.size, shares)
 
     def wait(self, handle: _Started) -> tf.Tensor:
-        result = self._comm.wait(handle.handle)
+        if isinstance(handle.handle, _InTurn):
+            result = handle.handle.result()
+        else:
+            result = self._comm.wait(handle.handle)
         if self.size == 1:
             return result
-        self._result.assign(tf.cast(result[0], tf.float64))  # has an effect that TensorFlow knows, and needs the result
+        if not tf.executing_eagerly():
+            self._result.assign(tf.cast(result[0], tf.float64))  # an effect that TensorFlow knows; needs the result
         with tf.control_dependencies([result]):
             self._sent.assign_add(handle.bytes)
             if self._timed:
@@ -103,6 +146,23 @@ class GraphSafeComm:
 
     def gather(self, name: str, item: Any) -> list[Any]:
         return self._comm.gather(name, item)
+
+    def _start(self, kind: str, name: str, x: tf.Tensor, bytes_each: tf.Tensor | int, *shares: tf.Tensor) -> _Started:
+        elements = x.shape[0]
+        start = partial(getattr(self._comm, f"start_{kind}"), name)
+        if self.size == 1:
+            return _Started(start(x, *shares), elements, 0, 0.0)
+        if not tf.executing_eagerly():
+            x = self._protected(name, x)
+            return _Started(start(x, *shares), elements, bytes_each * elements, self._now(x))
+        key = kind, name, x.dtype, elements
+        if key not in self._alone:
+            specs = [tf.TensorSpec(each.shape, each.dtype) for each in (x, *shares)]
+            work = lambda *given: self._comm.wait(start(*given))  # noqa: E731
+            # Without get_concrete_function TensorFlow would warn, as for HorovodComm's gathers.
+            self._alone[key] = tf.function(work, input_signature=specs, autograph=False).get_concrete_function()
+        self._last_started = _InTurn(partial(self._alone[key], x, *shares), self._last_started)
+        return _Started(self._last_started, elements, bytes_each * elements, self._now(x))
 
     def _protected(self, name: str, x: tf.Tensor) -> tf.Tensor:
         # The beginning of the slice is a variable: to TensorFlow x is no constant then, and like no other tensor. Its

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,7 +61,9 @@ class TracedOps:
         return result
 
     def where(self, predicate: Any, yes: Any, no: Any) -> tf.Tensor:
-        return tf.where(predicate, tf.cast(yes, tf.float64), tf.cast(no, tf.float64))
+        if not tf.is_tensor(yes) and not tf.is_tensor(no) and {yes, no} == {0, 1}:
+            return tf.cast(predicate if yes else tf.logical_not(predicate), tf.float64)
+        return tf.where(predicate, _double(yes), _double(no))
 
     def choose(self, predicate: Any, yes: Callable[[], tf.Tensor], no: tf.Tensor) -> tf.Tensor:
         return tf.where(predicate, yes(), no)
@@ -68,8 +71,14 @@ class TracedOps:
     def sum(self, table: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(table, axis=0)
 
+    def columns(self, table: tf.Tensor) -> Sequence[tf.Tensor]:
+        found: Sequence[tf.Tensor] = tf.unstack(table, axis=1)
+        return found
+
     def vector(self, values: Sequence[Any]) -> tf.Tensor:
-        return tf.stack([tf.cast(value, tf.float64) for value in values]) if values else tf.zeros([0], tf.float64)
+        if not any(map(tf.is_tensor, values)):
+            return tf.constant(values, tf.float64, [len(values)])
+        return tf.stack([_double(value) for value in values])
 
     def cast_like(self, scalar: Any, tensor: tf.Tensor) -> tf.Tensor:
         return tf.cast(scalar, tensor.dtype)
@@ -90,7 +99,9 @@ class TracedOps:
         return table[tf.argmax(table[:, column])]
 
     def pack(self, parts: Sequence[Any]) -> tf.Tensor:
-        return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
+        runs = groupby(parts, lambda part: not tf.is_tensor(part) or part.shape.rank == 0)
+        vectors = [each for alone, run in runs for each in ([self.vector(list(run))] if alone else map(_double, run))]
+        return tf.concat(vectors, 0)
 
     def unpack(self, tensor: tf.Tensor) -> tf.Tensor:
         return tensor
@@ -102,11 +113,9 @@ class TracedOps:
         self._error.always = True
         words = f"{self._name}: the workers can't go on; a row per worker (see hvd_slowmo/core/ledger.py):"
 
-        def fail() -> Any:
-            with tf.control_dependencies([self._error.keep(table, describe)]):
-                return tf.debugging.Assert(False, [words, table], summarize=-1)
-
-        with tf.control_dependencies([tf.cond(failed, fail, tf.no_op)]):
+        with tf.control_dependencies([self._error.keep(failed, table, describe)]):
+            checked = tf.raw_ops.Assert(condition=~failed, data=[words, table], summarize=2**31 - 1)
+        with tf.control_dependencies([checked] if tf.inside_function() else []):
             waiting: T = tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
             return waiting
 
@@ -117,7 +126,7 @@ class TracedOps:
     def warn(self, topic: Topic, holds: tf.Tensor, table: tf.Tensor, describe: Words, always: bool = False) -> None:
         note = self._notes[topic]
         note.always = always
-        tf.cond(holds, lambda: note.keep(table, describe), tf.no_op)
+        note.keep(holds, table, describe)
 
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
         """Call a traced function; raise its errors, and log its warnings, in plain words.
@@ -141,6 +150,11 @@ class TracedOps:
             if words is not None:
                 logger.warning("%s", words)
         return result
+
+
+def _double(value: Any) -> tf.Tensor:
+    """Return a float64 tensor, of a number by one operation."""
+    return tf.cast(value, tf.float64) if tf.is_tensor(value) else tf.constant(value, tf.float64)
 
 
 class _TracedCell:
@@ -172,12 +186,18 @@ class _Note:
             self._place = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._table = tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
 
-    def keep(self, table: tf.Tensor, describe: Words) -> tf.Operation:
-        """Set the table aside, in a trace; a smaller one is filled up with zeros."""
+    def keep(self, holds: tf.Tensor, table: tf.Tensor, describe: Words) -> tf.Operation:
+        """Set the table aside if this holds; a smaller one is filled up with zeros.
+
+        Without a tf.cond, each branch of which would be a trace of its own.
+        """
+        if tf.executing_eagerly() and not holds:
+            return tf.no_op()
         self._words.append(describe)
         whole = tf.pad(table, [[0, most - size] for most, size in zip(self._shape, table.shape, strict=True)])
-        place = self._place.assign(len(self._words) - 1)
-        return tf.group(self._table.assign(whole), place, self._count.assign_add(1))
+        table_now = self._table.assign(tf.where(holds, whole, self._table.value()))
+        place = self._place.assign(tf.where(holds, tf.constant(len(self._words) - 1, tf.int64), self._place.value()))
+        return tf.group(table_now, place, self._count.assign_add(tf.cast(holds, tf.int64)))
 
     def news(self) -> str | None:
         """Return the words for the last table if it is new, else None; only for the first one, unless always."""

@@ -1,7 +1,7 @@
 """Stretches of variables in traces: cut out as they travel, and put together until a variable can be assigned whole.
 
-The operations of a trace are few: each is made by Python, in the trace of the step and in that of the join, and a model
-has hundreds of variables.
+The operations of a trace are few: Python makes each of them before the first step, and a model has hundreds of
+variables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ V = TypeVar("V")
 def stretch_of(value: tf.Tensor, view: View, start: int, stop: int) -> tf.Tensor:
     """Return elements start .. stop - 1, in the order of the wire, of the part of a variable that a view shows."""
     if view.offset is not None:
-        return part_of(tf.reshape(value, [-1]), view.offset + start, view.offset + stop)
+        flat = value if len(value.shape) == 1 else tf.reshape(value, [-1])
+        return part_of(flat, view.offset + start, view.offset + stop)
     return joined(
         [
             tf.reshape(tf.transpose(tf.reshape(value[p.box], p.shape), p.axes), [-1])[p.start : p.stop]
@@ -56,7 +57,7 @@ class Pending:
     - Until its last stretch is written a variable has its old value, and nothing reads a tensor that it has begun to
       write.
     - All stretches of a variable are written in one graph: one trace, and one branch of it. Those that a trace has left
-      when it was given up are of another graph, and are dropped.
+      when it was given up are of another graph, and are dropped. Outside of a trace all are of one graph: `forget`.
 
     Args:
         refs: all tensors that are written, by which the parts of each variable are known.
@@ -66,6 +67,11 @@ class Pending:
         self._stretches: dict[tuple[str, int], tuple[tf.Graph, dict[int, tf.Tensor]]] = {}  # by the place of each
         self._parts: dict[int, tuple[tf.Graph, dict[int, tuple[View, tf.Tensor]]]] = {}  # by the tensor of each
         self._parts_in_all = Counter(id(ref.variable) for ref in refs)
+
+    def forget(self) -> None:
+        """Drop all stretches of variables that are not complete."""
+        self._stretches.clear()
+        self._parts.clear()
 
     def variable(self, ref: VariableRef, start: int, stretch: tf.Tensor) -> tf.Tensor | None:
         """Add a stretch of a tensor; return its variable's new value once it is complete, None before."""
@@ -103,7 +109,7 @@ def _of_this_graph(pending: dict[K, tuple[tf.Graph, dict[int, V]]], key: K) -> d
 def _turned_back(flat: tf.Tensor, view: View) -> tf.Tensor:
     """Return the part of a variable that a view shows, from its elements in the order of the wire."""
     if view.in_order:
-        return tf.reshape(flat, view.extent)
+        return flat if len(view.extent) == 1 else tf.reshape(flat, view.extent)
     permuted = [view.shape[axis] for axis in view.axes]
     back = sorted(range(len(view.axes)), key=view.axes.__getitem__)
     return tf.reshape(tf.transpose(tf.reshape(flat, permuted), back), view.extent)

@@ -18,7 +18,7 @@ from hvd_slowmo_tf.bulk import KerasCarrier, in_place, on_wire
 from hvd_slowmo_tf.checks import check_model_variables
 from hvd_slowmo_tf.failed_traces import without_values
 from hvd_slowmo_tf.layout import VariableRef, travelling
-from hvd_slowmo_tf.traced_step import TracedStep, once
+from hvd_slowmo_tf.traced_step import TracedStep
 from hvd_slowmo_tf.worker import KerasWorker
 
 
@@ -135,10 +135,10 @@ class StartingKerasWorker:
         assert self._step is not None, "assembled before"
         machine = self._step.assembly.machine
         if job.fresh:
-            worker.call(once(lambda: variables.write(machine.start())))
+            worker.call(lambda: variables.write(machine.start()))
         elif job.restored_first:
-            worker.call(once(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state"))))
-            worker.call(once(lambda: variables.write(machine.reset(variables.read()))))
+            worker.call(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state")))
+            worker.call(lambda: variables.write(machine.reset(variables.read())))
         elif job.entered:
             worker.restart(job.entered)
         variables.workers.assign(worker.comm.size)

@@ -69,6 +69,10 @@ class VariableStore:
             if whole is not None:
                 native(v).assign(whole)
 
+    def forget_unfinished(self) -> None:
+        """Drop the new values of variables that have not got all of them: a call has failed."""
+        self._pending.forget()
+
     def written(self, stretch: Stretch, anchor: tf.Tensor) -> tf.Tensor:
         own = tf.as_dtype(self._layout.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else tf.cast(tf.cast(anchor, own), anchor.dtype)
@@ -78,7 +82,12 @@ class VariableStore:
         return tf.fill([chunk.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
     def finite(self) -> tf.Tensor:
-        found = [tf.reduce_all(tf.math.is_finite(native(v).value())) for v in self._watched.values()]
+        ranks = {len(v.shape) for v in self._watched.values()}
+        axes = {rank: tf.constant(list(range(rank)), tf.int32, [rank]) for rank in ranks}  # not one per variable
+        found = [
+            tf.raw_ops.All(input=tf.math.is_finite(native(v).value()), axis=axes[len(v.shape)])
+            for v in self._watched.values()
+        ]
         return tf.reduce_all(found)
 
     def condition(self) -> Condition:

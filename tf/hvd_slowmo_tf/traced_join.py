@@ -1,4 +1,7 @@
-"""A join as one loop in a trace: a worker that is done answers the others until all are done."""
+"""A join as one loop, in a trace or without: a worker that is done answers the others until all are done.
+
+A trace costs seconds, and pays where the worker follows the others step by step; see `KerasWorker.join`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ from hvd_slowmo_tf.traced_step import TracedStep
 
 
 def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the join as a traced function: of a float64, 1 if this worker leaves for good; it returns everybody's."""
+    """Return the join as a tf.function, whose `python_function` is the join without a trace.
+
+    It takes a float64, 1 if this worker leaves for good, and returns everybody's.
+    """
 
     def join(leaving: tf.Tensor) -> tf.Tensor:
-        step.traces += 1
+        step.traces += tf.inside_function()
         worker = JoiningStep(step)
         # Micro-batches that wait for an update remain this worker's.
         waiting = step.optimizer._iterations._value % worker.calls_per_step
@@ -31,7 +37,7 @@ def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
 
 
 class JoiningStep:
-    """`hvd_slowmo.core.join.JoiningWorker` in one trace."""
+    """`hvd_slowmo.core.join.JoiningWorker` in one trace, or without any."""
 
     def __init__(self, step: TracedStep) -> None:
         self._step = step
@@ -59,7 +65,8 @@ class JoiningStep:
             self.read_progress(), attendance.rates, training=0, catch_up_from=attendance.first
         )
         self.write_progress(progress)
-        machine.runtime.ops.cond(plan.outer, step.after_outer_step, lambda: None)
+        if step.acts_after_outer_step:
+            machine.runtime.ops.cond(plan.outer, step.after_outer_step, lambda: None)
         self._move_average()
 
     def outer_step_followed(self) -> None:

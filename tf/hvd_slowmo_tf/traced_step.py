@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
@@ -19,12 +18,6 @@ from hvd_slowmo_tf.variables import OptimizerVariables
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 """A gradient for each variable that the optimizer trains; None where it has none."""
-
-
-def once(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a trace for a single call. TensorFlow would warn of the fifth tf.function that is made for one."""
-    traced: Callable[[], Any] = tf.function(work, autograph=False).get_concrete_function()
-    return traced
 
 
 def tensors_in(grads: Gradients) -> list[tf.Tensor]:
@@ -123,15 +116,16 @@ class TracedStep:
         for number, v in unsure:
             restore(number, v)
 
+    @property
+    def acts_after_outer_step(self) -> bool:
+        """Whether `after_outer_step` does anything."""
+        return self._machine.runtime.observe or bool(self._constrained)
+
     def after_outer_step(self) -> None:
         """Apply constraints and measure, on every worker that an outer step has changed."""
-        runtime = self._machine.runtime
-        # The inner step has applied the constraints; averages and momentum may lead out of them again.
-        if runtime.comm.size > 1 or runtime.config.vectors:
-            for v in self.trained:
-                if v.constraint is not None:
-                    v.assign(v.constraint(v))
-        if runtime.observe:
+        for v in self._constrained:
+            v.assign(v.constraint(v))
+        if self._machine.runtime.observe:
             self.comm.lap(self.variables.read().step)
 
     def move_average(self) -> None:
@@ -146,7 +140,7 @@ class TracedStep:
         self.traces += 1
         optimizer = self.optimizer
         # Everything waits for the gradients: with a dataset of unknown length there is a last call that has none.
-        with tf.control_dependencies(tensors_in(grads)):
+        with tf.control_dependencies([tf.group(*tensors_in(grads))]):  # one edge to each operation, not hundreds
             count = optimizer.gradient_accumulation_steps
             if count:
                 due = tf.equal((optimizer._iterations._value + 1) % count, 0)
@@ -156,6 +150,13 @@ class TracedStep:
             if optimizer.use_ema:  # after every call, as Keras, and not after every update only
                 self.move_average()
             optimizer._iterations.assign_add(1)
+
+    @property
+    def _constrained(self) -> list[keras.Variable]:
+        """Variables whose constraint averages and momentum can lead out of; the inner step has applied it."""
+        runtime = self._machine.runtime
+        changes = runtime.comm.size > 1 or bool(runtime.config.vectors)
+        return [v for v in self.trained if v.constraint is not None] if changes else []
 
     def _accumulate(self, grads: Gradients) -> None:
         for accumulator, g in zip(self.optimizer._accumulated_gradients, grads, strict=True):
@@ -172,9 +173,10 @@ class TracedStep:
         machine, variables, averages = self._machine, self.variables, self.assembly.averages
         rate = keras.ops.cast(self.optimizer._get_current_learning_rate(), "float64")
         rates = tf.fill([machine.layout.group_count], rate)  # one group here, whatever others have
+        before = variables.read()  # the inner step leaves it as it is
         if machine.runtime.comm.size == 1:  # no start has taken the first anchor
-            tf.cond(tf.equal(variables.read().step, 0), machine.take_anchor, lambda: None)
-        plan = machine.plan(variables.read())
+            tf.cond(tf.equal(before.step, 0), machine.take_anchor, lambda: None)
+        plan = machine.plan(before)
         due = averages.due(plan) if averages.ever else False
         first: tf.Tensor | int = 0
         if due is False:
@@ -184,9 +186,10 @@ class TracedStep:
             means, counts, first = self._averaged(own, rates, plan, due)
             averages.level()
             self.averaged_step(own, means, counts, rates)
-        progress = machine.after_inner_step(variables.read(), rates, catch_up_from=first, arrivals=arrivals)
+        progress = machine.after_inner_step(before, rates, catch_up_from=first, arrivals=arrivals)
         variables.write(progress)
-        self._ops.cond(plan.outer, self.after_outer_step, lambda: None)
+        if self.acts_after_outer_step:
+            self._ops.cond(plan.outer, self.after_outer_step, lambda: None)
 
     def _averaged(
         self, own: Sequence[tf.Tensor | None], rates: tf.Tensor, plan: StepPlan, due: tf.Tensor | bool

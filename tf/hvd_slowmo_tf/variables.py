@@ -66,7 +66,7 @@ class OptimizerVariables:
 
     def read(self) -> Progress:
         """Return the scalar state; in a trace."""
-        return Progress.from_flat({field: v._value.read_value() for field, v in self.scalars.items()})
+        return Progress.from_flat({field: v._value.value() for field, v in self.scalars.items()})
 
     def write(self, progress: Progress) -> None:
         """Replace the scalar state, also in a trace."""

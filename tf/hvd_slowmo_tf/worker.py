@@ -36,7 +36,7 @@ from hvd_slowmo_tf.layout import KerasLayout, VariableRef, mapped_refs, refs_of,
 from hvd_slowmo_tf.ops import TracedOps
 from hvd_slowmo_tf.store import VariableStore
 from hvd_slowmo_tf.traced_join import traced_join
-from hvd_slowmo_tf.traced_step import TracedStep, once
+from hvd_slowmo_tf.traced_step import TracedStep
 from hvd_slowmo_tf.variables import OptimizerVariables
 
 logger = logging.getLogger("hvd_slowmo")
@@ -99,7 +99,8 @@ class KerasWorker:
         self._graph: Graph | None = None
         self._variables: OptimizerVariables | None = None
         self._ops: TracedOps | None = None
-        self._join: Callable[[tf.Tensor], tf.Tensor] | None = None
+        self._store: VariableStore | None = None
+        self._join: Any = None  # a tf.function
         self._model: weakref.ref[keras.Model] | None = None
         self._model_variables: list[keras.Variable] = []
 
@@ -217,18 +218,34 @@ class KerasWorker:
             return self.step or self._assembled_alone()
 
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a traced function with collectives in it; its errors and warnings come in plain words."""
+        """Call a function with collectives in it, traced or not; its errors and warnings come in plain words."""
         assert self._ops is not None, "the workers have started"
-        return self._ops.call(traced, *arguments)
+        assert self._store is not None, "made with _ops"
+        try:
+            return self._ops.call(traced, *arguments)
+        except BaseException:
+            self._store.forget_unfinished()  # without a trace, what is half-written would be found by the next call
+            raise
 
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
-        assert self._join is not None, "made with the step"
-        leavers = self.call(self._join, tf.constant(float(leaving), tf.float64)).numpy()
+        leavers = self.call(self._join_now(), tf.constant(float(leaving), tf.float64)).numpy()
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
         self._joined = self._fingerprint()
         return left
+
+    def _join_now(self) -> Callable[[tf.Tensor], tf.Tensor]:
+        """Return the join, traced where it follows the others step by step.
+
+        Where it only meets them, once in a block, it runs operation by operation: a trace would take seconds.
+        """
+        assert self.step is not None, "made with the join"
+        assembly = self.step.assembly
+        plan = assembly.machine.plan(self.variables.now)
+        steps = assembly.graph is not None or (assembly.averages.ever and bool(assembly.averages.due(plan)))
+        found: Callable[[tf.Tensor], tf.Tensor] = self._join if steps else self._join.python_function
+        return found
 
     def restart(self, entered: Sequence[int] = ()) -> None:
         """Give all workers rank 0's parameters, and begin a block there without momentum. A collective.
@@ -237,7 +254,7 @@ class KerasWorker:
             entered: ranks of workers whose parameters were given other values, for a warning.
         """
         machine = self.ready().assembly.machine
-        self.call(once(lambda: self.variables.write(machine.restart(self.variables.read()))))
+        self.call(lambda: self.variables.write(machine.restart(self.variables.read())))
         self._joined = None
         if entered:
             logger.warning(
@@ -250,8 +267,10 @@ class KerasWorker:
 
     def given_other_values(self) -> bool:
         """Return whether the parameters differ from those that the last join left, without a step in between."""
+        if self._joined is None:
+            return False
         found = self._fingerprint()
-        return self._joined is not None and found[0] == self._joined[0] and found != self._joined
+        return found[0] == self._joined[0] and found != self._joined
 
     def forget_join(self) -> None:
         """Take the parameters as they are: a state is loaded that belongs to them."""
@@ -265,7 +284,7 @@ class KerasWorker:
     def average(self) -> None:
         """Set the model to the workers' mean. A collective."""
         machine = self.ready().assembly.machine
-        self.call(once(lambda: machine.average(self.variables.read())))
+        self.call(lambda: machine.average(self.variables.read()))
 
     def parts(self) -> OptimizerParts:
         """Return the parts that a checkpoint needs, also before the start.
@@ -321,7 +340,7 @@ class KerasWorker:
         safe = GraphSafeComm(comm, names, timed=self.observe)
         explain = comm.latch.explain if isinstance(comm, HorovodComm) else None
         self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
-        store = VariableStore(layout, self.variables.vectors, self.inner)
+        store = self._store = VariableStore(layout, self.variables.vectors, self.inner)
         scoped = ScopedComm(safe, name)
         watches = self.parameter_map is not None  # PyTorch workers tell of values from outside
         runtime = Runtime(self.config, layout.layout, self._ops, store, scoped, observe=self.observe, watches=watches)
