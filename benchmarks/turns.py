@@ -16,7 +16,7 @@ from hvd_slowmo.gossip import DPSGD, SGP
 TAU = 12
 ALONE = "no communication"  # the reference of all ratios
 MESSAGE = "the message alone"  # the message of a gossip step on the topology "exponential", without computation
-USUAL = ("ours: Local SGD", "ours: SlowMo", "ours: AR-SGD", "ours: SGP", "ours: OSGP")
+USUAL = ("ours: Local SGD", "ours: SlowMo", "ours: SlowMo, streamed", "ours: AR-SGD", "ours: SGP", "ours: OSGP")
 Step = Callable[[], None]
 
 
@@ -25,6 +25,9 @@ def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
     return {
         "ours: Local SGD": (SlowMoConfig.local_sgd(TAU), "local"),
         "ours: SlowMo": (SlowMoConfig(tau=TAU), "slowmo"),
+        "ours: SlowMo, one step late": (SlowMoConfig(tau=TAU, delay=1), "late"),
+        "ours: SlowMo, in fragments": (SlowMoConfig(tau=TAU, fragments=TAU), "fragments"),
+        "ours: SlowMo, streamed": (SlowMoConfig(tau=TAU, fragments=TAU, delay=1), "streamed"),
         "ours: AR-SGD": (SlowMoConfig.ar_sgd(), "all"),
         "ours: SGP": (SlowMoConfig.sgp(), "sgp"),
         "ours: OSGP": (SlowMoConfig.osgp(), "osgp"),

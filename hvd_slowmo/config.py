@@ -47,6 +47,8 @@ class SlowMoSettings(TypedDict, total=False):
     gradients: Gradients
     warmup_steps: int
     nonfinite: Nonfinite
+    fragments: int
+    delay: int
 
 
 def _preset(make: Preset) -> Preset:
@@ -84,6 +86,11 @@ class SlowMoConfig:
             The first block begins after them.
         nonfinite: reaction to parameters that are not finite on some worker: "raise" a ValueError on every worker, or
             "exclude" that worker from the average; it then takes the others' result.
+        fragments: number of parts, 1 .. tau, into which the parameters are dealt. Each part is exchanged once per tau
+            steps, at a step of its own, so that the peak of the traffic falls by this factor (Streaming DiLoCo, Douillard
+            et al. 2025, arXiv 2501.18512).
+        delay: number of steps, 0 .. tau, that an exchange may take, beside the training. Its result is applied exactly
+            that many steps late, and the steps trained meanwhile are kept.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of its range; the message says what was received.
@@ -108,6 +115,8 @@ class SlowMoConfig:
     gradients: Gradients = "local"
     warmup_steps: int = 0
     nonfinite: Nonfinite = "raise"
+    fragments: int = 1
+    delay: int = 0
 
     def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
         """Refuse an unknown setting; one that other libraries know by another name is told its name here."""
@@ -125,7 +134,10 @@ class SlowMoConfig:
         _one_of("gradients", self.gradients, get_args(Gradients))
         _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
         self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
+        self._set("fragments", integer("fragments", self.fragments, 1, "an integer from 1 to tau"))
+        self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
         self._check_gossip()
+        self._check_streaming()
         for warning in self._without_effect():
             warnings.warn(warning, UserWarning, stacklevel=3)
 
@@ -155,6 +167,24 @@ class SlowMoConfig:
                 "average=False exchanges nothing when a block begins: use inner_state='maintain' or 'reset'."
             )
 
+    def _check_streaming(self) -> None:
+        """Refuse fragments and delays that can't work with the other settings."""
+        received = f"fragments={self.fragments}, delay={self.delay}"
+        if self.tau is not None and max(self.fragments, self.delay) > self.tau:
+            raise ValueError(f"`fragments` and `delay` can't be greater than tau={self.tau}. Received: {received}")
+        if not self.streams:
+            return
+        if self.gossip is not None:
+            raise ValueError(
+                "fragments > 1 or delay > 0 can't work with gossip: workers that mix have no block of their own between "
+                f"two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
+            )
+        if self.inner_state == "reset":
+            raise ValueError(
+                "inner_state='reset' needs fragments=1 and delay=0: the inner state belongs to all parameters and steps "
+                f"at once. Received: {received}. Use inner_state='maintain' or 'average'."
+            )
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this stores the normalised value
 
@@ -164,7 +194,8 @@ class SlowMoConfig:
             unused = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average")
+                if f.name
+                in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average", "fragments", "delay")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:
@@ -181,13 +212,21 @@ class SlowMoConfig:
         return [f"beta=0 carries no momentum, so {' and '.join(unused)} has no effect."] if unused else []
 
     @property
+    def streams(self) -> bool:
+        """True if an outer step is taken in parts, or late."""
+        return self.fragments > 1 or self.delay > 0
+
+    @property
     def vectors(self) -> tuple[Literal["anchor", "v"], ...]:
         """Names of the vectors that the outer step keeps beside the model.
 
         Local SGD needs none, beta = 0 only the anchor.
         """
-        if self.tau is None or (self.alpha == 1 and self.beta == 0):
+        if self.tau is None:
             return ()
+        if self.alpha == 1 and self.beta == 0:
+            # An excluded worker returns to the anchors of all fragments.
+            return ("anchor",) if self.fragments > 1 and self.nonfinite == "exclude" else ()
         return ("anchor",) if self.beta == 0 else ("anchor", "v")
 
     def facts(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ KINDS = {
     "average": "moving average of the weights",
     "push": "push-sum weights and numerators",
     "sent": "messages in flight",
+    "in_flight": "values in flight",
     "progress": "position",
     "optimizer_state": "inner optimizer state",
 }
@@ -85,7 +86,7 @@ class _Collected:
     @property
     def workers_equal(self) -> bool:
         """True if all workers hold the same state: those of one framework bitwise, others up to rounding."""
-        return workers_equal(self.state.config, self.step, int(self.state.progress.since))
+        return workers_equal(self.state.config, self.state.progress)
 
 
 def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> None:

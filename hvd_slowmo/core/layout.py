@@ -112,6 +112,7 @@ class Chunk:
     start: int
     stop: int
     runs: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)  # (group, start, stop)
+    fragment: int = 0
 
     @property
     def size(self) -> int:
@@ -136,22 +137,34 @@ Stretch = Chunk | Tile
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of a model, and their chunks in the order in which they travel.
+    """All segments of a model, and their chunks in the order of the segments; see `in_turn`.
 
     Attributes:
         groups: the parameter group of each parameter, in the order of the segments.
         group_count: number of parameter groups.
+        fragments: number of sets of chunks, each of which is exchanged at steps of its own. Chunks of parameters are
+            dealt in turn, so that a fragment has parts of early and late layers; all others travel with the last one.
     """
 
     segments: tuple[Segment, ...]
     chunks: tuple[Chunk, ...]
     groups: tuple[int, ...]
     group_count: int
+    fragments: int = 1
 
     @property
     def parameter_chunks(self) -> list[Chunk]:
         """The chunks of parameters, in wire order."""
         return [chunk for chunk in self.chunks if chunk.role == "parameter"]
+
+    @cached_property
+    def in_turn(self) -> tuple[Chunk, ...]:
+        """The chunks fragment by fragment: the order in which they travel, all or those of one fragment."""
+        return tuple(sorted(self.chunks, key=lambda chunk: chunk.fragment))
+
+    def of_fragment(self, number: int) -> list[Chunk]:
+        """The chunks of a fragment, in wire order."""
+        return [chunk for chunk in self.chunks if chunk.fragment == number]
 
     @property
     def names(self) -> list[str]:
@@ -196,10 +209,12 @@ class ModelLayout(Generic[R]):
         segments = self.layout.segments
         grouped = tuple(of[id(spec)] for segment in segments if segment.role == "parameter" for spec in segment.tensors)
         stops = [chunk.stop for chunk in self.layout.chunks]
-        return replace(self, layout=_cut(segments, grouped, len(groups.own), stops))
+        return replace(self, layout=_cut(segments, grouped, len(groups.own), stops, self.layout.fragments))
 
 
-def lay_out(refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK_BYTES) -> ModelLayout[R]:
+def lay_out(
+    refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK_BYTES, fragments: int = 1
+) -> ModelLayout[R]:
     """Lay tensors end to end: those of one role, type and device together, in the order given.
 
     Parameters of different types have segments of their own, whatever their wire types: what is written back is rounded
@@ -210,6 +225,7 @@ def lay_out(refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK
         refs: the tensors; frozen ones take no part.
         groups: of the parameters among them.
         chunk_bytes: the greatest length of a message.
+        fragments: see `Layout`; messages are so short that each fragment gets one.
 
     Raises:
         ValueError: no parameter with an element.
@@ -232,18 +248,29 @@ def lay_out(refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK
     if all(segment.role != "parameter" for segment in segments):
         raise ValueError("the optimizer has no parameter with an element.")
     grouped = tuple(group for key in keys if key[0] == "parameter" for _, group in together[key])
-    stops = [
-        min(start + length, segment.size)
-        for segment in segments
-        for length in [max(1, chunk_bytes // ITEMSIZE[segment.dtype])]
-        for start in range(0, segment.size, length)
-    ]
+    stops = [stop for segment in segments for stop in _stops(segment, segments, chunk_bytes, fragments)]
     refs_by_segment = tuple(tuple(ref for ref, _ in together[key]) for key in keys)
-    return ModelLayout(_cut(segments, grouped, len(groups.own), stops), refs_by_segment)
+    return ModelLayout(_cut(segments, grouped, len(groups.own), stops, fragments), refs_by_segment)
 
 
-def _cut(segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops: Sequence[int]) -> Layout:
-    """Cut segments into chunks that end at these places within their segments."""
+def _stops(segment: Segment, segments: Sequence[Segment], chunk_bytes: int, fragments: int) -> Iterator[int]:
+    """Yield the ends of a segment's chunks."""
+    longest = max(1, chunk_bytes // ITEMSIZE[segment.dtype])
+    if fragments > 1 and segment.role == "parameter":
+        # As many chunks as the greatest length allows, rounded up so that every fragment gets the same number; then
+        # equally long ones.
+        total = sum(each.size for each in segments if each.role == "parameter")
+        number = fragments * -(-total // (longest * fragments))
+        number = min(segment.size, -(-segment.size * number // total))
+        yield from (segment.size * (place + 1) // number for place in range(number))
+        return
+    yield from (min(start + longest, segment.size) for start in range(0, segment.size, longest))
+
+
+def _cut(
+    segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops: Sequence[int], fragments: int
+) -> Layout:
+    """Cut segments into chunks that end at these places within their segments, and deal them."""
     chunks: list[Chunk] = []
     ends, numbers = iter(stops), iter(groups)
     for number, segment in enumerate(segments):
@@ -256,9 +283,11 @@ def _cut(segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops
                 for group, first, last in runs
                 if max(start, first) < min(stop, last)
             )
-            chunks.append(Chunk(len(chunks), number, segment.role, start, stop, inside))
+            # Segments of parameters stand first, so that the chunk's number deals them in turn.
+            fragment = len(chunks) % fragments if segment.role == "parameter" else fragments - 1
+            chunks.append(Chunk(len(chunks), number, segment.role, start, stop, inside, fragment))
             start = stop
-    return Layout(tuple(segments), tuple(chunks), groups, count)
+    return Layout(tuple(segments), tuple(chunks), groups, count, fragments)
 
 
 def spans(offsets: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:

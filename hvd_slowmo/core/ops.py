@@ -51,6 +51,12 @@ class Ops(Protocol):
     def cond(self, predicate: Scalar, yes: Callable[[], T], no: Callable[[], T]) -> T:
         """Return the result of one of two functions, which return scalars of the same structure and types."""
 
+    def switch(self, number: Scalar, branches: Sequence[Callable[[], T]]) -> T:
+        """Return the result of one of several functions, which return scalars of the same structure and types."""
+
+    def put(self, vector: Vector, index: int, value: Any) -> Vector:
+        """Return a copy of a vector or a table with another entry, or row."""
+
     def where(self, predicate: Any, yes: Any, no: Any) -> Any:
         """Choose element by element; both sides are computed."""
 
@@ -73,7 +79,7 @@ class Ops(Protocol):
         """Sum the products of two tensors' elements, as a float64 scalar."""
 
     def to_int(self, scalar: Scalar) -> Scalar:
-        """Return a float64 scalar with an integral value as an integer."""
+        """Return a float64 scalar with an integral value as an integer, or a vector of them."""
 
     def argmax_row(self, table: Any, column: int) -> Vector:
         """Return the first row of a table with the largest entry in a column."""
@@ -148,6 +154,14 @@ class EagerOps:
     def cond(self, predicate: Scalar, yes: Callable[[], T], no: Callable[[], T]) -> T:
         return yes() if predicate else no()
 
+    def switch(self, number: Scalar, branches: Sequence[Callable[[], T]]) -> T:
+        return branches[number]()
+
+    def put(self, vector: Vector, index: int, value: Any) -> Vector:
+        result = vector.copy()
+        result[index] = value
+        return result
+
     def where(self, predicate: Any, yes: Any, no: Any) -> Any:
         return np.where(predicate, yes, no)
 
@@ -172,7 +186,7 @@ class EagerOps:
         return float(a @ b)
 
     def to_int(self, scalar: Scalar) -> Scalar:
-        return int(scalar)
+        return int(scalar) if np.ndim(scalar) == 0 else scalar.astype(np.int64)
 
     def argmax_row(self, table: Any, column: int) -> Vector:
         return table[table[:, column].argmax()]

@@ -59,6 +59,18 @@ class TracedOps:
         result: T = tf.cond(predicate, yes, no)
         return result
 
+    def switch(self, number: Any, branches: Sequence[Callable[[], T]]) -> T:
+        if len(branches) == 1:
+            return branches[0]()
+        result: T = tf.switch_case(tf.cast(number, tf.int32), list(branches))
+        return result
+
+    def put(self, vector: tf.Tensor, index: int, value: Any) -> tf.Tensor:
+        row = tf.cast(value, vector.dtype)[None]
+        if vector.shape[0] == 1:
+            return row
+        return tf.concat([vector[:index], row, vector[index + 1 :]], 0)
+
     def where(self, predicate: Any, yes: Any, no: Any) -> tf.Tensor:
         return tf.where(predicate, tf.cast(yes, tf.float64), tf.cast(no, tf.float64))
 

@@ -77,19 +77,28 @@ class VariableStore:
         dtype = self._layout.layout.segments[chunk.segment].dtype
         return tf.fill([chunk.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
-    def finite(self) -> tf.Tensor:
+    def drop(self, chunk: Chunk) -> None:
+        """Do nothing: a trace can't free a variable."""
+
+    def finite(self, vector: str, fragment: int | None) -> tf.Tensor:
         found = [tf.reduce_all(tf.math.is_finite(native(v).value())) for v in self._watched.values()]
         return tf.reduce_all(found)
 
-    def condition(self) -> Condition:
+    def condition(self, fragment: int | None) -> Condition:
         # Keras' variables keep their form, frozen ones are not the optimizer's, and values from outside are looked for
         # when a training begins.
         return Condition(0, 0, tf.ones([len(self._layout.refs_of("parameter"))], tf.float64))
 
+    def cut(self, fragment: int | None) -> None:
+        """Do nothing: `condition` needs no notes."""
+
+    def sent_condition(self, fragment: int) -> Condition:
+        return self.condition(fragment)
+
     def hold(self, moved: Vector) -> None:
         """Do nothing: a worker of Keras moves all."""
 
-    def settle(self, equal: bool = False) -> None:
+    def settle(self, fragment: int | None = None, equal: bool = False) -> None:
         """Do nothing: `condition` needs no notes."""
 
     def reset_inner_state(self) -> None:

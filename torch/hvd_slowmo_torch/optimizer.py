@@ -353,6 +353,12 @@ class SlowMo(Outermost, Optimizer):
                 "parameters can't be added while messages are on their way or push-sum weights differ from 1. Add them "
                 "before the first step, or right after join() or an outer step."
             )
+        if self.config.fragments > 1 or any(worker.progress.flight.launched):
+            raise ValueError(
+                "parameters can't be added with fragments > 1, whose blocks they would move to other parameters, or "
+                f"while an exchange is in flight. Received: fragments={self.config.fragments}, "
+                f"delay={self.config.delay}. Construct another SlowMo, or, with one fragment, call join() first."
+            )
         add_param_group(worker, param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -389,7 +395,7 @@ class SlowMo(Outermost, Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
-            worker.settle(*slowmo_state.restore(saved, worker.store.vectors, worker.inner))
+            worker.settle(*slowmo_state.restore(saved, worker.store, worker.inner))
         worker.evaluating = saved.get("evaluating", False)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

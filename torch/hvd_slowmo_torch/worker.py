@@ -133,7 +133,7 @@ class TorchWorker:
         Args:
             notes: of the model's watch, where the position was loaded.
         """
-        self.assembly.machine.mixing.discard_in_flight()
+        self.assembly.machine.discard_in_flight()
         self.store.watch.resume(notes)
         self.progress = progress
         self.prepare()
@@ -144,7 +144,7 @@ class TorchWorker:
         Gradients have been averaged before, where the step averages them.
         """
         plan = self.assembly.machine.plan(self.progress)
-        if plan.outer or plan.mix or plan.check:
+        if plan.outer or plan.mix or plan.check or plan.lands:
             self.presence.refuse_if_left()
         rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
         self.store.watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
@@ -166,7 +166,7 @@ class TorchWorker:
                 )
         finally:
             self.prepare()
-        if self.settings.metrics and plan.outer:
+        if self.settings.metrics and (plan.lands if self.config.delay else plan.outer):
             self._measure()
         return result
 
@@ -222,6 +222,8 @@ class TorchWorker:
     @contextmanager
     def holding_mean(self) -> Iterator[None]:
         """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
+        with torch.no_grad():
+            self.progress = self.assembly.machine.complete(self.progress)
         own = {name: tensor.detach().clone() for name, tensor in self.tensors()}
         self.averaging = True
         try:
