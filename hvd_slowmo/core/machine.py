@@ -111,12 +111,7 @@ class Machine:
         """
         ops = self._ops
         now = self.plan(progress)
-        done = progress._replace(
-            step=progress.step + 1,
-            since=progress.since + 1,
-            rate_steps=progress.rate_steps + 1,
-            rate_sums=progress.rate_sums + rates,
-        )
+        done = self.count(progress, rates)
         done = ops.cond(now.begin, lambda: self._end_warmup(done, catch_up_from), lambda: done)
         # Where no meeting follows, nothing in this step can take back a message: it may leave at once.
         at_once = ops.keeps_handles and not (now.outer or now.check) and self.plan(done).mix
@@ -133,6 +128,15 @@ class Machine:
         done = ops.cond(now.outer, outer, lambda: done)
         done = ops.cond(now.check, check, lambda: done)
         return self._send_ahead(done, done.step)
+
+    def count(self, progress: Progress, rates: Vector) -> Progress:
+        """Count an inner step and its rates (G,): the whole of `after_inner_step` where the plan has no event."""
+        return progress._replace(
+            step=progress.step + 1,
+            since=progress.since + 1,
+            rate_steps=progress.rate_steps + 1,
+            rate_sums=progress.rate_sums + rates,
+        )
 
     # A join
 
