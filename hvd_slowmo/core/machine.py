@@ -55,9 +55,10 @@ class Machine:
         take_from(self.runtime, 0, ("parameter", "statistic", "optimizer_state"))
         self.take_anchor()
         self._store.settle(equal=True)
-        return self._beginning()
+        return self.initial()
 
-    def _beginning(self) -> Progress:
+    def initial(self) -> Progress:
+        """Return the scalar state before the first step."""
         ops, fragments, groups = self._ops, len(self._fragments), self.layout.group_count
         none = ops.to_int(ops.vector([0.0] * fragments))
         zeros = ops.reshape(ops.vector([0.0] * fragments * groups), (fragments, groups))
@@ -132,12 +133,7 @@ class Machine:
         """
         ops = self._ops
         now = self.plan(progress)
-        done = progress._replace(
-            step=progress.step + 1,
-            since=progress.since + 1,
-            rate_steps=progress.rate_steps + 1,
-            rate_sums=progress.rate_sums + rates,
-        )
+        done = self.count(progress, rates)
         done = ops.cond(now.begin, lambda: self._end_warmup(done, catch_up_from), lambda: done)
         # Where no meeting follows, nothing in this step can take back a message: it may leave at once.
         at_once = ops.keeps_handles and not (now.outer or now.check) and self.plan(done).mix
@@ -166,6 +162,15 @@ class Machine:
         for fragment in self.flights.in_order(progress.flight):
             progress = self._land(progress, fragment)
         return progress
+
+    def count(self, progress: Progress, rates: Vector) -> Progress:
+        """Count an inner step and its rates (G,): the whole of `after_inner_step` where the plan has no event."""
+        return progress._replace(
+            step=progress.step + 1,
+            since=progress.since + 1,
+            rate_steps=progress.rate_steps + 1,
+            rate_sums=progress.rate_sums + rates,
+        )
 
     # A join
 
@@ -200,7 +205,7 @@ class Machine:
                 return ops.cond(
                     found.weight > 0, lambda: self._mean(meeting, progress), lambda: nobody_has_steps(found)
                 )
-            # The meeting was about one fragment. The others may have steps of their own, and values that are not finite.
+            # The meeting was about one fragment. The others may have steps, and values that are not finite.
             whole = self._meetings.meet(progress, clock, replace(purpose, ledger_alone=True, fragment=None))
             some = ops.sum(ops.vector(whole.totals)) > 0
             return ops.cond(some, lambda: self._mean(whole, progress), lambda: nobody_has_steps(whole.verdict))

@@ -13,7 +13,10 @@ from hvd_slowmo.core.progress import Progress, Scalar
 
 
 class StepPlan(NamedTuple):
-    """The events of one step. Each flag is a bool, or a traced scalar bool."""
+    """The events of one step. Each flag is a bool, or a traced scalar bool.
+
+    A step without any is only counted: an adapter may ask `any(plan)` and leave out all else.
+    """
 
     average_gradients: Scalar  # before the inner step: average gradients, of the node or of all workers
     all_gradients: Scalar  # the average is over all workers

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.core.layout import ParameterGroups, lay_out
 from hvd_slowmo.core.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
+from hvd_slowmo.core.machine import Machine
 from hvd_slowmo.core.ops import EagerOps
 from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma, outer_update
 from hvd_slowmo.core.progress import Flight, Progress, PushSum
+from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import next_fragment, step_plan, steps_to_meeting, workers_equal
 from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
@@ -43,6 +45,28 @@ def test_the_schedule_is_warm_up_then_blocks_of_tau(tau, warmup):
         position %= tau
         if step + 1 >= warmup:
             assert steps_to_meeting(config, step + 1) == config.tau - position
+
+
+@given(tau=st.integers(1, 7), warmup=st.integers(0, 6))
+def test_a_step_without_an_event_is_only_counted(tau, warmup):
+    """An adapter leaves out all else then: here store and workers are nothing, so any use of them would fail."""
+    config = SlowMoConfig(tau=tau, warmup_steps=warmup)
+    refs = [Ref(TensorSpec("p", "parameter", (2,), "float64", View.same((2,)), ""))]
+    laid = lay_out(refs, ParameterGroups((0,), (0,)), 80).layout
+    machine = Machine(Runtime(config, laid, OPS, store=None, comm=None))
+    progress = machine.initial()
+    counted = 0
+    for step in range(20):
+        now = progress._replace(step=step)
+        if machine.plan(now).eventful:
+            continue
+        counted += 1
+        rates = np.array([0.1 + step])
+        progress = machine.count(now, rates)
+        for own, other in zip(progress, machine.after_inner_step(now, rates), strict=True):
+            np.testing.assert_array_equal(own, other)
+        assert (progress.step, *progress.since, *progress.rate_steps) == (step + 1, counted, counted)
+    assert counted == sum(step >= warmup and (step + 1 - warmup) % tau != 0 for step in range(20))
 
 
 def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():

@@ -30,6 +30,7 @@ from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
+from hvd_slowmo_torch.step_hooks import hooked_at_need
 from hvd_slowmo_torch.worker import Settings, TorchWorker
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class SlowMo(Outermost, Optimizer):
     def __repr__(self) -> str:
         return f"SlowMo({self.inner_optimizer!r}, {self.config!r})"
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # a graph break under torch.compile, as in the optimizers of torch.optim
+    @hooked_at_need
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one inner step, and the outer step where it is due.
 

@@ -30,8 +30,9 @@ from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.ops import EagerOps
 from hvd_slowmo.core.outer_update import Kernels
-from hvd_slowmo.core.progress import Observed, Progress
+from hvd_slowmo.core.progress import Observed, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.schedule import StepPlan
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
@@ -90,6 +91,7 @@ class TorchWorker:
     hooks: GradientHooks
     optimizer: Callable[[], Optimizer | None]  # a weak reference to the SlowMo optimizer
     progress: Progress
+    _planned: tuple[Scalar, StepPlan]  # a step for which the worker is prepared, and its plan
 
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
         self.inner, self.model, self.settings, self.config = inner, model, settings, settings.config
@@ -99,6 +101,7 @@ class TorchWorker:
         self.mixed = False
         self.averaging = False
         self.evaluating = False
+        self._usable: NDArray[np.float64] | None = None  # rates that were found so
         self._metrics: Metrics | None = None
         self._metered = (0, 0.0)  # bytes sent and seconds waited, up to the last outer step
 
@@ -125,7 +128,8 @@ class TorchWorker:
 
     def prepare(self) -> None:
         """Get ready for the coming step."""
-        self.hooks.prepare(self.assembly.machine.plan(self.progress))
+        self._planned = self.progress.step, self.assembly.machine.plan(self.progress)
+        self.hooks.prepare(self._planned[1])
 
     def settle(self, progress: Progress, notes: WatchNotes | None = None) -> None:
         """Go on from this position; the vectors have their values already.
@@ -143,27 +147,33 @@ class TorchWorker:
 
         Gradients have been averaged before, where the step averages them.
         """
-        plan = self.assembly.machine.plan(self.progress)
+        machine, averages, watch = self.assembly.machine, self.assembly.averages, self.store.watch
+        step, plan = self._planned
+        if step != self.progress.step:  # a join has moved it
+            plan = machine.plan(self.progress)
         if plan.outer or plan.mix or plan.check or plan.lands:
             self.presence.refuse_if_left()
         rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
-        self.store.watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
-        usable = usable and self.store.watch.fits
+        watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
+        usable = usable and watch.fits
         try:
-            if self.assembly.averages.ever:
+            if averages.ever and averages.of_all.entered.get():
                 with torch.no_grad():
-                    self.assembly.averages.level()
+                    averages.level()
             result = None
             if usable:
                 with inner_settings.watched(self.inner, resets=self._resets):
                     result = take_inner_step()
-            with torch.no_grad():
-                self.progress = self.assembly.machine.after_inner_step(
-                    self.progress,
-                    rates,
-                    training=int(not self.presence.joining),
-                    catch_up_from=self.hooks.catch_up_from,
-                )
+            if plan.eventful:
+                with torch.no_grad():
+                    self.progress = machine.after_inner_step(
+                        self.progress,
+                        rates,
+                        training=int(not self.presence.joining),
+                        catch_up_from=self.hooks.catch_up_from,
+                    )
+            else:  # the common step: it costs microseconds
+                self.progress = machine.count(self.progress, rates)
         finally:
             self.prepare()
         if self.settings.metrics and (plan.lands if self.config.delay else plan.outer):
@@ -183,7 +193,9 @@ class TorchWorker:
             ValueError: a rate is unusable, and nobody else will hear of it.
         """
         rates = self.presence.rates()
-        if all(abs(rate) <= _LARGEST_RATE for rate in rates.tolist()):  # NumPy takes longer for a few numbers
+        # NumPy takes longer for a few numbers.
+        if rates is self._usable or all(abs(rate) <= _LARGEST_RATE for rate in rates.tolist()):
+            self._usable = rates
             return rates, True
         unusable = ~(np.abs(rates) <= _LARGEST_RATE)
         group = int(self.presence.groups.own[int(unusable.argmax())])
