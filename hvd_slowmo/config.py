@@ -87,8 +87,8 @@ class SlowMoConfig:
         nonfinite: reaction to parameters that are not finite on some worker: "raise" a ValueError on every worker, or
             "exclude" that worker from the average; it then takes the others' result.
         fragments: number of parts, 1 .. tau, into which the parameters are dealt. Each part is exchanged once per tau
-            steps, at a step of its own, so that the peak of the traffic falls by this factor (Streaming DiLoCo, Douillard
-            et al. 2025, arXiv 2501.18512).
+            steps, at a step of its own, so that the peak of the traffic falls by this factor (Streaming DiLoCo,
+            Douillard et al. 2025, arXiv 2501.18512).
         delay: number of steps, 0 .. tau, that an exchange may take, beside the training. Its result is applied exactly
             that many steps late, and the steps trained meanwhile are kept.
 
@@ -176,13 +176,13 @@ class SlowMoConfig:
             return
         if self.gossip is not None:
             raise ValueError(
-                "fragments > 1 or delay > 0 can't work with gossip: workers that mix have no block of their own between "
-                f"two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
+                "fragments > 1 or delay > 0 can't work with gossip: workers that mix have no block of their own "
+                f"between two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
             )
         if self.inner_state == "reset":
             raise ValueError(
-                "inner_state='reset' needs fragments=1 and delay=0: the inner state belongs to all parameters and steps "
-                f"at once. Received: {received}. Use inner_state='maintain' or 'average'."
+                "inner_state='reset' needs fragments=1 and delay=0: the inner state belongs to all parameters and "
+                f"steps at once. Received: {received}. Use inner_state='maintain' or 'average'."
             )
 
     def _set(self, name: str, value: object) -> None:

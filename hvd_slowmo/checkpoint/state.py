@@ -12,7 +12,7 @@ framework/FRAMEWORK/NAME                        state that one framework alone h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,7 +65,7 @@ class WorkerState(Protocol):
     config: SlowMoConfig
     tensors: NamedTensors
     groups: dict[str, int]
-    averaged: Set[str]
+    averaged: set[str]
     rates: NDArray[np.float64]
     progress: Progress
     vectors: list[str]

@@ -346,7 +346,8 @@ class Machine:
         if meeting.exchange.purpose.late:
             kept = value + (self._store.read("model", stretch) - self._store.read("in_flight", stretch))
             if self.config.nonfinite == "exclude":
-                common, kept = value, self._ops.choose(meeting.exchange.finite == 0, lambda: common, kept)
+                common = value
+                kept = self._ops.choose(meeting.exchange.finite == 0, lambda: common, kept)
             value = kept
         self._store.write("model", stretch, value)
 

@@ -24,11 +24,14 @@ class StepPlan(NamedTuple):
     begin: Scalar  # after the inner step: the warm-up is over, the first block (if there are any) begins
     mix: Scalar = False  # after the inner step, with gossip: mix with others
     check: Scalar = False  # after that: exchange the ledger, where no outer step makes the workers meet
+    lands: Scalar = False  # after the inner step: the exchange of `delay` steps ago is applied, before `outer`
     fragment: Scalar = 0  # the fragment of the parameters that `outer` is about
-    lands: Scalar = (
-        False  # after the inner step: the exchange of `delay` steps ago is applied, before `outer` starts one
-    )
-    landing: Scalar = 0  # its fragment
+    landing: Scalar = 0  # the fragment that lands
+
+    @property
+    def eventful(self) -> bool:
+        """True if the step is more than counted; not in a trace."""
+        return any(self[:-2])
 
 
 CHECK_STEPS = 64

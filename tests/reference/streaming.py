@@ -1,4 +1,4 @@
-"""The oracle for streamed and late outer steps: Algorithm 1 per fragment of the parameters (see slowmo.py for the rest).
+"""The oracle for streamed and late outer steps: Algorithm 1 per fragment of the parameters (the rest: slowmo.py).
 
 The parameters are dealt into F fragments. Fragment f meets after steps ceil((f + 1) tau / F), modulo tau, counted from
 the end of the warm-up. An exchange that starts after step s is applied after step s + d: x <- anchor + (x - y), with y
@@ -37,7 +37,7 @@ class StreamedSnapshot:
 
 @dataclass(frozen=True, eq=False)
 class _Sent:
-    """An exchange in flight: (m, d) parameters, (m,) steps since the last one, (m, G) sums of rates, (m,) their steps."""
+    """An exchange in flight: parameters (m, d), steps since the last (m,), sums of rates (m, G), their steps (m,)."""
 
     y: Array
     since: NDArray[np.int64]
