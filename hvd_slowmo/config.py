@@ -18,6 +18,7 @@ Preset = TypeVar("Preset", bound=Callable[..., "SlowMoConfig"])
 InnerState = Literal["maintain", "reset", "average"]
 Gradients = Literal["local", "node", "all"]
 Nonfinite = Literal["raise", "exclude"]
+Bits = Literal[32, 16, 8, 4]
 
 _OTHER_NAMES = {
     "base": "gossip=SGP(...) or gossip=DPSGD(...)",
@@ -49,6 +50,7 @@ class SlowMoSettings(TypedDict, total=False):
     nonfinite: Nonfinite
     fragments: int
     delay: int
+    bits: Bits
 
 
 def _preset(make: Preset) -> Preset:
@@ -91,6 +93,9 @@ class SlowMoConfig:
             Douillard et al. 2025, arXiv 2501.18512).
         delay: number of steps, 0 .. tau, that an exchange may take, beside the training. Its result is applied exactly
             that many steps late, and the steps trained meanwhile are kept.
+        bits: precision in which the workers exchange their outer gradients: 32, 16 (bfloat16), 8 or 4. Below 32 each
+            worker keeps the error of its own rounding, and adds it to its next outer gradient (error feedback;
+            Karimireddy et al. 2019, arXiv 1901.09847). Biases, norms and statistics travel whole.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of its range; the message says what was received.
@@ -117,6 +122,7 @@ class SlowMoConfig:
     nonfinite: Nonfinite = "raise"
     fragments: int = 1
     delay: int = 0
+    bits: Bits = 32
 
     def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
         """Refuse an unknown setting; one that other libraries know by another name is told its name here."""
@@ -136,6 +142,8 @@ class SlowMoConfig:
         self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         self._set("fragments", integer("fragments", self.fragments, 1, "an integer from 1 to tau"))
         self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
+        if isinstance(self.bits, bool) or self.bits not in get_args(Bits):
+            raise ValueError(f"`bits` must be 32, 16, 8 or 4. Received: bits={self.bits!r}")
         self._check_gossip()
         self._check_streaming()
         for warning in self._without_effect():
@@ -172,14 +180,15 @@ class SlowMoConfig:
         received = f"fragments={self.fragments}, delay={self.delay}"
         if self.tau is not None and max(self.fragments, self.delay) > self.tau:
             raise ValueError(f"`fragments` and `delay` can't be greater than tau={self.tau}. Received: {received}")
-        if not self.streams:
+        if not self.streams and self.bits == 32:
             return
         if self.gossip is not None:
+            received += f", bits={self.bits}"
             raise ValueError(
-                "fragments > 1 or delay > 0 can't work with gossip: workers that mix have no block of their own "
-                f"between two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
+                "fragments > 1, delay > 0 or bits < 32 can't work with gossip: workers that mix have no block of their "
+                f"own between two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
             )
-        if self.inner_state == "reset":
+        if self.inner_state == "reset" and self.streams:
             raise ValueError(
                 "inner_state='reset' needs fragments=1 and delay=0: the inner state belongs to all parameters and "
                 f"steps at once. Received: {received}. Use inner_state='maintain' or 'average'."
@@ -195,7 +204,7 @@ class SlowMoConfig:
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
                 if f.name
-                in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average", "fragments", "delay")
+                in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average", "fragments", "delay", "bits")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:
@@ -217,13 +226,15 @@ class SlowMoConfig:
         return self.fragments > 1 or self.delay > 0
 
     @property
-    def vectors(self) -> tuple[Literal["anchor", "v"], ...]:
+    def vectors(self) -> tuple[Literal["anchor", "v", "residual"], ...]:
         """Names of the vectors that the outer step keeps beside the model.
 
-        Local SGD needs none, beta = 0 only the anchor.
+        Local SGD needs none, beta = 0 only the anchor; few bits the anchor and the residual.
         """
         if self.tau is None:
             return ()
+        if self.bits < 32:
+            return ("anchor", "residual") if self.beta == 0 else ("anchor", "v", "residual")
         if self.alpha == 1 and self.beta == 0:
             # An excluded worker returns to the anchors of all fragments.
             return ("anchor",) if self.fragments > 1 and self.nonfinite == "exclude" else ()

@@ -29,6 +29,7 @@ class Flights:
         self._meetings = meetings
         self._late = runtime.config.delay > 0
         self._begun: dict[int, Exchange] = {}  # by fragment, where an exchange can outlive a call
+        self._met: dict[int, Meeting] = {}  # those whose verdict is known already
 
     def initial(self) -> Flight:
         """Return the state with nothing in flight."""
@@ -81,6 +82,20 @@ class Flights:
         Raises:
             ValueError: on every worker, where the verdict has failed; nothing is in flight any more.
         """
+        meeting = self._met.pop(fragment, None) or self._finish(progress, fragment)
+        self._store.hold(meeting.moved)
+        return meeting
+
+    def relay(self, progress: Progress, fragment: int) -> None:
+        """Start the second phase of an exchange in few bits, so that both are hidden.
+
+        Raises:
+            ValueError: as `land`.
+        """
+        if fragment in self._begun:
+            self._met[fragment] = self._meetings.relay(self._finish(progress, fragment))
+
+    def _finish(self, progress: Progress, fragment: int) -> Meeting:
         exchange = self._begun.pop(fragment, None)
         try:
             return self._meetings.finish(exchange or self._begin(progress, fragment, training=1))
@@ -100,7 +115,8 @@ class Flights:
     def discard(self) -> None:
         """Never apply the exchanges in flight: another state takes the place of this one. Waits for nothing."""
         self._meetings.discard(self._begun.values())
-        self._begun = {}
+        self._meetings.discard_relayed(self._met.values())
+        self._begun, self._met = {}, {}
 
     def _begin(self, progress: Progress, fragment: int, training: int) -> Exchange:
         """Begin the exchange of a fragment that has been set aside, at its launch or after a resume."""

@@ -73,11 +73,17 @@ class Machine:
                 self._store.write("anchor", chunk, self._store.read("model", chunk))
 
     def begin_anew(self) -> None:
-        """Set the anchor to the model, without momentum."""
+        """Set the anchor to the model, without momentum, and owe nothing."""
         self.take_anchor()
-        if "v" in self.config.vectors:
+        self.slice_residuals.clear()
+        for vector in set(self.config.vectors) - {"anchor"}:
             for chunk in self.layout.parameter_chunks:
-                self._store.write("v", chunk, self._store.read("v", chunk) * 0)
+                self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)
+
+    @property
+    def slice_residuals(self) -> dict[int, Any]:
+        """Residuals of this worker's slices of the means in few bits, by chunk; they may be changed."""
+        return self._meetings.slice_residuals
 
     def restart(self, progress: Progress) -> Progress:
         """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
@@ -151,6 +157,8 @@ class Machine:
         def check() -> Progress:
             return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).exchange.progress
 
+        if self.config.delay > 1 and self.config.bits < 32 and now.relays:
+            self.flights.relay(done, now.relaying)
         if self.config.delay:
             done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, partial(self._land, done)), lambda: done)
         done = ops.cond(now.outer, lambda: self._of_fragment(now.fragment, outer), lambda: done)
@@ -201,11 +209,11 @@ class Machine:
         over = found.training == 0
 
         def all_done() -> Progress:
-            if len(self._fragments) == 1:
+            if len(self._fragments) == 1 and self.config.bits == 32:
                 return ops.cond(
                     found.weight > 0, lambda: self._mean(meeting, progress), lambda: nobody_has_steps(found)
                 )
-            # The meeting was about one fragment. The others may have steps, and values that are not finite.
+            # The meeting was about one fragment, or in few bits. The others may have steps, and broken values.
             whole = self._meetings.meet(progress, clock, replace(purpose, ledger_alone=True, fragment=None))
             some = ops.sum(ops.vector(whole.totals)) > 0
             return ops.cond(some, lambda: self._mean(whole, progress), lambda: nobody_has_steps(whole.verdict))

@@ -21,6 +21,7 @@ from hvd_slowmo.core.ledger import (
     Row,
     Verdict,
     clocks,
+    columns,
     entry_warning,
     error_text,
     exclusion_warning,
@@ -32,6 +33,7 @@ from hvd_slowmo.core.mixing import Mixing
 from hvd_slowmo.core.progress import Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.store import Condition
+from hvd_slowmo.core.two_phase import CodedChunk, TwoPhase
 from hvd_slowmo.wire.tensors import Role
 
 
@@ -102,6 +104,8 @@ class Meetings:
         self._slots = max(1, runtime.config.delay) if runtime.ops.keeps_handles else 1
         self._count = 0
         self._discarded: list[Exchange] = []
+        self._relays: list[CodedChunk] = []
+        self._two_phase = TwoPhase(runtime) if runtime.config.bits < 32 else None
         layout = runtime.layout
         self._chunks = {None: layout.in_turn} | {f: tuple(layout.of_fragment(f)) for f in range(layout.fragments)}
 
@@ -114,7 +118,9 @@ class Meetings:
         Raises:
             ValueError: on every worker, where the verdict has failed; nothing is written and nothing is in flight.
         """
-        return self.finish(self.begin(progress, step, purpose, self._store.condition(purpose.fragment)))
+        meeting = self.finish(self.begin(progress, step, purpose, self._store.condition(purpose.fragment)))
+        self._store.hold(meeting.moved)
+        return meeting
 
     def begin(self, progress: Progress, step: Scalar, purpose: Purpose, condition: Condition) -> Exchange:
         """Start the ledger, and the first chunk beside it, or all chunks of a late meeting."""
@@ -175,14 +181,13 @@ class Meetings:
         table = rows[:, :judged]
         moved = everything[comm.size * width :]
         # Before the verdict, so that a failed one leaves nothing in flight.
-        first = tuple(comm.wait(handle) for handle in exchange.started)
+        first = tuple(self._arrived(handle) for handle in exchange.started)
         found = verdict(ops, table, config.nonfinite)
         totals = self._totals(exchange, rows[:, judged:], table, found)
         meeting = Meeting(exchange, rows, found, moved, totals, first)
         mixes = config.gossip is not None
         words = error_text(comm.ranks, comm.name, layout.names, condition.name, mixes)
         meeting = ops.error_if(found.failed, table, words, meeting)
-        self._store.hold(meeting.moved)
         if self._runtime.watches:
             ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name, config))
         if purpose.reason == TRAINING:
@@ -192,16 +197,28 @@ class Meetings:
             ops.warn("excluded", found.counted < comm.size, table, words, always=True)
         return meeting
 
+    @property
+    def slice_residuals(self) -> dict[int, Any]:
+        """Residuals of this worker's slices, by chunk; see `TwoPhase`. They may be changed."""
+        return {} if self._two_phase is None else self._two_phase.slice_residuals
+
     def discard(self, exchanges: Iterable[Exchange]) -> None:
         """Never finish these: they are dropped when the next one begins, since their names are taken until then."""
         self._discarded += exchanges
+
+    def discard_relayed(self, meetings: Iterable[Meeting]) -> None:
+        """Do as `discard` with exchanges in their second phase."""
+        self._relays += [x for meeting in meetings for x in meeting.first if isinstance(x, CodedChunk)]
 
     def drop_discarded(self) -> None:
         """Wait for the exchanges that nobody needs any more."""
         while self._discarded:
             exchange = self._discarded.pop(0)
-            for handle in (exchange.ledger, *exchange.started):
-                self._comm.wait(handle)
+            self._comm.wait(exchange.ledger)
+            for handle in exchange.started:
+                self._arrived(handle)
+        while self._relays:
+            self._comm.wait(self._relays.pop(0).handle)
 
     def sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
         """Yield each chunk, the workers' sum of it, and the divisor of the mean; the next chunk travels meanwhile."""
@@ -209,10 +226,40 @@ class Meetings:
         arrived = list(meeting.first)[: len(chunks)]
         following = None if len(arrived) == len(chunks) or arrived else self._start_later(chunks[0], meeting)
         for number, chunk in enumerate(chunks):
-            total = arrived[number] if number < len(arrived) else self._comm.wait(following)
+            total = arrived[number] if number < len(arrived) else self._arrived(following)
             if len(arrived) <= number + 1 < len(chunks):
                 following = self._start_later(chunks[number + 1], meeting)
-            yield chunk, total, self.divisor(chunk, meeting)
+            if isinstance(total, CodedChunk):
+                yield chunk, self._decoded(total, meeting), 1.0
+            else:
+                yield chunk, total, self.divisor(chunk, meeting)
+
+    def relay(self, meeting: Meeting) -> Meeting:
+        """Start the second phase of the means in few bits, once the first is over."""
+        first = tuple(self._relayed(x, meeting) if isinstance(x, CodedChunk) else x for x in meeting.first)
+        return meeting._replace(first=first)
+
+    def _relayed(self, coded: CodedChunk, meeting: Meeting) -> CodedChunk:
+        assert self._two_phase is not None, "only it makes coded chunks"
+        weights = columns(meeting.table).weight
+        return self._two_phase.relay(coded, weights, meeting.verdict.weight)
+
+    def _decoded(self, coded: CodedChunk, meeting: Meeting) -> Any:
+        """Return the mean of a chunk that travels in few bits: the anchor minus the mean of the differences."""
+        assert self._two_phase is not None, "only it makes coded chunks"
+        if coded.rest is None:
+            coded = self._relayed(coded, meeting)
+        exchange = meeting.exchange
+        weight = exchange.weights[exchange.purpose.fragment or 0]
+        difference = self._two_phase.finish(coded, weight, exchange.finite)
+        return self._store.read("anchor", coded.chunk) - difference
+
+    def _arrived(self, handle: Any) -> Any:
+        """Return the result of a chunk's sum; of one in few bits, the first phase."""
+        if isinstance(handle, CodedChunk):
+            assert self._two_phase is not None, "only it makes coded chunks"
+            return self._two_phase.receive(handle)
+        return self._comm.wait(handle)
 
     def divisor(self, chunk: Chunk, meeting: Meeting) -> Scalar:
         """Return the sum of the workers' weights in a chunk's mean."""
@@ -235,7 +282,7 @@ class Meetings:
         plain = purpose.reason == AVERAGE or self._mixing.equal_weights
         if fragments == 1 or purpose.fragment is not None or plain:
             return (found.weight,) * fragments
-        counted = Row(*(table[:, number] for number in range(RATES))).counted
+        counted = columns(table).counted
         tau = self._runtime.config.tau or 1
         return tuple(self._ops.sum(counted * clocks[:, fragment]) / tau for fragment in range(fragments))
 
@@ -247,6 +294,9 @@ class Meetings:
         weight = exchange.counted if chunk.role == "optimizer_state" else exchange.weights[chunk.fragment]
         if fits is not True:
             weight = self._ops.cond(fits, lambda: weight * 1.0, lambda: weight * 0.0)
+        coded = self._runtime.layout.segments[chunk.segment].coded
+        if self._two_phase is not None and coded and exchange.purpose.fragment is not None:
+            return self._two_phase.start(chunk, "in_flight" if exchange.purpose.late else "model", weight)
 
         def contribution() -> Any:
             if exchange.purpose.late:

@@ -17,6 +17,11 @@ def model(chunk: int) -> str:
     return f"model.{chunk}"
 
 
+def mean(chunk: int) -> str:
+    """Return the name of the exchange of a chunk's mean in few bits, once it has been taken."""
+    return f"mean.{chunk}"
+
+
 def gradient(chunk: int) -> str:
     """Return the name of the sum of a chunk of gradients."""
     return f"gradient.{chunk}"

@@ -78,6 +78,9 @@ class Ops(Protocol):
     def dot(self, a: Any, b: Any) -> Scalar:
         """Sum the products of two tensors' elements, as a float64 scalar."""
 
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Join tensors end to end."""
+
     def to_int(self, scalar: Scalar) -> Scalar:
         """Return a float64 scalar with an integral value as an integer, or a vector of them."""
 
@@ -131,13 +134,20 @@ class EagerOps:
     Args:
         to_tensor: turns a float64 array into a tensor for the adapter's `Comm`.
         to_array: the reverse.
+        join: joins tensors end to end.
     """
 
     keeps_handles = True
 
-    def __init__(self, to_tensor: Callable[[Any], Any] = np.asarray, to_array: Callable[[Any], Any] = np.asarray):
+    def __init__(
+        self,
+        to_tensor: Callable[[Any], Any] = np.asarray,
+        to_array: Callable[[Any], Any] = np.asarray,
+        join: Callable[[Sequence[Any]], Any] = np.concatenate,
+    ) -> None:
         self._to_tensor = to_tensor
         self._to_array = to_array
+        self._join = join
         self._warned: set[Topic] = set()
 
     def cell(self, value: bool | int) -> Cell:
@@ -184,6 +194,9 @@ class EagerOps:
 
     def dot(self, a: Any, b: Any) -> Scalar:
         return float(a @ b)
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        return parts[0] if len(parts) == 1 else self._join(parts)
 
     def to_int(self, scalar: Scalar) -> Scalar:
         return int(scalar) if np.ndim(scalar) == 0 else scalar.astype(np.int64)

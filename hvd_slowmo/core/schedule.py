@@ -25,13 +25,15 @@ class StepPlan(NamedTuple):
     mix: Scalar = False  # after the inner step, with gossip: mix with others
     check: Scalar = False  # after that: exchange the ledger, where no outer step makes the workers meet
     lands: Scalar = False  # after the inner step: the exchange of `delay` steps ago is applied, before `outer`
+    relays: Scalar = False  # before that: the second phase begins of an exchange in few bits that lands later
     fragment: Scalar = 0  # the fragment of the parameters that `outer` is about
     landing: Scalar = 0  # the fragment that lands
+    relaying: Scalar = 0  # the fragment whose second phase begins
 
     @property
     def eventful(self) -> bool:
         """True if the step is more than counted; not in a trace."""
-        return any(self[:-2])
+        return any(self[:-3])
 
 
 CHECK_STEPS = 64
@@ -75,6 +77,10 @@ def _without_gossip(config: SlowMoConfig, step: Scalar) -> StepPlan:
         started = after - config.delay
         lands, landing = _due(config, started)
         plan = plan._replace(lands=lands & (started > 0), landing=landing)
+    if config.delay > 1 and config.bits < 32:
+        started = after - (config.delay + 1) // 2
+        relays, relaying = _due(config, started)
+        plan = plan._replace(relays=relays & (started > 0), relaying=relaying)
     return plan
 
 
@@ -123,4 +129,6 @@ def workers_equal(config: SlowMoConfig, progress: Progress) -> bool:
     if progress.step <= config.warmup_steps or config.gradients == "all":
         # Without the average a join makes the parameters equal, while each worker keeps an anchor and v of its own.
         return config.average or progress.step <= config.warmup_steps
+    if config.bits < 32:  # each worker owes something else
+        return False
     return config.average and not any(progress.since) and not any(progress.flight.launched)

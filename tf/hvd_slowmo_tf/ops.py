@@ -15,6 +15,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.core.ops import TOPICS, Cell, Topic
+from hvd_slowmo_tf.pieces import joined
 
 T = TypeVar("T")
 Words = Callable[[NDArray[np.float64]], str]
@@ -94,6 +95,9 @@ class TracedOps:
 
     def dot(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.tensordot(a, b, 1), tf.float64)
+
+    def joined(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        return joined(parts)
 
     def to_int(self, scalar: Any) -> tf.Tensor:
         return tf.cast(scalar, tf.int64)

@@ -396,7 +396,7 @@ class SlowMo(Outermost, Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
-            worker.settle(*slowmo_state.restore(saved, worker.store, worker.inner))
+            worker.settle(*slowmo_state.restore(saved, worker))
         worker.evaluating = saved.get("evaluating", False)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -62,7 +62,7 @@ class StartingTorchWorker:
         if self.config.inner_state == "average" and self.config.tau is not None:
             refs += state_refs(model, inner)
         self._description = Description(
-            specs, groups, lay_out(refs, groups, settings.chunk_bytes, self.config.fragments)
+            specs, groups, lay_out(refs, groups, settings.chunk_bytes, self.config.fragments, self.config.bits < 32)
         )
         check_inner_optimizer(inner, self.config)
         return self._description

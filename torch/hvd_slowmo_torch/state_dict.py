@@ -9,7 +9,6 @@ import logging
 from typing import Any
 
 import numpy as np
-from torch.optim import Optimizer
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
@@ -17,7 +16,6 @@ from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.progress import INTEGERS, Progress
 from hvd_slowmo.core.schedule import workers_equal
 from hvd_slowmo_torch import inner_settings
-from hvd_slowmo_torch.store import TorchStore
 from hvd_slowmo_torch.watch import WatchNotes
 from hvd_slowmo_torch.worker import TorchWorker
 
@@ -44,6 +42,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "parameters": _parameters(worker.assembly.machine.layout),
         "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
         "in_flight": dict(worker.store.in_flight),
+        "slice_residuals": dict(worker.assembly.machine.slice_residuals),
         "watch": worker.store.watch.notes()._asdict(),
         "evaluating": worker.evaluating,
         "inner_attributes": None if attributes is None else bytes(attributes).decode(),
@@ -88,14 +87,17 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
     return saved
 
 
-def restore(saved: dict[str, Any], store: TorchStore, inner: Optimizer) -> tuple[Progress, WatchNotes | None]:
+def restore(saved: dict[str, Any], worker: TorchWorker) -> tuple[Progress, WatchNotes | None]:
     """Load checked vectors, in place, and the inner optimizer's attributes; return scalars and the watch's notes."""
+    store, residuals = worker.store, worker.assembly.machine.slice_residuals
     text = saved.get("inner_attributes")
     attributes = None if text is None else np.frombuffer(text.encode(), dtype=np.uint8)
-    inner_settings.prepare(inner, attributes, attributes_only=True)()
+    inner_settings.prepare(worker.inner, attributes, attributes_only=True)()
     for name, tensors in store.vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
+    residuals.clear()
+    residuals.update({index: tensor.clone() for index, tensor in saved["slice_residuals"].items()})
     store.in_flight = {index: tensor.clone() for index, tensor in saved["in_flight"].items()}
     fields = saved["progress"].items()
     progress = Progress.from_flat({field: _array(field, x) for field, x in fields})

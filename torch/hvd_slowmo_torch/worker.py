@@ -35,6 +35,7 @@ from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import StepPlan
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.codec import TorchCodec
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
@@ -116,11 +117,12 @@ class TorchWorker:
         runtime = Runtime(
             self.config,
             layout.layout,
-            EagerOps(torch.from_numpy, torch.Tensor.numpy),
+            EagerOps(torch.from_numpy, torch.Tensor.numpy, lambda parts: torch.cat(list(parts))),
             self.store,
             self.comm,
             Kernels(outer_update_, divide_, _CACHED if on_cpu else None),
             self.settings.metrics,
+            codec=TorchCodec(),
         )
         self.assembly = assemble(runtime, layout, groups, graph)
         self.presence.groups = groups

@@ -43,6 +43,17 @@ class Push(NamedTuple):
     device: torch.device
 
 
+class Bytes(NamedTuple):
+    """Bytes in flight, the memory into which others' come, and their lengths by rank."""
+
+    name: str
+    work: Any
+    sent: torch.Tensor
+    came: list[torch.Tensor]
+    lengths: list[int]
+    device: torch.device
+
+
 def own_group(group: Any) -> Any:
     """Return a new process group of the same workers. A collective of these workers.
 
@@ -95,17 +106,7 @@ class DistributedComm:
         self._history = 0  # digest of the collectives so far
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:
-        self._latch.refuse_after_failure()
-        if name in self._in_flight:
-            raise RuntimeError(
-                f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
-                "wait. End this process and resume from the last checkpoint."
-            )
-        what = f"sum {name} of {x.numel()} elements {x.dtype}"
-        if not self._in_flight:
-            self._compare(what)
-        self._note(what)
-        self._in_flight.add(name)
+        self._announce(name, f"sum {name} of {x.numel()} elements {x.dtype}")
         return self._outbox.put(name, x)
 
     def start_push(self, name: str, x: torch.Tensor, shares: Any) -> Push:
@@ -121,7 +122,44 @@ class DistributedComm:
         work = self._begin(self._push_group, dist.all_to_all_single, came, sent, *splits)
         return Push(name, work, sent, came, len(x), x.device)
 
-    def wait(self, handle: Sum | Push) -> torch.Tensor:
+    def start_alltoall(self, name: str, parts: Sequence[torch.Tensor]) -> Bytes:
+        lengths = [len(part) for part in parts]
+        self._announce(name, f"alltoall {name} of {lengths} bytes")
+        sent = self._host(torch.cat(list(parts)))
+        came = torch.empty(lengths[self.rank] * self.size, dtype=torch.uint8, device=sent.device)
+        splits = [[lengths[self.rank]] * self.size, lengths]
+        work = self._begin(self._group, dist.all_to_all_single, came, sent, *splits)
+        return Bytes(name, work, sent, list(torch.split(came, splits[0])), splits[0], parts[0].device)
+
+    def start_allgather(self, name: str, x: torch.Tensor, lengths: Sequence[int]) -> Bytes:
+        self._announce(name, f"allgather {name} of {list(lengths)} bytes")
+        longest = max(lengths)  # an allgather takes one length only
+        sent = self._host(torch.nn.functional.pad(x, (0, longest - len(x))))
+        came = [torch.empty_like(sent) for _ in lengths]
+        work = self._begin(self._group, dist.all_gather, came, sent)
+        return Bytes(name, work, sent, came, list(lengths), x.device)
+
+    def _host(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cpu() if self._host_only else x
+
+    def _announce(self, name: str, what: str) -> None:
+        """Note what is about to be started, and compare it with the others' where nothing is in flight."""
+        self._latch.refuse_after_failure()
+        if name in self._in_flight:
+            raise RuntimeError(
+                f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
+                "wait. End this process and resume from the last checkpoint."
+            )
+        if not self._in_flight:
+            self._compare(what)
+        self._note(what)
+        self._in_flight.add(name)
+
+    def wait(self, handle: Sum | Push | Bytes) -> Any:
+        if isinstance(handle, Bytes):
+            self._finish(handle.work, handle.name)
+            self._in_flight.discard(handle.name)
+            return [part[:length].to(handle.device) for part, length in zip(handle.came, handle.lengths, strict=True)]
         if isinstance(handle, Push):
             self._finish(handle.work, handle.name)
             came = handle.came.view(-1, handle.length)
