@@ -3,6 +3,7 @@
 model/ENTRY                                     parameters and statistics
 anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   the vectors that SlowMo keeps beside them
 in_flight/ENTRY                                 parameters and statistics that were sent, and not averaged yet
+slice_residual/CHUNK                            what rounding this worker's slice of a mean in few bits has withheld
 progress/FIELD                                  the scalars; those of a parameter group with a value per parameter
 optimizer_state/BUFFER/ENTRY                    the inner optimizer's state
 optimizer_state/settings/FRAMEWORK              values that it changes elsewhere
@@ -59,6 +60,7 @@ class WorkerState(Protocol):
         vectors: names of the vectors kept for each trained tensor beside the model.
         graph: digest of the gossip's topology; None without gossip.
         optimizer: kind of the inner optimizer.
+        slice_residuals: by number of a chunk, as a text; `finish` takes over what has been put there.
     """
 
     framework: Framework
@@ -71,6 +73,7 @@ class WorkerState(Protocol):
     vectors: list[str]
     graph: str | None
     optimizer: OptimizerKind
+    slice_residuals: dict[str, NDArray[Any]]
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         """Return a whole tensor by its own name; bfloat16 as float32.
@@ -163,6 +166,7 @@ def collect(state: WorkerState) -> Arrays:
         if not (rest and field in PushSum._fields) and (sent or field not in Flight._fields):
             arrays[f"progress/{field}"] = _per_parameter(state, value) if field in PER_GROUP else np.asarray(value)
     arrays[LEARNING_RATE] = _per_parameter(state, state.rates)
+    arrays |= {f"slice_residual/{chunk}": value for chunk, value in state.slice_residuals.items()}
     arrays |= _collect_optimizer(state)
     return arrays | {f"framework/{state.framework}/{key}": np.asarray(x) for key, x in state.read_framework().items()}
 
@@ -196,7 +200,7 @@ def first_state(state: WorkerState, weights: Mapping[str, NDArray[Any]]) -> Arra
     for vector in state.vectors:
         for spec in specs if vector not in IN_FLIGHT else ():
             like, value = state.read(vector, spec.own), weights[f"model/{spec.name}"]
-            start = np.zeros_like(value) if vector == "v" else value
+            start = np.zeros_like(value) if vector in ("v", "residual") else value
             arrays[f"{vector}/{spec.name}"] = start.astype(like.dtype)
     for field, value in state.progress.flat().items():
         if field not in PushSum._fields + Flight._fields:
@@ -222,12 +226,14 @@ def prepare(state: WorkerState, facts: Mapping[str, Any], arrays: Mapping[str, N
     optimizer = _take_optimizer(state, facts.get("inner_optimizer", ""), left, rates)
     commit_optimizer = state.prepare_optimizer(optimizer, int(progress.step))
     framework = _take_framework(state, left)
+    residuals = {name: left.pop(name) for name in list(left) if name.startswith("slice_residual/")}
     if left:
         raise CheckpointError(f"the checkpoint holds {', '.join(sorted(left)[:3])}, which has no place in this job.")
 
     def commit() -> None:
         for vector, spec, value in writes:
             state.write(vector, spec.own, spec.view.to_own(value, state.read(vector, spec.own)))
+        state.slice_residuals = {name.split("/")[1]: value for name, value in residuals.items()}
         commit_optimizer()
         state.finish(progress, rates, framework)
 

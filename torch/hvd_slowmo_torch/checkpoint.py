@@ -96,6 +96,8 @@ class TorchWorkerState:
             real(f"param_groups[{number}]['lr']", group["lr"], lambda rate: rate >= 0, "a finite number >= 0")
         self.rates = np.array([float(inner_optimizer.param_groups[own]["lr"]) for own in assembly.groups.own])
         self.optimizer = kind_of(inner_optimizer)
+        self._residuals = assembly.machine.slice_residuals
+        self.slice_residuals = {str(chunk): array_of(value) for chunk, value in self._residuals.items()}
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         if vector == "model":
@@ -241,6 +243,8 @@ class TorchWorkerState:
                 self._sent[int(own.removeprefix("in_flight/"))].copy_(torch.tensor(value))
             elif own not in _WATCH:
                 self.write("model", own, value)
+        self._residuals.clear()
+        self._residuals.update({int(chunk): torch.tensor(value) for chunk, value in self.slice_residuals.items()})
         if self._late:
             self._store.in_flight = {
                 chunk.index: self._sent[chunk.segment][chunk.start : chunk.stop].clone()

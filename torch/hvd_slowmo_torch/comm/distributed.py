@@ -1,9 +1,10 @@
 """torch.distributed as the core's `Comm`: gloo and NCCL, which come with PyTorch.
 
 A process group matches collectives by their order, where Horovod matches them by name. Two things take the place of
-names. Every optimizer has process groups of its own, so that its exchanges can't mix with others. And whenever nothing
-is in flight, the workers compare what they are about to exchange before they start it: gloo ends the process at
-messages of different lengths, and takes any two of one length for the same.
+names. Every optimizer has process groups of its own, so that its exchanges can't mix with others. And at the beginning
+of each exchange the workers compare what they are about to start: gloo ends the process at messages of different
+lengths, and takes any two of one length for the same. Whether a collective begins an exchange follows from those that
+were started before, which are the same on all workers; what is still in flight is not.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from hvd_slowmo_torch.comm.messages import shared
 _PAUSE_S = 0.0002  # between two looks at a copy
 
 _GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
+
+_CONTINUES = {
+    *(("ledger", kind) for kind in ("model", "mean")),
+    *((first, second) for first in ("model", "mean") for second in ("model", "mean")),
+    *(("gradient", kind) for kind in ("gradient", "present")),
+}
+"""Kinds of collectives of which the second belongs to the exchange of the first."""
 
 _NAME_BYTES = 160  # of a collective in words, for an error
 
@@ -102,7 +110,9 @@ class DistributedComm:
         self._host_only = self.backend == "gloo"
         self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
         self._latch = FailureLatch("torch.distributed", dist.get_rank())
-        self._in_flight: set[str] = set()  # sums
+        self._in_flight: set[str] = set()  # names
+        self._started: set[str] = set()  # names, since the last comparison
+        self._kind = ""  # of the last one started
         self._history = 0  # digest of the collectives so far
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:
@@ -143,15 +153,19 @@ class DistributedComm:
         return x.cpu() if self._host_only else x
 
     def _announce(self, name: str, what: str) -> None:
-        """Note what is about to be started, and compare it with the others' where nothing is in flight."""
+        """Note what is about to be started, and compare it with the others' where an exchange begins."""
         self._latch.refuse_after_failure()
         if name in self._in_flight:
             raise RuntimeError(
                 f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
                 "wait. End this process and resume from the last checkpoint."
             )
-        if not self._in_flight:
+        kind = kind_of(name)
+        if name in self._started or (self._kind, kind) not in _CONTINUES:
             self._compare(what)
+            self._started = set()
+        self._kind = kind
+        self._started.add(name)
         self._note(what)
         self._in_flight.add(name)
 
@@ -176,6 +190,7 @@ class DistributedComm:
         own = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         # Lengths differ, which an allgather can't have, and often one worker alone sends much.
         lengths = self._compare(f"gather {name}", len(own))
+        self._kind, self._started = "gather", set()
         self._note(f"gather {name}")
         parts = [own if r == self.rank else torch.empty(n, dtype=torch.uint8) for r, n in enumerate(lengths)]
         works = [
@@ -246,6 +261,17 @@ class DistributedComm:
             return dist.DistNetworkError(self._latch.lost(text))
         who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
         return dist.DistNetworkError(self._latch.lost(text, f"{who} ended or was killed; look at the output there"))
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a collective by its name.
+
+    Example:
+        >>> kind_of("slowmo.model.12"), kind_of("slowmo.present")
+        ('model', 'present')
+    """
+    *_, before, last = ["", *name.split(".")]
+    return before if last.isdigit() else last
 
 
 def _digest(text: str) -> int:
