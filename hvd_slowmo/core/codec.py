@@ -7,6 +7,7 @@ Other frameworks have faster forms of these functions, which give the same bytes
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -49,16 +50,40 @@ def payload_bytes(elements: int, bits: int) -> int:
 
 
 class Codec(Protocol):
-    """Encoding of float32 vectors whose length is a multiple of the block, as flat tensors of a framework."""
+    """Encoding of float32 vectors in whole blocks, as flat tensors of a framework."""
 
-    def encode(self, g: Any, bits: int) -> Any:
-        """Return the message (uint8) for a vector: the scales of all blocks, then the values."""
+    tile: int | None
+    """Blocks to work on at a time, so that a processor's cache holds the temporaries; None: all at once."""
 
-    def decode(self, message: Any, bits: int) -> Any:
-        """Return the vector (float32) of a message."""
+    def encode(self, pieces: Iterable[Any], blocks: int, bits: int) -> Any:
+        """Return the message (uint8) for a vector of so many blocks: all scales, then all values.
+
+        Args:
+            pieces: of the vector, in order, each of `tile` blocks or, the last one, fewer.
+        """
+
+    def decode(self, message: Any, bits: int, first: int = 0, last: int | None = None) -> Any:
+        """Return blocks first .. last - 1 of the vector (float32) of a message."""
 
     def padded(self, g: Any, elements: int) -> Any:
         """Return a vector filled up with zeros to so many elements."""
+
+
+def tiles(codec: Codec, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield the blocks first .. last - 1 in tiles: the first block of each and the one behind its last.
+
+    Example:
+        >>> list(tiles(NumpyCodec(), 2, 5))
+        [(2, 5)]
+    """
+    length = codec.tile or max(1, last - first)
+    for start in range(first, last, length):
+        yield start, min(start + length, last)
+
+
+def blocks_of(message: Any, bits: int) -> int:
+    """Return the number of blocks in a message."""
+    return int(message.shape[0]) // payload_bytes(BLOCK, bits)
 
 
 class NumpyCodec:
@@ -67,17 +92,20 @@ class NumpyCodec:
     Example:
         >>> codec = NumpyCodec()
         >>> g = np.linspace(-1, 1, BLOCK, dtype=np.float32)
-        >>> message = codec.encode(g, 8)
+        >>> message = codec.encode([g], 1, 8)
         >>> len(message), bool(abs(codec.decode(message, 8) - g).max() < 1 / 254)
         (1028, True)
     """
 
-    def encode(self, g: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+    tile: int | None = None
+
+    def encode(self, pieces: Iterable[NDArray[np.float32]], blocks: int, bits: int) -> NDArray[np.uint8]:
+        g = np.concatenate([np.zeros(0, np.float32), *pieces])
         if bits == 16:
             raw = g.view(np.uint32)
             rounded = raw + 0x7FFF + ((raw >> 16) & 1)
             return (rounded >> 16).astype("<u2").view(np.uint8)
-        rows = g.reshape(-1, BLOCK)
+        rows = g.reshape(blocks, BLOCK)
         scales = np.abs(rows).max(axis=1) / np.float32(LEVELS[bits])
         scales[scales == 0] = 1
         values = np.rint(rows / scales[:, None]).astype(np.int8).reshape(-1)
@@ -88,17 +116,21 @@ class NumpyCodec:
             codes = values.view(np.uint8)
         return np.concatenate([scales.astype("<f4").view(np.uint8), codes])
 
-    def decode(self, message: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+    def decode(
+        self, message: NDArray[np.uint8], bits: int, first: int = 0, last: int | None = None
+    ) -> NDArray[np.float32]:
+        blocks = blocks_of(message, bits)
         if bits == 16:
-            return (message.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        blocks = len(message) // (4 + BLOCK * bits // 8)
-        scales = np.frombuffer(message[: 4 * blocks].tobytes(), "<f4")
-        codes = message[4 * blocks :]
-        if bits == 4:
-            values = np.stack([codes & 15, codes >> 4], axis=1).astype(np.int8) - np.int8(8)
+            whole = (message.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(blocks, BLOCK)
         else:
-            values = codes.view(np.int8)
-        result: NDArray[np.float32] = (values.reshape(-1, BLOCK) * scales[:, None]).astype(np.float32).reshape(-1)
+            scales = np.frombuffer(message[: 4 * blocks].tobytes(), "<f4")
+            codes = message[4 * blocks :]
+            if bits == 4:
+                values = np.stack([codes & 15, codes >> 4], axis=1).astype(np.int8) - np.int8(8)
+            else:
+                values = codes.view(np.int8)
+            whole = values.reshape(blocks, BLOCK) * scales[:, None]
+        result: NDArray[np.float32] = whole[first:last].astype(np.float32).reshape(-1)
         return result
 
     def padded(self, g: NDArray[np.float32], elements: int) -> NDArray[np.float32]:

@@ -245,14 +245,13 @@ class Meetings:
         return self._two_phase.relay(coded, weights, meeting.verdict.weight)
 
     def _decoded(self, coded: CodedChunk, meeting: Meeting) -> Any:
-        """Return the mean of a chunk that travels in few bits: the anchor minus the mean of the differences."""
+        """Return the workers' mean of a chunk that travels in few bits."""
         assert self._two_phase is not None, "only it makes coded chunks"
         if coded.rest is None:
             coded = self._relayed(coded, meeting)
         exchange = meeting.exchange
         weight = exchange.weights[exchange.purpose.fragment or 0]
-        difference = self._two_phase.finish(coded, weight, exchange.finite)
-        return self._store.read("anchor", coded.chunk) - difference
+        return self._two_phase.finish(coded, weight, exchange.finite)
 
     def _arrived(self, handle: Any) -> Any:
         """Return the result of a chunk's sum; of one in few bits, the first phase."""

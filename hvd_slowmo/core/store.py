@@ -36,8 +36,8 @@ class Store(Protocol):
     def written(self, stretch: Stretch, anchor: Any) -> Any:
         """Return the anchor as the parameters' own type holds it, in the wire's type; `anchor` itself where exact."""
 
-    def zeros(self, chunk: Chunk) -> Any:
-        """Return zeros like the chunk's."""
+    def zeros(self, stretch: Stretch) -> Any:
+        """Return zeros like the stretch's."""
 
     def finite(self, vector: str, fragment: int | None) -> Scalar:
         """Return whether every parameter of a fragment is finite: a bool scalar. Masks may hold infinities.

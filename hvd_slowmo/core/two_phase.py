@@ -13,12 +13,13 @@ A residual is displacement that is owed, no momentum: it neither decays nor foll
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from hvd_slowmo.core import names
-from hvd_slowmo.core.codec import BLOCK, Slices, payload_bytes
-from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.core.codec import BLOCK, Slices, payload_bytes, tiles
+from hvd_slowmo.core.layout import Chunk, Tile
 from hvd_slowmo.core.progress import Scalar
 from hvd_slowmo.core.runtime import Runtime
 
@@ -48,6 +49,7 @@ class TwoPhase:
         self._ops, self._store, self._comm, self._codec = runtime.ops, runtime.store, runtime.comm, runtime.codec
         self._bits = runtime.config.bits
         self.slice_residuals: dict[int, Any] = {}
+        self._memory: dict[tuple[int, int], Any] = {}  # of results, by segment and length: each is used up at once
 
     def start(self, chunk: Chunk, vector: str, weight: Scalar) -> CodedChunk:
         """Start the first phase.
@@ -57,9 +59,14 @@ class TwoPhase:
             weight: this worker's; where it is 0 it sends zeros.
         """
         slices = self._slices(chunk)
-        g = self._ops.choose(weight == 0, lambda: self._nothing(chunk), self._owed(chunk, vector))
+
+        def pieces(first: int, last: int) -> Iterator[Any]:
+            for start, stop in tiles(self._codec, first, last):
+                g = self._owed(chunk, vector, start, stop)
+                yield self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
+
         spans = [slices.span(rank) for rank in range(self._comm.size)]
-        parts = [self._codec.encode(g[first * BLOCK : last * BLOCK], self._bits) for first, last in spans]
+        parts = [self._codec.encode(pieces(first, last), last - first, self._bits) for first, last in spans]
         return CodedChunk(chunk, vector, parts, self._comm.start_alltoall(names.model(chunk.index), parts))
 
     def receive(self, coded: CodedChunk) -> CodedChunk:
@@ -73,43 +80,78 @@ class TwoPhase:
             weights: of all workers, by rank.
             total: their sum.
         """
-        slices, mean = self._slices(coded.chunk), None
-        for rank, message in enumerate(coded.received):
-            values = self._codec.decode(message, self._bits)
-            part = values * self._ops.cast_like(weights[rank], values)
-            mean = part if mean is None else mean + part
-        mean = mean / self._ops.cast_like(total, mean)
-        if coded.chunk.index in self.slice_residuals:
-            mean = mean + self.slice_residuals[coded.chunk.index]
-        message = self._codec.encode(mean, self._bits)
+        slices, residual = self._slices(coded.chunk), self.slice_residuals.get(coded.chunk.index)
+        blocks = slices.elements(self._comm.rank) // BLOCK
+        mean = list(self._mean(coded, weights, total, residual, blocks))
+        message = self._codec.encode(mean, blocks, self._bits)
         lengths = [payload_bytes(slices.elements(rank), self._bits) for rank in range(self._comm.size)]
         handle = self._comm.start_allgather(names.mean(coded.chunk.index), message, lengths)
-        return coded._replace(handle=handle, received=(), rest=mean - self._codec.decode(message, self._bits))
+        rests = [
+            part - self._codec.decode(message, self._bits, *tile)
+            for part, tile in zip(mean, tiles(self._codec, 0, blocks), strict=True)
+        ]
+        rest = self._ops.joined(rests or [self._store.zeros(coded.chunk)[:0]])
+        return coded._replace(handle=handle, received=(), rest=rest)
+
+    def _mean(self, coded: CodedChunk, weights: Any, total: Scalar, residual: Any, blocks: int) -> Iterator[Any]:
+        """Yield the tiles of this worker's slice of the mean, R."""
+        for start, stop in tiles(self._codec, 0, blocks):
+            mean = None
+            for rank, message in enumerate(coded.received):
+                values = self._codec.decode(message, self._bits, start, stop)
+                part = values * self._ops.cast_like(weights[rank], values)
+                mean = part if mean is None else mean + part
+            mean = mean / self._ops.cast_like(total, mean)
+            yield mean if residual is None else mean + residual[start * BLOCK : stop * BLOCK]
 
     def finish(self, coded: CodedChunk, weight: Scalar, finite: Scalar) -> Any:
-        """Wait for the second phase, write the residuals, and return the mean of the differences.
+        """Wait for the second phase, write the residuals, and return the workers' mean: the anchor minus Delta.
 
         Args:
             weight, finite: of this worker: what it owes stays where it weighs nothing, and is forgotten where its
                 values were not finite.
         """
         chunk, store, ops = coded.chunk, self._store, self._ops
-        means = self._comm.wait(coded.handle)
+        slices, means = self._slices(chunk), self._comm.wait(coded.handle)
         self.slice_residuals[chunk.index] = coded.rest
-        sent = self._ops.joined([self._codec.decode(part, self._bits) for part in coded.parts])
-        owed = (self._owed(chunk, coded.vector) - sent)[: chunk.size]
-        residual = ops.choose(weight == 0, lambda: store.read("residual", chunk), owed)
-        store.write("residual", chunk, ops.choose(finite == 0, lambda: store.zeros(chunk), residual))
-        return ops.joined([self._codec.decode(mean, self._bits) for mean in means])[: chunk.size]
+
+        def pieces() -> Iterator[Any]:
+            for rank in range(self._comm.size):
+                begin, end = slices.span(rank)
+                for start, stop in tiles(self._codec, begin, end):
+                    stretch = self._stretch(chunk, start, stop)
+                    within = (start - begin, stop - begin)
+                    sent = self._codec.decode(coded.parts[rank], self._bits, *within)
+                    owed = (self._owed(chunk, coded.vector, start, stop) - sent)[: stretch.size]
+                    residual = store.read("residual", stretch)
+                    owed = ops.choose(weight == 0, partial(_same, residual), owed)
+                    store.write("residual", stretch, ops.choose(finite == 0, partial(store.zeros, stretch), owed))
+                    delta = self._codec.decode(means[rank], self._bits, *within)[: stretch.size]
+                    yield store.read("anchor", stretch) - delta
+
+        key = (chunk.segment, chunk.size)
+        if key not in self._memory:
+            self._memory[key] = store.zeros(chunk) * 1
+        return ops.assembled(self._memory[key], pieces())
 
     def _slices(self, chunk: Chunk) -> Slices:
         return Slices(chunk.size, self._comm.size)
 
-    def _owed(self, chunk: Chunk, vector: str) -> Any:
-        """Return g, filled up to whole blocks."""
-        store = self._store
-        g = (store.read("anchor", chunk) - store.read(vector, chunk)) + store.read("residual", chunk)
-        return self._codec.padded(g, self._slices(chunk).blocks * BLOCK)
+    def _stretch(self, chunk: Chunk, start: int, stop: int) -> Tile:
+        """Return these blocks of a chunk."""
+        begin, end = chunk.start + start * BLOCK, min(chunk.start + stop * BLOCK, chunk.stop)
+        return Tile(chunk.index, chunk.segment, chunk.role, begin, end, group=0)
 
-    def _nothing(self, chunk: Chunk) -> Any:
-        return self._codec.padded(self._store.zeros(chunk), self._slices(chunk).blocks * BLOCK)
+    def _owed(self, chunk: Chunk, vector: str, start: int, stop: int) -> Any:
+        """Return these blocks of g."""
+        store, stretch = self._store, self._stretch(chunk, start, stop)
+        g = (store.read("anchor", stretch) - store.read(vector, stretch)) + store.read("residual", stretch)
+        return self._codec.padded(g, (stop - start) * BLOCK)
+
+    def _nothing(self, chunk: Chunk, start: int, stop: int) -> Any:
+        """Return zeros in the place of these blocks, whatever the values are."""
+        return self._codec.padded(self._store.zeros(self._stretch(chunk, start, stop)), (stop - start) * BLOCK)
+
+
+def _same(x: Any) -> Any:
+    return x

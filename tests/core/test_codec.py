@@ -24,21 +24,25 @@ def vector(blocks, seed):
 
 @pytest.mark.parametrize("bits", BITS)
 @settings(max_examples=20, deadline=None)
-@given(blocks=st.integers(0, 300), seed=st.integers(0, 1000))
-def test_frameworks_have_the_same_bytes_and_values(bits, blocks, seed):
+@given(blocks=st.integers(0, 300), seed=st.integers(0, 1000), tile=st.sampled_from([None, 1, 7, 64]))
+def test_frameworks_have_the_same_bytes_and_values(bits, blocks, seed, tile):
     g = vector(blocks, seed)
-    mine, other = NumpyCodec().encode(g, bits), TorchCodec().encode(torch.from_numpy(g), bits)
+    mine = NumpyCodec().encode([g], blocks, bits)
+    other = TorchCodec(tile).encode(torch.from_numpy(g).split((tile or max(1, blocks)) * BLOCK), blocks, bits)
     assert len(mine) == payload_bytes(len(g), bits)
     assert np.array_equal(mine, other.numpy())
     decoded = NumpyCodec().decode(mine, bits)
     assert np.array_equal(decoded.view(np.uint32), TorchCodec().decode(other, bits).numpy().view(np.uint32))
     assert np.array_equal(decoded, rounded(g, bits))
+    first, last = blocks // 3, blocks // 2
+    part = TorchCodec().decode(other, bits, first, last).numpy()
+    assert np.array_equal(part, decoded[first * BLOCK : last * BLOCK])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_value_is_off_by_half_a_level_at_most(bits):
     g = vector(50, 1)
-    error = np.abs(NumpyCodec().decode(NumpyCodec().encode(g, bits), bits) - g).reshape(-1, BLOCK)
+    error = np.abs(NumpyCodec().decode(NumpyCodec().encode([g], 50, bits), bits) - g).reshape(-1, BLOCK)
     level = np.abs(g).reshape(-1, BLOCK).max(axis=1, keepdims=True) / LEVELS[bits]
     assert (error <= level * 0.5000001).all()
 

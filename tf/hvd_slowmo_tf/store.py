@@ -73,9 +73,9 @@ class VariableStore:
         own = tf.as_dtype(self._layout.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else tf.cast(tf.cast(anchor, own), anchor.dtype)
 
-    def zeros(self, chunk: Chunk) -> tf.Tensor:
-        dtype = self._layout.layout.segments[chunk.segment].dtype
-        return tf.fill([chunk.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
+    def zeros(self, stretch: Stretch) -> tf.Tensor:
+        dtype = self._layout.layout.segments[stretch.segment].dtype
+        return tf.fill([stretch.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
     def drop(self, chunk: Chunk) -> None:
         """Do nothing: a trace can't free a variable."""

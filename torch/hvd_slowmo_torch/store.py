@@ -165,8 +165,8 @@ class TorchStore:
         own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
-    def zeros(self, chunk: Chunk) -> torch.Tensor:
-        return self._stage(chunk).zero_()  # in place of the stretch that would be read there
+    def zeros(self, stretch: Stretch) -> torch.Tensor:
+        return self._stage(stretch).zero_()  # in place of the stretch that would be read there
 
     def finite(self, vector: str, fragment: int | None) -> bool:
         by_device: dict[torch.device, list[torch.Tensor]] = {}
