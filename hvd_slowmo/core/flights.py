@@ -51,15 +51,9 @@ class Flights:
         condition = store.condition(fragment)
         store.cut(fragment)
 
-        def set_aside() -> None:
-            for chunk in self._runtime.layout.of_fragment(fragment):
-                store.write("in_flight", chunk, store.read("model", chunk))
-
-        def set_zeros_aside() -> None:  # of a model of another form: the verdict will refuse it
-            for chunk in self._runtime.layout.of_fragment(fragment):
-                store.write("in_flight", chunk, store.zeros(chunk))
-
-        ops.cond(condition.misfit == 0, set_aside, set_zeros_aside)
+        for chunk in self._runtime.layout.of_fragment(fragment):
+            # A model of another form is not looked at: the verdict will refuse it.
+            store.set_aside(chunk, zeros=condition.misfit != 0)
         flight = Flight(
             launched=ops.put(progress.flight.launched, fragment, progress.step),
             sent_since=ops.put(progress.flight.sent_since, fragment, progress.since[fragment]),

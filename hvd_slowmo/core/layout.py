@@ -128,6 +128,11 @@ class Chunk:
                 stop = min(start + (length or last - first), last)
                 yield Tile(self.index, self.segment, self.role, start, stop, group)
 
+    def part(self, start: int, stop: int) -> Chunk:
+        """Return elements start .. stop - 1 of the segment, which are within this chunk, as a chunk of that number."""
+        clipped = tuple((group, max(start, first), min(stop, last)) for group, first, last in self.runs)
+        return replace(self, start=start, stop=stop, runs=tuple(run for run in clipped if run[1] < run[2]))
+
     def cut(self, values: Any, tile: Tile) -> Any:
         """Return those of this chunk's values that belong to a tile of it."""
         return values[tile.start - self.start : tile.stop - self.start]

@@ -42,7 +42,7 @@ class Machine:
         self.config, self.layout = runtime.config, runtime.layout
         self._ops, self._store, self._comm = runtime.ops, runtime.store, runtime.comm
         # Elements to update at once, so that a processor's cache holds the temporaries.
-        self._tiles = [tuple(chunk.tiles(runtime.kernels.tile)) for chunk in runtime.layout.chunks]
+        self._tiles: dict[tuple[int, int, int], tuple[Tile, ...]] = {}  # by chunk, start and stop
         self.mixing = mixing_of(graph, runtime)
         self._meetings = Meetings(runtime, self.mixing)
         self.flights = Flights(runtime, self._meetings)
@@ -339,7 +339,7 @@ class Machine:
                 total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
                 observer.chunk(chunk, total, "in_flight" if purpose.late else "model")
             if chunk.role == "parameter" and self.config.vectors:
-                for tile in self._tiles[chunk.index]:
+                for tile in self._tiles_of(chunk):
                     self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients, meeting)
             else:
                 self._move_to(chunk, divide(total, divisor), meeting)
@@ -348,6 +348,12 @@ class Machine:
         done = self._without_excluded(meeting, progress)
         done = self._block_done(done, purpose.fragment, gamma, observer.completed(meeting), purpose.late)
         return done if purpose.late else done._replace(since=ops.put(done.since, purpose.fragment, 0))
+
+    def _tiles_of(self, chunk: Chunk) -> tuple[Tile, ...]:
+        key = (chunk.index, chunk.start, chunk.stop)
+        if key not in self._tiles:
+            self._tiles[key] = tuple(chunk.tiles(self.runtime.kernels.tile))
+        return self._tiles[key]
 
     def _move_to(self, stretch: Stretch, value: Any, meeting: Meeting) -> None:
         """Set the model to a common value, and keep what this worker has trained since it sent its own."""
@@ -368,7 +374,7 @@ class Machine:
         for chunk in self.layout.parameter_chunks if self.config.vectors else ():
             if self.runtime.observe:  # there is no mean: measured from the own parameters
                 observer.chunk(chunk, self._store.read("model", chunk))
-            for tile in self._tiles[chunk.index]:
+            for tile in self._tiles_of(chunk):
                 z = self._update(tile, self._store.read("model", tile), coefficients, meeting)
                 self.mixing.follow_outer_step(tile, z, progress.mixing)
         self._store.settle()

@@ -221,7 +221,10 @@ class Meetings:
             self._comm.wait(self._relays.pop(0).handle)
 
     def sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
-        """Yield each chunk, the workers' sum of it, and the divisor of the mean; the next chunk travels meanwhile."""
+        """Yield each chunk, the workers' sum of it, and the divisor of the mean; the next chunk travels meanwhile.
+
+        Chunks in few bits come in parts.
+        """
         chunks = [chunk for chunk in self._chunks[meeting.exchange.purpose.fragment] if chunk.role in roles]
         arrived = list(meeting.first)[: len(chunks)]
         following = None if len(arrived) == len(chunks) or arrived else self._start_later(chunks[0], meeting)
@@ -230,7 +233,7 @@ class Meetings:
             if len(arrived) <= number + 1 < len(chunks):
                 following = self._start_later(chunks[number + 1], meeting)
             if isinstance(total, CodedChunk):
-                yield chunk, self._decoded(total, meeting), 1.0
+                yield from ((part, mean, 1.0) for part, mean in self._decoded(total, meeting))
             else:
                 yield chunk, total, self.divisor(chunk, meeting)
 
@@ -244,8 +247,8 @@ class Meetings:
         weights = columns(meeting.table).weight
         return self._two_phase.relay(coded, weights, meeting.verdict.weight)
 
-    def _decoded(self, coded: CodedChunk, meeting: Meeting) -> Any:
-        """Return the workers' mean of a chunk that travels in few bits."""
+    def _decoded(self, coded: CodedChunk, meeting: Meeting) -> Iterator[tuple[Chunk, Any]]:
+        """Yield the workers' mean of a chunk that travels in few bits, in parts."""
         assert self._two_phase is not None, "only it makes coded chunks"
         if coded.rest is None:
             coded = self._relayed(coded, meeting)

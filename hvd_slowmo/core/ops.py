@@ -6,7 +6,7 @@ Every decision that depends on data goes through these, so the state machine is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -77,9 +77,6 @@ class Ops(Protocol):
 
     def dot(self, a: Any, b: Any) -> Scalar:
         """Sum the products of two tensors' elements, as a float64 scalar."""
-
-    def assembled(self, memory: Any, parts: Iterable[Any]) -> Any:
-        """Join tensors end to end, in this memory where tensors have some; each part is used up before the next."""
 
     def joined(self, parts: Sequence[Any]) -> Any:
         """Join tensors end to end."""
@@ -197,13 +194,6 @@ class EagerOps:
 
     def dot(self, a: Any, b: Any) -> Scalar:
         return float(a @ b)
-
-    def assembled(self, memory: Any, parts: Iterable[Any]) -> Any:
-        start = 0
-        for part in parts:
-            memory[start : start + len(part)] = part
-            start += len(part)
-        return memory
 
     def joined(self, parts: Sequence[Any]) -> Any:
         return parts[0] if len(parts) == 1 else self._join(parts)

@@ -28,7 +28,10 @@ class Store(Protocol):
         """
 
     def write(self, vector: str, stretch: Stretch, value: Any) -> None:
-        """Set that stretch; `value` is not kept. Of "in_flight" whole chunks are written, and kept until `drop`."""
+        """Set that stretch; `value` is not kept."""
+
+    def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
+        """Copy a chunk of "model", or zeros, to "in_flight", where it is until `drop`."""
 
     def drop(self, chunk: Chunk) -> None:
         """Free a chunk of "in_flight"."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from hvd_slowmo.core import names
 from hvd_slowmo.core.codec import BLOCK, Slices, payload_bytes, tiles
-from hvd_slowmo.core.layout import Chunk, Tile
+from hvd_slowmo.core.layout import Chunk
 from hvd_slowmo.core.progress import Scalar
 from hvd_slowmo.core.runtime import Runtime
 
@@ -49,7 +49,7 @@ class TwoPhase:
         self._ops, self._store, self._comm, self._codec = runtime.ops, runtime.store, runtime.comm, runtime.codec
         self._bits = runtime.config.bits
         self.slice_residuals: dict[int, Any] = {}
-        self._memory: dict[tuple[int, int], Any] = {}  # of results, by segment and length: each is used up at once
+        self._parts: dict[tuple[int, int, int], Chunk] = {}
 
     def start(self, chunk: Chunk, vector: str, weight: Scalar) -> CodedChunk:
         """Start the first phase.
@@ -104,8 +104,10 @@ class TwoPhase:
             mean = mean / self._ops.cast_like(total, mean)
             yield mean if residual is None else mean + residual[start * BLOCK : stop * BLOCK]
 
-    def finish(self, coded: CodedChunk, weight: Scalar, finite: Scalar) -> Any:
-        """Wait for the second phase, write the residuals, and return the workers' mean: the anchor minus Delta.
+    def finish(self, coded: CodedChunk, weight: Scalar, finite: Scalar) -> Iterator[tuple[Chunk, Any]]:
+        """Wait for the second phase, write the residuals, and yield parts of the chunk with the workers' mean.
+
+        The mean is the anchor minus Delta. A part is used up before the next, while a core's cache holds it.
 
         Args:
             weight, finite: of this worker: what it owes stays where it weighs nothing, and is forgotten where its
@@ -115,42 +117,38 @@ class TwoPhase:
         slices, means = self._slices(chunk), self._comm.wait(coded.handle)
         self.slice_residuals[chunk.index] = coded.rest
 
-        def pieces() -> Iterator[Any]:
-            for rank in range(self._comm.size):
-                begin, end = slices.span(rank)
-                for start, stop in tiles(self._codec, begin, end):
-                    stretch = self._stretch(chunk, start, stop)
-                    within = (start - begin, stop - begin)
-                    sent = self._codec.decode(coded.parts[rank], self._bits, *within)
-                    owed = (self._owed(chunk, coded.vector, start, stop) - sent)[: stretch.size]
-                    residual = store.read("residual", stretch)
-                    owed = ops.choose(weight == 0, partial(_same, residual), owed)
-                    store.write("residual", stretch, ops.choose(finite == 0, partial(store.zeros, stretch), owed))
-                    delta = self._codec.decode(means[rank], self._bits, *within)[: stretch.size]
-                    yield store.read("anchor", stretch) - delta
-
-        key = (chunk.segment, chunk.size)
-        if key not in self._memory:
-            self._memory[key] = store.zeros(chunk) * 1
-        return ops.assembled(self._memory[key], pieces())
+        for rank in range(self._comm.size):
+            begin, end = slices.span(rank)
+            for start, stop in tiles(self._codec, begin, end):
+                part, within = self._part(chunk, start, stop), (start - begin, stop - begin)
+                sent = self._codec.decode(coded.parts[rank], self._bits, *within)
+                owed = (self._owed(chunk, coded.vector, start, stop) - sent)[: part.size]
+                residual = store.read("residual", part)
+                owed = ops.choose(weight == 0, partial(_same, residual), owed)
+                store.write("residual", part, ops.choose(finite == 0, partial(store.zeros, part), owed))
+                delta = self._codec.decode(means[rank], self._bits, *within)[: part.size]
+                yield part, store.read("anchor", part) - delta
 
     def _slices(self, chunk: Chunk) -> Slices:
         return Slices(chunk.size, self._comm.size)
 
-    def _stretch(self, chunk: Chunk, start: int, stop: int) -> Tile:
+    def _part(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         """Return these blocks of a chunk."""
-        begin, end = chunk.start + start * BLOCK, min(chunk.start + stop * BLOCK, chunk.stop)
-        return Tile(chunk.index, chunk.segment, chunk.role, begin, end, group=0)
+        key = (chunk.index, start, stop)
+        if key not in self._parts:
+            begin, end = chunk.start + start * BLOCK, min(chunk.start + stop * BLOCK, chunk.stop)
+            self._parts[key] = chunk.part(begin, end)
+        return self._parts[key]
 
     def _owed(self, chunk: Chunk, vector: str, start: int, stop: int) -> Any:
         """Return these blocks of g."""
-        store, stretch = self._store, self._stretch(chunk, start, stop)
-        g = (store.read("anchor", stretch) - store.read(vector, stretch)) + store.read("residual", stretch)
+        store, part = self._store, self._part(chunk, start, stop)
+        g = (store.read("anchor", part) - store.read(vector, part)) + store.read("residual", part)
         return self._codec.padded(g, (stop - start) * BLOCK)
 
     def _nothing(self, chunk: Chunk, start: int, stop: int) -> Any:
         """Return zeros in the place of these blocks, whatever the values are."""
-        return self._codec.padded(self._store.zeros(self._stretch(chunk, start, stop)), (stop - start) * BLOCK)
+        return self._codec.padded(self._store.zeros(self._part(chunk, start, stop)), (stop - start) * BLOCK)
 
 
 def _same(x: Any) -> Any:

@@ -7,7 +7,7 @@ Python runs again: by `TracedOps.call`, around every call of a traced function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -95,9 +95,6 @@ class TracedOps:
 
     def dot(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.tensordot(a, b, 1), tf.float64)
-
-    def assembled(self, memory: tf.Tensor, parts: Iterable[tf.Tensor]) -> tf.Tensor:
-        return joined(list(parts))
 
     def joined(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
         return joined(parts)

@@ -77,8 +77,11 @@ class VariableStore:
         dtype = self._layout.layout.segments[stretch.segment].dtype
         return tf.fill([stretch.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
+    def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
+        raise NotImplementedError("late exchanges are refused before")
+
     def drop(self, chunk: Chunk) -> None:
-        """Do nothing: a trace can't free a variable."""
+        raise NotImplementedError("late exchanges are refused before")
 
     def finite(self, vector: str, fragment: int | None) -> tf.Tensor:
         found = [tf.reduce_all(tf.math.is_finite(native(v).value())) for v in self._watched.values()]

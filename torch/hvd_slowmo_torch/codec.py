@@ -16,7 +16,7 @@ class TorchCodec:
         tile: blocks to work on at a time.
     """
 
-    def __init__(self, tile: int | None = 64) -> None:
+    def __init__(self, tile: int | None = 256) -> None:
         self.tile = tile
 
     def encode(self, pieces: Iterable[torch.Tensor], blocks: int, bits: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ class TorchCodec:
             codes[first:last].view(torch.int8).copy_(q)
             return
         # Two values as one number, low + 16 high, which float32 holds exactly: bytes need no shifts then.
-        pairs = q.add_(8).view(len(rows), -1, 2)
+        pairs = q.add_(8).view(len(rows), BLOCK // 2, 2)
         codes[first:last] = torch.add(pairs[:, :, 0], pairs[:, :, 1], alpha=16)
 
     def decode(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> torch.Tensor:

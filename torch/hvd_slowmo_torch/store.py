@@ -135,8 +135,6 @@ class TorchStore:
             flat = self._flat(vector, stretch)
             if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
                 flat.copy_(value)
-        elif vector == "in_flight":
-            self.in_flight[stretch.index] = value.clone()
         elif stretch.role == "parameter":
             if self.watch.fits:
                 self._pieces.scatter(stretch, value, self._unheld)
@@ -149,6 +147,11 @@ class TorchStore:
                 for estimate in self._noise:
                     estimate()
                 self._noise.clear()
+
+    def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
+        segment = self.layout.segments[chunk.segment]
+        flat = torch.empty(chunk.size, dtype=getattr(torch, segment.dtype), device=segment.device)
+        self.in_flight[chunk.index] = flat.zero_() if zeros else self._pieces.gather(chunk, flat, torch.Tensor.detach)
 
     def drop(self, chunk: Chunk) -> None:
         del self.in_flight[chunk.index]
