@@ -330,6 +330,33 @@ class SlowMoConfig:
 
     @classmethod
     @_preset
+    def streaming(cls, tau: int, **settings: Any) -> SlowMoConfig:
+        """Return SlowMo for a slow network: a part of the parameters at every step, two steps late, in 8 bits.
+
+        Example:
+            >>> config = SlowMoConfig.streaming(tau=12)
+            >>> config.fragments, config.delay, config.bits
+            (12, 2, 8)
+        """
+        return cls(**{"tau": tau, **_streamed(tau), **settings})
+
+    @classmethod
+    @_preset
+    def streaming_diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
+        """Return DiLoCo in parts, two steps late and in 8 bits, as Streaming DiLoCo (Douillard et al. 2025).
+
+        There the parts are groups of layers and travel in 4 bits; the workers mix the late result with their own
+        parameters, where here they keep all that they have trained meanwhile.
+
+        Example:
+            >>> config = SlowMoConfig.streaming_diloco(tau=100, fragments=20)
+            >>> config.alpha, config.beta, config.fragments
+            (0.7, 0.9, 20)
+        """
+        return cls.diloco(**{"tau": tau, **_streamed(tau), **settings})
+
+    @classmethod
+    @_preset
     def sgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
         """Return stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo.
 
@@ -375,6 +402,10 @@ class SlowMoConfig:
             'all'
         """
         return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
+
+
+def _streamed(tau: int) -> dict[str, Any]:
+    return {"fragments": tau, "delay": min(tau, 2) if isinstance(tau, int) else 2, "bits": 8}
 
 
 def _check_flag(name: str, value: object) -> None:
