@@ -16,7 +16,8 @@ from hvd_slowmo.gossip import DPSGD, SGP
 TAU = 12
 ALONE = "no communication"  # the reference of all ratios
 MESSAGE = "the message alone"  # the message of a gossip step on the topology "exponential", without computation
-USUAL = ("ours: Local SGD", "ours: SlowMo", "ours: AR-SGD", "ours: SGP", "ours: OSGP")
+USUAL = ("ours: Local SGD", "ours: SlowMo", "ours: SlowMo, streamed", "ours: AR-SGD", "ours: SGP", "ours: OSGP")
+_DRAIN_S = 0.5  # after a turn: a fragment in flight arrives before another method is measured
 Step = Callable[[], None]
 
 
@@ -25,6 +26,12 @@ def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
     return {
         "ours: Local SGD": (SlowMoConfig.local_sgd(TAU), "local"),
         "ours: SlowMo": (SlowMoConfig(tau=TAU), "slowmo"),
+        "ours: SlowMo, one step late": (SlowMoConfig(tau=TAU, delay=1), "late"),
+        "ours: SlowMo, in fragments": (SlowMoConfig(tau=TAU, fragments=TAU), "fragments"),
+        "ours: SlowMo, streamed": (SlowMoConfig(tau=TAU, fragments=TAU, delay=1), "streamed"),
+        "ours: SlowMo, streamed, 8 bits": (SlowMoConfig(tau=TAU, fragments=TAU, delay=2, bits=8), "eight"),
+        "ours: SlowMo, streamed, 4 bits": (SlowMoConfig(tau=TAU, fragments=TAU, delay=2, bits=4), "four"),
+        "ours: SlowMo, 8 bits": (SlowMoConfig(tau=TAU, bits=8), "blocking.eight"),
         "ours: AR-SGD": (SlowMoConfig.ar_sgd(), "all"),
         "ours: SGP": (SlowMoConfig.sgp(), "sgp"),
         "ours: OSGP": (SlowMoConfig.osgp(), "osgp"),
@@ -65,6 +72,11 @@ def measure(
     steps: dict[str, Step], rounds: int, count: int, barrier: Step, tells: bool, blocks: dict[str, int]
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        # From here on a method's turn begins and ends in the middle of its block, so that an exchange that is late
+        # begins and ends within the turn.
+        for _ in range(blocks[name] // 2):
+            step()
     for number in range(rounds + 1):  # the first round warms up
         for name, step in steps.items():
             barrier()
@@ -73,8 +85,10 @@ def measure(
             for _ in range(whole):
                 step()
             barrier()
+            ended = time.perf_counter()
+            time.sleep(_DRAIN_S)
             if number:
-                times[name].append((time.perf_counter() - started) / whole)
+                times[name].append((ended - started) / whole)
             if tells and sys.stderr.isatty():
                 print(f"\rround {number} of {rounds}: {name:32}", end="", file=sys.stderr)
     return times

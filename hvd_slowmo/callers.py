@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def calling_modules(names: Set[str], depth: int) -> list[str]:
-    """Return the names of the modules whose functions are at work, the innermost first.
+    """Return the names of those modules whose functions are at work, the innermost first.
 
     The function that asks is left out, and so is the method that has called it.
 
@@ -24,7 +24,10 @@ def calling_modules(names: Set[str], depth: int) -> list[str]:
         return []
     frame: FrameType | None = sys._getframe(3)
     found: list[str] = []
-    while frame is not None and len(found) < depth:
-        found.append(frame.f_globals.get("__name__", ""))
+    for _ in range(depth):
+        if frame is None:
+            break
+        if (name := frame.f_globals.get("__name__", "")) in names:
+            found.append(name)
         frame = frame.f_back
     return found

@@ -18,6 +18,7 @@ Preset = TypeVar("Preset", bound=Callable[..., "SlowMoConfig"])
 InnerState = Literal["maintain", "reset", "average"]
 Gradients = Literal["local", "node", "all"]
 Nonfinite = Literal["raise", "exclude"]
+Bits = Literal[32, 16, 8, 4]
 
 _OTHER_NAMES = {
     "base": "gossip=SGP(...) or gossip=DPSGD(...)",
@@ -47,6 +48,9 @@ class SlowMoSettings(TypedDict, total=False):
     gradients: Gradients
     warmup_steps: int
     nonfinite: Nonfinite
+    fragments: int
+    delay: int
+    bits: Bits
 
 
 def _preset(make: Preset) -> Preset:
@@ -84,6 +88,14 @@ class SlowMoConfig:
             The first block begins after them.
         nonfinite: reaction to parameters that are not finite on some worker: "raise" a ValueError on every worker, or
             "exclude" that worker from the average; it then takes the others' result.
+        fragments: number of parts, 1 .. tau, into which the parameters are dealt. Each part is exchanged once per tau
+            steps, at a step of its own, so that the peak of the traffic falls by this factor (Streaming DiLoCo,
+            Douillard et al. 2025, arXiv 2501.18512).
+        delay: number of steps, 0 .. tau, that an exchange may take, beside the training. Its result is applied exactly
+            that many steps late, and the steps trained meanwhile are kept.
+        bits: precision in which the workers exchange their outer gradients: 32, 16 (bfloat16), 8 or 4. Below 32 each
+            worker keeps the error of its own rounding, and adds it to its next outer gradient (error feedback;
+            Karimireddy et al. 2019, arXiv 1901.09847). Biases, norms and statistics travel whole.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of its range; the message says what was received.
@@ -108,6 +120,9 @@ class SlowMoConfig:
     gradients: Gradients = "local"
     warmup_steps: int = 0
     nonfinite: Nonfinite = "raise"
+    fragments: int = 1
+    delay: int = 0
+    bits: Bits = 32
 
     def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
         """Refuse an unknown setting; one that other libraries know by another name is told its name here."""
@@ -125,7 +140,12 @@ class SlowMoConfig:
         _one_of("gradients", self.gradients, get_args(Gradients))
         _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
         self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
+        self._set("fragments", integer("fragments", self.fragments, 1, "an integer from 1 to tau"))
+        self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
+        if isinstance(self.bits, bool) or self.bits not in get_args(Bits):
+            raise ValueError(f"`bits` must be 32, 16, 8 or 4. Received: bits={self.bits!r}")
         self._check_gossip()
+        self._check_streaming()
         for warning in self._without_effect():
             warnings.warn(warning, UserWarning, stacklevel=3)
 
@@ -155,6 +175,25 @@ class SlowMoConfig:
                 "average=False exchanges nothing when a block begins: use inner_state='maintain' or 'reset'."
             )
 
+    def _check_streaming(self) -> None:
+        """Refuse fragments and delays that can't work with the other settings."""
+        received = f"fragments={self.fragments}, delay={self.delay}"
+        if self.tau is not None and max(self.fragments, self.delay) > self.tau:
+            raise ValueError(f"`fragments` and `delay` can't be greater than tau={self.tau}. Received: {received}")
+        if not self.streams and self.bits == 32:
+            return
+        if self.gossip is not None:
+            received += f", bits={self.bits}"
+            raise ValueError(
+                "fragments > 1, delay > 0 or bits < 32 can't work with gossip: workers that mix have no block of their "
+                f"own between two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
+            )
+        if self.inner_state == "reset" and self.streams:
+            raise ValueError(
+                "inner_state='reset' needs fragments=1 and delay=0: the inner state belongs to all parameters and "
+                f"steps at once. Received: {received}. Use inner_state='maintain' or 'average'."
+            )
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; this stores the normalised value
 
@@ -164,7 +203,8 @@ class SlowMoConfig:
             unused = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average")
+                if f.name
+                in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average", "fragments", "delay", "bits")
                 and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:
@@ -181,13 +221,23 @@ class SlowMoConfig:
         return [f"beta=0 carries no momentum, so {' and '.join(unused)} has no effect."] if unused else []
 
     @property
-    def vectors(self) -> tuple[Literal["anchor", "v"], ...]:
+    def streams(self) -> bool:
+        """True if an outer step is taken in parts, or late."""
+        return self.fragments > 1 or self.delay > 0
+
+    @property
+    def vectors(self) -> tuple[Literal["anchor", "v", "residual"], ...]:
         """Names of the vectors that the outer step keeps beside the model.
 
-        Local SGD needs none, beta = 0 only the anchor.
+        Local SGD needs none, beta = 0 only the anchor; few bits the anchor and the residual.
         """
-        if self.tau is None or (self.alpha == 1 and self.beta == 0):
+        if self.tau is None:
             return ()
+        if self.bits < 32:
+            return ("anchor", "residual") if self.beta == 0 else ("anchor", "v", "residual")
+        if self.alpha == 1 and self.beta == 0:
+            # An excluded worker returns to the anchors of all fragments.
+            return ("anchor",) if self.fragments > 1 and self.nonfinite == "exclude" else ()
         return ("anchor",) if self.beta == 0 else ("anchor", "v")
 
     def facts(self) -> dict[str, Any]:
@@ -280,6 +330,33 @@ class SlowMoConfig:
 
     @classmethod
     @_preset
+    def streaming(cls, tau: int, **settings: Any) -> SlowMoConfig:
+        """Return SlowMo for a slow network: a part of the parameters at every step, two steps late, in 8 bits.
+
+        Example:
+            >>> config = SlowMoConfig.streaming(tau=12)
+            >>> config.fragments, config.delay, config.bits
+            (12, 2, 8)
+        """
+        return cls(**{"tau": tau, **_streamed(tau), **settings})
+
+    @classmethod
+    @_preset
+    def streaming_diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
+        """Return DiLoCo in parts, two steps late and in 8 bits, as Streaming DiLoCo (Douillard et al. 2025).
+
+        There the parts are groups of layers and travel in 4 bits; the workers mix the late result with their own
+        parameters, where here they keep all that they have trained meanwhile.
+
+        Example:
+            >>> config = SlowMoConfig.streaming_diloco(tau=100, fragments=20)
+            >>> config.alpha, config.beta, config.fragments
+            (0.7, 0.9, 20)
+        """
+        return cls.diloco(**{"tau": tau, **_streamed(tau), **settings})
+
+    @classmethod
+    @_preset
     def sgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
         """Return stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo.
 
@@ -325,6 +402,10 @@ class SlowMoConfig:
             'all'
         """
         return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
+
+
+def _streamed(tau: int) -> dict[str, Any]:
+    return {"fragments": tau, "delay": min(tau, 2) if isinstance(tau, int) else 2, "bits": 8}
 
 
 def _check_flag(name: str, value: object) -> None:

@@ -42,9 +42,12 @@ KINDS = {
     "model": "parameters and statistics",
     "anchor": "anchor",
     "v": "slow momentum",
+    "residual": "residual of few bits",
+    "slice_residual": "residual of a slice",
     "average": "moving average of the weights",
     "push": "push-sum weights and numerators",
     "sent": "messages in flight",
+    "in_flight": "values in flight",
     "progress": "position",
     "optimizer_state": "inner optimizer state",
 }
@@ -85,7 +88,7 @@ class _Collected:
     @property
     def workers_equal(self) -> bool:
         """True if all workers hold the same state: those of one framework bitwise, others up to rounding."""
-        return workers_equal(self.state.config, self.step, int(self.state.progress.since))
+        return workers_equal(self.state.config, self.state.progress)
 
 
 def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> None:
@@ -168,6 +171,8 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         else:
             _check(state, comm, facts)
             arrays = {**contents.common, **contents.own}
+            if facts["workers"] != comm.size:
+                arrays |= _mean_residuals(Path(path), facts)
         return prepare(state, facts, arrays), {"checkpoint": contents.id}
 
     _agreed_on_files(comm.scoped("load"), prepared)()
@@ -356,8 +361,18 @@ def _check(state: WorkerState, comm: ScopedComm, saved: Mapping[str, Any]) -> No
         raise CheckpointError("the checkpoint was saved with another topology: its function gives another graph now.")
 
 
+def _mean_residuals(path: Path, facts: Mapping[str, Any]) -> Arrays:
+    """Return the mean of the workers' residuals, with which another number of workers owes as much."""
+    sums: Arrays = {}
+    for rank, id_ in facts["files"].items():
+        for name, value in read_worker(path, int(rank), id_).items():
+            if name.startswith("residual/"):
+                sums[name] = sums[name] + value if name in sums else value
+    return {name: (value / facts["workers"]).astype(value.dtype) for name, value in sums.items()}
+
+
 def _check_resize(comm: ScopedComm, saved: Mapping[str, Any]) -> None:
-    kinds = saved["per_worker"]
+    kinds = [kind for kind in saved["per_worker"] if kind not in ("residual", "slice_residual")]
     if kinds:
         fixes = [_SAVE_LATER] if kinds != ["optimizer_state"] else []
         fixes += [_SHARE_STATE] if "optimizer_state" in kinds else []

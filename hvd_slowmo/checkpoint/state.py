@@ -2,6 +2,8 @@
 
 model/ENTRY                                     parameters and statistics
 anchor/ENTRY, v/ENTRY, push/ENTRY, sent/ENTRY   the vectors that SlowMo keeps beside them
+in_flight/ENTRY                                 parameters and statistics that were sent, and not averaged yet
+slice_residual/CHUNK                            what rounding this worker's slice of a mean in few bits has withheld
 progress/FIELD                                  the scalars; those of a parameter group with a value per parameter
 optimizer_state/BUFFER/ENTRY                    the inner optimizer's state
 optimizer_state/settings/FRAMEWORK              values that it changes elsewhere
@@ -30,7 +32,7 @@ from hvd_slowmo.checkpoint.inner_state import (
 )
 from hvd_slowmo.checkpoint.naming import NamedTensors
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.progress import PER_GROUP, Progress, PushSum
+from hvd_slowmo.core.progress import PER_GROUP, Flight, Progress, PushSum
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework
 from hvd_slowmo.wire.tensors import TensorSpec, describe
@@ -52,28 +54,32 @@ class WorkerState(Protocol):
         config: the settings.
         tensors: of the model, by their names in the checkpoint.
         groups: the common parameter group of each trained tensor, by its own name.
+        averaged: own names of the tensors that are averaged: the trained ones and statistics.
         rates: float64 (G,), the learning rates in force, one per common group.
         progress: with NumPy arrays.
         vectors: names of the vectors kept for each trained tensor beside the model.
         graph: digest of the gossip's topology; None without gossip.
         optimizer: kind of the inner optimizer.
+        slice_residuals: by number of a chunk, as a text; `finish` takes over what has been put there.
     """
 
     framework: Framework
     config: SlowMoConfig
     tensors: NamedTensors
     groups: dict[str, int]
+    averaged: set[str]
     rates: NDArray[np.float64]
     progress: Progress
     vectors: list[str]
     graph: str | None
     optimizer: OptimizerKind
+    slice_residuals: dict[str, NDArray[Any]]
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         """Return a whole tensor by its own name; bfloat16 as float32.
 
         Args:
-            vector: "model" or one of `vectors`.
+            vector: "model", one of `vectors` or, with a delay, "in_flight": zeros where nothing is.
         """
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
@@ -127,12 +133,18 @@ def trained(state: WorkerState) -> list[TensorSpec]:
     return [spec for spec in state.tensors.specs if spec.own in state.groups]
 
 
+def travelling(state: WorkerState) -> list[TensorSpec]:
+    """Return the tensors that are averaged under their names in the checkpoint."""
+    return [spec for spec in state.tensors.specs if spec.own in state.averaged]
+
+
 def at_rest(progress: Progress) -> bool:
     """Return whether no message is in flight and every push-sum weight is 1, as without gossip.
 
     Example:
         >>> nothing = np.zeros(0)
-        >>> at_rest(Progress(3, 1, 1, nothing, nothing, 0, nothing, PushSum(np.ones(2), np.zeros(2), 0)))
+        >>> mixing, flight = PushSum(np.ones(2), np.zeros(2), 0), Flight(nothing, nothing, nothing, nothing)
+        >>> at_rest(Progress(3, nothing, nothing, nothing, nothing, 0, nothing, mixing, flight))
         True
     """
     mixing = progress.mixing
@@ -146,16 +158,21 @@ def collect(state: WorkerState) -> Arrays:
     for vector in state.vectors:
         if not (rest and vector in IN_FLIGHT):
             arrays |= {f"{vector}/{spec.name}": spec.view.to_wire(state.read(vector, spec.own)) for spec in specs}
+    sent = bool(np.any(state.progress.flight.launched))
+    if sent:
+        specs = travelling(state)
+        arrays |= {f"in_flight/{spec.name}": spec.view.to_wire(state.read("in_flight", spec.own)) for spec in specs}
     for field, value in state.progress.flat().items():
-        if not (rest and field in PushSum._fields):
+        if not (rest and field in PushSum._fields) and (sent or field not in Flight._fields):
             arrays[f"progress/{field}"] = _per_parameter(state, value) if field in PER_GROUP else np.asarray(value)
     arrays[LEARNING_RATE] = _per_parameter(state, state.rates)
+    arrays |= {f"slice_residual/{chunk}": value for chunk, value in state.slice_residuals.items()}
     arrays |= _collect_optimizer(state)
     return arrays | {f"framework/{state.framework}/{key}": np.asarray(x) for key, x in state.read_framework().items()}
 
 
 def _per_parameter(state: WorkerState, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.array([values[state.groups[spec.own]] for spec in trained(state)], dtype=np.float64)
+    return np.asarray(values, dtype=np.float64)[..., [state.groups[spec.own] for spec in trained(state)]]
 
 
 def _collect_optimizer(state: WorkerState) -> Arrays:
@@ -183,11 +200,12 @@ def first_state(state: WorkerState, weights: Mapping[str, NDArray[Any]]) -> Arra
     for vector in state.vectors:
         for spec in specs if vector not in IN_FLIGHT else ():
             like, value = state.read(vector, spec.own), weights[f"model/{spec.name}"]
-            start = np.zeros_like(value) if vector == "v" else value
+            start = np.zeros_like(value) if vector in ("v", "residual") else value
             arrays[f"{vector}/{spec.name}"] = start.astype(like.dtype)
     for field, value in state.progress.flat().items():
-        if field not in PushSum._fields:
-            arrays[f"progress/{field}"] = np.zeros(len(specs)) if field in PER_GROUP else np.zeros_like(value)
+        if field not in PushSum._fields + Flight._fields:
+            zeros = np.zeros_like(value)
+            arrays[f"progress/{field}"] = _per_parameter(state, zeros) if field in PER_GROUP else zeros
     return arrays | {LEARNING_RATE: _per_parameter(state, state.rates)}
 
 
@@ -203,17 +221,19 @@ def prepare(state: WorkerState, facts: Mapping[str, Any], arrays: Mapping[str, N
     """
     left = dict(arrays)
     writes = _take_vectors(state, left)
-    rates = _take_per_group(state, left, LEARNING_RATE, "learning rate")
+    rates = _take_per_group(state, left, LEARNING_RATE, "learning rate", state.rates)
     progress = _take_progress(state, left)
     optimizer = _take_optimizer(state, facts.get("inner_optimizer", ""), left, rates)
     commit_optimizer = state.prepare_optimizer(optimizer, int(progress.step))
     framework = _take_framework(state, left)
+    residuals = {name: left.pop(name) for name in list(left) if name.startswith("slice_residual/")}
     if left:
         raise CheckpointError(f"the checkpoint holds {', '.join(sorted(left)[:3])}, which has no place in this job.")
 
     def commit() -> None:
         for vector, spec, value in writes:
             state.write(vector, spec.own, spec.view.to_own(value, state.read(vector, spec.own)))
+        state.slice_residuals = {name.split("/")[1]: value for name, value in residuals.items()}
         commit_optimizer()
         state.finish(progress, rates, framework)
 
@@ -238,6 +258,8 @@ def _take_vectors(state: WorkerState, left: Arrays) -> list[tuple[str, TensorSpe
     in_flight = any(name.split("/")[0] in IN_FLIGHT for name in left)
     vectors = [vector for vector in state.vectors if in_flight or vector not in IN_FLIGHT]
     wanted += [(vector, spec) for vector in vectors for spec in trained(state)]
+    if any(name.startswith("in_flight/") for name in left):
+        wanted += [("in_flight", spec) for spec in travelling(state)]
     return [
         (vector, spec, _take(left, f"{vector}/{spec.name}", spec.view.to_wire(state.read(vector, spec.own))))
         for vector, spec in wanted
@@ -250,33 +272,43 @@ def _take_progress(state: WorkerState, left: Arrays) -> Progress:
     if not any(f"progress/{field}" in left for field in PushSum._fields):
         absent |= {field: np.zeros_like(current[field]) for field in PushSum._fields}
         absent["weights"] = np.ones_like(current["weights"])
+    if not any(f"progress/{field}" in left for field in Flight._fields):
+        absent |= {field: np.zeros_like(current[field]) for field in Flight._fields}
     values: dict[str, Any] = {}
     for field, value in current.items():
         name = f"progress/{field}"
         if field in absent and name not in left:
             values[field] = absent[field]
         elif field in PER_GROUP:
-            values[field] = _take_per_group(state, left, name, field)
+            values[field] = _take_per_group(state, left, name, field, value)
         else:
             values[field] = _take(left, name, value)
     return Progress.from_flat({field: int(x) if np.ndim(x) == 0 else x for field, x in values.items()})
 
 
-def _take_per_group(state: WorkerState, left: Arrays, name: str, title: str) -> NDArray[np.float64]:
-    """Take values per trained tensor, which must be one within each parameter group of this optimizer."""
-    specs = trained(state)
-    result = np.zeros(len(state.rates))
-    first: dict[int, tuple[TensorSpec, float]] = {}
-    for spec, value in zip(specs, _take(left, name, np.zeros(len(specs))).tolist(), strict=True):
+def _take_per_group(
+    state: WorkerState, left: Arrays, name: str, title: str, like: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Take values per trained tensor, which must be one within each parameter group of this optimizer.
+
+    Args:
+        like: the values per group.
+    """
+    specs, result = trained(state), np.zeros_like(like)
+    saved = _take(left, name, _per_parameter(state, like))
+    first: dict[int, tuple[TensorSpec, int]] = {}
+    for number, spec in enumerate(specs):
         group = state.groups[spec.own]
-        other, expected = first.setdefault(group, (spec, value))
-        if value != expected:
+        other, known = first.setdefault(group, (spec, number))
+        value, expected = saved[..., number], saved[..., known]
+        if not np.array_equal(value, expected):
+            a, b = expected.flat[np.argmax(value != expected)], value.flat[np.argmax(value != expected)]
             raise CheckpointError(
-                f"{other.name} and {spec.name} were in different parameter groups ({title} {expected:g} and {value:g}),"
+                f"{other.name} and {spec.name} were in different parameter groups ({title} {a:g} and {b:g}),"
                 " here they are in one. Give this optimizer the groups of the run that is resumed; Keras has one for "
                 "all."
             )
-        result[group] = value
+        result[..., group] = value
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from hvd_slowmo.comm.gathering import bounded_gather
 
@@ -56,6 +56,24 @@ class Comm(Protocol):
         """Return every worker's item (picklable), by rank. For the start of a job, never within a step."""
 
 
+class BytesComm(Comm, Protocol):
+    """A Comm that exchanges bytes too, for means in few bits."""
+
+    def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
+        """Start to send a part to each worker; the result is the list of the parts received, by rank.
+
+        Args:
+            parts: bytes (uint8, 1-D), by rank; all workers send one worker parts of one length.
+        """
+
+    def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
+        """Start to send bytes (uint8, 1-D) to all workers; the result is the list of everybody's, by rank.
+
+        Args:
+            lengths: of everybody's bytes, by rank.
+        """
+
+
 class SoloComm:
     """One worker on its own: every sum is its operand, and nothing is sent."""
 
@@ -69,6 +87,12 @@ class SoloComm:
 
     def start_push(self, name: str, x: Any, shares: Any) -> Any:
         return x * 0
+
+    def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
+        return list(parts)
+
+    def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
+        return [x]
 
     def wait(self, handle: Any) -> Any:
         return handle
@@ -116,6 +140,12 @@ class ScopedComm:
     def start_push(self, name: str, x: Any, shares: Any) -> Any:
         return self._comm.start_push(f"{self._prefix}.{name}", x, shares)
 
+    def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
+        return cast(BytesComm, self._comm).start_alltoall(f"{self._prefix}.{name}", parts)
+
+    def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
+        return cast(BytesComm, self._comm).start_allgather(f"{self._prefix}.{name}", x, lengths)
+
     def wait(self, handle: Any) -> Any:
         return self._comm.wait(handle)
 
@@ -153,6 +183,14 @@ class MeteredComm:
     def start_push(self, name: str, x: Any, shares: Any) -> Any:
         self._bytes_sent += x.nbytes * int((shares[:, self.rank] != 0).sum())
         return self._comm.start_push(name, x, shares)
+
+    def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
+        self._bytes_sent += sum(len(part) for rank, part in enumerate(parts) if rank != self.rank)
+        return cast(BytesComm, self._comm).start_alltoall(name, parts)
+
+    def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
+        self._bytes_sent += len(x) * (self.size - 1)
+        return cast(BytesComm, self._comm).start_allgather(name, x, lengths)
 
     def wait(self, handle: Any) -> Any:
         started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hvd_slowmo.comm.protocol import Comm
@@ -130,6 +130,9 @@ class ThreadWorld:
             return [entries[rank][1] for rank in range(self.size)]
 
 
+_ALLTOALL, _ALLGATHER = object(), object()  # kinds of collectives, in the place of the tensor that takes a sum
+
+
 def _spell(signature: tuple[Any, ...]) -> str:
     return " ".join(str(part) for part in signature)
 
@@ -148,6 +151,15 @@ class _ThreadComm:
         # A copy, as on a network: a worker that writes to x too early must not change what the others see.
         return self._world.submit(self.rank, ("sum", repr(name), tuple(x.shape), str(x.dtype)), x + 0), x
 
+    def start_alltoall(self, name: str, parts: Sequence[Any]) -> tuple[int, Any]:
+        lengths = tuple(len(part) for part in parts)
+        sent = [part * 1 for part in parts]
+        return self._world.submit(self.rank, ("alltoall", repr(name), lengths), sent), _ALLTOALL
+
+    def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> tuple[int, Any]:
+        assert lengths[self.rank] == len(x), "its own length too"
+        return self._world.submit(self.rank, ("allgather", repr(name), tuple(lengths)), x * 1), _ALLGATHER
+
     def start_push(self, name: str, x: Any, shares: Any) -> tuple[int, Any]:
         sent = [x * float(weight) if weight else None for weight in shares[:, self.rank]]
         return self._world.submit(self.rank, ("push", repr(name), tuple(x.shape), str(x.dtype)), (sent, x * 0)), None
@@ -155,6 +167,10 @@ class _ThreadComm:
     def wait(self, handle: tuple[int, Any]) -> Any:
         number, x = handle
         parts = self._world.collect(number)
+        if x is _ALLTOALL:
+            return [sent[self.rank] for sent in parts]
+        if x is _ALLGATHER:
+            return parts
         if x is None:  # what each worker has sent to this one
             came = [sent[self.rank] for sent, _ in parts if sent[self.rank] is not None]
             return sum(came, start=parts[self.rank][1])

@@ -23,6 +23,9 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
     def length(chunk: Chunk) -> int:
         return chunk.size * ITEMSIZE[layout.segments[chunk.segment].dtype]
 
+    def sent(chunk: Chunk) -> int:
+        return length(chunk) * (config.bits if layout.segments[chunk.segment].coded else 32) // 32
+
     parameters = sum(map(length, layout.parameter_chunks))
     traffic = []
     if config.gradients != "local":
@@ -30,9 +33,10 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
     if graph is not None:
         traffic.append(f"{_size(parameters)} per gossip message")
     if config.tau is not None and config.average:
-        traffic.append(f"{_size(sum(map(length, layout.chunks)))} per outer step")
+        traffic.append(f"{_size(sum(map(sent, layout.chunks)))} per outer step")
     vectors = len(config.vectors) + (0 if graph is None else len(graph.vectors))
-    memory = f"{_size(vectors * parameters)} of memory beside the model"
+    in_flight = -(-config.delay * config.fragments // (config.tau or 1))  # fragments, at most
+    memory = f"{_size(vectors * parameters + in_flight * parameters // config.fragments)} of memory beside the model"
     if workers == 1:
         return f"{method(config)}, 1 worker; {memory}"
     return f"{method(config)}, {workers} workers; on each {', '.join([*traffic, memory])}"
@@ -44,6 +48,8 @@ def method(config: SlowMoConfig) -> str:
     Example:
         >>> method(SlowMoConfig(tau=12, beta=0.6))
         'local SGD with slow momentum (tau=12, alpha=1, beta=0.6)'
+        >>> method(SlowMoConfig.streaming(tau=12))
+        'local SGD with slow momentum (tau=12, alpha=1, beta=0.5, 12 fragments, 2 steps late, 8 bits)'
         >>> method(SlowMoConfig.osgp())
         'SGP with overlap (OSGP)'
     """
@@ -56,6 +62,9 @@ def method(config: SlowMoConfig) -> str:
         if config.beta > 0:
             numbers.append(f"beta={config.beta:g}")
             words += " with Nesterov slow momentum" if config.nesterov else " with slow momentum"
+        numbers += [f"{config.fragments} fragments"] if config.fragments > 1 else []
+        numbers += [f"{config.delay} step{'s' * (config.delay > 1)} late"] if config.delay else []
+        numbers += [f"{config.bits} bits"] if config.bits < 32 else []
         words += "" if config.average else " without its average"
         words += f" ({', '.join(numbers)})"
     if config.warmup_steps and config.gradients != "all":

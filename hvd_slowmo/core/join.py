@@ -73,6 +73,7 @@ def take_part(machine: Machine, averages: GradientAverages, worker: JoiningWorke
         def all_done() -> tuple[Scalar, Scalar, Vector]:
             if average is averages.of_all:
                 averages.level()
+                worker.write_progress(machine.complete(worker.read_progress()))
             catch_up(machine, average, worker, average is averages.of_all)
             # A node whose workers are all done exchanges gradients no more, and goes on meeting the other nodes.
             return (False, False, attendance.leaving) if average is averages.of_all else (True, False, left)

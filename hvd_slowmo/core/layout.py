@@ -73,6 +73,8 @@ class Segment:
     dtype: str
     device: str
     tensors: tuple[TensorSpec, ...]
+    coded: bool = False
+    """Its differences travel in few bits, where the settings say so."""
 
     @property
     def size(self) -> int:
@@ -112,6 +114,7 @@ class Chunk:
     start: int
     stop: int
     runs: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)  # (group, start, stop)
+    fragment: int = 0
 
     @property
     def size(self) -> int:
@@ -125,6 +128,11 @@ class Chunk:
                 stop = min(start + (length or last - first), last)
                 yield Tile(self.index, self.segment, self.role, start, stop, group)
 
+    def part(self, start: int, stop: int) -> Chunk:
+        """Return elements start .. stop - 1 of the segment, which are within this chunk, as a chunk of that number."""
+        clipped = tuple((group, max(start, first), min(stop, last)) for group, first, last in self.runs)
+        return replace(self, start=start, stop=stop, runs=tuple(run for run in clipped if run[1] < run[2]))
+
     def cut(self, values: Any, tile: Tile) -> Any:
         """Return those of this chunk's values that belong to a tile of it."""
         return values[tile.start - self.start : tile.stop - self.start]
@@ -136,22 +144,34 @@ Stretch = Chunk | Tile
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of a model, and their chunks in the order in which they travel.
+    """All segments of a model, and their chunks in the order of the segments; see `in_turn`.
 
     Attributes:
         groups: the parameter group of each parameter, in the order of the segments.
         group_count: number of parameter groups.
+        fragments: number of sets of chunks, each of which is exchanged at steps of its own. Chunks of parameters are
+            dealt in turn, so that a fragment has parts of early and late layers; all others travel with the last one.
     """
 
     segments: tuple[Segment, ...]
     chunks: tuple[Chunk, ...]
     groups: tuple[int, ...]
     group_count: int
+    fragments: int = 1
 
     @property
     def parameter_chunks(self) -> list[Chunk]:
         """The chunks of parameters, in wire order."""
         return [chunk for chunk in self.chunks if chunk.role == "parameter"]
+
+    @cached_property
+    def in_turn(self) -> tuple[Chunk, ...]:
+        """The chunks fragment by fragment: the order in which they travel, all or those of one fragment."""
+        return tuple(sorted(self.chunks, key=lambda chunk: chunk.fragment))
+
+    def of_fragment(self, number: int) -> list[Chunk]:
+        """The chunks of a fragment, in wire order."""
+        return [chunk for chunk in self.chunks if chunk.fragment == number]
 
     @property
     def names(self) -> list[str]:
@@ -196,10 +216,16 @@ class ModelLayout(Generic[R]):
         segments = self.layout.segments
         grouped = tuple(of[id(spec)] for segment in segments if segment.role == "parameter" for spec in segment.tensors)
         stops = [chunk.stop for chunk in self.layout.chunks]
-        return replace(self, layout=_cut(segments, grouped, len(groups.own), stops))
+        return replace(self, layout=_cut(segments, grouped, len(groups.own), stops, self.layout.fragments))
 
 
-def lay_out(refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK_BYTES) -> ModelLayout[R]:
+def lay_out(
+    refs: Iterable[R],
+    groups: ParameterGroups,
+    chunk_bytes: int = CHUNK_BYTES,
+    fragments: int = 1,
+    few_bits: bool = False,
+) -> ModelLayout[R]:
     """Lay tensors end to end: those of one role, type and device together, in the order given.
 
     Parameters of different types have segments of their own, whatever their wire types: what is written back is rounded
@@ -210,40 +236,55 @@ def lay_out(refs: Iterable[R], groups: ParameterGroups, chunk_bytes: int = CHUNK
         refs: the tensors; frozen ones take no part.
         groups: of the parameters among them.
         chunk_bytes: the greatest length of a message.
+        fragments: see `Layout`; messages are so short that each fragment gets one.
+        few_bits: parameters with several dimensions are coded, and those with fewer have segments of their own.
 
     Raises:
         ValueError: no parameter with an element.
     """
     numbers = iter(groups.of)
-    together: dict[tuple[Role, str, str, str], list[tuple[R, int]]] = {}
+    together: dict[tuple[Role, str, str, str, bool], list[tuple[R, int]]] = {}
     for ref in refs:
         spec = ref.spec
         if spec.role == "frozen":
             continue
         own = spec.wire_dtype if spec.role == "statistic" else spec.dtype
         group = next(numbers) if spec.role == "parameter" else 0
-        together.setdefault((spec.role, spec.wire_dtype, own, ref.device), []).append((ref, group))
-    keys = sorted(together, key=lambda key: (TRAVELLING.index(key[0]), *key[1:3]))  # stable: devices in their order
+        coded = few_bits and spec.role == "parameter" and spec.wire_dtype == "float32" and len(spec.shape) > 1
+        together.setdefault((spec.role, spec.wire_dtype, own, ref.device, coded), []).append((ref, group))
+    # Stable: devices in their order.
+    keys = sorted(together, key=lambda key: (TRAVELLING.index(key[0]), *key[1:3], not key[4]))
     keys = [key for key in keys if any(ref.spec.size for ref, _ in together[key])]
     segments = tuple(
-        Segment(role, dtype, device, tuple(ref.spec for ref, _ in together[role, dtype, own, device]))
-        for role, dtype, own, device in keys
+        Segment(role, dtype, device, tuple(ref.spec for ref, _ in together[role, dtype, own, device, coded]), coded)
+        for role, dtype, own, device, coded in keys
     )
     if all(segment.role != "parameter" for segment in segments):
         raise ValueError("the optimizer has no parameter with an element.")
     grouped = tuple(group for key in keys if key[0] == "parameter" for _, group in together[key])
-    stops = [
-        min(start + length, segment.size)
-        for segment in segments
-        for length in [max(1, chunk_bytes // ITEMSIZE[segment.dtype])]
-        for start in range(0, segment.size, length)
-    ]
+    stops = [stop for segment in segments for stop in _stops(segment, segments, chunk_bytes, fragments)]
     refs_by_segment = tuple(tuple(ref for ref, _ in together[key]) for key in keys)
-    return ModelLayout(_cut(segments, grouped, len(groups.own), stops), refs_by_segment)
+    return ModelLayout(_cut(segments, grouped, len(groups.own), stops, fragments), refs_by_segment)
 
 
-def _cut(segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops: Sequence[int]) -> Layout:
-    """Cut segments into chunks that end at these places within their segments."""
+def _stops(segment: Segment, segments: Sequence[Segment], chunk_bytes: int, fragments: int) -> Iterator[int]:
+    """Yield the ends of a segment's chunks."""
+    longest = max(1, chunk_bytes // ITEMSIZE[segment.dtype])
+    if fragments > 1 and segment.role == "parameter":
+        # As many chunks as the greatest length allows, rounded up so that every fragment gets the same number; then
+        # equally long ones.
+        total = sum(each.size for each in segments if each.role == "parameter")
+        number = fragments * -(-total // (longest * fragments))
+        number = min(segment.size, -(-segment.size * number // total))
+        yield from (segment.size * (place + 1) // number for place in range(number))
+        return
+    yield from (min(start + longest, segment.size) for start in range(0, segment.size, longest))
+
+
+def _cut(
+    segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops: Sequence[int], fragments: int
+) -> Layout:
+    """Cut segments into chunks that end at these places within their segments, and deal them."""
     chunks: list[Chunk] = []
     ends, numbers = iter(stops), iter(groups)
     for number, segment in enumerate(segments):
@@ -256,9 +297,11 @@ def _cut(segments: Sequence[Segment], groups: tuple[int, ...], count: int, stops
                 for group, first, last in runs
                 if max(start, first) < min(stop, last)
             )
-            chunks.append(Chunk(len(chunks), number, segment.role, start, stop, inside))
+            # Segments of parameters stand first, so that the chunk's number deals them in turn.
+            fragment = len(chunks) % fragments if segment.role == "parameter" else fragments - 1
+            chunks.append(Chunk(len(chunks), number, segment.role, start, stop, inside, fragment))
             start = stop
-    return Layout(tuple(segments), tuple(chunks), groups, count)
+    return Layout(tuple(segments), tuple(chunks), groups, count, fragments)
 
 
 def spans(offsets: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:

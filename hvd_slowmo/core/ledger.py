@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.ops import Ops
-from hvd_slowmo.core.progress import Scalar, Vector
+from hvd_slowmo.core.progress import Progress, Scalar, Vector
 
 TRAINING, AVERAGE = 0, 1  # the reasons for a meeting: an outer step or a join; averaged_parameters()
 
@@ -23,7 +23,7 @@ TRAINING, AVERAGE = 0, 1  # the reasons for a meeting: an outer step or a join; 
 class Row(NamedTuple):
     """One worker's row; the sums of its learning rates, one per parameter group, stand behind it.
 
-    `columns` reads a whole table in these names.
+    With several fragments its `clocks` follow. `columns` reads a whole table in these names.
     """
 
     meeting_step: Scalar  # the step at which it meets the others
@@ -45,6 +45,32 @@ RATES = len(Row._fields)
 _SAME_RATE = 1e-6  # relative; sums of equal rates may differ by rounding between frameworks
 
 
+def clocks(ops: Ops, progress: Progress) -> Vector:
+    """Return the clocks of all fragments as one vector: a join looks at all of them. Empty for a single fragment."""
+    if progress.since.shape[0] == 1:
+        return ops.vector([])
+    return ops.unpack(ops.pack([progress.since, progress.rate_steps, ops.reshape(progress.rate_sums, (-1,))]))
+
+
+class Clocks(NamedTuple):
+    """The fields of `Progress` in one worker's clocks."""
+
+    since: Vector
+    rate_steps: Vector
+    rate_sums: Vector
+
+
+def clocks_of(ops: Ops, row: Vector, fragments: int, groups: int) -> Clocks:
+    """Return the clocks in a row of the table, which stand behind the rates."""
+    if fragments == 1:
+        named = Row(*(row[number] for number in range(RATES)))
+        one = ops.vector([named.rate_steps])
+        return Clocks(one * 0, one, ops.reshape(row[RATES : RATES + groups], (1, groups)))
+    behind = row[RATES + groups :]
+    sums = ops.reshape(behind[2 * fragments :], (fragments, groups))
+    return Clocks(behind[:fragments], behind[fragments : 2 * fragments], sums)
+
+
 class Verdict(NamedTuple):
     """The conclusion from a ledger, equal on every worker."""
 
@@ -62,11 +88,11 @@ def columns(table: Any) -> Row:
     return Row(*(table[:, number] for number in range(RATES)))
 
 
-def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector) -> list[Any]:
+def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector, *behind: Vector) -> list[Any]:
     """Return a worker's contribution to a table, its own row between zeros, as parts for `Ops.pack`."""
-    width = len(row) + rates.shape[0]
-    before, behind = ops.vector([0.0] * rank * width), ops.vector([0.0] * (size - 1 - rank) * width)
-    return [before, *row, rates, behind]
+    width = len(row) + sum(part.shape[0] for part in (rates, *behind))
+    before, after = ops.vector([0.0] * rank * width), ops.vector([0.0] * (size - 1 - rank) * width)
+    return [before, *row, rates, *behind, after]
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:

@@ -6,20 +6,25 @@ The state is two things: `Progress`, scalars that the transitions take and retur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 from hvd_slowmo.core.broadcast import take_from
+from hvd_slowmo.core.flights import Flights
 from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import Tile
-from hvd_slowmo.core.ledger import RATES, Row, columns
+from hvd_slowmo.core.layout import Chunk, Stretch, Tile
+from hvd_slowmo.core.ledger import Row, Verdict, clocks_of, columns
 from hvd_slowmo.core.meeting import PLAIN_AVERAGE, Meeting, Meetings, Purpose
 from hvd_slowmo.core.metrics import Observer
 from hvd_slowmo.core.mixing import mixing_of
 from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma
 from hvd_slowmo.core.progress import Observed, Progress, PushSum, Scalar, Vector
 from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.schedule import StepPlan, step_plan, steps_to_meeting
+from hvd_slowmo.core.schedule import StepPlan, next_fragment, step_plan, steps_to_meeting
+
+T = TypeVar("T")
 
 _STEPS = Row._fields.index("steps")
 
@@ -37,9 +42,11 @@ class Machine:
         self.config, self.layout = runtime.config, runtime.layout
         self._ops, self._store, self._comm = runtime.ops, runtime.store, runtime.comm
         # Elements to update at once, so that a processor's cache holds the temporaries.
-        self._tiles = [tuple(chunk.tiles(runtime.kernels.tile)) for chunk in runtime.layout.chunks]
+        self._tiles: dict[tuple[int, int, int], tuple[Tile, ...]] = {}  # by chunk, start and stop
         self.mixing = mixing_of(graph, runtime)
         self._meetings = Meetings(runtime, self.mixing)
+        self.flights = Flights(runtime, self._meetings)
+        self._fragments = range(runtime.layout.fragments)
 
     # Start
 
@@ -48,9 +55,16 @@ class Machine:
         take_from(self.runtime, 0, ("parameter", "statistic", "optimizer_state"))
         self.take_anchor()
         self._store.settle(equal=True)
-        zeros = self._ops.vector([0.0] * self.layout.group_count)
-        nothing = self._ops.vector([0.0] * len(Observed._fields))
-        return Progress(0, 0, 0, zeros, zeros, excluded=0, observed=nothing, mixing=self.mixing.initial())
+        return self.initial()
+
+    def initial(self) -> Progress:
+        """Return the scalar state before the first step."""
+        ops, fragments, groups = self._ops, len(self._fragments), self.layout.group_count
+        none = ops.to_int(ops.vector([0.0] * fragments))
+        zeros = ops.reshape(ops.vector([0.0] * fragments * groups), (fragments, groups))
+        nothing = ops.vector([0.0] * len(Observed._fields))
+        mixing, flight = self.mixing.initial(), self.flights.initial()
+        return Progress(0, none, none, zeros, zeros, excluded=0, observed=nothing, mixing=mixing, flight=flight)
 
     def take_anchor(self) -> None:
         """Set the anchor to the model, if the outer step needs one: a block begins here."""
@@ -59,14 +73,22 @@ class Machine:
                 self._store.write("anchor", chunk, self._store.read("model", chunk))
 
     def begin_anew(self) -> None:
-        """Set the anchor to the model, without momentum."""
+        """Set the anchor to the model, without momentum, and owe nothing."""
         self.take_anchor()
-        if "v" in self.config.vectors:
+        self.slice_residuals.clear()
+        for vector in set(self.config.vectors) - {"anchor"}:
             for chunk in self.layout.parameter_chunks:
-                self._store.write("v", chunk, self._store.read("v", chunk) * 0)
+                self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)
+
+    @property
+    def slice_residuals(self) -> dict[int, Any]:
+        """Residuals of this worker's slices of the means in few bits, by chunk; they may be changed."""
+        return self._meetings.slice_residuals
 
     def restart(self, progress: Progress) -> Progress:
         """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
+        self.flights.discard()
+        self._meetings.drop_discarded()
         take_from(self.runtime, 0, ("parameter", "statistic"))
         self.begin_anew()
         self._store.settle(equal=True)
@@ -76,8 +98,14 @@ class Machine:
         )
 
     def reset(self, progress: Progress) -> Progress:
-        """Return the state for workers that have all been given one worker's model: no message is in flight."""
-        return progress._replace(mixing=self.mixing.initial())
+        """Return the state for workers that have all been given one worker's model: nothing is in flight."""
+        self.flights.discard()
+        return progress._replace(mixing=self.mixing.initial(), flight=self.flights.initial())
+
+    def discard_in_flight(self) -> None:
+        """Never use what is in flight: another state takes the place of this one. Waits for nothing."""
+        self.mixing.discard_in_flight()
+        self.flights.discard()
 
     # A step
 
@@ -111,28 +139,46 @@ class Machine:
         """
         ops = self._ops
         now = self.plan(progress)
-        done = progress._replace(
-            step=progress.step + 1,
-            since=progress.since + 1,
-            rate_steps=progress.rate_steps + 1,
-            rate_sums=progress.rate_sums + rates,
-        )
+        done = self.count(progress, rates)
         done = ops.cond(now.begin, lambda: self._end_warmup(done, catch_up_from), lambda: done)
         # Where no meeting follows, nothing in this step can take back a message: it may leave at once.
         at_once = ops.keeps_handles and not (now.outer or now.check) and self.plan(done).mix
         done = self._mix(done, now, progress.step, arrivals, at_once)
 
-        def outer() -> Progress:
-            purpose = Purpose(training=training, counts=training, ledger_alone=not self.config.average)
+        def outer(fragment: int) -> Progress:
+            if self.config.delay:
+                return self.flights.launch(done, fragment, training)
+            purpose = Purpose(
+                training=training, counts=training, ledger_alone=not self.config.average, fragment=fragment
+            )
             meeting = self._meetings.meet(done, done.step, purpose)
             return self._outer_step(meeting, done) if self.config.average else self._outer_step_alone(meeting, done)
 
         def check() -> Progress:
-            return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).progress
+            return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).exchange.progress
 
-        done = ops.cond(now.outer, outer, lambda: done)
+        if self.config.delay > 1 and self.config.bits < 32 and now.relays:
+            self.flights.relay(done, now.relaying)
+        if self.config.delay:
+            done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, partial(self._land, done)), lambda: done)
+        done = ops.cond(now.outer, lambda: self._of_fragment(now.fragment, outer), lambda: done)
         done = ops.cond(now.check, check, lambda: done)
         return self._send_ahead(done, done.step)
+
+    def complete(self, progress: Progress) -> Progress:
+        """Apply all that is in flight, before its time. A collective; not in a trace."""
+        for fragment in self.flights.in_order(progress.flight):
+            progress = self._land(progress, fragment)
+        return progress
+
+    def count(self, progress: Progress, rates: Vector) -> Progress:
+        """Count an inner step and its rates (G,): the whole of `after_inner_step` where the plan has no event."""
+        return progress._replace(
+            step=progress.step + 1,
+            since=progress.since + 1,
+            rate_steps=progress.rate_steps + 1,
+            rate_sums=progress.rate_sums + rates,
+        )
 
     # A join
 
@@ -144,6 +190,12 @@ class Machine:
             worker has taken the others' outer step along. Once it is, all workers have their mean, weighted by the
             steps since the last average, and go on in the block of the one with the most steps.
         """
+        progress = self.complete(progress)
+        fragment = next_fragment(self.config, progress.step)
+        return self._of_fragment(fragment, lambda number: self._follow(progress, leaving, number))
+
+    def _follow(self, progress: Progress, leaving: Scalar, fragment: int) -> tuple[Progress, Scalar, Vector]:
+        """Follow to the meeting of this fragment, which is the next one."""
         ops = self._ops
         end = progress.step + steps_to_meeting(self.config, progress.step)
         averages = self.config.tau is not None and self.config.average
@@ -151,14 +203,22 @@ class Machine:
         # Without blocks there is no clock: the workers are all in their join, wherever they stopped.
         clock = 0 if self.config.tau is None and self.config.gossip is None else end
         alone = self.config.gossip is not None and not averages
-        meeting = self._meetings.meet(progress, clock, Purpose(training=0, leaving=leaving, ledger_alone=alone))
-        progress, found = meeting.progress, meeting.verdict
+        purpose = Purpose(training=0, leaving=leaving, ledger_alone=alone, fragment=fragment)
+        meeting = self._meetings.meet(progress, clock, purpose)
+        progress, found = meeting.exchange.progress, meeting.verdict
         over = found.training == 0
 
         def all_done() -> Progress:
-            return ops.cond(found.weight > 0, lambda: self._mean(meeting, progress), nobody_has_steps)
+            if len(self._fragments) == 1 and self.config.bits == 32:
+                return ops.cond(
+                    found.weight > 0, lambda: self._mean(meeting, progress), lambda: nobody_has_steps(found)
+                )
+            # The meeting was about one fragment, or in few bits. The others may have steps, and broken values.
+            whole = self._meetings.meet(progress, clock, replace(purpose, ledger_alone=True, fragment=None))
+            some = ops.sum(ops.vector(whole.totals)) > 0
+            return ops.cond(some, lambda: self._mean(whole, progress), lambda: nobody_has_steps(whole.verdict))
 
-        def nobody_has_steps() -> Progress:
+        def nobody_has_steps(found: Verdict) -> Progress:
             # Nothing to average, unless a worker with steps is excluded, or one was given other values: then their
             # parameters are not those of the others.
             reasons = [found.counted < self._comm.size] if self.config.nonfinite == "exclude" else []
@@ -181,21 +241,34 @@ class Machine:
 
         after = ops.cond(over, all_done, go_on)
         furthest = ops.argmax_row(meeting.table, _STEPS)
-        row = Row(*(furthest[number] for number in range(RATES)))
+        clocks = clocks_of(ops, furthest, len(self._fragments), self.layout.group_count)
         joined = after._replace(
-            step=ops.to_int(row.steps),
+            step=ops.to_int(furthest[_STEPS]),
             since=after.since * 0,
-            rate_steps=ops.to_int(row.rate_steps),
-            rate_sums=furthest[RATES:],
+            rate_steps=ops.to_int(clocks.rate_steps),
+            rate_sums=clocks.rate_sums,
         )
         after = ops.cond(over, lambda: joined, lambda: after)
         return self._send_ahead(after, after.step), over, columns(meeting.table).leaving
 
     def average(self, progress: Progress) -> None:
-        """Set the model to the workers' plain mean; the state stays as it is."""
+        """Set the model to the workers' plain mean; the state stays as it is. Nothing is in flight, see `complete`."""
         self._meetings.write_mean(self._meetings.meet(progress, progress.step, PLAIN_AVERAGE))
 
     # Within
+
+    def _of_fragment(self, number: Scalar, work: Callable[[int], T]) -> T:
+        """Return the result of `work` for this fragment."""
+        return self._ops.switch(number, [partial(work, fragment) for fragment in self._fragments])
+
+    def _land(self, progress: Progress, fragment: int) -> Progress:
+        """Apply the exchange of a fragment that is in flight; after a join there may be none."""
+
+        def land() -> Progress:
+            meeting = self.flights.land(progress, fragment)
+            return self.flights.landed(self._outer_step(meeting, progress), fragment)
+
+        return self._ops.cond(progress.flight.launched[fragment] > 0, land, lambda: progress)
 
     def _end_warmup(self, progress: Progress, source: Scalar) -> Progress:
         """Begin the first block.
@@ -254,46 +327,72 @@ class Machine:
 
     def _outer_step(self, meeting: Meeting, progress: Progress) -> Progress:
         """Take lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
-        gamma = meeting.verdict.gamma
-        coefficients = momentum(self.config, self._ops, gamma, progress.gamma)
+        ops, purpose, gamma = self._ops, meeting.exchange.purpose, meeting.verdict.gamma
+        assert purpose.fragment is not None, "an outer step is about one fragment"
+        if not purpose.late:
+            self._store.cut(purpose.fragment)
+        coefficients = momentum(self.config, ops, gamma, progress.gamma[purpose.fragment])
         observer, divide = Observer(self.runtime, progress.observed), self.runtime.kernels.divide
-        for chunk, total, divisor in self._meetings.sums(meeting, ("parameter", "statistic", "optimizer_state")):
+        for chunk, total, weight in self._meetings.sums(meeting, ("parameter", "statistic", "optimizer_state")):
+            divisor = ops.cast_like(weight, total)
             if self.runtime.observe and chunk.role == "parameter":
                 total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
-                observer.chunk(chunk, total)
+                observer.chunk(chunk, total, "in_flight" if purpose.late else "model")
             if chunk.role == "parameter" and self.config.vectors:
-                for tile in self._tiles[chunk.index]:
+                for tile in self._tiles_of(chunk):
                     self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients, meeting)
             else:
-                self._store.write("model", chunk, divide(total, divisor))
-        self._store.settle()
+                self._move_to(chunk, divide(total, divisor), meeting)
+        self._store.settle(purpose.fragment)
         self._begin_block(meeting.verdict.weight)
         done = self._without_excluded(meeting, progress)
-        return self._block_done(done, gamma, observer.completed(meeting))._replace(
-            since=progress.since * 0, mixing=self.mixing.initial()
-        )
+        done = self._block_done(done, purpose.fragment, gamma, observer.completed(meeting), purpose.late)
+        return done if purpose.late else done._replace(since=ops.put(done.since, purpose.fragment, 0))
+
+    def _tiles_of(self, chunk: Chunk) -> tuple[Tile, ...]:
+        key = (chunk.index, chunk.start, chunk.stop)
+        if key not in self._tiles:
+            self._tiles[key] = tuple(chunk.tiles(self.runtime.kernels.tile))
+        return self._tiles[key]
+
+    def _move_to(self, stretch: Stretch, value: Any, meeting: Meeting) -> None:
+        """Set the model to a common value, and keep what this worker has trained since it sent its own."""
+        if meeting.exchange.purpose.late:
+            kept = value + (self._store.read("model", stretch) - self._store.read("in_flight", stretch))
+            if self.config.nonfinite == "exclude":
+                common = value
+                kept = self._ops.choose(meeting.exchange.finite == 0, lambda: common, kept)
+            value = kept
+        self._store.write("model", stretch, value)
 
     def _outer_step_alone(self, meeting: Meeting, progress: Progress) -> Progress:
         """Take an outer step from this worker's own parameters, without the average (noaverage)."""
-        gamma = progress.rate_sums / self._ops.where(progress.rate_steps > 0, progress.rate_steps, 1)
-        coefficients = momentum(self.config, self._ops, gamma, progress.gamma)
+        steps = progress.rate_steps[0]
+        gamma = progress.rate_sums[0] / self._ops.where(steps > 0, steps, 1)
+        coefficients = momentum(self.config, self._ops, gamma, progress.gamma[0])
         observer = Observer(self.runtime, progress.observed)
         for chunk in self.layout.parameter_chunks if self.config.vectors else ():
             if self.runtime.observe:  # there is no mean: measured from the own parameters
                 observer.chunk(chunk, self._store.read("model", chunk))
-            for tile in self._tiles[chunk.index]:
+            for tile in self._tiles_of(chunk):
                 z = self._update(tile, self._store.read("model", tile), coefficients, meeting)
                 self.mixing.follow_outer_step(tile, z, progress.mixing)
         self._store.settle()
         self._begin_block(progress.step)
-        return self._block_done(progress, gamma, observer.completed())
+        return self._block_done(progress, 0, gamma, observer.completed())
 
-    def _block_done(self, progress: Progress, gamma: Vector, observed: Vector) -> Progress:
-        return progress._replace(
-            rate_steps=progress.rate_steps * 0,
-            rate_sums=progress.rate_sums * 0,
-            gamma=next_gamma(self._ops, gamma, progress.gamma),
-            observed=observed,
+    def _block_done(
+        self, progress: Progress, fragment: int, gamma: Vector, observed: Vector, late: bool = False
+    ) -> Progress:
+        ops = self._ops
+        following = next_gamma(ops, gamma, progress.gamma[fragment])
+        done = progress._replace(gamma=ops.put(progress.gamma, fragment, following), observed=observed)
+        if late:  # the next block has begun at the launch
+            return done
+        return done._replace(
+            rate_steps=ops.put(done.rate_steps, fragment, 0),
+            rate_sums=ops.put(done.rate_sums, fragment, done.rate_sums[fragment] * 0),
+            mixing=self.mixing.initial() if self.config.average else done.mixing,
         )
 
     def _update(self, tile: Tile, mean: Any, coefficients: Momentum, meeting: Meeting) -> Any:
@@ -301,9 +400,10 @@ class Machine:
         anchor = self._store.read("anchor", tile)
         v = self._store.read("v", tile) if "v" in self.config.vectors else None
         written = self._store.written(tile, anchor)
-        if written is not anchor:
+        if written is not anchor and not self.config.delay:
             # The block began at what half precision kept of the anchor. The rounding is no progress of the block:
-            # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum.
+            # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum. After a late
+            # exchange each worker begins elsewhere, and roundings cancel in the mean.
             own_mean, rounding = mean, anchor - written
             mean = mean + rounding
             if self.runtime.watches:  # values from outside have nothing to do with the old anchor
@@ -314,7 +414,7 @@ class Machine:
             v = None if mine is None else self._ops.choose(entered, lambda: mine * 0, mine)
         own = Momentum(*(self._ops.cast_like(c[tile.group], mean) for c in coefficients))
         anchor, v = self.runtime.kernels.outer_update(self.config, mean, anchor, v, own)
-        self._store.write("model", tile, anchor)
+        self._move_to(tile, anchor, meeting)
         self._store.write("anchor", tile, anchor)
         if v is not None:
             self._store.write("v", tile, v)
@@ -335,7 +435,22 @@ class Machine:
 
         def start_again() -> Progress:
             if self.config.inner_state != "average":
-                self._ops.after(meeting.finite, self._store.reset_inner_state)
+                self._ops.after(meeting.exchange.finite, self._store.reset_inner_state)
+            for chunk in self.layout.parameter_chunks if len(self._fragments) > 1 else ():
+                self._return_to_common(chunk, progress, meeting)
             return progress._replace(excluded=progress.excluded + 1)
 
-        return self._ops.cond(meeting.finite == 0, start_again, lambda: progress)
+        return self._ops.cond(meeting.exchange.finite == 0, start_again, lambda: progress)
+
+    def _return_to_common(self, chunk: Chunk, progress: Progress, meeting: Meeting) -> None:
+        """Give an excluded worker finite values in the fragments that have not met: with one broken all soon are.
+
+        The anchor; or, of a fragment in flight, what was sent, so that no local progress is kept when it lands. What
+        was sent broken is excluded then.
+        """
+        if chunk.fragment == meeting.exchange.purpose.fragment:
+            return
+        if self.config.delay and progress.flight.launched[chunk.fragment] > 0:
+            self._store.write("model", chunk, self._store.read("in_flight", chunk))
+        else:
+            self._store.write("model", chunk, self._store.read("anchor", chunk))

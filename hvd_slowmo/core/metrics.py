@@ -54,14 +54,15 @@ class Observer:
         self._before = observed
         self._seen = observed * 0
 
-    def chunk(self, chunk: Chunk, mean: Any) -> None:
+    def chunk(self, chunk: Chunk, mean: Any, vector: str = "model") -> None:
         """Measure a chunk of parameters before anything of it is written.
 
         Args:
             mean: of the workers; without the average, this worker's own parameters.
+            vector: name of the one whose mean it is.
         """
         ops, store, vectors = self._runtime.ops, self._runtime.store, self._runtime.config.vectors
-        away = store.read("model", chunk) - mean
+        away = store.read(vector, chunk) - mean
         parts = [ops.dot(away, away), ops.dot(mean, mean), 0.0, 0.0, 0.0, 0.0]
         if vectors:
             delta = store.read("anchor", chunk) - mean

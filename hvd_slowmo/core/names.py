@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from hvd_slowmo.core.layout import Layout
 
-LEDGER = "ledger"
 PRESENT = "present"  # who trains, at what rates, and who has a gradient for which parameter
+
+
+def ledger(slot: int = 0) -> str:
+    """Return the name of the ledger: one per meeting that may be in flight at a time."""
+    return f"ledger.{slot}" if slot else "ledger"
 
 
 def model(chunk: int) -> str:
     """Return the name of the sum of a chunk of the model."""
     return f"model.{chunk}"
+
+
+def mean(chunk: int) -> str:
+    """Return the name of the exchange of a chunk's mean in few bits, once it has been taken."""
+    return f"mean.{chunk}"
 
 
 def gradient(chunk: int) -> str:
@@ -27,7 +36,7 @@ def within_step(layout: Layout) -> list[str]:
     """Return every name that a step can use."""
     parameters = [chunk.index for chunk in layout.parameter_chunks]
     return [
-        LEDGER,
+        ledger(),
         PRESENT,
         *(model(chunk.index) for chunk in layout.chunks),
         *(name(index) for name in (gradient, push) for index in parameters),

@@ -51,6 +51,12 @@ class Ops(Protocol):
     def cond(self, predicate: Scalar, yes: Callable[[], T], no: Callable[[], T]) -> T:
         """Return the result of one of two functions, which return scalars of the same structure and types."""
 
+    def switch(self, number: Scalar, branches: Sequence[Callable[[], T]]) -> T:
+        """Return the result of one of several functions, which return scalars of the same structure and types."""
+
+    def put(self, vector: Vector, index: int, value: Any) -> Vector:
+        """Return a copy of a vector or a table with another entry, or row."""
+
     def where(self, predicate: Any, yes: Any, no: Any) -> Any:
         """Choose element by element; both sides are computed."""
 
@@ -75,8 +81,11 @@ class Ops(Protocol):
     def dot(self, a: Any, b: Any) -> Scalar:
         """Sum the products of two tensors' elements, as a float64 scalar."""
 
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Join tensors end to end."""
+
     def to_int(self, scalar: Scalar) -> Scalar:
-        """Return a float64 scalar with an integral value as an integer."""
+        """Return a float64 scalar with an integral value as an integer, or a vector of them."""
 
     def argmax_row(self, table: Any, column: int) -> Vector:
         """Return the first row of a table with the largest entry in a column."""
@@ -128,13 +137,20 @@ class EagerOps:
     Args:
         to_tensor: turns a float64 array into a tensor for the adapter's `Comm`.
         to_array: the reverse.
+        join: joins tensors end to end.
     """
 
     keeps_handles = True
 
-    def __init__(self, to_tensor: Callable[[Any], Any] = np.asarray, to_array: Callable[[Any], Any] = np.asarray):
+    def __init__(
+        self,
+        to_tensor: Callable[[Any], Any] = np.asarray,
+        to_array: Callable[[Any], Any] = np.asarray,
+        join: Callable[[Sequence[Any]], Any] = np.concatenate,
+    ) -> None:
         self._to_tensor = to_tensor
         self._to_array = to_array
+        self._join = join
         self._warned: set[Topic] = set()
 
     def cell(self, value: bool | int) -> Cell:
@@ -150,6 +166,14 @@ class EagerOps:
 
     def cond(self, predicate: Scalar, yes: Callable[[], T], no: Callable[[], T]) -> T:
         return yes() if predicate else no()
+
+    def switch(self, number: Scalar, branches: Sequence[Callable[[], T]]) -> T:
+        return branches[number]()
+
+    def put(self, vector: Vector, index: int, value: Any) -> Vector:
+        result = vector.copy()
+        result[index] = value
+        return result
 
     def where(self, predicate: Any, yes: Any, no: Any) -> Any:
         return np.where(predicate, yes, no)
@@ -177,8 +201,11 @@ class EagerOps:
     def dot(self, a: Any, b: Any) -> Scalar:
         return float(a @ b)
 
+    def joined(self, parts: Sequence[Any]) -> Any:
+        return parts[0] if len(parts) == 1 else self._join(parts)
+
     def to_int(self, scalar: Scalar) -> Scalar:
-        return int(scalar)
+        return int(scalar) if np.ndim(scalar) == 0 else scalar.astype(np.int64)
 
     def argmax_row(self, table: Any, column: int) -> Vector:
         return table[table[:, column].argmax()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.codec import Codec, NumpyCodec
 from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.outer_update import Kernels
@@ -19,6 +20,7 @@ class Runtime:
     Attributes:
         comm: the workers, under the optimizer's name.
         observe: measure at every outer step; see `Observed`.
+        codec: of few bits.
         watches: some worker can tell values that come from outside; see `Condition`.
     """
 
@@ -30,3 +32,4 @@ class Runtime:
     kernels: Kernels = field(default_factory=Kernels)
     observe: bool = False
     watches: bool = True
+    codec: Codec = field(default_factory=NumpyCodec)

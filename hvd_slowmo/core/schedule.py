@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.progress import Scalar
+from hvd_slowmo.core.progress import Progress, Scalar
 
 
 class StepPlan(NamedTuple):
-    """The events of one step. Each flag is a bool, or a traced scalar bool."""
+    """The events of one step. Each flag is a bool, or a traced scalar bool.
+
+    A step without any is only counted: an adapter may ask `any(plan)` and leave out all else.
+    """
 
     average_gradients: Scalar  # before the inner step: average gradients, of the node or of all workers
     all_gradients: Scalar  # the average is over all workers
@@ -21,6 +24,16 @@ class StepPlan(NamedTuple):
     begin: Scalar  # after the inner step: the warm-up is over, the first block (if there are any) begins
     mix: Scalar = False  # after the inner step, with gossip: mix with others
     check: Scalar = False  # after that: exchange the ledger, where no outer step makes the workers meet
+    lands: Scalar = False  # after the inner step: the exchange of `delay` steps ago is applied, before `outer`
+    relays: Scalar = False  # before that: the second phase begins of an exchange in few bits that lands later
+    fragment: Scalar = 0  # the fragment of the parameters that `outer` is about
+    landing: Scalar = 0  # the fragment that lands
+    relaying: Scalar = 0  # the fragment whose second phase begins
+
+    @property
+    def eventful(self) -> bool:
+        """True if the step is more than counted; not in a trace."""
+        return any(self[:-3])
 
 
 CHECK_STEPS = 64
@@ -55,15 +68,49 @@ def _without_gossip(config: SlowMoConfig, step: Scalar) -> StepPlan:
     average = True if config.gradients == "node" else everyone
     if config.tau is None:
         return StepPlan(average, everyone, False, after == 0 if config.warmup_steps else False)
-    outer = after % config.tau == 0
-    if not config.warmup_steps:
-        return StepPlan(average, everyone, outer, False)
-    # At the end of the warm-up `after` is 0: the remainder is 0 there too, but no block is full yet.
-    return StepPlan(average, everyone, outer & (after > 0), after == 0)
+    outer, fragment = _due(config, after)
+    plan = StepPlan(average, everyone, outer, False, fragment=fragment)
+    if config.warmup_steps:
+        # At the end of the warm-up `after` is 0: the remainder is 0 there too, but no block is full yet.
+        plan = plan._replace(outer=outer & (after > 0), begin=after == 0)
+    if config.delay:
+        started = after - config.delay
+        lands, landing = _due(config, started)
+        plan = plan._replace(lands=lands & (started > 0), landing=landing)
+    if config.delay > 1 and config.bits < 32:
+        started = after - (config.delay + 1) // 2
+        relays, relaying = _due(config, started)
+        plan = plan._replace(relays=relays & (started > 0), relaying=relaying)
+    return plan
+
+
+def _due(config: SlowMoConfig, after: Scalar) -> tuple[Scalar, Scalar]:
+    """Return whether a fragment meets after so many steps of the blocks, and its number where one does.
+
+    Fragment f of F meets after steps ceil((f + 1) tau / F), modulo tau.
+    """
+    tau, fragments = config.tau, config.fragments
+    assert tau is not None, "without blocks nothing meets"
+    if fragments == 1:
+        return after % tau == 0, 0
+    place = (after - 1) % tau + 1  # 1 .. tau
+    number = place * fragments // tau
+    return number * tau > (place - 1) * fragments, number - 1
+
+
+def next_fragment(config: SlowMoConfig, step: Scalar) -> Scalar:
+    """Return the fragment that meets in `steps_to_meeting` steps."""
+    if config.tau is None or config.fragments == 1:
+        return 0
+    return (step - config.warmup_steps) % config.tau * config.fragments // config.tau
 
 
 def steps_to_meeting(config: SlowMoConfig, step: Scalar) -> Scalar:
     """Return the number of steps, >= 1, until the workers meet; 0 where they never do.
+
+    Example:
+        >>> [steps_to_meeting(SlowMoConfig(tau=4, fragments=2), step) for step in range(4)]
+        [2, 1, 2, 1]
 
     Args:
         step: completed steps; the warm-up is over.
@@ -71,12 +118,17 @@ def steps_to_meeting(config: SlowMoConfig, step: Scalar) -> Scalar:
     after = step - config.warmup_steps
     if config.tau is None:
         return 0 if config.gossip is None else CHECK_STEPS - after % CHECK_STEPS
-    return config.tau - after % config.tau
+    if config.fragments == 1:
+        return config.tau - after % config.tau
+    number = next_fragment(config, step) + 1
+    return (number * config.tau + config.fragments - 1) // config.fragments - after % config.tau
 
 
-def workers_equal(config: SlowMoConfig, step: int, since: int) -> bool:
-    """Return whether all workers hold the same state after `step` steps, `since` of them after an average."""
-    if step <= config.warmup_steps:
-        return True
-    # Without the average a join makes the parameters equal, while each worker keeps an anchor and v of its own.
-    return config.average and (since == 0 or config.gradients == "all")
+def workers_equal(config: SlowMoConfig, progress: Progress) -> bool:
+    """Return whether all workers hold the same state; not in a trace."""
+    if progress.step <= config.warmup_steps or config.gradients == "all":
+        # Without the average a join makes the parameters equal, while each worker keeps an anchor and v of its own.
+        return config.average or progress.step <= config.warmup_steps
+    if config.bits < 32:  # each worker owes something else
+        return False
+    return config.average and not any(progress.since) and not any(progress.flight.launched)

@@ -21,7 +21,7 @@ class Store(Protocol):
     """The adapter's vectors. A tensor that is given or taken is 1-D, of the stretch's length and its segment's type."""
 
     def read(self, vector: str, stretch: Stretch) -> Any:
-        """Return a stretch of "model", or of a vector that is kept: "anchor", "v", "push" or "sent".
+        """Return a stretch of "model", or of a vector that is kept: "anchor", "v", "push", "sent" or "in_flight".
 
         A stretch of "model" is a copy. Its memory is used again by the second next read of the same type and device, so
         that at most two chunks of it are in flight at a time; a kept vector's is the vector's own.
@@ -30,17 +30,40 @@ class Store(Protocol):
     def write(self, vector: str, stretch: Stretch, value: Any) -> None:
         """Set that stretch; `value` is not kept."""
 
+    def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
+        """Copy a chunk of "model", or zeros, to "in_flight", where it is until `drop`."""
+
+    def drop(self, chunk: Chunk) -> None:
+        """Free a chunk of "in_flight"."""
+
     def written(self, stretch: Stretch, anchor: Any) -> Any:
         """Return the anchor as the parameters' own type holds it, in the wire's type; `anchor` itself where exact."""
 
-    def zeros(self, chunk: Chunk) -> Any:
-        """Return zeros like the chunk's."""
+    def zeros(self, stretch: Stretch) -> Any:
+        """Return zeros like the stretch's."""
 
-    def finite(self) -> Scalar:
-        """Return whether every parameter is finite: a bool scalar. Statistics and masks may hold infinities."""
+    def finite(self, vector: str, fragment: int | None) -> Scalar:
+        """Return whether every parameter of a fragment is finite: a bool scalar. Masks may hold infinities.
 
-    def condition(self) -> Condition:
-        """Compare the model with the layout and with its state after the last meeting. Nothing is read before that."""
+        Args:
+            vector: "model" or "in_flight".
+            fragment: None for all of the model.
+        """
+
+    def condition(self, fragment: int | None) -> Condition:
+        """Compare the model with the layout and with its state after the fragment's last meeting.
+
+        Nothing is read before that.
+
+        Args:
+            fragment: None for all.
+        """
+
+    def cut(self, fragment: int | None) -> None:
+        """Begin a new block of a fragment: its next `condition` looks back to here. None for all."""
+
+    def sent_condition(self, fragment: int) -> Condition:
+        """Return the condition in which a fragment was sent that is in flight."""
 
     def hold(self, moved: Vector) -> None:
         """Leave alone the parameters for which this is 0, the number of workers that have moved them.
@@ -48,12 +71,13 @@ class Store(Protocol):
         They are frozen and equal everywhere, and a mean would be equal to them up to rounding only.
         """
 
-    def settle(self, equal: bool = False) -> None:
+    def settle(self, fragment: int | None = None, equal: bool = False) -> None:
         """Note the model's state at the end of a meeting.
 
         Parameters that are held begin anew: the anchor at their value, without momentum.
 
         Args:
+            fragment: that has met; None for all.
             equal: the workers have just become equal, and no step follows at once: values that differ when the next
                 one begins come from outside.
         """

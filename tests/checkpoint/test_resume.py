@@ -6,15 +6,16 @@ import torch
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.errors import CheckpointError
 from support.checkpoints import one, train
-from support.problems import GOSSIP, PROBLEMS
+from support.problems import GOSSIP, PROBLEMS, STREAMED
 from support.trainings.pytorch import advance, build, same
 
-ALL = {**PROBLEMS, **GOSSIP}
+ALL = {**PROBLEMS, **GOSSIP, **STREAMED}
 FEW = [
     "slowmo over Nesterov SGD, reset",
     "slowmo over Adam",
     "two groups, restarting rates",
     "osgp, star, slowmo, Adam",
+    "streaming",
 ]
 
 

@@ -1,5 +1,6 @@
 """The pure parts of the core: schedule, layout, outer update, ledger."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.core.layout import ParameterGroups, lay_out
 from hvd_slowmo.core.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
+from hvd_slowmo.core.machine import Machine
 from hvd_slowmo.core.ops import EagerOps
 from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.core.schedule import step_plan, steps_to_meeting, workers_equal
+from hvd_slowmo.core.progress import Flight, Progress, PushSum
+from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.schedule import next_fragment, step_plan, steps_to_meeting, workers_equal
 from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch.outer_update import outer_update_
@@ -43,13 +47,65 @@ def test_the_schedule_is_warm_up_then_blocks_of_tau(tau, warmup):
             assert steps_to_meeting(config, step + 1) == config.tau - position
 
 
+@given(tau=st.integers(1, 7), warmup=st.integers(0, 6))
+def test_a_step_without_an_event_is_only_counted(tau, warmup):
+    """An adapter leaves out all else then: here store and workers are nothing, so any use of them would fail."""
+    config = SlowMoConfig(tau=tau, warmup_steps=warmup)
+    refs = [Ref(TensorSpec("p", "parameter", (2,), "float64", View.same((2,)), ""))]
+    laid = lay_out(refs, ParameterGroups((0,), (0,)), 80).layout
+    machine = Machine(Runtime(config, laid, OPS, store=None, comm=None))
+    progress = machine.initial()
+    counted = 0
+    for step in range(20):
+        now = progress._replace(step=step)
+        if machine.plan(now).eventful:
+            continue
+        counted += 1
+        rates = np.array([0.1 + step])
+        progress = machine.count(now, rates)
+        for own, other in zip(progress, machine.after_inner_step(now, rates), strict=True):
+            np.testing.assert_array_equal(own, other)
+        assert (progress.step, *progress.since, *progress.rate_steps) == (step + 1, counted, counted)
+    assert counted == sum(step >= warmup and (step + 1 - warmup) % tau != 0 for step in range(20))
+
+
 def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():
-    assert workers_equal(SlowMoConfig(tau=4), 8, 0)
-    assert not workers_equal(SlowMoConfig(tau=4), 9, 1)
-    assert workers_equal(SlowMoConfig(tau=4, warmup_steps=5), 5, 5)
-    assert not workers_equal(SlowMoConfig.sgp(tau=4, average=False), 8, 0)  # anchors and v differ
-    assert workers_equal(SlowMoConfig.sgp(), 8, 0)
-    assert workers_equal(SlowMoConfig.ar_sgd(), 7, 7)
+    def equal(config, step, since, launched=()):
+        nothing = np.zeros(0)
+        flight = Flight(np.array(launched), nothing, nothing, nothing)
+        mixing = PushSum(nothing, nothing, 0)
+        return workers_equal(
+            config, Progress(step, np.array(since), nothing, nothing, nothing, 0, nothing, mixing, flight)
+        )
+
+    assert equal(SlowMoConfig(tau=4), 8, [0])
+    assert not equal(SlowMoConfig(tau=4), 9, [1])
+    assert equal(SlowMoConfig(tau=4, warmup_steps=5), 5, [5])
+    assert not equal(SlowMoConfig.sgp(tau=4, average=False), 8, [0])  # anchors and v differ
+    assert equal(SlowMoConfig.sgp(), 8, [0])
+    assert equal(SlowMoConfig.ar_sgd(), 7, [7])
+    assert not equal(SlowMoConfig(tau=4, fragments=2), 8, [2, 0])
+    assert not equal(SlowMoConfig(tau=4, delay=1), 8, [0], [8])
+
+
+@given(tau=st.integers(1, 9), data=st.data(), warmup=st.integers(0, 6))
+def test_fragments_meet_and_land_at_their_steps(tau, data, warmup):
+    fragments, delay = data.draw(st.integers(1, tau)), data.draw(st.integers(0, tau))
+    config = SlowMoConfig(tau=tau, fragments=fragments, delay=delay, warmup_steps=warmup)
+    offsets = [math.ceil((f + 1) * tau / fragments) % tau for f in range(fragments)]
+    meets = {s: f for s in range(1, 40) for f in range(fragments) if s % tau == offsets[f]}
+    for step in range(40):
+        now, after = step_plan(config, step), step + 1 - warmup
+        assert bool(now.outer) == (after in meets)
+        if now.outer:
+            assert now.fragment == meets[after]
+        assert bool(now.lands) == (delay > 0 and after - delay in meets)
+        if now.lands:
+            assert now.landing == meets[after - delay]
+        if step >= warmup:
+            following = min(s for s in meets if s > step - warmup)
+            assert steps_to_meeting(config, step) == following - (step - warmup)
+            assert next_fragment(config, step) == meets[following]
 
 
 @settings(max_examples=50)

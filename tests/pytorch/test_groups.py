@@ -21,7 +21,7 @@ def test_rates_that_are_tensors_and_filled_in_place_train_as_numbers_do(config):
         if isinstance(place, torch.Tensor):
             assert optimizer.param_groups[0]["lr"] is place
         progress = optimizer.state_dict()["slowmo"]["progress"]
-        return held(model), progress["gamma"], progress["rate_sums"], float(place)
+        return held(model), progress["gamma"][0], progress["rate_sums"][0], float(place)
 
     rate = torch.tensor(0.125)
     tensors = ThreadWorld(2).run(lambda comm: work(comm, rate.clone()))
@@ -63,7 +63,7 @@ def test_a_group_added_within_a_block_under_a_scheduler(monkeypatch, config, lat
         for k in range(2, 8):
             train(model, optimizer, comm.rank, 1, k)
             if k == 3:
-                gamma = optimizer.state_dict()["slowmo"]["progress"]["gamma"]
+                gamma = optimizer.state_dict()["slowmo"]["progress"]["gamma"][0]
             schedule.step()
         return held(model), gamma, float(optimizer.param_groups[1]["lr"])
 

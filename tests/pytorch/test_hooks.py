@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hvd_slowmo.torch import SlowMoConfig
-from support.models.pytorch import BARE, alone, assert_same, held, train
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from support.models.pytorch import BARE, alone, assert_same, held, net, sgd, train
 
 
 def test_step_hooks_on_both_run_around_both_and_can_be_removed():
@@ -39,6 +39,33 @@ def test_a_step_pre_hook_may_change_the_arguments():
     assert called == [1]
     handle.remove()
     assert optimizer.step() is None
+
+
+def test_step_hooks_are_given_the_arguments_as_they_were():
+    _, optimizer = alone()
+    seen = []
+    handle = optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append((args, kwargs)))
+    optimizer.step()
+    closure = list
+    optimizer.step(closure=closure)
+    optimizer.step(closure)
+    handle.remove()
+    assert seen == [((optimizer,), {}), ((optimizer,), {"closure": closure}), ((optimizer, closure), {})]
+
+
+def test_hooks_run_once_around_the_step_of_a_subclass():
+    class Counting(SlowMo):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    alone()  # one of SlowMo itself was there before
+    model = net()
+    optimizer = Counting(sgd(model), model, BARE)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append("before"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append("after"))
+    train(model, optimizer, 0, 2)
+    assert seen == ["before", "after"] * 2
 
 
 def test_global_step_hooks_see_the_wrapper_and_the_base():

@@ -184,7 +184,7 @@ def test_a_group_added_within_a_block():
             model["b"](model["a"](late)).sum().backward()
             optimizer.step()
             if k == 3:
-                gamma = optimizer.state_dict()["slowmo"]["progress"]["gamma"]
+                gamma = optimizer.state_dict()["slowmo"]["progress"]["gamma"][0]
         return gamma, [p.detach().clone() for p in model.parameters()], len(optimizer.param_groups)
 
     (gamma, first, groups), (_, second, _) = on_threads(2, work)

@@ -422,6 +422,13 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "gradients_node": Scenario(SlowMoConfig(tau=2, gradients="node"), _steps_and_join(1), workers=4, nodes=2),
     "inner_state_average": Scenario(SlowMoConfig(tau=2, inner_state="average"), _steps(2)),
+    "fragments_join": Scenario(
+        SlowMoConfig(tau=4, fragments=2), _steps_and_join(2, 5), frameworks=["torch"], every_rank=True
+    ),
+    "late_join": Scenario(SlowMoConfig(tau=2, delay=1), _steps_and_join(3, 5), frameworks=["torch"], every_rank=True),
+    "streamed": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _steps(4), frameworks=["torch"]),
+    "streamed_save_and_load": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _save_and_load, frameworks=["torch"]),
+    "streamed_average": Scenario(SlowMoConfig(tau=2, fragments=2, delay=2), _average, frameworks=["torch"]),
     "sgp": Scenario(SlowMoConfig.sgp(tau=3), _steps_and_join(4), workers=3),
     "sgp_alone": Scenario(SlowMoConfig.sgp(), _steps(65), traced="only"),
     "sgp_noaverage": Scenario(SlowMoConfig.sgp(tau=2, average=False), _steps_and_join(3)),

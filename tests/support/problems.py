@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.topology.checks import topology
 from reference.gossip import GossipSnapshot, run_gossip
 from reference.slowmo import Snapshot, run
+from reference.streaming import StreamedSnapshot, run_streamed
 
 SHAPES = ((3, 2), (4,), (), (2, 1, 2))
 SIZES = tuple(int(np.prod(shape)) for shape in SHAPES)
@@ -87,6 +88,33 @@ class Problem:
             **config,
         )
 
+    def streamed_reference(
+        self, workers: int, chunk_bytes: int | None = None, epochs: list[tuple[int, ...]] | None = None
+    ) -> list[StreamedSnapshot]:
+        """Return the reference with fragments and a delay.
+
+        Args:
+            chunk_bytes: greatest length of a message, by which the parameters are dealt into fragments.
+        """
+        fragments = self.config.get("fragments", 1)
+        longest = max(1, (chunk_bytes or CHUNK_BYTES) // 8)
+        chunks = min(DIMENSIONS, fragments * -(-DIMENSIONS // (longest * fragments)))
+        ends = [DIMENSIONS * (number + 1) // chunks for number in range(chunks)]
+        chunk = np.searchsorted(ends, np.arange(DIMENSIONS), side="right")
+        return run_streamed(
+            self.start(),
+            self.gradient,
+            workers=workers,
+            lr=lambda worker, step, group: self.rate(step, group),
+            fragment=chunk % fragments,
+            steps=None if epochs else self.steps,
+            epochs=epochs,
+            base=self.base,
+            base_options=self.options,
+            groups=np.repeat(self.groups, SIZES),
+            **self.config,
+        )
+
     def reference(self, workers: int) -> list[Snapshot]:
         return run(
             self.start(),
@@ -143,10 +171,13 @@ def with_node(comm: Any, node: Any) -> Any:
     return comm
 
 
-def distance(histories: list[list[dict[str, Any]]], problem: Problem) -> float:
+def distance(histories: list[list[dict[str, Any]]], problem: Problem, chunk_bytes: int | None = None) -> float:
     """Return the largest difference between the workers' parameters and the reference's, over all steps."""
     workers = len(histories)
-    if "gossip" in problem.config:
+    models: Sequence[np.ndarray]
+    if {"fragments", "delay"} & problem.config.keys():
+        models = [snapshot.x for snapshot in problem.streamed_reference(workers, chunk_bytes)]
+    elif "gossip" in problem.config:
         models = [snapshot.z for snapshot in problem.gossip_reference(workers)]
     else:
         models = [snapshot.x for snapshot in problem.reference(workers)]
@@ -195,6 +226,25 @@ PROBLEMS: dict[str, Problem] = {
     "ar_sgd, plain": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, schedule="decay"),
     "ar_sgd": Problem({"tau": None, **LOCAL_SGD, "gradients": "all"}, options=NESTEROV, schedule="decay"),
 }
+
+STREAMED: dict[str, Problem] = {
+    "three fragments": Problem({"tau": 5, "fragments": 3}, options=NESTEROV, schedule="decay"),
+    "a fragment per step": Problem({"tau": 4, "fragments": 4, "alpha": 0.8}),
+    "one step late": Problem({"tau": 4, "delay": 1}, options=NESTEROV, schedule="decay"),
+    "a block late": Problem({"tau": 3, "delay": 3, "nesterov": True, "scale_by_lr": False}),
+    "streaming": Problem({"tau": 4, "fragments": 4, "delay": 1}, schedule="restarts", groups=(0, 0, 1, 1), steps=18),
+    "streaming, two steps late, warm-up": Problem({"tau": 5, "fragments": 5, "delay": 2, "warmup_steps": 3}),
+    "streaming, a block late": Problem({"tau": 3, "fragments": 3, "delay": 3}, base="adam", options=ADAM),
+    "streaming Local SGD": Problem({"tau": 4, "fragments": 2, "delay": 1, **LOCAL_SGD}),
+    "streaming DiLoCo": Problem(
+        {"tau": 6, "fragments": 3, "delay": 1, "alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False},
+        base="adamw",
+        options=ADAMW,
+        steps=22,
+    ),
+    "streaming with averaged gradients": Problem({"tau": 4, "fragments": 2, "delay": 2, "gradients": "all"}),
+}
+"""Outer steps in fragments, and late."""
 
 ALONE: dict[str, Any] = {"tau": None, **LOCAL_SGD}
 GOSSIP: dict[str, Problem] = {

@@ -76,6 +76,8 @@ class KerasWorkerState:
         self.vectors = [*parts.variables.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
         self.groups, self._places = _places(parts, names)
         self.groups = dict.fromkeys(self._trained, 0) | self.groups  # variables without elements may not be laid out
+        self.slice_residuals: dict[str, NDArray[Any]] = {}
+        self.averaged = set(self._trained) | {spec.own for spec in self.tensors.specs if spec.role == "statistic"}
         rate = float(array_of(optimizer._get_current_learning_rate()))
         self.rates = np.full(parts.layout.layout.group_count, rate)
         self.optimizer = kind_of(parts.inner.innermost)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.core.ops import TOPICS, Cell, Topic
+from hvd_slowmo_tf.pieces import joined
 
 T = TypeVar("T")
 Words = Callable[[NDArray[np.float64]], str]
@@ -60,6 +61,18 @@ class TracedOps:
         result: T = tf.cond(predicate, yes, no)
         return result
 
+    def switch(self, number: Any, branches: Sequence[Callable[[], T]]) -> T:
+        if len(branches) == 1:
+            return branches[0]()
+        result: T = tf.switch_case(tf.cast(number, tf.int32), list(branches))
+        return result
+
+    def put(self, vector: tf.Tensor, index: int, value: Any) -> tf.Tensor:
+        row = tf.cast(value, vector.dtype)[None]
+        if vector.shape[0] == 1:
+            return row
+        return tf.concat([vector[:index], row, vector[index + 1 :]], 0)
+
     def where(self, predicate: Any, yes: Any, no: Any) -> tf.Tensor:
         if not tf.is_tensor(yes) and not tf.is_tensor(no) and {yes, no} == {0, 1}:
             return tf.cast(predicate if yes else tf.logical_not(predicate), tf.float64)
@@ -91,6 +104,9 @@ class TracedOps:
 
     def dot(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.tensordot(a, b, 1), tf.float64)
+
+    def joined(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        return joined(parts)
 
     def to_int(self, scalar: Any) -> tf.Tensor:
         return tf.cast(scalar, tf.int64)

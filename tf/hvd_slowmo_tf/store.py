@@ -77,11 +77,17 @@ class VariableStore:
         own = tf.as_dtype(self._layout.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else tf.cast(tf.cast(anchor, own), anchor.dtype)
 
-    def zeros(self, chunk: Chunk) -> tf.Tensor:
-        dtype = self._layout.layout.segments[chunk.segment].dtype
-        return tf.fill([chunk.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
+    def zeros(self, stretch: Stretch) -> tf.Tensor:
+        dtype = self._layout.layout.segments[stretch.segment].dtype
+        return tf.fill([stretch.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
-    def finite(self) -> tf.Tensor:
+    def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
+        raise NotImplementedError("late exchanges are refused before")
+
+    def drop(self, chunk: Chunk) -> None:
+        raise NotImplementedError("late exchanges are refused before")
+
+    def finite(self, vector: str, fragment: int | None) -> tf.Tensor:
         ranks = {len(v.shape) for v in self._watched.values()}
         axes = {rank: tf.constant(list(range(rank)), tf.int32, [rank]) for rank in ranks}  # not one per variable
         found = [
@@ -90,15 +96,21 @@ class VariableStore:
         ]
         return tf.reduce_all(found)
 
-    def condition(self) -> Condition:
+    def condition(self, fragment: int | None) -> Condition:
         # Keras' variables keep their form, frozen ones are not the optimizer's, and values from outside are looked for
         # when a training begins.
         return Condition(0, 0, tf.ones([len(self._layout.refs_of("parameter"))], tf.float64))
 
+    def cut(self, fragment: int | None) -> None:
+        """Do nothing: `condition` needs no notes."""
+
+    def sent_condition(self, fragment: int) -> Condition:
+        return self.condition(fragment)
+
     def hold(self, moved: Vector) -> None:
         """Do nothing: a worker of Keras moves all."""
 
-    def settle(self, equal: bool = False) -> None:
+    def settle(self, fragment: int | None = None, equal: bool = False) -> None:
         """Do nothing: `condition` needs no notes."""
 
     def reset_inner_state(self) -> None:

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.core.layout import Layout
-from hvd_slowmo.core.progress import FIELDS, PER_GROUP, Observed, Progress
+from hvd_slowmo.core.progress import FIELDS, INTEGERS, PER_FRAGMENT, PER_GROUP, Flight, Observed, Progress
 
 
 class OptimizerVariables:
@@ -19,6 +19,7 @@ class OptimizerVariables:
         layout: of the parameters.
         vectors: names of the vectors that are kept beside the parameters.
         weights: number of push-sum weights: one per worker with gossip, else none.
+        late: exchanges may be in flight between two steps.
 
     Attributes:
         scalars: `Progress.flat()`, a variable per name.
@@ -27,14 +28,27 @@ class OptimizerVariables:
     """
 
     def __init__(
-        self, add_variable: Callable[..., keras.Variable], layout: Layout, vectors: Sequence[str], weights: int
+        self,
+        add_variable: Callable[..., keras.Variable],
+        layout: Layout,
+        vectors: Sequence[str],
+        weights: int,
+        late: bool = False,
     ) -> None:
-        lengths = {"observed": len(Observed._fields), "weights": weights, "arriving": weights}
-        lengths |= dict.fromkeys(PER_GROUP, 1)  # Keras has one group of parameters; see `regroup`
+        fragments = layout.fragments
+        shapes: dict[str, tuple[int, ...]] = {
+            "observed": (len(Observed._fields),),
+            "weights": (weights,),
+            "arriving": (weights,),
+            **dict.fromkeys(PER_FRAGMENT, (fragments,)),
+            **dict.fromkeys(Flight._fields, (fragments if late else 0,)),
+        }
+        for field in PER_GROUP:
+            shapes[field] += (1,)  # Keras has one group of parameters; see `regroup`
         self.scalars = {
             field: add_variable(
-                shape=(lengths[field],) if field in lengths else (),
-                dtype="float64" if field in lengths else "int64",
+                shape=shapes.get(field, ()),
+                dtype="float64" if field in shapes and field not in INTEGERS else "int64",
                 initializer="ones" if field == "weights" else "zeros",
                 name=field,
             )
@@ -58,9 +72,10 @@ class OptimizerVariables:
         """
         for field in PER_GROUP:
             old = self.scalars[field]
-            if old.shape != (groups,):
+            shape = (old.shape[0], groups)
+            if old.shape != shape:
                 with tf.init_scope():
-                    new = keras.Variable(tf.zeros([groups], tf.float64), dtype="float64", trainable=False, name=field)
+                    new = keras.Variable(tf.zeros(shape, tf.float64), dtype="float64", trainable=False, name=field)
                 self.scalars[field] = new
                 variables[next(n for n, v in enumerate(variables) if v is old)] = new
 

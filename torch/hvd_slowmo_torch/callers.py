@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvd_slowmo.callers import calling_modules
 
-_DEPTH = 8  # PyTorch wraps a step in up to four functions: profiling, hooks, a scheduler's count
+_DEPTH = 9  # a step is wrapped in up to five functions: profiling, hooks, torch.compile's, a scheduler's count
 
 _REFUSED = {
     "torch.distributed.checkpoint.state_dict": (
@@ -25,8 +25,15 @@ def initializes_state() -> bool:
     """Return whether Horovod's `broadcast_optimizer_state` takes a step, to fill an empty state.
 
     All workers have one state since the start, so nothing is missing.
+
+    Raises:
+        ValueError: as `refuse_foreign_checkpoints`.
     """
-    return _INITIALIZES in calling_modules(_NAMES, _DEPTH)
+    calling = calling_modules(_NAMES, _DEPTH)
+    if _INITIALIZES in calling:
+        return True
+    _refuse(calling)
+    return False
 
 
 def refuse_foreign_checkpoints() -> None:
@@ -35,6 +42,10 @@ def refuse_foreign_checkpoints() -> None:
     Raises:
         ValueError: one of them calls; it says how to save instead.
     """
-    for module in calling_modules(_NAMES, _DEPTH):
+    _refuse(calling_modules(_NAMES, _DEPTH))
+
+
+def _refuse(calling: list[str]) -> None:
+    for module in calling:
         if module in _REFUSED:
             raise ValueError(_REFUSED[module])

@@ -68,10 +68,11 @@ class TorchWorkerState:
         self._model, self._inner, self._settle = model, inner_optimizer, settle
         self._common_groups = assembly.groups
         store = cast("TorchStore", assembly.runtime.store)
-        self._flats, self._watch = store.vectors, store.watch
+        self._store, self._flats, self._watch = store, store.vectors, store.watch
         self._tensors = tensors_of(model)
         self._places: dict[str, list[tuple[int, int, View]]] = {}  # segment, start, view; by own name
         self.config = assembly.runtime.config
+        self._late = self.config.delay > 0
         self.graph = None if assembly.graph is None else assembly.graph.digest
         self.progress = Progress.from_flat({field: np.asarray(x) for field, x in progress.flat().items()})
         self.vectors = list(self._flats)
@@ -80,10 +81,14 @@ class TorchWorkerState:
         layout = assembly.layout.layout
         groups = iter(layout.groups)
         for number, segment in enumerate(layout.segments):
-            if segment.role == "parameter":
-                for spec, start in zip(segment.tensors, segment.offsets, strict=False):
+            for spec, start in zip(segment.tensors, segment.offsets, strict=False):
+                if segment.role != "optimizer_state":
                     self._places.setdefault(spec.own, []).append((number, start, spec.view))
+                if segment.role == "parameter":
                     self.groups[spec.own] = next(groups)
+        self.averaged = set(self._places)
+        # As whole segments, so that a resume may write tensor by tensor.
+        self._sent = [store.whole_in_flight(number) for number in range(len(layout.segments))] if self._late else []
         missing = set(self.groups) - {spec.own for spec in self.tensors.specs}
         if missing:
             raise ValueError(f"the ParameterMap leaves out trained parameters: {', '.join(sorted(missing))}.")
@@ -91,6 +96,8 @@ class TorchWorkerState:
             real(f"param_groups[{number}]['lr']", group["lr"], lambda rate: rate >= 0, "a finite number >= 0")
         self.rates = np.array([float(inner_optimizer.param_groups[own]["lr"]) for own in assembly.groups.own])
         self.optimizer = kind_of(inner_optimizer)
+        self._residuals = assembly.machine.slice_residuals
+        self.slice_residuals = {str(chunk): array_of(value) for chunk, value in self._residuals.items()}
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         if vector == "model":
@@ -112,7 +119,7 @@ class TorchWorkerState:
     def _parts(self, vector: str, own: str) -> Iterator[tuple[View, torch.Tensor]]:
         """Yield the parts of a parameter that its views show, flat as the vector has them."""
         for number, start, view in self._places[own]:
-            flat = self._flats[vector][number]
+            flat = self._sent[number] if vector == "in_flight" else self._flats[vector][number]
             assert flat is not None, "segments of parameters have every vector"
             yield view, flat[start : start + view.size]
 
@@ -200,13 +207,23 @@ class TorchWorkerState:
         on_wire = {spec.own for spec in self.tensors.specs}
         persistent = self._model.state_dict(keep_vars=True)
         others = {own: array_of(x) for own, x in self._tensors.items() if own not in on_wire and own in persistent}
-        return others | self._read_watch()
+        return others | self._read_watch() | {name: flat.numpy() for name, flat in self._inner_in_flight().items()}
+
+    def _inner_in_flight(self) -> dict[str, torch.Tensor]:
+        """Return the inner optimizer's state that was sent and not averaged yet (inner_state="average"), by name."""
+        segments = zip(self._store.layout.segments, self._sent, strict=False)
+        return {
+            f"in_flight/{number}": flat.cpu()
+            for number, (segment, flat) in enumerate(segments)
+            if segment.role == "optimizer_state"
+        }
 
     def _read_watch(self) -> Arrays:
-        norms, held, entered = self._watch.notes()
         order = self._trained()
-        arrays = (np.array([norms[own] for own in order]), np.array([held[own] for own in order]), np.array(entered))
-        return dict(zip(_WATCH, arrays, strict=True))
+        return {
+            f"watch/{field}": np.array([value[own] for own in order] if isinstance(value, dict) else value)
+            for field, value in self._watch.notes()._asdict().items()
+        }
 
     def _trained(self) -> list[str]:
         """Return the trained parameters in the order of the model's tensors, whatever devices they are on."""
@@ -216,14 +233,24 @@ class TorchWorkerState:
         """Return the watch's notes; None in a checkpoint of another framework or of weights alone."""
         if not all(name in framework for name in _WATCH):
             return None
-        norms, held, entered = (framework[name].tolist() for name in _WATCH)
-        order = self._trained()
-        return WatchNotes(dict(zip(order, norms, strict=True)), dict(zip(order, held, strict=True)), entered)
+        order, values = self._trained(), [framework[name].tolist() for name in _WATCH]
+        norms, held, moved, sent_moved = (dict(zip(order, each, strict=True)) for each in values[:4])
+        return WatchNotes(norms, held, moved, sent_moved, *values[4:])
 
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for own, value in framework.items():
-            if own not in _WATCH:
+            if own.startswith("in_flight/"):
+                self._sent[int(own.removeprefix("in_flight/"))].copy_(torch.tensor(value))
+            elif own not in _WATCH:
                 self.write("model", own, value)
+        self._residuals.clear()
+        self._residuals.update({int(chunk): torch.tensor(value) for chunk, value in self.slice_residuals.items()})
+        if self._late:
+            self._store.in_flight = {
+                chunk.index: self._sent[chunk.segment][chunk.start : chunk.stop].clone()
+                for chunk in self._store.layout.chunks
+                if progress.flight.launched[chunk.fragment]
+            }
         for number, group in enumerate(self._inner.param_groups):
             common = self._common_groups.common(number)
             if common is None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,9 @@ _NOT_OWN = frozenset(
 _OF_TORCH = frozenset(("state", "param_groups", "defaults", "grad_scale", "found_inf"))
 """Attributes that torch.optim or a GradScaler sets."""
 
+_FIXED = frozenset((bool, int, float, str, type(None)))
+"""Types whose objects never change."""
+
 _ABSENT = object()
 
 
@@ -40,6 +44,14 @@ class _Record:
 
     initial: list[dict[str, Any]] = field(default_factory=list)
     moved: list[set[str]] = field(default_factory=list)
+    _names: dict[int, tuple[list[str], list[str]]] = field(default_factory=dict)  # all of a place, and its own ones
+
+    def own(self, values: dict[str, Any], number: int) -> tuple[list[str], list[Any]]:
+        """Return the names that are the optimizer's own and their values; most steps find the same names."""
+        known = self._names.get(number)
+        if known is None or known[0] != list(values):
+            known = self._names[number] = list(values), [key for key in values if _is_own(key, number)]
+        return known[1], [values[key] for key in known[1]]
 
 
 _records: WeakKeyDictionary[Optimizer, _Record] = WeakKeyDictionary()
@@ -72,33 +84,65 @@ def record(inner: Optimizer) -> None:
         known.moved.append(set())
 
 
-@contextmanager
-def watched(inner: Optimizer, *, resets: bool = False) -> Iterator[None]:
-    """Notice the values that a step changes.
+def watched(inner: Optimizer, *, resets: bool = False) -> AbstractContextManager[None]:
+    """Return a context that notices the values that a step within changes.
 
     Args:
         inner: the inner optimizer. PyTorch's own change nothing there, and are not looked at.
         resets: its state may be reset later.
 
     Raises:
-        ValueError: a changed value can't be reset, and may have to be.
+        ValueError: at the end, if a changed value can't be reset, and may have to be.
     """
-    if type(inner).__module__.startswith("torch.optim."):
-        yield
-        return
-    record(inner)
-    before = [{key: _mark(x) for key, x in _own(v, n).items()} for n, v in enumerate(_places(inner))]
-    yield
-    moved = _records[inner].moved
-    for number, (values, marks) in enumerate(zip(_places(inner), before, strict=False)):
-        for key, value in _own(values, number).items():
-            if key in moved[number] or (key in marks and marks[key] == _mark(value)):
+    return _UNWATCHED if type(inner).__module__.startswith("torch.optim.") else _Watched(inner, resets)
+
+
+_UNWATCHED = nullcontext()
+
+
+class _Watched:
+    """The context of `watched`. Most values are the same objects before and after, compared first."""
+
+    __slots__ = ("_before", "_inner", "_known", "_resets")
+
+    def __init__(self, inner: Optimizer, resets: bool) -> None:
+        self._inner, self._resets = inner, resets
+
+    def __enter__(self) -> None:
+        known = _records.get(self._inner)
+        if known is None or len(known.initial) <= len(self._inner.param_groups):
+            record(self._inner)
+            known = _records[self._inner]
+        self._known = known
+        self._before = []
+        for number, values in enumerate(_places(self._inner)):
+            names, own = known.own(values, number)
+            # What can change in place: the same object afterwards does not mean the same value.
+            fixed = _FIXED.issuperset(map(type, own))
+            self._before.append((names, own, None if fixed else [_mark(x) for x in own]))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        for number, (values, before) in enumerate(zip(_places(self._inner), self._before, strict=False)):
+            names, own = self._known.own(values, number)
+            old_names, old, marks = before
+            if marks is None and names is old_names and all(map(is_, own, old)):
                 continue
-            moved[number].add(key)
-            if resets and not _is_value(value):
+            was = dict(zip(old_names, map(_mark, old) if marks is None else marks, strict=True))
+            self._note(number, {k: x for k, x in zip(names, own, strict=True) if k not in was or was[k] != _mark(x)})
+
+    def _note(self, number: int, changed: dict[str, Any]) -> None:
+        moved = self._known.moved[number]
+        for key, value in changed.items():
+            if key in moved or (not number and callable(value)):
+                continue
+            moved.add(key)
+            if self._resets and not _is_value(value):
                 raise ValueError(
-                    f"{type(inner).__name__} changes {_spell(key, number)} in its steps, a {type(value).__name__}, "
-                    "which SlowMo can't reset. Use inner_state='maintain' and nonfinite='raise'."
+                    f"{type(self._inner).__name__} changes {_spell(key, number)} in its steps, a "
+                    f"{type(value).__name__}, which SlowMo can't reset. Use inner_state='maintain' and "
+                    "nonfinite='raise'."
                 )
 
 
@@ -193,9 +237,11 @@ def _places(inner: Optimizer) -> list[dict[str, Any]]:
 
 def _own(values: dict[str, Any], number: int) -> dict[str, Any]:
     """Return the values of a place that belong to the optimizer itself."""
-    if number:
-        return {key: value for key, value in values.items() if key not in _NOT_OWN}
-    return {k: x for k, x in values.items() if not (k.startswith("_") or k in _OF_TORCH or callable(x))}
+    return {key: x for key, x in values.items() if _is_own(key, number) and (number or not callable(x))}
+
+
+def _is_own(key: str, number: int) -> bool:
+    return key not in _NOT_OWN if number else not (key.startswith("_") or key in _OF_TORCH)
 
 
 def _is_plain(value: Any) -> bool:

@@ -30,6 +30,7 @@ from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
+from hvd_slowmo_torch.step_hooks import hooked_at_need
 from hvd_slowmo_torch.worker import Settings, TorchWorker
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class SlowMo(Outermost, Optimizer):
     def __repr__(self) -> str:
         return f"SlowMo({self.inner_optimizer!r}, {self.config!r})"
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # a graph break under torch.compile, as in the optimizers of torch.optim
+    @hooked_at_need
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one inner step, and the outer step where it is due.
 
@@ -353,6 +354,12 @@ class SlowMo(Outermost, Optimizer):
                 "parameters can't be added while messages are on their way or push-sum weights differ from 1. Add them "
                 "before the first step, or right after join() or an outer step."
             )
+        if self.config.fragments > 1 or any(worker.progress.flight.launched):
+            raise ValueError(
+                "parameters can't be added with fragments > 1, whose blocks they would move to other parameters, or "
+                f"while an exchange is in flight. Received: fragments={self.config.fragments}, "
+                f"delay={self.config.delay}. Construct another SlowMo, or, with one fragment, call join() first."
+            )
         add_param_group(worker, param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -389,7 +396,7 @@ class SlowMo(Outermost, Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
-            worker.settle(*slowmo_state.restore(saved, worker.store.vectors, worker.inner))
+            worker.settle(*slowmo_state.restore(saved, worker))
         worker.evaluating = saved.get("evaluating", False)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

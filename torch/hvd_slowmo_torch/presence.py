@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import numpy as np
 from numpy.typing import NDArray
 from torch.optim import Optimizer
@@ -30,10 +32,22 @@ class WorkerPresence:
         self.joining = False
         self.leaving = False
         self.left: tuple[int, ...] = ()
+        self._given: list[float] = []  # the rates last seen, if all were floats
+        self._rates: NDArray[np.float64] = np.zeros(0)
 
     def rates(self) -> NDArray[np.float64]:
-        """Return the learning rate of each common group, float64 (G,): NaN for what is no number."""
-        return np.array([number_or_nan(self._inner.param_groups[own]["lr"]) for own in self.groups.own])
+        """Return the learning rate of each common group, float64 (G,): NaN for what is no number.
+
+        The same array as before where no rate has changed; not to be written to.
+        """
+        groups = self._inner.param_groups
+        given = [groups[own]["lr"] for own in self.groups.own]
+        if len(given) == len(self._given) and all(map(is_, given, self._given)):
+            return self._rates
+        rates = np.array([number_or_nan(rate) for rate in given])
+        if all(type(rate) is float for rate in given):  # and no tensor, which may hold another value in the next step
+            self._given, self._rates = given, rates
+        return rates
 
     def now(self) -> Presence:
         """Return this worker's part of an exchange of gradients.

@@ -61,7 +61,9 @@ class StartingTorchWorker:
         specs = [ref.spec for ref in refs]
         if self.config.inner_state == "average" and self.config.tau is not None:
             refs += state_refs(model, inner)
-        self._description = Description(specs, groups, lay_out(refs, groups, settings.chunk_bytes))
+        self._description = Description(
+            specs, groups, lay_out(refs, groups, settings.chunk_bytes, self.config.fragments, self.config.bits < 32)
+        )
         check_inner_optimizer(inner, self.config)
         return self._description
 
@@ -145,8 +147,9 @@ def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
         worker.store.adopt(before)
     ops = worker.assembly.runtime.ops
     worker.progress = progress._replace(
-        rate_sums=ops.vector([*progress.rate_sums, progress.rate_steps * float(added["lr"])]),
-        gamma=ops.vector([*progress.gamma, 0.0]),
+        rate_sums=ops.vector([[*progress.rate_sums[0], progress.rate_steps[0] * float(added["lr"])]]),
+        gamma=ops.vector([[*progress.gamma[0], 0.0]]),
+        flight=worker.assembly.machine.flights.initial(),
     )
     worker.prepare()
 

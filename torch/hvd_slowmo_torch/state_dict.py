@@ -9,13 +9,11 @@ import logging
 from typing import Any
 
 import numpy as np
-import torch
-from torch.optim import Optimizer
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.layout import Layout
-from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.progress import INTEGERS, Progress
 from hvd_slowmo.core.schedule import workers_equal
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.watch import WatchNotes
@@ -24,10 +22,7 @@ from hvd_slowmo_torch.worker import TorchWorker
 logger = logging.getLogger("hvd_slowmo")
 
 KEY = "slowmo"
-FORMAT = 2
-
-Vectors = dict[str, list[torch.Tensor | None]]
-"""Per vector, a flat tensor for each segment of parameters; None for the other segments."""
+FORMAT = 3
 
 
 def pack(worker: TorchWorker) -> dict[str, Any]:
@@ -42,10 +37,12 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "config": config.facts(),
         "rank": comm.rank,
         "size": comm.size,
-        "common": workers_equal(config, progress.step, progress.since),
+        "common": workers_equal(config, progress),
         "progress": {field: np.asarray(value).tolist() for field, value in progress.flat().items()},
         "parameters": _parameters(worker.assembly.machine.layout),
         "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
+        "in_flight": dict(worker.store.in_flight),
+        "slice_residuals": dict(worker.assembly.machine.slice_residuals),
         "watch": worker.store.watch.notes()._asdict(),
         "evaluating": worker.evaluating,
         "inner_attributes": None if attributes is None else bytes(attributes).decode(),
@@ -90,17 +87,26 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
     return saved
 
 
-def restore(saved: dict[str, Any], vectors: Vectors, inner: Optimizer) -> tuple[Progress, WatchNotes | None]:
+def restore(saved: dict[str, Any], worker: TorchWorker) -> tuple[Progress, WatchNotes | None]:
     """Load checked vectors, in place, and the inner optimizer's attributes; return scalars and the watch's notes."""
+    store, residuals = worker.store, worker.assembly.machine.slice_residuals
     text = saved.get("inner_attributes")
     attributes = None if text is None else np.frombuffer(text.encode(), dtype=np.uint8)
-    inner_settings.prepare(inner, attributes, attributes_only=True)()
-    for name, tensors in vectors.items():
+    inner_settings.prepare(worker.inner, attributes, attributes_only=True)()
+    for name, tensors in store.vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
+    residuals.clear()
+    residuals.update({index: tensor.clone() for index, tensor in saved["slice_residuals"].items()})
+    store.in_flight = {index: tensor.clone() for index, tensor in saved["in_flight"].items()}
     fields = saved["progress"].items()
-    progress = Progress.from_flat({field: np.array(x) if isinstance(x, list) else x for field, x in fields})
+    progress = Progress.from_flat({field: _array(field, x) for field, x in fields})
     return progress, WatchNotes(**saved["watch"]) if "watch" in saved else None
+
+
+def _array(field: str, value: Any) -> Any:
+    """Return a list as an array of the field's type."""
+    return np.array(value, np.int64 if field in INTEGERS else np.float64) if isinstance(value, list) else value
 
 
 def _check_layout(saved: dict[str, Any], layout: Layout) -> None:
@@ -111,7 +117,11 @@ def _check_layout(saved: dict[str, Any], layout: Layout) -> None:
     if len(saved["parameters"]) != len(parameters):
         raise ValueError(f"the state has {len(saved['parameters'])} parameters, this optimizer has {len(parameters)}.")
     sizes = [segment.size for segment in layout.segments if segment.role == "parameter"]
-    if any([len(t) for t in tensors] != sizes for tensors in saved["vectors"].values()):
+    lengths = {chunk.index: chunk.size for chunk in layout.chunks}
+    sent = saved["in_flight"]
+    if any([len(t) for t in tensors] != sizes for tensors in saved["vectors"].values()) or any(
+        lengths.get(index) != len(tensor) for index, tensor in sent.items()
+    ):
         raise ValueError(
             "the state's vectors are cut otherwise than this model's: put its parameters on the same devices."
         )

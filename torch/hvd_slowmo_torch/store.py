@@ -90,6 +90,7 @@ class TorchStore:
     Attributes:
         watch: of the model.
         vectors: per name, a flat tensor for each segment of parameters; None for the other segments.
+        in_flight: by chunk, the values that were sent and whose mean has not been applied.
     """
 
     def __init__(
@@ -108,6 +109,8 @@ class TorchStore:
             name: [zeros_of(s, s.size) if s.role == "parameter" else None for s in self.layout.segments]
             for name in names
         }
+        self.in_flight: dict[int, torch.Tensor] = {}
+        self._turns = {chunk.index: turn for turn, chunk in enumerate(self.layout.in_turn)}
         self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
         # By chunk, the vectors of length 1 that end in it: its mean completes theirs.
         self._units: dict[int, list[TensorRef]] = {}
@@ -120,6 +123,9 @@ class TorchStore:
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:
             return self._flat(vector, stretch)
+        if vector == "in_flight":
+            start = stretch.start - self.layout.chunks[stretch.index].start
+            return self.in_flight[stretch.index][start : start + stretch.size]
         if not self.watch.fits:
             return self._stage(stretch).zero_()
         return self._pieces.gather(stretch, self._stage(stretch), torch.Tensor.detach)
@@ -142,18 +148,33 @@ class TorchStore:
                     estimate()
                 self._noise.clear()
 
+    def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
+        segment = self.layout.segments[chunk.segment]
+        flat = torch.empty(chunk.size, dtype=getattr(torch, segment.dtype), device=segment.device)
+        self.in_flight[chunk.index] = flat.zero_() if zeros else self._pieces.gather(chunk, flat, torch.Tensor.detach)
+
+    def drop(self, chunk: Chunk) -> None:
+        del self.in_flight[chunk.index]
+
+    def whole_in_flight(self, segment: int) -> torch.Tensor:
+        """Return a segment of "in_flight", zeros where nothing is."""
+        whole = zeros_of(self.layout.segments[segment], self.layout.segments[segment].size)
+        for chunk in self.layout.chunks:
+            if chunk.segment == segment and chunk.index in self.in_flight:
+                whole[chunk.start : chunk.stop] = self.in_flight[chunk.index]
+        return whole
+
     def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
         own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
-    def zeros(self, chunk: Chunk) -> torch.Tensor:
-        return self._stage(chunk).zero_()  # in place of the stretch that would be read there
+    def zeros(self, stretch: Stretch) -> torch.Tensor:
+        return self._stage(stretch).zero_()  # in place of the stretch that would be read there
 
-    def finite(self) -> bool:
+    def finite(self, vector: str, fragment: int | None) -> bool:
         by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for ref in self._watched:
-            tensor = ref.find()
-            by_device.setdefault(tensor.device, []).append(tensor.detach())
+        for tensor in self._looked_at(vector, fragment):
+            by_device.setdefault(tensor.device, []).append(tensor)
         for tensors in by_device.values():
             # A finite norm has finite parts only, and costs a tenth of looking at each. Another may have overflowed.
             norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
@@ -161,19 +182,42 @@ class TorchStore:
                 return False
         return True
 
-    def condition(self) -> Condition:
-        return self.watch.condition()
+    def _looked_at(self, vector: str, fragment: int | None) -> Iterator[torch.Tensor]:
+        """Yield the values that must be finite, statistics of BatchNorm among them."""
+        if vector == "model" and (fragment is None or self.layout.fragments == 1):
+            yield from (ref.find().detach() for ref in self._watched)
+            return
+        for chunk in self.layout.chunks:
+            if fragment not in (None, chunk.fragment):
+                continue
+            if chunk.role == "parameter":
+                yield self.read(vector, chunk)
+            elif chunk.role == "statistic":
+                refs = self._refs[chunk.segment]
+                for number, start, stop, at in self.layout.spans(chunk):
+                    if refs[number].watched:
+                        yield self.read(vector, chunk)[at : at + stop - start].clone()
+
+    def condition(self, fragment: int | None) -> Condition:
+        return self.watch.condition(fragment)
+
+    def cut(self, fragment: int | None) -> None:
+        self.watch.cut(fragment)
+
+    def sent_condition(self, fragment: int) -> Condition:
+        return self.watch.sent_condition(fragment)
 
     def hold(self, moved: Vector) -> None:
         self.watch.hold(moved)
 
-    def settle(self, equal: bool = False) -> None:
-        for segment, refs in zip(self.layout.segments, self._refs, strict=True) if self.watch.held else ():
-            for ref, start in zip(refs, segment.offsets, strict=False):
-                parameter = ref.find()
-                if segment.role == "parameter" and id(parameter) in self.watch.held and not parameter.requires_grad:
-                    self._begin_anew(ref, segment, start)
-        self.watch.settle(equal)
+    def settle(self, fragment: int | None = None, equal: bool = False) -> None:
+        for chunk in self.layout.parameter_chunks if self.watch.held else ():
+            if fragment in (None, chunk.fragment):
+                for parameter, start, stop, at in self._pieces.under(chunk):
+                    if self._unheld(parameter) is None:
+                        values = parameter.detach().reshape(-1)[start:stop]
+                        self._begin_anew(chunk, chunk.start + at, values)
+        self.watch.settle(fragment, equal)
 
     def reset_inner_state(self) -> None:
         inner_state.reset(self._inner)
@@ -201,13 +245,12 @@ class TorchStore:
     def _unheld(self, parameter: torch.Tensor) -> torch.Tensor | None:
         return None if id(parameter) in self.watch.held and not parameter.requires_grad else parameter.detach()
 
-    def _begin_anew(self, ref: TensorRef, segment: Segment, start: int) -> None:
-        """Set a parameter's anchor to its value, without momentum."""
-        values = ref.find().detach().reshape(-1)[ref.offset : ref.offset + ref.spec.size]
+    def _begin_anew(self, chunk: Chunk, start: int, values: torch.Tensor) -> None:
+        """Set a stretch of the anchor to a parameter's values, without momentum."""
         for name, flats in self.vectors.items():
-            flat = flats[self.layout.segments.index(segment)]
+            flat = flats[chunk.segment]
             if flat is not None and name in ("anchor", "v"):
-                flat[start : start + ref.spec.size] = values if name == "anchor" else 0
+                flat[start : start + len(values)] = values if name == "anchor" else 0
 
     def _flat(self, vector: str, stretch: Stretch) -> torch.Tensor:
         whole = self.vectors[vector][stretch.segment]
@@ -217,7 +260,7 @@ class TorchStore:
     def _stage(self, stretch: Stretch) -> torch.Tensor:
         """Return memory to put a stretch together: two per type and device, since one travels while another is used."""
         segment = self.layout.segments[stretch.segment]
-        key = (segment.dtype, segment.device, stretch.index % 2)
+        key = (segment.dtype, segment.device, self._turns[stretch.index] % 2)
         if key not in self._staging or len(self._staging[key]) < stretch.size:
             self._staging[key] = zeros_of(segment, stretch.size)
         return self._staging[key][: stretch.size]

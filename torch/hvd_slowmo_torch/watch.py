@@ -17,11 +17,14 @@ logger = logging.getLogger("hvd_slowmo")
 
 
 class WatchNotes(NamedTuple):
-    """A watch's notes for a checkpoint, by the parameters' own names."""
+    """A watch's notes for a checkpoint: by the parameters' own names, and by fragment."""
 
-    norms: dict[str, float]  # of the parameters that are as the last meeting has left them; -1 for the others
+    norms: dict[str, float]
     held: dict[str, bool]  # whether nobody has moved it, see `ModelWatch.held`
-    entered: bool  # values have come from outside, and no meeting has told the others yet
+    moved: dict[str, list[bool]]  # whether it has changed since the fragment's last meeting
+    sent_moved: dict[str, list[bool]]  # the same as it was sent, where the fragment is in flight
+    entered: list[bool]  # values have come from outside, and no meeting of the fragment has told the others yet
+    sent_entered: list[bool]
 
 
 class ModelWatch:
@@ -46,23 +49,41 @@ class ModelWatch:
         self._forms = [None if ref.spec.role == "optimizer_state" else _form(ref) for ref in self._watched]
         self._list_buffers = buffers
         self._buffers = buffers()
-        self._versions: list[int] = []
+        self._versions = [p._version for p in self._tensors()]
         self._norms: torch.Tensor | None = None
-        self._entered = self._apart = False
+        self._apart = False
         self._misfit_found = (0, "")  # while mixing
         self._resumed: WatchNotes | None = None  # of a state that was loaded, until the model is looked at
-        self._moved: list[bool] = [False] * len(self._parameters)  # before `_versions` were noted
+        self._fragments = range(layout.layout.fragments)
+        self._entered = [False for _ in self._fragments]
+        # Before `_versions` were noted, and since a fragment's last meeting.
+        self._moved = [[False] * len(self._parameters) for _ in self._fragments]
+        self._sent = [([False] * len(self._parameters), False) for _ in self._fragments]  # moved, entered
         self.held: set[int] = set()
 
-    def condition(self) -> Condition:
-        """Return the state in which the model comes to a meeting."""
+    def condition(self, fragment: int | None) -> Condition:
+        """Return the state in which the model comes to a meeting; see `hvd_slowmo.core.store.Store.condition`."""
         misfit, name = self._misfit()
         if misfit:
             return Condition(misfit, 0, [0.0] * len(self._parameters), name)
         self._resume()
-        tensors = self._tensors()
-        moved = [float(p.requires_grad or changed) for p, changed in zip(tensors, self._changed(tensors), strict=True)]
-        return Condition(0, int(self._entered), moved)
+        among = self._fragments if fragment is None else (fragment,)
+        moved = [float(any(each)) for each in zip(*(self._moving(number) for number in among), strict=True)]
+        return Condition(0, int(any(self._entered[number] for number in among)), moved)
+
+    def sent_condition(self, fragment: int) -> Condition:
+        """Return the state in which a fragment was cut, whatever has become of it since."""
+        self._resume()
+        moved, entered = self._sent[fragment]
+        return Condition(0, int(entered), [float(each) for each in moved])
+
+    def cut(self, fragment: int | None) -> None:
+        """Begin a new block of a fragment; None for all."""
+        for number in self._fragments if fragment is None else (fragment,):
+            self._sent[number] = self._moving(number), self._entered[number]
+        self._absorb()
+        for number in self._fragments if fragment is None else (fragment,):
+            self._moved[number], self._entered[number] = [False] * len(self._parameters), False
 
     @property
     def fits(self) -> bool:
@@ -82,7 +103,7 @@ class ModelWatch:
         tensors = self._tensors()
         changed = [p._version for p in tensors] != self._versions
         if changed and not torch.allclose(_norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True):
-            self._entered = self._apart = True
+            self._entered, self._apart = [True for _ in self._fragments], True
         self._norms = None
 
     def take_apart(self) -> bool:
@@ -96,15 +117,19 @@ class ModelWatch:
         return _form(self._parameters[number]) != self._forms[number]
 
     def hold(self, moved: Vector) -> None:
-        """Hold the parameters for which this is 0."""
+        """Hold the parameters for which this is 0. Writes that follow are not taken for changes."""
+        self._absorb()
         self.held = {id(p) for p, count in zip(self._tensors(), moved, strict=True) if not count}
 
-    def settle(self, equal: bool) -> None:
+    def settle(self, fragment: int | None, equal: bool) -> None:
         """Note the model's present state; see `hvd_slowmo.core.store.Store.settle`."""
         tensors = self._tensors()
-        self._entered = self._apart = False
+        self._apart = False
         self._misfit_found, self._resumed = (0, ""), None
-        self._note(tensors, [False] * len(tensors))
+        if fragment is None:
+            self._entered = [False for _ in self._fragments]
+            self._moved = [[False] * len(tensors) for _ in self._fragments]
+        self._versions = [p._version for p in tensors]
         self._norms = _norms(tensors) if equal else None
 
     def adopt(self, before: ModelWatch) -> None:
@@ -112,9 +137,10 @@ class ModelWatch:
         equal = before._norms is not None  # and still are, but for what this look finds
         before.look()
         tensors = before._tensors()
-        known = {id(p): changed for p, changed in zip(tensors, before._changed(tensors), strict=True)}
+        known = {id(p): changed for p, changed in zip(tensors, before._changed(tensors, 0), strict=True)}
         tensors = self._tensors()
-        self._note(tensors, [known.get(id(p), False) for p in tensors])
+        self._moved = [[known.get(id(p), False) for p in tensors]]  # there is one fragment where groups are added
+        self._versions = [p._version for p in tensors]
         self._entered, self._apart, self.held = before._entered, before._apart, before.held
         self._norms = _norms(tensors) if equal else None
 
@@ -142,12 +168,17 @@ class ModelWatch:
             return self._resumed
         tensors = self._tensors()
         names = [ref.spec.own for ref in self._parameters]
-        norms = [
-            -1.0 if changed else norm
-            for changed, norm in zip(self._changed(tensors), _norms(tensors).tolist(), strict=True)
-        ]
         held = [id(p) in self.held for p in tensors]
-        return WatchNotes(dict(zip(names, norms, strict=True)), dict(zip(names, held, strict=True)), self._entered)
+        moved = zip(*(self._changed(tensors, number) for number in self._fragments), strict=True)
+        sent = zip(*(moved for moved, _ in self._sent), strict=True)
+        return WatchNotes(
+            norms=dict(zip(names, _norms(tensors).tolist(), strict=True)),
+            held=dict(zip(names, held, strict=True)),
+            moved=dict(zip(names, map(list, moved), strict=True)),
+            sent_moved=dict(zip(names, map(list, sent), strict=True)),
+            entered=list(self._entered),
+            sent_entered=[entered for _, entered in self._sent],
+        )
 
     def resume(self, notes: WatchNotes | None) -> None:
         """Take the next values that the model is given for a resume.
@@ -155,7 +186,7 @@ class ModelWatch:
         Args:
             notes: of the state that is loaded; None where it has none: everything counts as moved that is written.
         """
-        self._entered, self._norms, self._resumed = False, None, notes
+        self._entered, self._norms, self._resumed = [False for _ in self._fragments], None, notes
         self._apart, self._misfit_found = False, (0, "")
         self.held = set()
 
@@ -163,20 +194,39 @@ class ModelWatch:
         """Go on from loaded notes: only now has the model its values, whatever was loaded first."""
         if self._resumed is None:
             return
-        (norms, held, self._entered), self._resumed = self._resumed, None
+        notes, self._resumed = self._resumed, None
         tensors = self._tensors()
         names = [ref.spec.own for ref in self._parameters]
         # A parameter with another value than the notes are of has moved: the workers' values may differ.
-        present = zip(names, _norms(tensors).tolist(), strict=True)
-        self._note(tensors, [norms.get(name) != norm for name, norm in present])
-        self.held = {id(p) for name, p in zip(names, tensors, strict=True) if held.get(name, False)}
+        other = [notes.norms.get(name) != norm for name, norm in zip(names, _norms(tensors).tolist(), strict=True)]
+        known = [notes.moved.get(name, [True for _ in self._fragments]) for name in names]
+        self._moved = [
+            [moved[number] or apart for moved, apart in zip(known, other, strict=True)] for number in self._fragments
+        ]
+        sent = [notes.sent_moved.get(name, [True for _ in self._fragments]) for name in names]
+        self._sent = [([moved[n] for moved in sent], notes.sent_entered[n]) for n in self._fragments]
+        self._entered = list(notes.entered)
+        self._versions = [p._version for p in tensors]
+        self.held = {id(p) for name, p in zip(names, tensors, strict=True) if notes.held.get(name, False)}
 
-    def _note(self, tensors: list[torch.Tensor], moved: list[bool]) -> None:
-        self._moved, self._versions = moved, [p._version for p in tensors]
+    def _absorb(self) -> None:
+        """Count what has changed so far as moved, for every fragment that has yet to meet."""
+        if self._norms is not None:  # all are equal still, but for values from outside, which a look will find
+            return
+        tensors = self._tensors()
+        self._moved = [self._changed(tensors, number) for number in self._fragments]
+        self._versions = [p._version for p in tensors]
 
-    def _changed(self, tensors: list[torch.Tensor]) -> list[bool]:
-        """Return which parameters have changed since the last meeting."""
-        noted = zip(tensors, self._versions, self._moved, strict=True)
+    def _moving(self, fragment: int) -> list[bool]:
+        """Return which parameters are trained, or have changed since the fragment's last meeting."""
+        tensors = self._tensors()
+        return [
+            p.requires_grad or changed for p, changed in zip(tensors, self._changed(tensors, fragment), strict=True)
+        ]
+
+    def _changed(self, tensors: list[torch.Tensor], fragment: int) -> list[bool]:
+        """Return which parameters have changed since the fragment's last meeting."""
+        noted = zip(tensors, self._versions, self._moved[fragment], strict=True)
         return [moved or p._version != version for p, version, moved in noted]
 
     def _tensors(self) -> list[torch.Tensor]:

@@ -30,10 +30,12 @@ from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.ops import EagerOps
 from hvd_slowmo.core.outer_update import Kernels
-from hvd_slowmo.core.progress import Observed, Progress
+from hvd_slowmo.core.progress import Observed, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.schedule import StepPlan
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.codec import TorchCodec
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
@@ -90,6 +92,7 @@ class TorchWorker:
     hooks: GradientHooks
     optimizer: Callable[[], Optimizer | None]  # a weak reference to the SlowMo optimizer
     progress: Progress
+    _planned: tuple[Scalar, StepPlan]  # a step for which the worker is prepared, and its plan
 
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
         self.inner, self.model, self.settings, self.config = inner, model, settings, settings.config
@@ -99,6 +102,7 @@ class TorchWorker:
         self.mixed = False
         self.averaging = False
         self.evaluating = False
+        self._usable: NDArray[np.float64] | None = None  # rates that were found so
         self._metrics: Metrics | None = None
         self._metered = (0, 0.0)  # bytes sent and seconds waited, up to the last outer step
 
@@ -113,11 +117,12 @@ class TorchWorker:
         runtime = Runtime(
             self.config,
             layout.layout,
-            EagerOps(torch.from_numpy, torch.Tensor.numpy),
+            EagerOps(torch.from_numpy, torch.Tensor.numpy, lambda parts: torch.cat(list(parts))),
             self.store,
             self.comm,
             Kernels(outer_update_, divide_, _CACHED if on_cpu else None),
             self.settings.metrics,
+            codec=TorchCodec(),
         )
         self.assembly = assemble(runtime, layout, groups, graph)
         self.presence.groups = groups
@@ -125,7 +130,8 @@ class TorchWorker:
 
     def prepare(self) -> None:
         """Get ready for the coming step."""
-        self.hooks.prepare(self.assembly.machine.plan(self.progress))
+        self._planned = self.progress.step, self.assembly.machine.plan(self.progress)
+        self.hooks.prepare(self._planned[1])
 
     def settle(self, progress: Progress, notes: WatchNotes | None = None) -> None:
         """Go on from this position; the vectors have their values already.
@@ -133,7 +139,7 @@ class TorchWorker:
         Args:
             notes: of the model's watch, where the position was loaded.
         """
-        self.assembly.machine.mixing.discard_in_flight()
+        self.assembly.machine.discard_in_flight()
         self.store.watch.resume(notes)
         self.progress = progress
         self.prepare()
@@ -143,30 +149,36 @@ class TorchWorker:
 
         Gradients have been averaged before, where the step averages them.
         """
-        plan = self.assembly.machine.plan(self.progress)
-        if plan.outer or plan.mix or plan.check:
+        machine, averages, watch = self.assembly.machine, self.assembly.averages, self.store.watch
+        step, plan = self._planned
+        if step != self.progress.step:  # a join has moved it
+            plan = machine.plan(self.progress)
+        if plan.outer or plan.mix or plan.check or plan.lands:
             self.presence.refuse_if_left()
         rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
-        self.store.watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
-        usable = usable and self.store.watch.fits
+        watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
+        usable = usable and watch.fits
         try:
-            if self.assembly.averages.ever:
+            if averages.ever and averages.of_all.entered.get():
                 with torch.no_grad():
-                    self.assembly.averages.level()
+                    averages.level()
             result = None
             if usable:
                 with inner_settings.watched(self.inner, resets=self._resets):
                     result = take_inner_step()
-            with torch.no_grad():
-                self.progress = self.assembly.machine.after_inner_step(
-                    self.progress,
-                    rates,
-                    training=int(not self.presence.joining),
-                    catch_up_from=self.hooks.catch_up_from,
-                )
+            if plan.eventful:
+                with torch.no_grad():
+                    self.progress = machine.after_inner_step(
+                        self.progress,
+                        rates,
+                        training=int(not self.presence.joining),
+                        catch_up_from=self.hooks.catch_up_from,
+                    )
+            else:  # the common step: it costs microseconds
+                self.progress = machine.count(self.progress, rates)
         finally:
             self.prepare()
-        if self.settings.metrics and plan.outer:
+        if self.settings.metrics and (plan.lands if self.config.delay else plan.outer):
             self._measure()
         return result
 
@@ -183,7 +195,9 @@ class TorchWorker:
             ValueError: a rate is unusable, and nobody else will hear of it.
         """
         rates = self.presence.rates()
-        if all(abs(rate) <= _LARGEST_RATE for rate in rates.tolist()):  # NumPy takes longer for a few numbers
+        # NumPy takes longer for a few numbers.
+        if rates is self._usable or all(abs(rate) <= _LARGEST_RATE for rate in rates.tolist()):
+            self._usable = rates
             return rates, True
         unusable = ~(np.abs(rates) <= _LARGEST_RATE)
         group = int(self.presence.groups.own[int(unusable.argmax())])
@@ -222,6 +236,8 @@ class TorchWorker:
     @contextmanager
     def holding_mean(self) -> Iterator[None]:
         """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
+        with torch.no_grad():
+            self.progress = self.assembly.machine.complete(self.progress)
         own = {name: tensor.detach().clone() for name, tensor in self.tensors()}
         self.averaging = True
         try:

@@ -1,9 +1,10 @@
 """torch.distributed as the core's `Comm`: gloo and NCCL, which come with PyTorch.
 
 A process group matches collectives by their order, where Horovod matches them by name. Two things take the place of
-names. Every optimizer has process groups of its own, so that its exchanges can't mix with others. And whenever nothing
-is in flight, the workers compare what they are about to exchange before they start it: gloo ends the process at
-messages of different lengths, and takes any two of one length for the same.
+names. Every optimizer has process groups of its own, so that its exchanges can't mix with others. And at the beginning
+of each exchange the workers compare what they are about to start: gloo ends the process at messages of different
+lengths, and takes any two of one length for the same. Whether a collective begins an exchange follows from those that
+were started before, which are the same on all workers; what is still in flight is not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ _PAUSE_S = 0.0002  # between two looks at a copy
 
 _GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
 
+_CONTINUES = {
+    *(("ledger", kind) for kind in ("model", "mean")),
+    *((first, second) for first in ("model", "mean") for second in ("model", "mean")),
+    *(("gradient", kind) for kind in ("gradient", "present")),
+}
+"""Kinds of collectives of which the second belongs to the exchange of the first."""
+
 _NAME_BYTES = 160  # of a collective in words, for an error
 
 
@@ -40,6 +48,17 @@ class Push(NamedTuple):
     sent: torch.Tensor
     came: torch.Tensor
     length: int
+    device: torch.device
+
+
+class Bytes(NamedTuple):
+    """Bytes in flight, the memory into which others' come, and their lengths by rank."""
+
+    name: str
+    work: Any
+    sent: torch.Tensor
+    came: list[torch.Tensor]
+    lengths: list[int]
     device: torch.device
 
 
@@ -91,21 +110,13 @@ class DistributedComm:
         self._host_only = self.backend == "gloo"
         self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
         self._latch = FailureLatch("torch.distributed", dist.get_rank())
-        self._in_flight: set[str] = set()  # sums
+        self._in_flight: set[str] = set()  # names
+        self._started: set[str] = set()  # names, since the last comparison
+        self._kind = ""  # of the last one started
         self._history = 0  # digest of the collectives so far
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:
-        self._latch.refuse_after_failure()
-        if name in self._in_flight:
-            raise RuntimeError(
-                f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
-                "wait. End this process and resume from the last checkpoint."
-            )
-        what = f"sum {name} of {x.numel()} elements {x.dtype}"
-        if not self._in_flight:
-            self._compare(what)
-        self._note(what)
-        self._in_flight.add(name)
+        self._announce(name, f"sum {name} of {x.numel()} elements {x.dtype}")
         return self._outbox.put(name, x)
 
     def start_push(self, name: str, x: torch.Tensor, shares: Any) -> Push:
@@ -121,7 +132,48 @@ class DistributedComm:
         work = self._begin(self._push_group, dist.all_to_all_single, came, sent, *splits)
         return Push(name, work, sent, came, len(x), x.device)
 
-    def wait(self, handle: Sum | Push) -> torch.Tensor:
+    def start_alltoall(self, name: str, parts: Sequence[torch.Tensor]) -> Bytes:
+        lengths = [len(part) for part in parts]
+        self._announce(name, f"alltoall {name} of {lengths} bytes")
+        sent = self._host(torch.cat(list(parts)))
+        came = torch.empty(lengths[self.rank] * self.size, dtype=torch.uint8, device=sent.device)
+        splits = [[lengths[self.rank]] * self.size, lengths]
+        work = self._begin(self._group, dist.all_to_all_single, came, sent, *splits)
+        return Bytes(name, work, sent, list(torch.split(came, splits[0])), splits[0], parts[0].device)
+
+    def start_allgather(self, name: str, x: torch.Tensor, lengths: Sequence[int]) -> Bytes:
+        self._announce(name, f"allgather {name} of {list(lengths)} bytes")
+        longest = max(lengths)  # an allgather takes one length only
+        sent = self._host(torch.nn.functional.pad(x, (0, longest - len(x))))
+        came = [torch.empty_like(sent) for _ in lengths]
+        work = self._begin(self._group, dist.all_gather, came, sent)
+        return Bytes(name, work, sent, came, list(lengths), x.device)
+
+    def _host(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cpu() if self._host_only else x
+
+    def _announce(self, name: str, what: str) -> None:
+        """Note what is about to be started, and compare it with the others' where an exchange begins."""
+        self._latch.refuse_after_failure()
+        if name in self._in_flight:
+            raise RuntimeError(
+                f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
+                "wait. End this process and resume from the last checkpoint."
+            )
+        kind = kind_of(name)
+        if name in self._started or (self._kind, kind) not in _CONTINUES:
+            self._compare(what)
+            self._started = set()
+        self._kind = kind
+        self._started.add(name)
+        self._note(what)
+        self._in_flight.add(name)
+
+    def wait(self, handle: Sum | Push | Bytes) -> Any:
+        if isinstance(handle, Bytes):
+            self._finish(handle.work, handle.name)
+            self._in_flight.discard(handle.name)
+            return [part[:length].to(handle.device) for part, length in zip(handle.came, handle.lengths, strict=True)]
         if isinstance(handle, Push):
             self._finish(handle.work, handle.name)
             came = handle.came.view(-1, handle.length)
@@ -138,6 +190,7 @@ class DistributedComm:
         own = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         # Lengths differ, which an allgather can't have, and often one worker alone sends much.
         lengths = self._compare(f"gather {name}", len(own))
+        self._kind, self._started = "gather", set()
         self._note(f"gather {name}")
         parts = [own if r == self.rank else torch.empty(n, dtype=torch.uint8) for r, n in enumerate(lengths)]
         works = [
@@ -208,6 +261,17 @@ class DistributedComm:
             return dist.DistNetworkError(self._latch.lost(text))
         who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
         return dist.DistNetworkError(self._latch.lost(text, f"{who} ended or was killed; look at the output there"))
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a collective by its name.
+
+    Example:
+        >>> kind_of("slowmo.model.12"), kind_of("slowmo.present")
+        ('model', 'present')
+    """
+    *_, before, last = ["", *name.split(".")]
+    return before if last.isdigit() else last
 
 
 def _digest(text: str) -> int:

@@ -28,6 +28,14 @@ class Push(NamedTuple):
     device: torch.device
 
 
+class Bytes(NamedTuple):
+    """Bytes in flight, and the lengths of those that come, by rank."""
+
+    handle: int
+    lengths: list[int]
+    device: torch.device
+
+
 class HorovodComm:
     """Collectives of a Horovod process set. After Horovod's error nothing more is submitted.
 
@@ -66,7 +74,25 @@ class HorovodComm:
         handle = self._begun(self._hvd.alltoall_async, sent, splits, name=name)
         return Push(handle, len(x), x.device)
 
-    def wait(self, handle: Sum | Push) -> torch.Tensor:
+    def start_alltoall(self, name: str, parts: Sequence[torch.Tensor]) -> Bytes:
+        self._latch.refuse_after_failure()
+        splits = torch.tensor([len(part) for part in parts], dtype=torch.int32)
+        handle = self._begun(self._hvd.alltoall_async, self._host(torch.cat(list(parts))), splits, name=name)
+        return Bytes(handle, [len(parts[self.rank])] * self.size, parts[0].device)
+
+    def start_allgather(self, name: str, x: torch.Tensor, lengths: Sequence[int]) -> Bytes:
+        self._latch.refuse_after_failure()
+        handle = self._begun(self._hvd.allgather_async, self._host(x), name=name)
+        return Bytes(handle, list(lengths), x.device)
+
+    def _host(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cpu() if self._host_only else x
+
+    def wait(self, handle: Sum | Push | Bytes) -> Any:
+        if isinstance(handle, Bytes):
+            found = self._finish(handle.handle)
+            whole = found[0] if isinstance(found, (tuple, list)) else found  # an alltoall tells the lengths too
+            return list(torch.split(whole.to(handle.device), handle.lengths))
         if isinstance(handle, Push):
             came: torch.Tensor = self._finish(handle.handle)[0].view(-1, handle.length)
             return (came[0] if len(came) == 1 else came.sum(dim=0)).to(handle.device)

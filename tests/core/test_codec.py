@@ -1,0 +1,56 @@
+"""Codes of few bits: the same bytes and values in every framework, and their errors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_slowmo.core.codec import BLOCK, LEVELS, NumpyCodec, Slices, payload_bytes
+from hvd_slowmo_torch.codec import TorchCodec
+from reference.few_bits import rounded
+
+BITS = [16, 8, 4]
+
+
+def vector(blocks, seed):
+    """Return values of many sizes, a block of zeros, and one whose values are halfway between two codes."""
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(blocks, BLOCK)) * np.exp(4 * rng.normal(size=(blocks, 1)))
+    g[:1] = 0
+    g[1:2] = np.resize([*np.arange(-126.5, 127), 127], BLOCK)
+    return g.astype(np.float32).reshape(-1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@settings(max_examples=20, deadline=None)
+@given(blocks=st.integers(0, 300), seed=st.integers(0, 1000), tile=st.sampled_from([None, 1, 7, 64]))
+def test_frameworks_have_the_same_bytes_and_values(bits, blocks, seed, tile):
+    g = vector(blocks, seed)
+    mine = NumpyCodec().encode([g], blocks, bits)
+    other = TorchCodec(tile).encode(torch.from_numpy(g).split((tile or max(1, blocks)) * BLOCK), blocks, bits)
+    assert len(mine) == payload_bytes(len(g), bits)
+    assert np.array_equal(mine, other.numpy())
+    decoded = NumpyCodec().decode(mine, bits)
+    assert np.array_equal(decoded.view(np.uint32), TorchCodec().decode(other, bits).numpy().view(np.uint32))
+    assert np.array_equal(decoded, rounded(g, bits))
+    first, last = blocks // 3, blocks // 2
+    part = TorchCodec().decode(other, bits, first, last).numpy()
+    assert np.array_equal(part, decoded[first * BLOCK : last * BLOCK])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_value_is_off_by_half_a_level_at_most(bits):
+    g = vector(50, 1)
+    error = np.abs(NumpyCodec().decode(NumpyCodec().encode([g], 50, bits), bits) - g).reshape(-1, BLOCK)
+    level = np.abs(g).reshape(-1, BLOCK).max(axis=1, keepdims=True) / LEVELS[bits]
+    assert (error <= level * 0.5000001).all()
+
+
+@given(length=st.integers(1, 100_000), workers=st.integers(1, 9))
+def test_slices_are_whole_blocks_and_cover_the_vector_once(length, workers):
+    slices = Slices(length, workers)
+    spans = [slices.span(rank) for rank in range(workers)]
+    assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
+    assert spans[-1][1] * BLOCK >= length > (spans[-1][1] - 1) * BLOCK
+    assert max(map(slices.elements, range(workers))) - min(map(slices.elements, range(workers))) <= BLOCK

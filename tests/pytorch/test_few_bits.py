@@ -1,0 +1,250 @@
+"""Outer steps in few bits, on PyTorch: the reference bitwise, what is owed, resumes, joins and refusals."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from reference.few_bits import mean_of_differences
+from support.trainings.pytorch import same
+
+SHAPE = (50, 70)  # 3500 values: four blocks, the last in part
+BITS = [16, 8, 4]
+LATE = [{}, {"delay": 1}, {"fragments": 4, "delay": 2}, {"fragments": 2, "delay": 3}]
+
+
+class Weights(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        self.weight = nn.Parameter(torch.tensor(rng.normal(size=SHAPE), dtype=torch.float32))
+        self.bias = nn.Parameter(torch.tensor(rng.normal(size=5), dtype=torch.float32))
+
+
+def build(comm, lr=0.125, **settings):
+    model = Weights()
+    config = SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
+    return model, SlowMo(torch.optim.SGD(model.parameters(), lr=lr), model, config, comm=comm)
+
+
+def step(model, optimizer, rank, k):
+    rng = np.random.default_rng([rank, k])
+    for p in model.parameters():
+        centre = torch.tensor(rng.normal(size=p.shape), dtype=torch.float32)
+        p.grad = p.detach() - centre
+    optimizer.step()
+
+
+def entry(optimizer):
+    return optimizer.state_dict()["slowmo"]
+
+
+def flat(optimizer, name):
+    """Return a vector of the weight matrix, which comes first."""
+    return entry(optimizer)["vectors"][name][0][: np.prod(SHAPE)].numpy().copy()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_an_outer_step_equals_the_reference_bitwise(bits, size):
+    """tau = 1 and no momentum: the new anchor is the old one minus Delta. Uneven weights by a worker that is done."""
+
+    def work(comm):
+        model, optimizer = build(comm, tau=1, beta=0.0, bits=bits)
+        seen = []
+        for k in range(4):
+            before = [flat(optimizer, "anchor"), flat(optimizer, "residual"), entry(optimizer)["slice_residuals"]]
+            sent = model.weight.detach().clone()
+            rng = np.random.default_rng([comm.rank, k])
+            gradient = torch.tensor(rng.normal(size=SHAPE), dtype=torch.float32)
+            model.weight.grad, model.bias.grad = gradient, torch.ones(5)
+            sent.add_(gradient, alpha=-0.125)  # as SGD does
+            optimizer.step()
+            after = [flat(optimizer, "anchor"), flat(optimizer, "residual"), entry(optimizer)["slice_residuals"]]
+            assert np.array_equal(model.weight.detach().numpy().reshape(-1), after[0])
+            seen.append((before, sent.numpy().reshape(-1), copy.deepcopy(after)))
+        return seen
+
+    results = ThreadWorld(size).run(work)
+    blocks = -(-int(np.prod(SHAPE)) // 1024)
+    lengths = [1024 * (blocks * (j + 1) // size - blocks * j // size) for j in range(size)]
+    for moment in zip(*results, strict=True):
+        anchor = moment[0][0][0]
+        s = [
+            next(iter(before[2].values())).numpy() if before[2] else np.zeros(length, np.float32)
+            for (before, _, _), length in zip(moment, lengths, strict=True)
+        ]
+        delta, owed, rests = mean_of_differences(
+            anchor, [x for _, x, _ in moment], [before[1] for before, _, _ in moment], s, [1.0] * size, bits
+        )
+        for rank, (_, _, (new, e, slices)) in enumerate(moment):
+            assert np.array_equal(new, anchor - delta)
+            assert np.array_equal(e, owed[rank])
+            assert np.array_equal(next(iter(slices.values())).numpy(), rests[rank])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("settings", LATE, ids=str)
+def test_all_workers_hold_the_same_after_a_join_and_are_near_to_more_bits(bits, settings):
+    def work(comm, bits):
+        model, optimizer = build(comm, bits=bits, **settings)
+        for k in range(22 + 3 * comm.rank):
+            step(model, optimizer, comm.rank, k)
+            if not optimizer.worker.progress.flight.launched.any():
+                anchors.setdefault((bits, k), []).append(flat(optimizer, "anchor"))
+        optimizer.join()
+        return copy.deepcopy(model.state_dict())
+
+    anchors = {}
+    few, whole = (ThreadWorld(3).run(lambda comm, b=b: work(comm, b)) for b in (bits, 16))
+    assert all(same(model, few[0]) for model in few)
+    apart = (few[0]["weight"] - whole[0]["weight"]).abs().max()
+    assert apart <= {16: 0, 8: 0.05, 4: 0.4}[bits]
+    assert all(np.array_equal(a, each[0]) for each in anchors.values() for a in each)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_constant_gradient_drives_the_parameters_to_the_same_place(bits):
+    """What rounding withholds is owed and comes later: the distance does not grow with the steps."""
+
+    def work(comm, bits):
+        model, optimizer = build(comm, bits=bits, beta=0.5)
+        gradient = torch.tensor(np.random.default_rng(comm.rank).normal(size=SHAPE), dtype=torch.float32)
+        places = []
+        for _ in range(200):
+            model.weight.grad, model.bias.grad = gradient, torch.zeros(5)
+            optimizer.step()
+            places.append(model.weight.detach().clone())
+        return places[39::40]
+
+    few, whole = (ThreadWorld(2).run(lambda comm, b=b: work(comm, b))[0] for b in (bits, 16))
+    apart = [float((a - b).abs().max()) for a, b in zip(few, whole, strict=True)]
+    assert max(apart) < {8: 0.2, 4: 3.0}[bits]
+    assert apart[-1] < 2 * apart[0] + 0.05
+    assert float((whole[-1] - whole[0]).abs().max()) > 50
+
+
+@pytest.mark.parametrize("settings", LATE, ids=str)
+@pytest.mark.parametrize("stop", [3, 4, 5, 6])
+@pytest.mark.parametrize("kind", ["state_dict", "save"])
+def test_a_resume_is_bitwise_the_run_without_a_stop(settings, stop, kind, tmp_path):
+    def work(comm):
+        model, optimizer = build(comm, **settings)
+        for k in range(14):
+            if k == stop:
+                state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                optimizer.save(tmp_path / "x.slowmo")
+            step(model, optimizer, comm.rank, k)
+        again, other = build(comm, **settings)
+        if kind == "save":
+            other.load(tmp_path / "x.slowmo")
+        else:
+            again.load_state_dict(state[0])
+            other.load_state_dict(state[1])
+        for k in range(stop, 14):
+            step(again, other, comm.rank, k)
+        mine, theirs = entry(optimizer), entry(other)
+        keys = ("vectors", "slice_residuals", "in_flight", "progress")
+        return same(model.state_dict(), again.state_dict()) and all(same(mine[key], theirs[key]) for key in keys)
+
+    assert ThreadWorld(3).run(work) == [True] * 3
+
+
+def test_another_number_of_workers_owes_as_much(tmp_path):
+    def save(comm):
+        model, optimizer = build(comm)
+        for k in range(10):
+            step(model, optimizer, comm.rank, k)
+        optimizer.join()
+        optimizer.save(tmp_path / "x.slowmo")
+        return flat(optimizer, "residual")
+
+    def load(comm):
+        _, optimizer = build(comm)
+        optimizer.load(tmp_path / "x.slowmo")
+        return flat(optimizer, "residual"), dict(entry(optimizer)["slice_residuals"])
+
+    owed = ThreadWorld(2).run(save)
+    for residual, slices in ThreadWorld(3).run(load):
+        np.testing.assert_allclose(residual, (owed[0] + owed[1]) / 2, rtol=1e-6)
+        assert not slices
+
+
+def test_a_join_and_averaged_parameters_leave_what_is_owed_alone():
+    def work(comm):
+        model, optimizer = build(comm)
+        for k in range(6):
+            step(model, optimizer, comm.rank, k)
+        before = flat(optimizer, "residual")
+        with optimizer.averaged_parameters():
+            pass
+        optimizer.join()
+        return np.array_equal(before, flat(optimizer, "residual")), bool(before.any())
+
+    assert ThreadWorld(2).run(work) == [(True, True)] * 2
+
+
+def test_a_state_in_few_bits_is_each_ranks_own():
+    def work(comm):
+        model, optimizer = build(comm)
+        for k in range(4):
+            step(model, optimizer, comm.rank, k)
+        optimizer.join()
+        return entry(optimizer)["common"]
+
+    assert ThreadWorld(2).run(work) == [False, False]
+
+
+def test_an_excluded_worker_owes_nothing():
+    def work(comm):
+        model, optimizer = build(comm, nonfinite="exclude")
+        for k in range(8):
+            step(model, optimizer, comm.rank, k)
+            if k == 5 and comm.rank == 1:
+                with torch.no_grad():
+                    model.weight[0, 0] = float("nan")
+        return copy.deepcopy(model.state_dict()), flat(optimizer, "residual")
+
+    (a, owed), (b, nothing), _ = ThreadWorld(3).run(work)
+    assert same(a, b)
+    assert owed.any()
+    assert not nothing.any()
+
+
+def test_fewer_bytes_are_sent():
+    def work(comm, bits):
+        model, optimizer = build(comm, bits=bits)
+        start = optimizer.bytes_sent
+        for k in range(4):
+            step(model, optimizer, comm.rank, k)
+        return optimizer.bytes_sent - start
+
+    whole, eight, four = (sum(ThreadWorld(2).run(lambda comm, b=b: work(comm, b))) for b in (32, 8, 4))
+    assert whole / eight > 3  # the bias travels whole
+    assert whole / four > 5
+
+
+def trained(settings, comm=None):
+    """Train a few steps on a worker of a pool, or of a world."""
+    from hvd_slowmo.torch import rank
+
+    number = rank() if comm is None else comm.rank
+    model, optimizer = build(comm, **settings)
+    for k in range(13 + number):
+        step(model, optimizer, number, k)
+    optimizer.join()
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.workers
+@pytest.mark.both_transports
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "fragments": 4, "delay": 2}], ids=str)
+def test_real_workers_compute_what_threads_do(workers, settings):
+    found = workers(2).run("pytorch.test_few_bits:trained", settings=settings)
+    expected = ThreadWorld(2).run(lambda comm: trained(settings, comm))
+    for mine, other in zip(found, expected, strict=True):
+        assert np.array_equal(mine["weight"], other["weight"])
