@@ -9,10 +9,13 @@ may be saved at any step without communication, and a resume sends y again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
+from typing import Any
 
+from hvd_slowmo.core.ledger import RATES
 from hvd_slowmo.core.meeting import Exchange, Meeting, Meetings, Purpose
-from hvd_slowmo.core.progress import Flight, Progress
+from hvd_slowmo.core.progress import Flight, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
 
 
@@ -40,10 +43,18 @@ class Flights:
         sums = self._ops.reshape(self._ops.vector([0.0] * fragments * groups), (fragments, groups))
         return Flight(none, none, none, sums)
 
-    def in_order(self, flight: Flight) -> Iterator[int]:
-        """Yield the fragments in flight in the order in which they were launched; not in a trace."""
-        launched = [int(step) for step in flight.launched]
-        yield from sorted((f for f, step in enumerate(launched) if step), key=lambda f: launched[f])
+    @property
+    def most(self) -> int:
+        """Number of fragments that can be in flight at a time."""
+        config = self._runtime.config
+        return min(config.fragments, -(-config.delay * config.fragments // (config.tau or 1)))
+
+    def first(self, flight: Flight) -> Scalar:
+        """Return the fragment in flight that was launched first, where there is one."""
+        ops, fragments = self._ops, self._runtime.layout.fragments
+        flying = ops.where(flight.launched > 0, -flight.launched, -math.inf)
+        table = ops.reshape(ops.vector([x for f in range(fragments) for x in (flying[f], f)]), (fragments, 2))
+        return ops.to_int(ops.argmax_row(table, 0)[1])
 
     def launch(self, progress: Progress, fragment: int, training: int) -> Progress:
         """Set the fragment aside, begin its exchange where it can outlive a call, and begin its next block."""
@@ -70,13 +81,38 @@ class Flights:
             self._begun[fragment] = self._begin(launched, fragment, training)
         return launched
 
-    def land(self, progress: Progress, fragment: int) -> Meeting:
+    def exchange(self, progress: Progress, fragment: int) -> list[Any]:
+        """Exchange a fragment in flight, for `land`: the ledger, and each chunk of the layout, empty if not of it."""
+        arrived = iter(self._meetings.exchanged(self._begin(progress, fragment, training=1)))
+        ledger, chunks = next(arrived), self._runtime.layout.chunks
+        return [ledger, *(next(arrived) if c.fragment == fragment else self._store.zeros(c)[:0] for c in chunks)]
+
+    def nothing(self) -> list[Any]:
+        """Return what `exchange` does where nothing is in flight."""
+        layout, size = self._runtime.layout, self._runtime.comm.size
+        clocks = 0 if layout.fragments == 1 else layout.fragments * (2 + layout.group_count)
+        length = size * (RATES + layout.group_count + clocks) + len(layout.groups)
+        ledger = self._ops.pack([self._ops.vector([0.0] * length)])
+        return [ledger, *(self._store.zeros(chunk)[:0] for chunk in layout.chunks)]
+
+    def land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Meeting:
         """Return the meeting of a fragment in flight.
+
+        Args:
+            arrived: result of `exchange`.
 
         Raises:
             ValueError: on every worker, where the verdict has failed; nothing is in flight any more.
         """
-        meeting = self._met.pop(fragment, None) or self._finish(progress, fragment)
+        if arrived is None:
+            meeting = self._met.pop(fragment, None) or self._finish(progress, fragment)
+        else:
+            own = [
+                self._ops.reshape(values, (chunk.size,))
+                for chunk, values in zip(self._runtime.layout.chunks, arrived[1:], strict=True)
+                if chunk.fragment == fragment
+            ]
+            meeting = self._meetings.finish(self._begin(progress, fragment, 1, (arrived[0], *own)))
         self._store.hold(meeting.moved)
         return meeting
 
@@ -112,7 +148,7 @@ class Flights:
         self._meetings.discard_relayed(self._met.values())
         self._begun, self._met = {}, {}
 
-    def _begin(self, progress: Progress, fragment: int, training: int) -> Exchange:
+    def _begin(self, progress: Progress, fragment: int, training: int, arrived: tuple[Any, ...] = ()) -> Exchange:
         """Begin the exchange of a fragment that has been set aside, at its launch or after a resume."""
         ops, flight = self._ops, progress.flight
         sent = progress._replace(
@@ -122,4 +158,4 @@ class Flights:
         )
         purpose = Purpose(training=training, counts=1, fragment=fragment, late=True)
         condition = self._store.sent_condition(fragment)
-        return self._meetings.begin(sent, flight.launched[fragment], purpose, condition)
+        return self._meetings.begin(sent, flight.launched[fragment], purpose, condition, arrived)

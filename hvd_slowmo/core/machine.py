@@ -114,11 +114,19 @@ class Machine:
         return step_plan(self.config, progress.step)
 
     def exchange_pending(self, progress: Progress) -> Sequence[Any] | None:
-        """Before an inner step: exchange the messages that the last step has set aside, beside the computation.
+        """Before an inner step: exchange what the last step has set aside, beside the computation.
 
         For adapters that can't have a collective in flight between two calls; `after_inner_step` takes the result.
         """
-        return self.mixing.exchange_pending(progress.mixing, self.plan(progress).mix)
+        plan = self.plan(progress)
+        if not self.config.delay:
+            return self.mixing.exchange_pending(progress.mixing, plan.mix)
+
+        def exchange(fragment: int) -> list[Any]:
+            flying = progress.flight.launched[fragment] > 0  # none after a join
+            return self._ops.cond(flying, lambda: self.flights.exchange(progress, fragment), self.flights.nothing)
+
+        return self._ops.cond(plan.lands, lambda: self._of_fragment(plan.landing, exchange), self.flights.nothing)
 
     def after_inner_step(
         self,
@@ -160,15 +168,22 @@ class Machine:
         if self.config.delay > 1 and self.config.bits < 32 and now.relays:
             self.flights.relay(done, now.relaying)
         if self.config.delay:
-            done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, partial(self._land, done)), lambda: done)
+            land = partial(self._land, done, arrived=arrivals)
+            done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, land), lambda: done)
         done = ops.cond(now.outer, lambda: self._of_fragment(now.fragment, outer), lambda: done)
         done = ops.cond(now.check, check, lambda: done)
         return self._send_ahead(done, done.step)
 
     def complete(self, progress: Progress) -> Progress:
-        """Apply all that is in flight, before its time. A collective; not in a trace."""
-        for fragment in self.flights.in_order(progress.flight):
-            progress = self._land(progress, fragment)
+        """Apply all that is in flight, before its time. A collective."""
+        ops = self._ops
+        for _ in range(self.flights.most):
+
+            def first(progress: Progress = progress) -> Progress:
+                return self._of_fragment(self.flights.first(progress.flight), partial(self._land, progress))
+
+            flying = ops.sum(ops.where(progress.flight.launched > 0, 1.0, 0.0)) > 0
+            progress = ops.cond(flying, first, lambda progress=progress: progress)  # type: ignore[misc]
         return progress
 
     def count(self, progress: Progress, rates: Vector) -> Progress:
@@ -261,11 +276,11 @@ class Machine:
         """Return the result of `work` for this fragment."""
         return self._ops.switch(number, [partial(work, fragment) for fragment in self._fragments])
 
-    def _land(self, progress: Progress, fragment: int) -> Progress:
+    def _land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Progress:
         """Apply the exchange of a fragment that is in flight; after a join there may be none."""
 
         def land() -> Progress:
-            meeting = self.flights.land(progress, fragment)
+            meeting = self.flights.land(progress, fragment, arrived)
             return self.flights.landed(self._outer_step(meeting, progress), fragment)
 
         return self._ops.cond(progress.flight.launched[fragment] > 0, land, lambda: progress)

@@ -75,6 +75,7 @@ class Exchange(NamedTuple):
     finite: Scalar  # 1: this worker's parameters are
     condition: Condition
     progress: Progress  # this worker's state
+    arrived: tuple[Any, ...] = ()  # results in the place of handles: of the ledger and of the first chunks
 
 
 class Meeting(NamedTuple):
@@ -122,8 +123,19 @@ class Meetings:
         self._store.hold(meeting.moved)
         return meeting
 
-    def begin(self, progress: Progress, step: Scalar, purpose: Purpose, condition: Condition) -> Exchange:
-        """Start the ledger, and the first chunk beside it, or all chunks of a late meeting."""
+    def begin(
+        self,
+        progress: Progress,
+        step: Scalar,
+        purpose: Purpose,
+        condition: Condition,
+        arrived: tuple[Any, ...] = (),
+    ) -> Exchange:
+        """Start the ledger, and the first chunk beside it, or all chunks of a late meeting.
+
+        Args:
+            arrived: result of `exchanged`; nothing is started then.
+        """
         self.drop_discarded()
         ops, comm, config, layout = self._ops, self._comm, self._runtime.config, self._runtime.layout
         fits = condition.misfit == 0
@@ -156,6 +168,8 @@ class Meetings:
             entered=condition.entered,
             drift=progress.observed[0],
         )
+        if arrived:
+            return Exchange(purpose, None, (), weights, counted, finite, condition, progress, arrived)
         parts = own_row(ops, comm.rank, comm.size, row, progress.rate_sums[at], clocks(ops, progress))
         ledger = comm.start_sum(names.ledger(self._count % self._slots), ops.pack([*parts, condition.moved]))
         self._count += 1
@@ -173,18 +187,17 @@ class Meetings:
         """
         ops, comm, config = self._ops, self._comm, self._runtime.config
         purpose, condition, layout = exchange.purpose, exchange.condition, self._runtime.layout
-        everything = ops.unpack(comm.wait(exchange.ledger))
+        ledger, *first = exchange.arrived or self.exchanged(exchange)
+        everything = ops.unpack(ledger)
         behind = 0 if layout.fragments == 1 else layout.fragments * (2 + layout.group_count)
         judged = RATES + layout.group_count
         width = judged + behind
         rows = ops.reshape(everything[: comm.size * width], (comm.size, width))
         table = rows[:, :judged]
         moved = everything[comm.size * width :]
-        # Before the verdict, so that a failed one leaves nothing in flight.
-        first = tuple(self._arrived(handle) for handle in exchange.started)
         found = verdict(ops, table, config.nonfinite)
         totals = self._totals(exchange, rows[:, judged:], table, found)
-        meeting = Meeting(exchange, rows, found, moved, totals, first)
+        meeting = Meeting(exchange, rows, found, moved, totals, tuple(first))
         mixes = config.gossip is not None
         words = error_text(comm.ranks, comm.name, layout.names, condition.name, mixes)
         meeting = ops.error_if(found.failed, table, words, meeting)
@@ -196,6 +209,10 @@ class Meetings:
             words = exclusion_warning(comm.ranks, comm.name)
             ops.warn("excluded", found.counted < comm.size, table, words, always=True)
         return meeting
+
+    def exchanged(self, exchange: Exchange) -> tuple[Any, ...]:
+        """Wait for what has been started: nothing is in flight before the verdict is known."""
+        return (self._comm.wait(exchange.ledger), *(self._arrived(handle) for handle in exchange.started))
 
     @property
     def slice_residuals(self) -> dict[int, Any]:

@@ -37,6 +37,12 @@ OTHERS = {
 }
 
 
+STREAMED = {
+    "fragments": Problem({"tau": 4, "fragments": 3}, options=NESTEROV),
+    "streaming": Problem({"tau": 4, "fragments": 4, "delay": 1}, options=NESTEROV),
+    "one step late": Problem({"tau": 3, "delay": 1, "warmup_steps": 2}),
+}
+
 FEW = ("slowmo", "sgp, slowmo", "osgp, slowmo")
 
 
@@ -61,6 +67,12 @@ def apart(histories, step):
 def test_equal_to_the_reference(mixed_workers, kinds):
     """And so to one framework's run, which is equal to the reference too (test_torch_reference, test_keras_...)."""
     check(mixed_workers, kinds, CORE if kinds == "tk" else {name: CORE[name] for name in FEW})
+
+
+def test_streamed_outer_steps_equal_the_reference(mixed_workers):
+    for name, problem in STREAMED.items():
+        histories = mixed_workers("tk").run("support.trainings.mixed:run", problem=problem, chunk_bytes=40)
+        assert distance(histories, problem, 40) < TOLERANCE, name
 
 
 @pytest.mark.thorough

@@ -229,8 +229,10 @@ PROBLEMS: dict[str, Problem] = {
 
 STREAMED: dict[str, Problem] = {
     "three fragments": Problem({"tau": 5, "fragments": 3}, options=NESTEROV, schedule="decay"),
+    "three fragments, constant": Problem({"tau": 5, "fragments": 3, "beta": 0.7}, options=NESTEROV),
     "a fragment per step": Problem({"tau": 4, "fragments": 4, "alpha": 0.8}),
     "one step late": Problem({"tau": 4, "delay": 1}, options=NESTEROV, schedule="decay"),
+    "one step late, plain SGD, warm-up": Problem({"tau": 4, "delay": 1, "warmup_steps": 2}),
     "a block late": Problem({"tau": 3, "delay": 3, "nesterov": True, "scale_by_lr": False}),
     "streaming": Problem({"tau": 4, "fragments": 4, "delay": 1}, schedule="restarts", groups=(0, 0, 1, 1), steps=18),
     "streaming, two steps late, warm-up": Problem({"tau": 5, "fragments": 5, "delay": 2, "warmup_steps": 3}),

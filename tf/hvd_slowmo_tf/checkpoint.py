@@ -73,7 +73,8 @@ class KerasWorkerState:
         self._averages: dict[str, keras.Variable] = {}
         if optimizer.use_ema:
             self._averages = dict(zip(self._trained, optimizer._model_variables_moving_average, strict=True))
-        self.vectors = [*parts.variables.vectors, *([_AVERAGE] if optimizer.use_ema else [])]
+        kept = [vector for vector in parts.variables.vectors if vector != "in_flight"]
+        self.vectors = [*kept, *([_AVERAGE] if optimizer.use_ema else [])]
         self.groups, self._places = _places(parts, names)
         self.groups = dict.fromkeys(self._trained, 0) | self.groups  # variables without elements may not be laid out
         self.slice_residuals: dict[str, NDArray[Any]] = {}
@@ -83,7 +84,7 @@ class KerasWorkerState:
         self.optimizer = kind_of(parts.inner.innermost)
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
-        if vector not in self._kept.vectors:
+        if not self._in_flat_variables(vector, own):
             return array_of(self._whole(vector, own))
         v = self._variables[own]
         dtype = np.float64 if keras.backend.standardize_dtype(v.dtype) == "float64" else np.float32
@@ -95,8 +96,9 @@ class KerasWorkerState:
         return whole
 
     def write(self, vector: str, own: str, value: NDArray[Any]) -> None:
-        if vector not in self._kept.vectors:
-            self._whole(vector, own).assign(value)
+        if not self._in_flat_variables(vector, own):
+            if vector != "in_flight":
+                self._whole(vector, own).assign(value)
             return
         for view, stretches in self._places.get(own, ()):
             flat = view.to_wire(value).reshape(-1)
@@ -104,6 +106,10 @@ class KerasWorkerState:
                 self._flat(vector, number)[start:stop] = flat[: stop - start]
                 self._changed.add((vector, number))
                 flat = flat[stop - start :]
+
+    def _in_flat_variables(self, vector: str, own: str) -> bool:
+        """Return whether a vector has this tensor. Statistics in flight are no state: they are sent as they are."""
+        return vector in self._kept.vectors and (vector != "in_flight" or own in self._places)
 
     def _flat(self, vector: str, number: int) -> NDArray[Any]:
         """Return a flat variable's values. `finish` assigns them whole: a variable assigned in part gets slow."""

@@ -51,11 +51,11 @@ def check_together(inner: InnerOptimizer, config: SlowMoConfig, parameter_map: P
             "use_ema keeps a moving average that the workers average too, and other frameworks have none: it can't be "
             "used with a parameter_map."
         )
-    if config.streams or config.bits < 32:
+    if config.delay > 1 or config.bits < 32:
         raise ValueError(
-            "fragments > 1, delay > 0 and bits < 32 are for PyTorch workers; Keras can't take outer steps in parts, "
-            f"late or in few bits yet. Received: fragments={config.fragments}, delay={config.delay}, "
-            f"bits={config.bits}. Use fragments=1, delay=0 and bits=32."
+            "with a Keras worker delay can be 1 at most, because nothing can be in flight between two calls, and bits "
+            f"must be 32: Keras has no codes of few bits yet. Received: delay={config.delay}, bits={config.bits}. Use "
+            "delay=1, or PyTorch workers alone."
         )
     resets = config.inner_state == "reset" or config.nonfinite == "exclude"
     if resets and isinstance(inner.innermost, keras.optimizers.ScheduleFreeAdamW):

@@ -353,6 +353,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         worker.refuse_while_averaging("averaged_parameters()")
         worker.refuse_if_left()
         variables = travelling(worker.ready().assembly.layout)
+        worker.complete()
         own = [v.numpy() for v in variables]
         worker.averaging = True
         try:

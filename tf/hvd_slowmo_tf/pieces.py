@@ -7,7 +7,7 @@ variables.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import tensorflow as tf
@@ -66,7 +66,31 @@ class Pending:
     def __init__(self, refs: Iterable[VariableRef]) -> None:
         self._stretches: dict[tuple[str, int], tuple[tf.Graph, dict[int, tf.Tensor]]] = {}  # by the place of each
         self._parts: dict[int, tuple[tf.Graph, dict[int, tuple[View, tf.Tensor]]]] = {}  # by the tensor of each
-        self._parts_in_all = Counter(id(ref.variable) for ref in refs)
+        self._refs = list(refs)
+        self._parts_in_all = Counter(id(ref.variable) for ref in self._refs)
+
+    def begun(self) -> Iterator[tuple[VariableRef, int, int]]:
+        """Yield the stretches that are missing of variables begun in this graph: (ref, from, to in the tensor).
+
+        Where all of them are added, their present values say, every variable is complete.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        flats = {key: stretches for (_, key), (its, stretches) in self._stretches.items() if its is graph}
+        touched = {id(ref.variable) for ref in self._refs if id(ref) in flats}
+        touched |= {key for key, (its, _) in self._parts.items() if its is graph}
+        for ref in self._refs:
+            if id(ref.variable) not in touched:
+                continue
+            complete = self._parts.get(id(ref.variable), (None, {}))
+            if complete[0] is graph and id(ref) in complete[1]:
+                continue
+            at = 0
+            for start, stretch in sorted(flats.get(id(ref), {}).items()):
+                if at < start:
+                    yield ref, at, start
+                at = start + stretch.shape[0]
+            if at < ref.spec.view.size:
+                yield ref, at, ref.spec.view.size
 
     def forget(self) -> None:
         """Drop all stretches of variables that are not complete."""

@@ -34,6 +34,14 @@ class VariableStore:
             name: {chunk.index: v for chunk, v in zip(chunks, variables, strict=True)}
             for name, variables in vectors.items()
         }
+        if "in_flight" in self._vectors:
+            # Parameters alone are the optimizer's variables, which it can make before the model is known.
+            with tf.init_scope():
+                self._vectors["in_flight"] |= {
+                    chunk.index: tf.Variable(tf.zeros([chunk.size], layout.layout.segments[chunk.segment].dtype))
+                    for chunk in layout.layout.chunks
+                    if chunk.role != "parameter"
+                }
         self._pending = Pending(ref for refs in layout.refs for ref in refs)
         statistics = [ref.variable for ref in layout.refs_of("statistic")]
         watched = [ref.variable for ref in layout.refs_of("parameter")]
@@ -82,12 +90,14 @@ class VariableStore:
         return tf.fill([stretch.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
     def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
-        raise NotImplementedError("late exchanges are refused before")
+        self.write("in_flight", chunk, self.read("model", chunk))
 
     def drop(self, chunk: Chunk) -> None:
-        raise NotImplementedError("late exchanges are refused before")
+        """Do nothing: a trace can't free a variable."""
 
     def finite(self, vector: str, fragment: int | None) -> tf.Tensor:
+        if vector != "model" or (fragment is not None and self._layout.layout.fragments > 1):
+            return self._stretches_finite(vector, fragment)
         ranks = {len(v.shape) for v in self._watched.values()}
         axes = {rank: tf.constant(list(range(rank)), tf.int32, [rank]) for rank in ranks}  # not one per variable
         found = [
@@ -95,6 +105,17 @@ class VariableStore:
             for v in self._watched.values()
         ]
         return tf.reduce_all(found)
+
+    def _stretches_finite(self, vector: str, fragment: int | None) -> tf.Tensor:
+        found = []
+        for chunk in self._layout.layout.chunks:
+            if fragment not in (None, chunk.fragment) or chunk.role == "optimizer_state":
+                continue
+            values = tf.math.is_finite(self.read(vector, chunk))
+            for ref, start, stop, at in spans(self._layout, chunk):
+                if id(ref.variable) in self._watched:
+                    found.append(tf.reduce_all(values[at : at + stop - start]))
+        return tf.reduce_all(found) if found else tf.constant(True)
 
     def condition(self, fragment: int | None) -> Condition:
         # Keras' variables keep their form, frozen ones are not the optimizer's, and values from outside are looked for
@@ -111,7 +132,12 @@ class VariableStore:
         """Do nothing: a worker of Keras moves all."""
 
     def settle(self, fragment: int | None = None, equal: bool = False) -> None:
-        """Do nothing: `condition` needs no notes."""
+        # A variable may have stretches in several fragments: the others keep their values. `condition` needs no notes.
+        for ref, start, stop in list(self._pending.begun()):
+            present = stretch_of(native(ref.variable).value(), ref.spec.view, start, stop)
+            whole = self._pending.variable(ref, start, present)
+            if whole is not None:
+                native(ref.variable).assign(whole)
 
     def reset_inner_state(self) -> None:
         self._inner.reset()

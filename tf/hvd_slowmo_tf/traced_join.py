@@ -66,7 +66,8 @@ class JoiningStep:
         )
         self.write_progress(progress)
         if step.acts_after_outer_step:
-            machine.runtime.ops.cond(plan.outer, step.after_outer_step, lambda: None)
+            changed = plan.lands if machine.config.delay else plan.outer
+            machine.runtime.ops.cond(changed, step.after_outer_step, lambda: None)
         self._move_average()
 
     def outer_step_followed(self) -> None:

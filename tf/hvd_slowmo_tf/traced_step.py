@@ -63,7 +63,7 @@ class TracedStep:
         self._pending = tf.function(lambda: self._machine.exchange_pending(variables.read()), autograph=False)
 
     def exchange_pending(self, grads: Gradients) -> list[tf.Tensor] | None:
-        """Exchange the messages that the last step has set aside, before a step with OSGP.
+        """Exchange what the last step has set aside: messages of OSGP, or a fragment that is one step late.
 
         Within a function of batches it can begin when the batch is there, and run beside forward and backward.
 
@@ -71,7 +71,8 @@ class TracedStep:
             The messages received; None where nothing travels ahead.
         """
         graph, averages = self.assembly.graph, self.assembly.averages
-        if graph is None or not graph.overlap or not tf.inside_function():
+        ahead = self._machine.runtime.config.delay > 0 or (graph is not None and graph.overlap)
+        if not ahead or not tf.inside_function():
             return None  # then it is sent within the step
         if self.optimizer.gradient_accumulation_steps:
             return None  # most calls are no step
@@ -189,7 +190,8 @@ class TracedStep:
         progress = machine.after_inner_step(before, rates, catch_up_from=first, arrivals=arrivals)
         variables.write(progress)
         if self.acts_after_outer_step:
-            self._ops.cond(plan.outer, self.after_outer_step, lambda: None)
+            changed = plan.lands if machine.config.delay else plan.outer
+            self._ops.cond(changed, self.after_outer_step, lambda: None)
 
     def _averaged(
         self, own: Sequence[tf.Tensor | None], rates: tf.Tensor, plan: StepPlan, due: tf.Tensor | bool

@@ -151,7 +151,9 @@ class KerasWorker:
             vectors, weights = (*vectors, *self._graph.vectors), comm.size
         # With a map the tensors have another order and other shapes, which does not change the length of a chunk.
         layout = self._lay_out(refs_of("parameter", trained, self.parameter_map is not None))
-        self._variables = OptimizerVariables(self.optimizer.add_variable, layout.layout, vectors, weights)
+        late = self.config.delay > 0
+        vectors += ("in_flight",) if late else ()
+        self._variables = OptimizerVariables(self.optimizer.add_variable, layout.layout, vectors, weights, late)
 
     def refs(self, statistics: Sequence[keras.Variable] = (), model: keras.Model | None = None) -> list[VariableRef]:
         """Return the model's tensors that take part, once the optimizer is built.
@@ -281,6 +283,12 @@ class KerasWorker:
         trained = self.optimizer._trainable_variables
         return int(self.variables.now.step), [float(tf.norm(tf.cast(v, tf.float64))) for v in trained]
 
+    def complete(self) -> None:
+        """Apply what is in flight. A collective."""
+        machine = self.ready().assembly.machine
+        if self.config.delay:
+            self.call(lambda: self.variables.write(machine.complete(self.variables.read())))
+
     def average(self) -> None:
         """Set the model to the workers' mean. A collective."""
         machine = self.ready().assembly.machine
@@ -327,7 +335,8 @@ class KerasWorker:
 
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)
-        return lay_out(refs, ParameterGroups.single(parameters), self.optimizer._chunk_bytes)
+        groups = ParameterGroups.single(parameters)
+        return lay_out(refs, groups, self.optimizer._chunk_bytes, self.config.fragments)
 
     def _assembled_alone(self) -> TracedStep:
         layout = self.layout_of(self.refs())

@@ -1,0 +1,70 @@
+"""Outer steps in fragments, and one step late, under Keras: the reference, joins, resumes, refusals."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from support.problems import STREAMED, distance
+from support.trainings import keras as keras_training
+
+# Several workers' graphs wait in this process's threads at once; see test_reference.py.
+tf.config.threading.set_inter_op_parallelism_threads(16)
+
+SAME = {name: p for name, p in STREAMED.items() if p.same_everywhere and p.config.get("delay", 0) < 2}
+
+
+def train(size, problem, chunk_bytes=None, job=keras_training.run, **arguments):
+    with keras_training.doubles(chunk_bytes):
+        return ThreadWorld(size).run(lambda comm: job(problem, comm=comm, **arguments))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+def test_threads_equal_the_reference(name):
+    problem = SAME[name]
+    histories = train(2, problem, chunk_bytes=40)
+    assert distance(histories, problem, 40) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["three fragments, constant", "one step late, plain SGD, warm-up"])
+def test_uneven_epochs_equal_the_reference(name):
+    problem, plan = SAME[name], [(4, 9), (6, 2)]
+    histories = train(2, problem, job=keras_training.epochs, plan=plan)
+    reference = problem.streamed_reference(2, epochs=plan)[1:]
+    for history in histories:
+        for mine, first, expected in zip(history, histories[0], reference, strict=True):
+            assert mine["step"] == expected.step
+            assert np.abs(mine["x"] - expected.x[0]).max() < 1e-12
+            assert np.array_equal(mine["x"], first["x"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["three fragments, constant", "streaming Local SGD"])
+@pytest.mark.parametrize("stop", [6, 7])
+def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
+    problem = SAME[name]
+    whole, again = train(2, problem), train(2, problem, job=keras_training.resumed, stop=stop)
+    for history, expected in zip(again, whole, strict=True):
+        assert all(equal(a, b) for a, b in zip(history, expected[1:], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_workers_equal_the_reference(keras_workers):
+    for name, problem in SAME.items():
+        histories = keras_workers(2).run("support.trainings.keras:run", problem=problem, chunk_bytes=40)
+        assert distance(histories, problem, 40) < 1e-12, name
+
+
+@pytest.mark.parametrize("settings", [{"delay": 2}, {"bits": 8}, {"fragments": 2, "delay": 3}], ids=str)
+def test_what_keras_cannot_do_is_refused(settings):
+    with pytest.raises(ValueError, match="delay can be 1 at most"):
+        SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(**settings))
