@@ -14,12 +14,10 @@ from typing import Any, TypeVar
 from hvd_slowmo.core.broadcast import take_from
 from hvd_slowmo.core.flights import Flights
 from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import Chunk, Stretch, Tile
 from hvd_slowmo.core.ledger import Row, Verdict, clocks_of, columns
-from hvd_slowmo.core.meeting import PLAIN_AVERAGE, Meeting, Meetings, Purpose
-from hvd_slowmo.core.metrics import Observer
+from hvd_slowmo.core.meeting import PLAIN_AVERAGE, Meetings, Purpose
 from hvd_slowmo.core.mixing import mixing_of
-from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma
+from hvd_slowmo.core.outer_step import OuterSteps
 from hvd_slowmo.core.progress import Observed, Progress, PushSum, Scalar, Vector
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import StepPlan, next_fragment, step_plan, steps_to_meeting
@@ -41,10 +39,9 @@ class Machine:
         self.runtime = runtime
         self.config, self.layout = runtime.config, runtime.layout
         self._ops, self._store, self._comm = runtime.ops, runtime.store, runtime.comm
-        # Elements to update at once, so that a processor's cache holds the temporaries.
-        self._tiles: dict[tuple[int, int, int], tuple[Tile, ...]] = {}  # by chunk, start and stop
         self.mixing = mixing_of(graph, runtime)
         self._meetings = Meetings(runtime, self.mixing)
+        self.outer_steps = OuterSteps(runtime, self._meetings, self.mixing)
         self.flights = Flights(runtime, self._meetings)
         self._fragments = range(runtime.layout.fragments)
 
@@ -53,7 +50,7 @@ class Machine:
     def start(self) -> Progress:
         """Give everybody rank 0's vectors and take the first anchor, before the first inner step. A collective."""
         take_from(self.runtime, 0, ("parameter", "statistic", "optimizer_state"))
-        self.take_anchor()
+        self.outer_steps.take_anchor()
         self._store.settle(equal=True)
         return self.initial()
 
@@ -66,20 +63,6 @@ class Machine:
         mixing, flight = self.mixing.initial(), self.flights.initial()
         return Progress(0, none, none, zeros, zeros, excluded=0, observed=nothing, mixing=mixing, flight=flight)
 
-    def take_anchor(self) -> None:
-        """Set the anchor to the model, if the outer step needs one: a block begins here."""
-        if self.config.vectors:
-            for chunk in self.layout.parameter_chunks:
-                self._store.write("anchor", chunk, self._store.read("model", chunk))
-
-    def begin_anew(self) -> None:
-        """Set the anchor to the model, without momentum, and owe nothing."""
-        self.take_anchor()
-        self.slice_residuals.clear()
-        for vector in set(self.config.vectors) - {"anchor"}:
-            for chunk in self.layout.parameter_chunks:
-                self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)
-
     @property
     def slice_residuals(self) -> dict[int, Any]:
         """Residuals of this worker's slices of the means in few bits, by chunk; they may be changed."""
@@ -90,9 +73,9 @@ class Machine:
         self.flights.discard()
         self._meetings.drop_discarded()
         take_from(self.runtime, 0, ("parameter", "statistic"))
-        self.begin_anew()
+        self.outer_steps.begin_anew()
         self._store.settle(equal=True)
-        self._begin_block(progress.step)
+        self.outer_steps.begin_block(progress.step)
         return self.reset(progress)._replace(
             since=progress.since * 0, rate_steps=progress.rate_steps * 0, rate_sums=progress.rate_sums * 0
         )
@@ -160,7 +143,7 @@ class Machine:
                 training=training, counts=training, ledger_alone=not self.config.average, fragment=fragment
             )
             meeting = self._meetings.meet(done, done.step, purpose)
-            return self._outer_step(meeting, done) if self.config.average else self._outer_step_alone(meeting, done)
+            return self.outer_steps.take(meeting, done)
 
         def check() -> Progress:
             return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).exchange.progress
@@ -226,12 +209,16 @@ class Machine:
         def all_done() -> Progress:
             if len(self._fragments) == 1 and self.config.bits == 32:
                 return ops.cond(
-                    found.weight > 0, lambda: self._mean(meeting, progress), lambda: nobody_has_steps(found)
+                    found.weight > 0,
+                    lambda: self.outer_steps.take_mean(meeting, progress),
+                    lambda: nobody_has_steps(found),
                 )
             # The meeting was about one fragment, or in few bits. The others may have steps, and broken values.
             whole = self._meetings.meet(progress, clock, replace(purpose, ledger_alone=True, fragment=None))
             some = ops.sum(ops.vector(whole.totals)) > 0
-            return ops.cond(some, lambda: self._mean(whole, progress), lambda: nobody_has_steps(whole.verdict))
+            return ops.cond(
+                some, lambda: self.outer_steps.take_mean(whole, progress), lambda: nobody_has_steps(whole.verdict)
+            )
 
         def nobody_has_steps(found: Verdict) -> Progress:
             # Nothing to average, unless a worker with steps is excluded, or one was given other values: then their
@@ -246,13 +233,13 @@ class Machine:
             return progress
 
         def plain_mean() -> Progress:
-            return self._mean(self._meetings.meet(progress, clock, PLAIN_AVERAGE), progress)
+            return self.outer_steps.take_mean(self._meetings.meet(progress, clock, PLAIN_AVERAGE), progress)
 
         def go_on() -> Progress:
             there = progress._replace(step=end)
             if self.config.tau is None:
                 return there
-            return self._outer_step(meeting, there) if self.config.average else self._outer_step_alone(meeting, there)
+            return self.outer_steps.take(meeting, there)
 
         after = ops.cond(over, all_done, go_on)
         furthest = ops.argmax_row(meeting.table, _STEPS)
@@ -281,7 +268,7 @@ class Machine:
 
         def land() -> Progress:
             meeting = self.flights.land(progress, fragment, arrived)
-            return self.flights.landed(self._outer_step(meeting, progress), fragment)
+            return self.flights.landed(self.outer_steps.take(meeting, progress), fragment)
 
         return self._ops.cond(progress.flight.launched[fragment] > 0, land, lambda: progress)
 
@@ -292,17 +279,12 @@ class Machine:
         took without, or rates that differ, leave them unequal, and one anchor must serve all: so one worker's counts.
         """
         take_from(self.runtime, source)
-        self.take_anchor()
+        self.outer_steps.take_anchor()
         self._store.settle()
-        self._begin_block(progress.step)
+        self.outer_steps.begin_block(progress.step)
         return progress._replace(
             since=progress.since * 0, rate_steps=progress.rate_steps * 0, rate_sums=progress.rate_sums * 0
         )
-
-    def _begin_block(self, decided: Scalar) -> None:
-        """Reset the inner state (line 2 of Algorithm 1) once `decided` is known: nothing can be refused any more."""
-        if self.config.inner_state == "reset" and self.config.tau is not None:
-            self._ops.after(decided, self._store.reset_inner_state)
 
     def _mix(
         self,
@@ -339,133 +321,3 @@ class Machine:
         if self._ops.keeps_handles and (stop is None or clock < stop):
             self.mixing.send_ahead(progress.mixing, step_plan(self.config, clock).mix)
         return progress
-
-    def _outer_step(self, meeting: Meeting, progress: Progress) -> Progress:
-        """Take lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
-        ops, purpose, gamma = self._ops, meeting.exchange.purpose, meeting.verdict.gamma
-        assert purpose.fragment is not None, "an outer step is about one fragment"
-        if not purpose.late:
-            self._store.cut(purpose.fragment)
-        coefficients = momentum(self.config, ops, gamma, progress.gamma[purpose.fragment])
-        observer, divide = Observer(self.runtime, progress.observed), self.runtime.kernels.divide
-        for chunk, total, weight in self._meetings.sums(meeting, ("parameter", "statistic", "optimizer_state")):
-            divisor = ops.cast_like(weight, total)
-            if self.runtime.observe and chunk.role == "parameter":
-                total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
-                observer.chunk(chunk, total, "in_flight" if purpose.late else "model")
-            if chunk.role == "parameter" and self.config.vectors:
-                for tile in self._tiles_of(chunk):
-                    self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients, meeting)
-            else:
-                self._move_to(chunk, divide(total, divisor), meeting)
-        self._store.settle(purpose.fragment)
-        self._begin_block(meeting.verdict.weight)
-        done = self._without_excluded(meeting, progress)
-        done = self._block_done(done, purpose.fragment, gamma, observer.completed(meeting), purpose.late)
-        return done if purpose.late else done._replace(since=ops.put(done.since, purpose.fragment, 0))
-
-    def _tiles_of(self, chunk: Chunk) -> tuple[Tile, ...]:
-        key = (chunk.index, chunk.start, chunk.stop)
-        if key not in self._tiles:
-            self._tiles[key] = tuple(chunk.tiles(self.runtime.kernels.tile))
-        return self._tiles[key]
-
-    def _move_to(self, stretch: Stretch, value: Any, meeting: Meeting) -> None:
-        """Set the model to a common value, and keep what this worker has trained since it sent its own."""
-        if meeting.exchange.purpose.late:
-            kept = value + (self._store.read("model", stretch) - self._store.read("in_flight", stretch))
-            if self.config.nonfinite == "exclude":
-                common = value
-                kept = self._ops.choose(meeting.exchange.finite == 0, lambda: common, kept)
-            value = kept
-        self._store.write("model", stretch, value)
-
-    def _outer_step_alone(self, meeting: Meeting, progress: Progress) -> Progress:
-        """Take an outer step from this worker's own parameters, without the average (noaverage)."""
-        steps = progress.rate_steps[0]
-        gamma = progress.rate_sums[0] / self._ops.where(steps > 0, steps, 1)
-        coefficients = momentum(self.config, self._ops, gamma, progress.gamma[0])
-        observer = Observer(self.runtime, progress.observed)
-        for chunk in self.layout.parameter_chunks if self.config.vectors else ():
-            if self.runtime.observe:  # there is no mean: measured from the own parameters
-                observer.chunk(chunk, self._store.read("model", chunk))
-            for tile in self._tiles_of(chunk):
-                z = self._update(tile, self._store.read("model", tile), coefficients, meeting)
-                self.mixing.follow_outer_step(tile, z, progress.mixing)
-        self._store.settle()
-        self._begin_block(progress.step)
-        return self._block_done(progress, 0, gamma, observer.completed())
-
-    def _block_done(
-        self, progress: Progress, fragment: int, gamma: Vector, observed: Vector, late: bool = False
-    ) -> Progress:
-        ops = self._ops
-        following = next_gamma(ops, gamma, progress.gamma[fragment])
-        done = progress._replace(gamma=ops.put(progress.gamma, fragment, following), observed=observed)
-        if late:  # the next block has begun at the launch
-            return done
-        return done._replace(
-            rate_steps=ops.put(done.rate_steps, fragment, 0),
-            rate_sums=ops.put(done.rate_sums, fragment, done.rate_sums[fragment] * 0),
-            mixing=self.mixing.initial() if self.config.average else done.mixing,
-        )
-
-    def _update(self, tile: Tile, mean: Any, coefficients: Momentum, meeting: Meeting) -> Any:
-        """Update a tile of the model, the anchor and v; return the new anchor."""
-        anchor = self._store.read("anchor", tile)
-        v = self._store.read("v", tile) if "v" in self.config.vectors else None
-        written = self._store.written(tile, anchor)
-        if written is not anchor and not self.config.delay:
-            # The block began at what half precision kept of the anchor. The rounding is no progress of the block:
-            # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum. After a late
-            # exchange each worker begins elsewhere, and roundings cancel in the mean.
-            own_mean, rounding = mean, anchor - written
-            mean = mean + rounding
-            if self.runtime.watches:  # values from outside have nothing to do with the old anchor
-                mean = self._ops.choose(meeting.verdict.entered, lambda: own_mean, mean)
-        if self.runtime.watches:  # values from outside are no progress of the block: it begins at the mean
-            entered, mine = meeting.verdict.entered, v
-            anchor = self._ops.choose(entered, lambda: mean + 0, anchor)
-            v = None if mine is None else self._ops.choose(entered, lambda: mine * 0, mine)
-        own = Momentum(*(self._ops.cast_like(c[tile.group], mean) for c in coefficients))
-        anchor, v = self.runtime.kernels.outer_update(self.config, mean, anchor, v, own)
-        self._move_to(tile, anchor, meeting)
-        self._store.write("anchor", tile, anchor)
-        if v is not None:
-            self._store.write("v", tile, v)
-        return anchor
-
-    def _mean(self, meeting: Meeting, progress: Progress) -> Progress:
-        """Set the parameters and statistics to the workers' mean; nothing else changes."""
-        self._meetings.write_mean(meeting)
-        if self.runtime.watches:
-            self._ops.cond(meeting.verdict.entered, self.begin_anew, lambda: None)
-        self._store.settle(equal=True)
-        return self._without_excluded(meeting, progress)._replace(mixing=self.mixing.initial())
-
-    def _without_excluded(self, meeting: Meeting, progress: Progress) -> Progress:
-        """Reset the inner state of an excluded worker, which is stale beside the others' parameters."""
-        if self.config.nonfinite != "exclude":
-            return progress
-
-        def start_again() -> Progress:
-            if self.config.inner_state != "average":
-                self._ops.after(meeting.exchange.finite, self._store.reset_inner_state)
-            for chunk in self.layout.parameter_chunks if len(self._fragments) > 1 else ():
-                self._return_to_common(chunk, progress, meeting)
-            return progress._replace(excluded=progress.excluded + 1)
-
-        return self._ops.cond(meeting.exchange.finite == 0, start_again, lambda: progress)
-
-    def _return_to_common(self, chunk: Chunk, progress: Progress, meeting: Meeting) -> None:
-        """Give an excluded worker finite values in the fragments that have not met: with one broken all soon are.
-
-        The anchor; or, of a fragment in flight, what was sent, so that no local progress is kept when it lands. What
-        was sent broken is excluded then.
-        """
-        if chunk.fragment == meeting.exchange.purpose.fragment:
-            return
-        if self.config.delay and progress.flight.launched[chunk.fragment] > 0:
-            self._store.write("model", chunk, self._store.read("in_flight", chunk))
-        else:
-            self._store.write("model", chunk, self._store.read("anchor", chunk))

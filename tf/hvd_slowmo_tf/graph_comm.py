@@ -161,8 +161,9 @@ class GraphSafeComm:
             work = lambda *given: self._comm.wait(start(*given))  # noqa: E731
             # Without get_concrete_function TensorFlow would warn, as for HorovodComm's gathers.
             self._alone[key] = tf.function(work, input_signature=specs, autograph=False).get_concrete_function()
+        ready = self._now(x)
         self._last_started = _InTurn(partial(self._alone[key], x, *shares), self._last_started)
-        return _Started(self._last_started, elements, bytes_each * elements, self._now(x))
+        return _Started(self._last_started, elements, bytes_each * elements, ready)
 
     def _protected(self, name: str, x: tf.Tensor) -> tf.Tensor:
         # The beginning of the slice is a variable: to TensorFlow x is no constant then, and like no other tensor. Its

@@ -176,7 +176,7 @@ class TracedStep:
         rates = tf.fill([machine.layout.group_count], rate)  # one group here, whatever others have
         before = variables.read()  # the inner step leaves it as it is
         if machine.runtime.comm.size == 1:  # no start has taken the first anchor
-            tf.cond(tf.equal(before.step, 0), machine.take_anchor, lambda: None)
+            tf.cond(tf.equal(before.step, 0), machine.outer_steps.take_anchor, lambda: None)
         plan = machine.plan(before)
         due = averages.due(plan) if averages.ever else False
         first: tf.Tensor | int = 0

@@ -1,0 +1,179 @@
+"""Outer steps: the workers' mean, slow momentum on top, and what of it each worker writes to its own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvd_slowmo.core.layout import Chunk, Stretch, Tile
+from hvd_slowmo.core.meeting import Meeting, Meetings
+from hvd_slowmo.core.metrics import Observer
+from hvd_slowmo.core.mixing import Mixing
+from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma
+from hvd_slowmo.core.progress import Progress, Scalar, Vector
+from hvd_slowmo.core.runtime import Runtime
+
+
+class OuterSteps:
+    """One worker's outer steps.
+
+    Args:
+        runtime: of this worker.
+        meetings, mixing: of this worker.
+    """
+
+    def __init__(self, runtime: Runtime, meetings: Meetings, mixing: Mixing) -> None:
+        self._runtime, self._config, self._layout = runtime, runtime.config, runtime.layout
+        self._ops, self._store = runtime.ops, runtime.store
+        self._meetings, self._mixing = meetings, mixing
+        self._tiles: dict[tuple[int, int, int], tuple[Tile, ...]] = {}  # by chunk, start and stop
+
+    def take_anchor(self) -> None:
+        """Set the anchor to the model, if the outer step needs one: a block begins here."""
+        if self._config.vectors:
+            for chunk in self._layout.parameter_chunks:
+                self._store.write("anchor", chunk, self._store.read("model", chunk))
+
+    def begin_anew(self) -> None:
+        """Set the anchor to the model, without momentum, and owe nothing."""
+        self.take_anchor()
+        self._meetings.slice_residuals.clear()
+        for vector in set(self._config.vectors) - {"anchor"}:
+            for chunk in self._layout.parameter_chunks:
+                self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)
+
+    def begin_block(self, decided: Scalar) -> None:
+        """Reset the inner state (line 2 of Algorithm 1) once `decided` is known: nothing can be refused any more."""
+        if self._config.inner_state == "reset" and self._config.tau is not None:
+            self._ops.after(decided, self._store.reset_inner_state)
+
+    def take(self, meeting: Meeting, progress: Progress) -> Progress:
+        """Take lines 6 to 8 of Algorithm 1, and line 2 of the block that follows."""
+        if not self._config.average:
+            return self._take_alone(meeting, progress)
+        ops, purpose, gamma = self._ops, meeting.exchange.purpose, meeting.verdict.gamma
+        assert purpose.fragment is not None, "an outer step is about one fragment"
+        if not purpose.late:
+            self._store.cut(purpose.fragment)
+        coefficients = momentum(self._config, ops, gamma, progress.gamma[purpose.fragment])
+        observer, divide = Observer(self._runtime, progress.observed), self._runtime.kernels.divide
+        for chunk, total, weight in self._meetings.sums(meeting, ("parameter", "statistic", "optimizer_state")):
+            divisor = ops.cast_like(weight, total)
+            if self._runtime.observe and chunk.role == "parameter":
+                total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
+                observer.chunk(chunk, total, "in_flight" if purpose.late else "model")
+            if chunk.role == "parameter" and self._config.vectors:
+                for tile in self._tiles_of(chunk):
+                    self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients, meeting)
+            else:
+                self._move_to(chunk, divide(total, divisor), meeting)
+        self._store.settle(purpose.fragment)
+        self.begin_block(meeting.verdict.weight)
+        done = self._without_excluded(meeting, progress)
+        done = self._block_done(done, purpose.fragment, gamma, observer.completed(meeting), purpose.late)
+        return done if purpose.late else done._replace(since=ops.put(done.since, purpose.fragment, 0))
+
+    def _take_alone(self, meeting: Meeting, progress: Progress) -> Progress:
+        """Take an outer step from this worker's own parameters, without the average (noaverage)."""
+        steps = progress.rate_steps[0]
+        gamma = progress.rate_sums[0] / self._ops.where(steps > 0, steps, 1)
+        coefficients = momentum(self._config, self._ops, gamma, progress.gamma[0])
+        observer = Observer(self._runtime, progress.observed)
+        for chunk in self._layout.parameter_chunks if self._config.vectors else ():
+            if self._runtime.observe:  # there is no mean: measured from the own parameters
+                observer.chunk(chunk, self._store.read("model", chunk))
+            for tile in self._tiles_of(chunk):
+                z = self._update(tile, self._store.read("model", tile), coefficients, meeting)
+                self._mixing.follow_outer_step(tile, z, progress.mixing)
+        self._store.settle()
+        self.begin_block(progress.step)
+        return self._block_done(progress, 0, gamma, observer.completed())
+
+    def take_mean(self, meeting: Meeting, progress: Progress) -> Progress:
+        """Set the parameters and statistics to the workers' mean; nothing else changes."""
+        self._meetings.write_mean(meeting)
+        if self._runtime.watches:
+            self._ops.cond(meeting.verdict.entered, self.begin_anew, lambda: None)
+        self._store.settle(equal=True)
+        return self._without_excluded(meeting, progress)._replace(mixing=self._mixing.initial())
+
+    def _block_done(
+        self, progress: Progress, fragment: int, gamma: Vector, observed: Vector, late: bool = False
+    ) -> Progress:
+        ops = self._ops
+        following = next_gamma(ops, gamma, progress.gamma[fragment])
+        done = progress._replace(gamma=ops.put(progress.gamma, fragment, following), observed=observed)
+        if late:  # the next block has begun at the launch
+            return done
+        return done._replace(
+            rate_steps=ops.put(done.rate_steps, fragment, 0),
+            rate_sums=ops.put(done.rate_sums, fragment, done.rate_sums[fragment] * 0),
+            mixing=self._mixing.initial() if self._config.average else done.mixing,
+        )
+
+    def _update(self, tile: Tile, mean: Any, coefficients: Momentum, meeting: Meeting) -> Any:
+        """Update a tile of the model, the anchor and v; return the new anchor."""
+        anchor = self._store.read("anchor", tile)
+        v = self._store.read("v", tile) if "v" in self._config.vectors else None
+        written = self._store.written(tile, anchor)
+        if written is not anchor and not self._config.delay:
+            # The block began at what half precision kept of the anchor. The rounding is no progress of the block:
+            # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum. After a late
+            # exchange each worker begins elsewhere, and roundings cancel in the mean.
+            own_mean, rounding = mean, anchor - written
+            mean = mean + rounding
+            if self._runtime.watches:  # values from outside have nothing to do with the old anchor
+                mean = self._ops.choose(meeting.verdict.entered, lambda: own_mean, mean)
+        if self._runtime.watches:  # values from outside are no progress of the block: it begins at the mean
+            entered, mine = meeting.verdict.entered, v
+            anchor = self._ops.choose(entered, lambda: mean + 0, anchor)
+            v = None if mine is None else self._ops.choose(entered, lambda: mine * 0, mine)
+        own = Momentum(*(self._ops.cast_like(c[tile.group], mean) for c in coefficients))
+        anchor, v = self._runtime.kernels.outer_update(self._config, mean, anchor, v, own)
+        self._move_to(tile, anchor, meeting)
+        self._store.write("anchor", tile, anchor)
+        if v is not None:
+            self._store.write("v", tile, v)
+        return anchor
+
+    def _move_to(self, stretch: Stretch, value: Any, meeting: Meeting) -> None:
+        """Set the model to a common value, and keep what this worker has trained since it sent its own."""
+        if meeting.exchange.purpose.late:
+            kept = value + (self._store.read("model", stretch) - self._store.read("in_flight", stretch))
+            if self._config.nonfinite == "exclude":
+                common = value
+                kept = self._ops.choose(meeting.exchange.finite == 0, lambda: common, kept)
+            value = kept
+        self._store.write("model", stretch, value)
+
+    def _tiles_of(self, chunk: Chunk) -> tuple[Tile, ...]:
+        key = (chunk.index, chunk.start, chunk.stop)
+        if key not in self._tiles:
+            self._tiles[key] = tuple(chunk.tiles(self._runtime.kernels.tile))
+        return self._tiles[key]
+
+    def _without_excluded(self, meeting: Meeting, progress: Progress) -> Progress:
+        """Reset the inner state of an excluded worker, which is stale beside the others' parameters."""
+        if self._config.nonfinite != "exclude":
+            return progress
+
+        def start_again() -> Progress:
+            if self._config.inner_state != "average":
+                self._ops.after(meeting.exchange.finite, self._store.reset_inner_state)
+            for chunk in self._layout.parameter_chunks if self._layout.fragments > 1 else ():
+                self._return_to_common(chunk, progress, meeting)
+            return progress._replace(excluded=progress.excluded + 1)
+
+        return self._ops.cond(meeting.exchange.finite == 0, start_again, lambda: progress)
+
+    def _return_to_common(self, chunk: Chunk, progress: Progress, meeting: Meeting) -> None:
+        """Give an excluded worker finite values in the fragments that have not met: with one broken all soon are.
+
+        The anchor; or, of a fragment in flight, what was sent, so that no local progress is kept when it lands. What
+        was sent broken is excluded then.
+        """
+        if chunk.fragment == meeting.exchange.purpose.fragment:
+            return
+        if self._config.delay and progress.flight.launched[chunk.fragment] > 0:
+            self._store.write("model", chunk, self._store.read("in_flight", chunk))
+        else:
+            self._store.write("model", chunk, self._store.read("anchor", chunk))
