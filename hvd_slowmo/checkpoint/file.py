@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from hvd_slowmo.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the names and values in the files. A reader refuses every other one."""
 
 _KEY = "hvd_slowmo"  # one key only: the library writes several in no fixed order

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hvd_slowmo.core.ledger import RATES
+from hvd_slowmo.core.ledger import row_length
 from hvd_slowmo.core.meeting import Exchange, Meeting, Meetings, Purpose
 from hvd_slowmo.core.progress import Flight, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
@@ -61,13 +61,13 @@ class Flights:
         ops, store = self._ops, self._store
         condition = store.condition(fragment)
         store.cut(fragment)
-
         for chunk in self._runtime.layout.of_fragment(fragment):
             # A model of another form is not looked at: the verdict will refuse it.
             store.set_aside(chunk, zeros=condition.misfit != 0)
         flight = Flight(
             launched=ops.put(progress.flight.launched, fragment, progress.step),
-            sent_since=ops.put(progress.flight.sent_since, fragment, progress.since[fragment]),
+            # A worker that has only followed the others' steps weighs nothing.
+            sent_since=ops.put(progress.flight.sent_since, fragment, progress.since[fragment] * training),
             sent_rate_steps=ops.put(progress.flight.sent_rate_steps, fragment, progress.rate_steps[fragment]),
             sent_rate_sums=ops.put(progress.flight.sent_rate_sums, fragment, progress.rate_sums[fragment]),
         )
@@ -89,9 +89,8 @@ class Flights:
 
     def nothing(self) -> list[Any]:
         """Return what `exchange` does where nothing is in flight."""
-        layout, size = self._runtime.layout, self._runtime.comm.size
-        clocks = 0 if layout.fragments == 1 else layout.fragments * (2 + layout.group_count)
-        length = size * (RATES + layout.group_count + clocks) + len(layout.groups)
+        layout = self._runtime.layout
+        length = self._runtime.comm.size * row_length(layout) + len(layout.groups)
         ledger = self._ops.pack([self._ops.vector([0.0] * length)])
         return [ledger, *(self._store.zeros(chunk)[:0] for chunk in layout.chunks)]
 

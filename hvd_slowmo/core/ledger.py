@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.progress import Progress, Scalar, Vector
 
@@ -50,6 +51,12 @@ def clocks(ops: Ops, progress: Progress) -> Vector:
     if progress.since.shape[0] == 1:
         return ops.vector([])
     return ops.unpack(ops.pack([progress.since, progress.rate_steps, ops.reshape(progress.rate_sums, (-1,))]))
+
+
+def row_length(layout: Layout) -> int:
+    """Return the length of a worker's row, rates and clocks included."""
+    several = layout.fragments > 1
+    return RATES + layout.group_count + several * layout.fragments * (2 + layout.group_count)
 
 
 class Clocks(NamedTuple):

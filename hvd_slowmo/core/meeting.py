@@ -27,6 +27,7 @@ from hvd_slowmo.core.ledger import (
     exclusion_warning,
     own_row,
     rates_warning,
+    row_length,
     verdict,
 )
 from hvd_slowmo.core.mixing import Mixing
@@ -189,9 +190,7 @@ class Meetings:
         purpose, condition, layout = exchange.purpose, exchange.condition, self._runtime.layout
         ledger, *first = exchange.arrived or self.exchanged(exchange)
         everything = ops.unpack(ledger)
-        behind = 0 if layout.fragments == 1 else layout.fragments * (2 + layout.group_count)
-        judged = RATES + layout.group_count
-        width = judged + behind
+        judged, width = RATES + layout.group_count, row_length(layout)
         rows = ops.reshape(everything[: comm.size * width], (comm.size, width))
         table = rows[:, :judged]
         moved = everything[comm.size * width :]

@@ -161,6 +161,8 @@ class OuterSteps:
                 self._ops.after(meeting.exchange.finite, self._store.reset_inner_state)
             for chunk in self._layout.parameter_chunks if self._layout.fragments > 1 else ():
                 self._return_to_common(chunk, progress, meeting)
+            if self._layout.fragments > 1:
+                self._store.settle(meeting.exchange.purpose.fragment)  # what has been written to them
             return progress._replace(excluded=progress.excluded + 1)
 
         return self._ops.cond(meeting.exchange.finite == 0, start_again, lambda: progress)

@@ -113,9 +113,9 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, monkeypatch):
     with pytest.raises(CheckpointError, match="in an existing directory"):
         optimizer.save(folder / "nowhere" / "checkpoint")
     with monkeypatch.context() as patch:
-        patch.setattr(safefile, "FORMAT", 3)
+        patch.setattr(safefile, "FORMAT", 4)
         optimizer.save(folder / "newer")
-    with pytest.raises(CheckpointError, match="has format 3, this version of hvd-slowmo reads format 2"):
+    with pytest.raises(CheckpointError, match="has format 4, this version of hvd-slowmo reads format 3"):
         optimizer.load(folder / "newer")
 
 

@@ -68,3 +68,27 @@ def test_workers_equal_the_reference(keras_workers):
 def test_what_keras_cannot_do_is_refused(settings):
     with pytest.raises(ValueError, match="delay can be 1 at most"):
         SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(**settings))
+
+
+@pytest.mark.slow
+def test_an_excluded_worker_returns_to_the_anchors_of_all_fragments():
+    """A variable has stretches in two fragments; each keeps the others' values while one is written."""
+
+    def work(comm):
+        kernel = keras.Variable(np.arange(12.0).reshape(3, 4), dtype="float32")
+        config = SlowMoConfig(tau=4, fragments=2, nonfinite="exclude")
+        optimizer = SlowMo(keras.optimizers.SGD(0.125), config, comm=comm)
+        optimizer.broadcast([kernel])
+        for step in range(12):
+            gradient = np.full((3, 4), 1.0 + comm.rank, np.float32)
+            if step == 4 and comm.rank == 1:
+                gradient[0, 0] = np.nan
+            optimizer.apply([tf.constant(gradient)], [kernel])
+        optimizer.join([kernel])
+        return kernel.numpy()
+
+    with keras_training.doubles(16):
+        first, second, third = ThreadWorld(3).run(work)
+    assert np.isfinite(first).all()
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, third)
