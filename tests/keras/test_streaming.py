@@ -77,7 +77,7 @@ def test_an_excluded_worker_returns_to_the_anchors_of_all_fragments():
     def work(comm):
         kernel = keras.Variable(np.arange(12.0).reshape(3, 4), dtype="float32")
         config = SlowMoConfig(tau=4, fragments=2, nonfinite="exclude")
-        optimizer = SlowMo(keras.optimizers.SGD(0.125), config, comm=comm)
+        optimizer = SlowMo(keras.optimizers.SGD(0.125), config, comm=keras_training.GraphComm(comm))
         optimizer.broadcast([kernel])
         for step in range(12):
             gradient = np.full((3, 4), 1.0 + comm.rank, np.float32)
