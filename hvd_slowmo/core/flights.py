@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from hvd_slowmo.core.ledger import row_length
 from hvd_slowmo.core.meeting import Exchange, Meeting, Meetings, Purpose
@@ -78,8 +78,20 @@ class Flights:
             flight=flight,
         )
         if ops.keeps_handles:
+            self.relay()
             self._begun[fragment] = self._begin(launched, fragment, training)
         return launched
+
+    def resume(self, progress: Progress) -> None:
+        """Begin the exchanges again that a loaded state has in flight, where an exchange can outlive a call.
+
+        All of them, in the order in which they were launched: a worker in a join finishes them before the next one
+        begins, and another one after that.
+        """
+        launched = progress.flight.launched
+        for fragment in launched.argsort(kind="stable").tolist() if len(self._begun) + len(self._met) == 0 else ():
+            if launched[fragment]:
+                self._begun[fragment] = self._begin(progress, fragment, training=1)
 
     def exchange(self, progress: Progress, fragment: int) -> list[Any]:
         """Exchange a fragment in flight, for `land`: the ledger, and each chunk of the layout, empty if not of it."""
@@ -104,6 +116,7 @@ class Flights:
             ValueError: on every worker, where the verdict has failed; nothing is in flight any more.
         """
         if arrived is None:
+            self.relay()
             meeting = self._met.pop(fragment, None) or self._finish(progress, fragment)
         else:
             own = [
@@ -115,19 +128,23 @@ class Flights:
         self._store.hold(meeting.moved)
         return meeting
 
-    def relay(self, progress: Progress, fragment: int) -> None:
-        """Start the second phase of an exchange in few bits, so that both are hidden.
+    def relay(self) -> None:
+        """Start the second phase of all exchanges in few bits that are in their first, so that both are hidden.
+
+        It comes before the next exchange begins, so that a worker in a join, which finishes one exchange before it
+        begins another, starts its collectives in the same order.
 
         Raises:
             ValueError: as `land`.
         """
-        if fragment in self._begun:
-            self._met[fragment] = self._meetings.relay(self._finish(progress, fragment))
+        for fragment in list(self._begun) if self._runtime.config.bits < 32 else ():
+            self._met[fragment] = self._meetings.relay(self._finish(None, fragment))
 
-    def _finish(self, progress: Progress, fragment: int) -> Meeting:
+    def _finish(self, progress: Progress | None, fragment: int) -> Meeting:
         exchange = self._begun.pop(fragment, None)
+        assert exchange is not None or progress is not None, "begun before, or now"
         try:
-            return self._meetings.finish(exchange or self._begin(progress, fragment, training=1))
+            return self._meetings.finish(exchange or self._begin(cast(Progress, progress), fragment, training=1))
         except ValueError:
             self.discard()
             self._meetings.drop_discarded()

@@ -148,8 +148,10 @@ class Machine:
         def check() -> Progress:
             return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).exchange.progress
 
-        if self.config.delay > 1 and self.config.bits < 32 and now.relays:
-            self.flights.relay(done, now.relaying)
+        if self.config.delay and ops.keeps_handles:
+            self.flights.resume(progress)
+            if now.relays:
+                self.flights.relay()
         if self.config.delay:
             land = partial(self._land, done, arrived=arrivals)
             done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, land), lambda: done)
@@ -160,6 +162,8 @@ class Machine:
     def complete(self, progress: Progress) -> Progress:
         """Apply all that is in flight, before its time. A collective."""
         ops = self._ops
+        if self.config.delay and ops.keeps_handles:
+            self.flights.resume(progress)
         for _ in range(self.flights.most):
 
             def first(progress: Progress = progress) -> Progress:

@@ -28,12 +28,11 @@ class StepPlan(NamedTuple):
     relays: Scalar = False  # before that: the second phase begins of an exchange in few bits that lands later
     fragment: Scalar = 0  # the fragment of the parameters that `outer` is about
     landing: Scalar = 0  # the fragment that lands
-    relaying: Scalar = 0  # the fragment whose second phase begins
 
     @property
     def eventful(self) -> bool:
         """True if the step is more than counted; not in a trace."""
-        return any(self[:-3])
+        return any(self[:-2])
 
 
 CHECK_STEPS = 64
@@ -79,8 +78,8 @@ def _without_gossip(config: SlowMoConfig, step: Scalar) -> StepPlan:
         plan = plan._replace(lands=lands & (started > 0), landing=landing)
     if config.delay > 1 and config.bits < 32:
         started = after - (config.delay + 1) // 2
-        relays, relaying = _due(config, started)
-        plan = plan._replace(relays=relays & (started > 0), relaying=relaying)
+        relays, _ = _due(config, started)
+        plan = plan._replace(relays=relays & (started > 0))
     return plan
 
 

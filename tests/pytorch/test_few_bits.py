@@ -14,7 +14,7 @@ from support.trainings.pytorch import same
 
 SHAPE = (50, 70)  # 3500 values: four blocks, the last in part
 BITS = [16, 8, 4]
-LATE = [{}, {"delay": 1}, {"fragments": 4, "delay": 2}, {"fragments": 2, "delay": 3}]
+LATE = [{}, {"delay": 1}, {"fragments": 4, "delay": 2}, {"fragments": 4, "delay": 3}]
 
 
 class Weights(nn.Module):
@@ -152,6 +152,34 @@ def test_a_resume_is_bitwise_the_run_without_a_stop(settings, stop, kind, tmp_pa
         return same(model.state_dict(), again.state_dict()) and all(same(mine[key], theirs[key]) for key in keys)
 
     assert ThreadWorld(3).run(work) == [True] * 3
+
+
+IN_FLIGHT = [{"fragments": 4, "delay": 2}, {"fragments": 4, "delay": 3}, {"fragments": 4, "delay": 4}]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("settings", IN_FLIGHT, ids=str)
+@pytest.mark.parametrize("lengths", [(0, 5), (1, 6), (2, 9), (3, 3)], ids=str)
+def test_workers_in_a_join_and_in_training_start_the_same_in_the_same_order(bits, settings, lengths):
+    """Right after a resume too: a ThreadWorld refuses the first difference."""
+
+    def work(comm, resumes):
+        model, optimizer = build(comm, bits=bits, **settings)
+        for k in range(7):
+            step(model, optimizer, comm.rank, k)
+        if resumes:
+            state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model, optimizer = build(comm, bits=bits, **settings)
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        for k in range(7, 7 + lengths[comm.rank]):
+            step(model, optimizer, comm.rank, k)
+        optimizer.join()
+        return copy.deepcopy(model.state_dict())
+
+    whole, again = (ThreadWorld(2).run(lambda comm, r=r: work(comm, r)) for r in (False, True))
+    assert same(whole[0], whole[1])
+    assert same(whole, again)
 
 
 def test_another_number_of_workers_owes_as_much(tmp_path):
