@@ -150,6 +150,22 @@ class Flights:
             self._meetings.drop_discarded()
             raise
 
+    def dropped(self, progress: Progress, fragment: int) -> Progress:
+        """Exchange a fragment in flight for nothing: another worker may send its own only now. A collective."""
+        meeting = self._met.pop(fragment, None)
+        if meeting is None:
+            begun = self._begun.pop(fragment) if fragment in self._begun else self._begin(progress, fragment, 1)
+            self._meetings.exchanged(begun)
+        else:
+            self._meetings.discard_relayed([meeting])
+            self._meetings.drop_discarded()
+        return self.landed(progress, fragment)
+
+    @property
+    def in_flight(self) -> bool:
+        """True while exchanges have been started whose result has not been taken, so that others must send theirs."""
+        return bool(self._begun or self._met) or self._meetings.discarded
+
     def landed(self, progress: Progress, fragment: int) -> Progress:
         """Return the state without the fragment's exchange; its copy is freed."""
         for chunk in self._runtime.layout.of_fragment(fragment):

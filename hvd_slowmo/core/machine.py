@@ -70,8 +70,7 @@ class Machine:
 
     def restart(self, progress: Progress) -> Progress:
         """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
-        self.flights.discard()
-        self._meetings.drop_discarded()
+        progress = self._each_in_flight(progress, self.flights.dropped)
         take_from(self.runtime, 0, ("parameter", "statistic"))
         self.outer_steps.begin_anew()
         self._store.settle(equal=True)
@@ -161,13 +160,17 @@ class Machine:
 
     def complete(self, progress: Progress) -> Progress:
         """Apply all that is in flight, before its time. A collective."""
+        return self._each_in_flight(progress, self._land)
+
+    def _each_in_flight(self, progress: Progress, work: Callable[[Progress, int], Progress]) -> Progress:
+        """Do this with each fragment in flight, in the order in which they were launched."""
         ops = self._ops
         if self.config.delay and ops.keeps_handles:
             self.flights.resume(progress)
         for _ in range(self.flights.most):
 
             def first(progress: Progress = progress) -> Progress:
-                return self._of_fragment(self.flights.first(progress.flight), partial(self._land, progress))
+                return self._of_fragment(self.flights.first(progress.flight), partial(work, progress))
 
             flying = ops.sum(ops.where(progress.flight.launched > 0, 1.0, 0.0)) > 0
             progress = ops.cond(flying, first, lambda progress=progress: progress)  # type: ignore[misc]

@@ -226,6 +226,11 @@ class Meetings:
         """Do as `discard` with exchanges in their second phase."""
         self._relays += [x for meeting in meetings for x in meeting.first if isinstance(x, CodedChunk)]
 
+    @property
+    def discarded(self) -> bool:
+        """True while exchanges are in flight that nobody will finish."""
+        return bool(self._discarded or self._relays)
+
     def drop_discarded(self) -> None:
         """Wait for the exchanges that nobody needs any more."""
         while self._discarded:

@@ -144,23 +144,34 @@ def test_join_with_uneven_data(mixed_workers, config):
             assert np.abs(a["x"] - b["x"]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["slowmo", "osgp, slowmo", pytest.param("warm-up", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "name", ["slowmo", "osgp, slowmo", "streaming", pytest.param("warm-up", marks=pytest.mark.thorough)]
+)
 def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
     """In the middle of a block, or of a flight: to the bit, on the workers that it comes from."""
-    problem = replace({**CORE, **OTHERS}[name], steps=12)
+    problem = replace({**CORE, **OTHERS, **STREAMED}[name], steps=12)
     asked = {"problem": problem, "path": tmp_path / "x", "stop": 5, "split": name == "slowmo"}
     for whole, again in mixed_workers("tk").run("support.trainings.mixed:resumed", **asked):
         for a, b in zip(whole, again, strict=True):
             assert np.array_equal(a["x"], b["x"])
 
 
-def test_a_load_while_messages_are_on_their_way_is_refused_on_all(mixed_workers, tmp_path):
-    problem = Problem({"tau": None, **OSGP})
+@pytest.mark.parametrize("settings", [{"tau": None, **OSGP}, {"tau": 3, "fragments": 3, "delay": 1}], ids=str)
+def test_a_load_while_messages_are_on_their_way_is_refused_on_all(mixed_workers, settings, tmp_path):
+    problem = Problem(settings)
     for said, back in mixed_workers("tk").run(
         "support.trainings.mixed:rolled_back", problem=problem, path=tmp_path / "x"
     ):
         assert "call join() on every worker before load()" in said
         assert back
+
+
+def test_a_restart_while_a_fragment_is_in_flight(mixed_workers):
+    """PyTorch has sent it already, and Keras has not."""
+    problem = Problem({"tau": 3, "fragments": 3, "delay": 1})
+    (first, end), (other, other_end) = mixed_workers("tk").run("support.trainings.mixed:restarted", problem=problem)
+    assert np.array_equal(first, other)
+    assert np.abs(end - other_end).max() < TOLERANCE
 
 
 def test_averaged_parameters(mixed_workers):

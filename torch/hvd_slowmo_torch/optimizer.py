@@ -429,11 +429,12 @@ class SlowMo(Outermost, Optimizer):
         worker.presence.refuse_if_left()
 
         def make() -> TorchWorkerState:
-            if worker.mixed and worker.assembly.machine.mixing.in_flight:
+            machine = worker.assembly.machine
+            if worker.mixed and (machine.mixing.in_flight or machine.flights.in_flight):
                 # Keras sends in its next step, and after a load that is another message.
                 raise ValueError(
                     "this worker's messages are on their way, and those of Keras workers are not yet. In a job of both "
-                    "frameworks over OSGP, call join() on every worker before load()."
+                    "frameworks over OSGP or with a delay, call join() on every worker before load()."
                 )
             return self._worker_state(parameter_map)
 

@@ -205,6 +205,19 @@ def rolled_back(problem: Problem, path: Path) -> tuple[str, bool]:
     return said, bool((mine.flat() == there).all())
 
 
+def restarted(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values after a restart, and after some more steps and a join."""
+    mine = worker(problem)
+    for step in range(5):
+        mine.step(step, step)
+    mine.optimizer.restart()
+    begun = mine.flat()
+    for step in range(5, 9):
+        mine.step(step, step)
+    mine.join()
+    return begun, mine.flat()
+
+
 def averaged(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the values after two steps: before, within and after averaged_parameters()."""
     mine = worker(problem)
