@@ -144,6 +144,7 @@ class SlowMoConfig:
         self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
         if isinstance(self.bits, bool) or self.bits not in get_args(Bits):
             raise ValueError(f"`bits` must be 32, 16, 8 or 4. Received: bits={self.bits!r}")
+        self._set("bits", int(self.bits))
         self._check_gossip()
         self._check_streaming()
         for warning in self._without_effect():

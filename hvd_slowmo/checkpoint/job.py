@@ -172,6 +172,7 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
             _check(state, comm, facts)
             arrays = {**contents.common, **contents.own}
             if facts["workers"] != comm.size:
+                arrays = {name: x for name, x in arrays.items() if not name.startswith("slice_residual/")}
                 arrays |= _mean_residuals(Path(path), facts)
         return prepare(state, facts, arrays), {"checkpoint": contents.id}
 

@@ -17,6 +17,7 @@ from hvd_slowmo.core.ledger import row_length
 from hvd_slowmo.core.meeting import Exchange, Meeting, Meetings, Purpose
 from hvd_slowmo.core.progress import Flight, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.store import Condition
 
 
 class Flights:
@@ -79,7 +80,7 @@ class Flights:
         )
         if ops.keeps_handles:
             self.relay()
-            self._begun[fragment] = self._begin(launched, fragment, training)
+            self._begun[fragment] = self._begin(launched, fragment, training, condition=condition)
         return launched
 
     def resume(self, progress: Progress) -> None:
@@ -180,8 +181,20 @@ class Flights:
         self._meetings.discard_relayed(self._met.values())
         self._begun, self._met = {}, {}
 
-    def _begin(self, progress: Progress, fragment: int, training: int, arrived: tuple[Any, ...] = ()) -> Exchange:
-        """Begin the exchange of a fragment that has been set aside, at its launch or after a resume."""
+    def _begin(
+        self,
+        progress: Progress,
+        fragment: int,
+        training: int,
+        arrived: tuple[Any, ...] = (),
+        condition: Condition | None = None,
+    ) -> Exchange:
+        """Begin the exchange of a fragment that has been set aside, at its launch or after a resume.
+
+        Args:
+            arrived: results in the place of an exchange.
+            condition: at its launch; None later.
+        """
         ops, flight = self._ops, progress.flight
         sent = progress._replace(
             since=ops.put(progress.since, fragment, flight.sent_since[fragment]),
@@ -189,5 +202,5 @@ class Flights:
             rate_sums=ops.put(progress.rate_sums, fragment, flight.sent_rate_sums[fragment]),
         )
         purpose = Purpose(training=training, counts=1, fragment=fragment, late=True)
-        condition = self._store.sent_condition(fragment)
+        condition = condition or self._store.sent_condition(fragment)
         return self._meetings.begin(sent, flight.launched[fragment], purpose, condition, arrived)

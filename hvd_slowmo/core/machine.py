@@ -70,6 +70,7 @@ class Machine:
 
     def restart(self, progress: Progress) -> Progress:
         """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
+        self._meetings.drop_discarded()
         progress = self._each_in_flight(progress, self.flights.dropped)
         take_from(self.runtime, 0, ("parameter", "statistic"))
         self.outer_steps.begin_anew()
@@ -160,6 +161,7 @@ class Machine:
 
     def complete(self, progress: Progress) -> Progress:
         """Apply all that is in flight, before its time. A collective."""
+        self._meetings.drop_discarded()
         return self._each_in_flight(progress, self._land)
 
     def _each_in_flight(self, progress: Progress, work: Callable[[Progress, int], Progress]) -> Progress:
@@ -208,8 +210,13 @@ class Machine:
         # Without blocks there is no clock: the workers are all in their join, wherever they stopped.
         clock = 0 if self.config.tau is None and self.config.gossip is None else end
         alone = self.config.gossip is not None and not averages
-        purpose = Purpose(training=0, leaving=leaving, ledger_alone=alone, fragment=fragment)
-        meeting = self._meetings.meet(progress, clock, purpose)
+        late = self.config.delay > 0
+        purpose = Purpose(training=0, leaving=leaving, ledger_alone=alone, fragment=fragment, beside_late=late)
+        try:
+            meeting = self._meetings.meet(progress, clock, purpose)
+        except ValueError:
+            self._answer_launches(progress, end)
+            raise
         progress, found = meeting.exchange.progress, meeting.verdict
         over = found.training == 0
 
@@ -221,7 +228,8 @@ class Machine:
                     lambda: nobody_has_steps(found),
                 )
             # The meeting was about one fragment, or in few bits. The others may have steps, and broken values.
-            whole = self._meetings.meet(progress, clock, replace(purpose, ledger_alone=True, fragment=None))
+            of_all = replace(purpose, ledger_alone=True, fragment=None, beside_late=False)
+            whole = self._meetings.meet(progress, clock, of_all)
             some = ops.sum(ops.vector(whole.totals)) > 0
             return ops.cond(
                 some, lambda: self.outer_steps.take_mean(whole, progress), lambda: nobody_has_steps(whole.verdict)
@@ -260,6 +268,21 @@ class Machine:
         after = ops.cond(over, lambda: joined, lambda: after)
         return self._send_ahead(after, after.step), over, columns(meeting.table).leaving
 
+    def _answer_launches(self, progress: Progress, step: Scalar) -> None:
+        """Exchange, in a join, what the others launch before they learn that the meeting at this step has failed.
+
+        In few bits they learn of it before the next launch.
+        """
+        if self.config.delay < 2 or self.config.bits < 32:
+            return
+        following = step + steps_to_meeting(self.config, step)
+        while following < step + self.config.delay:
+            fragment = next_fragment(self.config, following - 1)
+            purpose = Purpose(training=0, fragment=fragment, beside_late=True)
+            condition = self._store.condition(fragment)
+            self._meetings.exchanged(self._meetings.begin(progress, following, purpose, condition))
+            following += steps_to_meeting(self.config, following)
+
     def average(self, progress: Progress) -> None:
         """Set the model to the workers' plain mean; the state stays as it is. Nothing is in flight, see `complete`."""
         self._meetings.write_mean(self._meetings.meet(progress, progress.step, PLAIN_AVERAGE))
@@ -285,6 +308,7 @@ class Machine:
         All workers have made the same steps and should be equal. Clipping in front of a step that a worker in a join
         took without, or rates that differ, leave them unequal, and one anchor must serve all: so one worker's counts.
         """
+        self._meetings.drop_discarded()
         take_from(self.runtime, source)
         self.outer_steps.take_anchor()
         self._store.settle()

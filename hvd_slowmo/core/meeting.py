@@ -50,6 +50,7 @@ class Purpose:
         ledger_alone: the first chunk does not travel with the ledger: whether an average follows is not known yet.
         fragment: of the parameters that the meeting is about; None for all.
         late: the model is taken as it was set aside ("in_flight"), and its chunks start at once.
+        beside_late: the others' meeting is late, so that all chunks start at once here too.
     """
 
     training: int = 1
@@ -59,6 +60,12 @@ class Purpose:
     ledger_alone: bool = False
     fragment: int | None = 0
     late: bool = False
+    beside_late: bool = False
+
+    @property
+    def at_once(self) -> bool:
+        """True if all chunks start together, from copies: an adapter has memory to put two of them together."""
+        return self.late or self.beside_late
 
 
 PLAIN_AVERAGE = Purpose(reason=AVERAGE, fragment=None)
@@ -176,7 +183,7 @@ class Meetings:
         self._count += 1
         exchange = Exchange(purpose, ledger, (), weights, counted, finite, condition, progress)
         chunks = self._chunks[purpose.fragment]
-        first = chunks if purpose.late else () if purpose.ledger_alone else chunks[:1]
+        first = chunks if purpose.at_once else () if purpose.ledger_alone else chunks[:1]
         return exchange._replace(started=tuple(self._start(chunk, exchange, fits) for chunk in first))
 
     def finish(self, exchange: Exchange) -> Meeting:
@@ -322,15 +329,16 @@ class Meetings:
             return self._two_phase.start(chunk, "in_flight" if exchange.purpose.late else "model", weight)
 
         def contribution() -> Any:
-            if exchange.purpose.late:
-                return self._store.read("in_flight", chunk) * 1  # a copy, which the sum may use
+            if exchange.purpose.at_once:
+                vector = "in_flight" if exchange.purpose.late else "model"
+                return self._store.read(vector, chunk) * 1  # a copy, which the sum may use
             if chunk.role == "parameter":
                 return self._mixing.contribution(chunk, exchange.progress.mixing)
             return self._store.read("model", chunk)
 
         def nothing() -> Any:
             zeros = self._store.zeros(chunk)
-            return zeros * 1 if exchange.purpose.late else zeros  # whose memory is used again
+            return zeros * 1 if exchange.purpose.at_once else zeros  # whose memory is used again
 
         # Zeros where the weight is 0: an excluded worker's values may be NaN, and 0 x NaN is NaN.
         x = self._ops.weighted(weight, contribution, nothing)

@@ -13,7 +13,7 @@ from hvd_slowmo.core.runtime import Runtime
 
 
 class Metrics(NamedTuple):
-    """Measurements of one outer step; norms and products are over all parameters.
+    """Measurements of one outer step; norms and products are over all parameters of the fragment that met.
 
     Without the average (noaverage) they are of this worker's own Delta and v, and the divergence stays 0, because no
     worker knows it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from hvd_slowmo.core.layout import Chunk, Stretch, Tile
@@ -173,9 +174,14 @@ class OuterSteps:
         The anchor; or, of a fragment in flight, what was sent, so that no local progress is kept when it lands. What
         was sent broken is excluded then.
         """
-        if chunk.fragment == meeting.exchange.purpose.fragment:
+        ops, store, fragment = self._ops, self._store, meeting.exchange.purpose.fragment
+        if chunk.fragment == fragment:
             return
-        if self._config.delay and progress.flight.launched[chunk.fragment] > 0:
-            self._store.write("model", chunk, self._store.read("in_flight", chunk))
-        else:
-            self._store.write("model", chunk, self._store.read("anchor", chunk))
+        common = store.read("anchor", chunk)
+        if self._config.delay:
+            flying = progress.flight.launched[chunk.fragment] > 0
+            common = ops.choose(flying, partial(store.read, "in_flight", chunk), common)
+        if fragment is None:  # in a join it has the workers' mean, where anybody has steps
+            averaged = meeting.totals[chunk.fragment] > 0
+            common = ops.choose(averaged, partial(store.read, "model", chunk), common)
+        store.write("model", chunk, common)

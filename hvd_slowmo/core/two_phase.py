@@ -61,6 +61,8 @@ class TwoPhase:
         slices = self._slices(chunk)
 
         def pieces(first: int, last: int) -> Iterator[Any]:
+            if first == last:
+                yield self._store.zeros(chunk)[:0] * 1  # of the right device
             for start, stop in tiles(self._codec, first, last):
                 g = self._owed(chunk, vector, start, stop)
                 yield self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
@@ -82,15 +84,15 @@ class TwoPhase:
         """
         slices, residual = self._slices(coded.chunk), self.slice_residuals.get(coded.chunk.index)
         blocks = slices.elements(self._comm.rank) // BLOCK
-        mean = list(self._mean(coded, weights, total, residual, blocks))
+        mean = list(self._mean(coded, weights, total, residual, blocks)) or [self._store.zeros(coded.chunk)[:0] * 1]
         message = self._codec.encode(mean, blocks, self._bits)
         lengths = [payload_bytes(slices.elements(rank), self._bits) for rank in range(self._comm.size)]
         handle = self._comm.start_allgather(names.mean(coded.chunk.index), message, lengths)
         rests = [
             part - self._codec.decode(message, self._bits, *tile)
-            for part, tile in zip(mean, tiles(self._codec, 0, blocks), strict=True)
+            for part, tile in zip(mean, tiles(self._codec, 0, blocks), strict=False)
         ]
-        rest = self._ops.joined(rests or [self._store.zeros(coded.chunk)[:0]])
+        rest = self._ops.joined(rests or [self._store.zeros(coded.chunk)[:0] * 1])
         return coded._replace(handle=handle, received=(), rest=rest)
 
     def _mean(self, coded: CodedChunk, weights: Any, total: Scalar, residual: Any, blocks: int) -> Iterator[Any]:

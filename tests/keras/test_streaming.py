@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from support.problems import STREAMED, distance
+from support.problems import STREAMED, Problem, distance
 from support.trainings import keras as keras_training
 
 # Several workers' graphs wait in this process's threads at once; see test_reference.py.
@@ -47,6 +47,18 @@ def test_uneven_epochs_equal_the_reference(name):
 
 
 @pytest.mark.slow
+@pytest.mark.workers
+def test_a_worker_in_a_join_answers_gradients_and_late_fragments(keras_workers):
+    """A worker that trains exchanges gradients before the fragment that is in flight."""
+    problem = Problem({"tau": 3, "fragments": 3, "delay": 1, "gradients": "all"})
+    plan = [(3, 7), (5, 2)]
+    histories = keras_workers(2).run("support.trainings.keras:epochs", problem=problem, plan=plan)
+    for history in histories:
+        for mine, expected in zip(history, problem.streamed_reference(2, epochs=plan)[1:], strict=True):
+            assert np.abs(mine["x"] - expected.x[0]).max() < 1e-12
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["three fragments, constant", "streaming Local SGD"])
 @pytest.mark.parametrize("stop", [6, 7])
 def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
@@ -71,12 +83,13 @@ def test_what_keras_cannot_do_is_refused(settings):
 
 
 @pytest.mark.slow
-def test_an_excluded_worker_returns_to_the_anchors_of_all_fragments():
+@pytest.mark.parametrize("delay", [0, 1])
+def test_an_excluded_worker_returns_to_the_anchors_of_all_fragments(delay):
     """A variable has stretches in two fragments; each keeps the others' values while one is written."""
 
     def work(comm):
         kernel = keras.Variable(np.arange(12.0).reshape(3, 4), dtype="float32")
-        config = SlowMoConfig(tau=4, fragments=2, nonfinite="exclude")
+        config = SlowMoConfig(tau=4, fragments=2, delay=delay, nonfinite="exclude")
         optimizer = SlowMo(keras.optimizers.SGD(0.125), config, comm=keras_training.GraphComm(comm))
         optimizer.broadcast([kernel])
         for step in range(12):

@@ -154,14 +154,25 @@ def test_a_resume_is_bitwise_the_run_without_a_stop(settings, stop, kind, tmp_pa
     assert ThreadWorld(3).run(work) == [True] * 3
 
 
-IN_FLIGHT = [{"fragments": 4, "delay": 2}, {"fragments": 4, "delay": 3}, {"fragments": 4, "delay": 4}]
+IN_FLIGHT = [
+    {"delay": 1},
+    {"delay": 2},
+    {"fragments": 4, "delay": 2},
+    {"fragments": 4, "delay": 3},
+    {"fragments": 4, "delay": 4},
+]
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("settings", IN_FLIGHT, ids=str)
 @pytest.mark.parametrize("lengths", [(0, 5), (1, 6), (2, 9), (3, 3)], ids=str)
-def test_workers_in_a_join_and_in_training_start_the_same_in_the_same_order(bits, settings, lengths):
+@pytest.mark.parametrize("chunk_bytes", [None, 5000], ids=["one chunk", "several chunks"])
+def test_workers_in_a_join_and_in_training_start_the_same_in_the_same_order(
+    monkeypatch, bits, settings, lengths, chunk_bytes
+):
     """Right after a resume too: a ThreadWorld refuses the first difference."""
+    if chunk_bytes:
+        monkeypatch.setattr(SlowMo, "_chunk_bytes", chunk_bytes)
 
     def work(comm, resumes):
         model, optimizer = build(comm, bits=bits, **settings)

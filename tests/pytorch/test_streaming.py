@@ -325,3 +325,54 @@ def test_values_from_outside_are_no_progress_of_any_fragment():
         return model.weight.detach().clone()
 
     assert all(torch.equal(weight, torch.ones(4, 4)) for weight in ThreadWorld(2).run(work))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_model_of_another_form_is_refused_on_every_worker(settings):
+    def work(comm):
+        model, optimizer = small(comm, **settings)
+        train(model, optimizer, comm.rank, range(5))
+        if comm.rank == 1:
+            model.double()
+        for _ in range(5, 12):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+
+    for result in ThreadWorld(2).run(work, return_exceptions=True):
+        assert isinstance(result, ValueError)
+        assert "is not the one that the optimizer was constructed with" in str(result)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_worker_that_is_excluded_from_a_join_takes_the_others_mean(settings):
+    def work(comm):
+        model, optimizer = small(comm, nonfinite="exclude", **settings)
+        train(model, optimizer, comm.rank, range(7))
+        if comm.rank == 1:
+            with torch.no_grad():
+                model[2].weight[0, 0] = float("nan")
+        optimizer.join()
+        return values(model)
+
+    first, *others = ThreadWorld(3).run(work)
+    assert all(bool(value.isfinite().all()) for value in first.values())
+    assert all(same(first, other) for other in others)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_value_that_is_not_finite_raises_in_a_join_too(settings):
+    """The others have launched more by the time they learn of it."""
+
+    def work(comm):
+        model, optimizer = small(comm, **settings)
+        train(model, optimizer, comm.rank, range(5))
+        if comm.rank == 1:
+            with torch.no_grad():
+                model[0].weight[0, 0] = float("nan")
+            train(model, optimizer, comm.rank, range(5, 16))
+        optimizer.join()
+
+    for result in ThreadWorld(2).run(work, return_exceptions=True):
+        assert isinstance(result, ValueError)
+        assert "not finite (NaN or infinity) on rank 1" in str(result)

@@ -400,6 +400,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         """
         self.worker.refuse_if_left()
         checkpoint.load(lambda: self._worker_state(model, parameter_map), self.worker.comm, path)
+        self.worker.resend_statistics()
         self.worker.forget_join()
 
     def _worker_state(self, model: keras.Model | None, parameter_map: ParameterMap | None) -> KerasWorkerState:

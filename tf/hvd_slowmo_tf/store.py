@@ -34,14 +34,6 @@ class VariableStore:
             name: {chunk.index: v for chunk, v in zip(chunks, variables, strict=True)}
             for name, variables in vectors.items()
         }
-        if "in_flight" in self._vectors:
-            # Parameters alone are the optimizer's variables, which it can make before the model is known.
-            with tf.init_scope():
-                self._vectors["in_flight"] |= {
-                    chunk.index: tf.Variable(tf.zeros([chunk.size], layout.layout.segments[chunk.segment].dtype))
-                    for chunk in layout.layout.chunks
-                    if chunk.role != "parameter"
-                }
         self._pending = Pending(ref for refs in layout.refs for ref in refs)
         statistics = [ref.variable for ref in layout.refs_of("statistic")]
         watched = [ref.variable for ref in layout.refs_of("parameter")]
@@ -49,6 +41,19 @@ class VariableStore:
         self._watched = {id(v): v for v in watched}
         with tf.init_scope():
             self._zero = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            if "in_flight" in self._vectors:
+                # Parameters alone are the optimizer's variables, which it can make before the model is known.
+                self._vectors["in_flight"] |= {
+                    chunk.index: tf.Variable(self.read("model", chunk), trainable=False)
+                    for chunk in layout.layout.chunks
+                    if chunk.role != "parameter"
+                }
+
+    def resend_statistics(self) -> None:
+        """Let the values in flight of all but parameters be the present ones: no state holds them."""
+        for chunk in self._layout.layout.chunks:
+            if chunk.role != "parameter" and "in_flight" in self._vectors:
+                native(self._vectors["in_flight"][chunk.index]).assign(self.read("model", chunk))
 
     def read(self, vector: str, stretch: Stretch) -> tf.Tensor:
         if vector != "model":

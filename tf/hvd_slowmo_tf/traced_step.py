@@ -76,6 +76,9 @@ class TracedStep:
             return None  # then it is sent within the step
         if self.optimizer.gradient_accumulation_steps:
             return None  # most calls are no step
+        config = self._machine.runtime.config
+        if config.delay and config.gradients != "local":
+            return None  # a worker in a join answers the exchange of gradients first
         if averages.of_node is not averages.of_all and averages.of_node.comm.size > 1:
             # A worker in a join answers its node first, and only then knows whether there is a step to send in. A
             # worker that waited for messages before it gives its gradients would wait for that one, and it for this.

@@ -283,6 +283,11 @@ class KerasWorker:
         trained = self.optimizer._trainable_variables
         return int(self.variables.now.step), [float(tf.norm(tf.cast(v, tf.float64))) for v in trained]
 
+    def resend_statistics(self) -> None:
+        """Let an exchange in flight take statistics as they are: a state that has been loaded holds no others."""
+        if self._store is not None:
+            self._store.resend_statistics()
+
     def complete(self) -> None:
         """Apply what is in flight. A collective."""
         machine = self.ready().assembly.machine

@@ -244,7 +244,9 @@ class TorchWorkerState:
             elif own not in _WATCH:
                 self.write("model", own, value)
         self._residuals.clear()
-        self._residuals.update({int(chunk): torch.tensor(value) for chunk, value in self.slice_residuals.items()})
+        for chunk, residual in self.slice_residuals.items():
+            device = self._store.device_of(int(chunk))
+            self._residuals[int(chunk)] = torch.tensor(residual, device=device)
         if self._late:
             self._store.in_flight = {
                 chunk.index: self._sent[chunk.segment][chunk.start : chunk.stop].clone()

@@ -96,9 +96,9 @@ def restore(saved: dict[str, Any], worker: TorchWorker) -> tuple[Progress, Watch
     for name, tensors in store.vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
-    residuals.clear()
-    residuals.update({index: tensor.clone() for index, tensor in saved["slice_residuals"].items()})
-    store.in_flight = {index: tensor.clone() for index, tensor in saved["in_flight"].items()}
+    for kept, name in ((residuals, "slice_residuals"), (store.in_flight, "in_flight")):
+        kept.clear()
+        kept.update({index: x.to(store.device_of(index), copy=True) for index, x in saved[name].items()})
     fields = saved["progress"].items()
     progress = Progress.from_flat({field: _array(field, x) for field, x in fields})
     return progress, WatchNotes(**saved["watch"]) if "watch" in saved else None

@@ -156,6 +156,10 @@ class TorchStore:
     def drop(self, chunk: Chunk) -> None:
         del self.in_flight[chunk.index]
 
+    def device_of(self, chunk: int) -> str:
+        """Return the device of a chunk."""
+        return self.layout.segments[self.layout.chunks[chunk].segment].device
+
     def whole_in_flight(self, segment: int) -> torch.Tensor:
         """Return a segment of "in_flight", zeros where nothing is."""
         whole = zeros_of(self.layout.segments[segment], self.layout.segments[segment].size)

@@ -150,6 +150,7 @@ class TorchWorker:
         Gradients have been averaged before, where the step averages them.
         """
         machine, averages, watch = self.assembly.machine, self.assembly.averages, self.store.watch
+        before = self.progress.observed
         step, plan = self._planned
         if step != self.progress.step:  # a join has moved it
             plan = machine.plan(self.progress)
@@ -178,7 +179,7 @@ class TorchWorker:
                 self.progress = machine.count(self.progress, rates)
         finally:
             self.prepare()
-        if self.settings.metrics and (plan.lands if self.config.delay else plan.outer):
+        if self.settings.metrics and self.progress.observed is not before:  # an outer step has been applied
             self._measure()
         return result
 

@@ -95,6 +95,11 @@ class Outbox:
         self.advance()
         return begun
 
+    @property
+    def empty(self) -> bool:
+        """True if every sum has been handed over."""
+        return not self._waiting
+
     def advance(self) -> None:
         """Hand over the sums whose copies have arrived in host memory, in their order."""
         while self._waiting:
