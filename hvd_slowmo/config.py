@@ -241,6 +241,11 @@ class SlowMoConfig:
             return ("anchor",) if self.fragments > 1 and self.nonfinite == "exclude" else ()
         return ("anchor",) if self.beta == 0 else ("anchor", "v")
 
+    @property
+    def sliced_vectors(self) -> tuple[str, ...]:
+        """Names of the vectors of which each worker keeps its own slice alone."""
+        return ("slice_residual",) if self.tau is not None and self.bits < 32 else ()
+
     def facts(self) -> dict[str, Any]:
         """Return all settings in JSON types, for comparing and storing; a topology function by its name only.
 

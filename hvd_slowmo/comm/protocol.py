@@ -8,10 +8,12 @@ ones only.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from hvd_slowmo.comm.gathering import bounded_gather
+
+T = TypeVar("T")
 
 HANDSHAKE = "slowmo"
 """Prefix of the handshake's collectives, whatever an optimizer's name."""
@@ -49,16 +51,6 @@ class Comm(Protocol):
             shares: float64 (size, size).
         """
 
-    def wait(self, handle: Any) -> Any:
-        """Return the result of a started collective; a sum's may lie in the memory of x."""
-
-    def gather(self, name: str, item: Any) -> list[Any]:
-        """Return every worker's item (picklable), by rank. For the start of a job, never within a step."""
-
-
-class BytesComm(Comm, Protocol):
-    """A Comm that exchanges bytes too, for means in few bits."""
-
     def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
         """Start to send a part to each worker; the result is the list of the parts received, by rank.
 
@@ -72,6 +64,25 @@ class BytesComm(Comm, Protocol):
         Args:
             lengths: of everybody's bytes, by rank.
         """
+
+    def open_beside(self) -> None:
+        """Prepare for `start_beside`. A collective."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> Any:
+        """Start an exchange of several collectives beside the caller; `wait` returns the result of `work`.
+
+        Its collectives are apart from all others. Exchanges started one after another may be under way together, or
+        take turns; all workers start the same ones in the same order.
+
+        Args:
+            work: the exchange, among the workers that it is given.
+        """
+
+    def wait(self, handle: Any) -> Any:
+        """Return the result of a started collective; a sum's may lie in the memory of x."""
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        """Return every worker's item (picklable), by rank. For the start of a job, never within a step."""
 
 
 class SoloComm:
@@ -93,6 +104,12 @@ class SoloComm:
 
     def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
         return [x]
+
+    def open_beside(self) -> None:
+        """Do nothing: nobody else has to come."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> T:
+        return work(self)
 
     def wait(self, handle: Any) -> Any:
         return handle
@@ -141,16 +158,28 @@ class ScopedComm:
         return self._comm.start_push(f"{self._prefix}.{name}", x, shares)
 
     def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
-        return cast(BytesComm, self._comm).start_alltoall(f"{self._prefix}.{name}", parts)
+        return self._comm.start_alltoall(f"{self._prefix}.{name}", parts)
 
     def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
-        return cast(BytesComm, self._comm).start_allgather(f"{self._prefix}.{name}", x, lengths)
+        return self._comm.start_allgather(f"{self._prefix}.{name}", x, lengths)
+
+    def open_beside(self) -> None:
+        self._comm.open_beside()
+
+    def start_beside(self, work: Callable[[ScopedComm], T]) -> Any:
+        return self._comm.start_beside(lambda comm: work(ScopedComm(comm, self.name, self._prefix)))
 
     def wait(self, handle: Any) -> Any:
         return self._comm.wait(handle)
 
     def gather(self, name: str, item: Any) -> list[Any]:
         return bounded_gather(self._comm.gather, self.ranks, f"{self._prefix}.{name}", item)
+
+
+class _Beside(NamedTuple):
+    """An exchange beside the caller, whose bytes are counted when it is waited for."""
+
+    handle: Any
 
 
 class MeteredComm:
@@ -186,15 +215,29 @@ class MeteredComm:
 
     def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:
         self._bytes_sent += sum(len(part) for rank, part in enumerate(parts) if rank != self.rank)
-        return cast(BytesComm, self._comm).start_alltoall(name, parts)
+        return self._comm.start_alltoall(name, parts)
 
     def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
         self._bytes_sent += len(x) * (self.size - 1)
-        return cast(BytesComm, self._comm).start_allgather(name, x, lengths)
+        return self._comm.start_allgather(name, x, lengths)
+
+    def open_beside(self) -> None:
+        self._comm.open_beside()
+
+    def start_beside(self, work: Callable[[Comm], T]) -> _Beside:
+        def measured(comm: Comm) -> tuple[T, int]:
+            own = MeteredComm(comm)
+            return work(own), own.bytes_sent
+
+        return _Beside(self._comm.start_beside(measured))
 
     def wait(self, handle: Any) -> Any:
         started = time.perf_counter()
-        result = self._comm.wait(handle)
+        if isinstance(handle, _Beside):
+            result, sent = self._comm.wait(handle.handle)
+            self._bytes_sent += sent
+        else:
+            result = self._comm.wait(handle)
         self._seconds_waited += time.perf_counter() - started
         return result
 

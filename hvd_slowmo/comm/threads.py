@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.protocol import Comm
 
 T = TypeVar("T")
@@ -43,6 +44,8 @@ class ThreadWorld:
         self.size = size
         self._node_size = node_size
         self._nodes = [] if node_size is None else [ThreadWorld(node_size) for _ in range(size // node_size)]
+        self._beside: ThreadWorld | None = None  # of exchanges beside the workers' threads, once there is one
+        self._last_beside: dict[int, InTurn[Any]] = {}  # by rank
         self._changed = threading.Condition()
         self._rounds: dict[int, dict[int, tuple[tuple[Any, ...], Any]]] = {}  # number of the collective -> by rank
         self._taken: dict[int, int] = {}  # how many workers have read a round's result
@@ -85,14 +88,35 @@ class ThreadWorld:
         node, place = divmod(rank, self._node_size)
         return _ThreadComm(self, rank, _ThreadComm(self._nodes[node], place, None))
 
+    def start_beside(self, rank: int, work: Callable[[Comm], T]) -> InTurn[T]:
+        """Start a worker's next exchange in a thread of its own: they take turns, in the order of their starts."""
+        with self._changed:
+            if self._beside is None:
+                self._beside = ThreadWorld(self.size)
+                for ended, ending in self._ended.items():
+                    self._beside.end(ended, ending)
+            comm = self._beside.member(rank)
+            started = InTurn(lambda: work(comm), self._last_beside.get(rank))
+            self._last_beside[rank] = started
+            return started
+
     def end(self, rank: int, ending: str) -> None:
         """Note that a worker has ended: those that wait for it, or will, raise WorldError."""
         with self._changed:
             self._ended[rank] = ending
             self._changed.notify_all()
+            beside, last = self._beside, self._last_beside.get(rank)
+        if beside is not None:
+            # Its exchanges may be under way: the others are done with them before it has ended there.
+            threading.Thread(target=beside._end_after, args=(last, rank, ending), daemon=True).start()
         if self._node_size is not None:
             node, place = divmod(rank, self._node_size)
             self._nodes[node].end(place, ending)
+
+    def _end_after(self, last: InTurn[Any] | None, rank: int, ending: str) -> None:
+        if last is not None:
+            last.join()
+        self.end(rank, ending)
 
     def submit(self, rank: int, signature: tuple[Any, ...], item: Any) -> int:
         """Enter a worker's next collective, and return its number."""
@@ -164,7 +188,15 @@ class _ThreadComm:
         sent = [x * float(weight) if weight else None for weight in shares[:, self.rank]]
         return self._world.submit(self.rank, ("push", repr(name), tuple(x.shape), str(x.dtype)), (sent, x * 0)), None
 
-    def wait(self, handle: tuple[int, Any]) -> Any:
+    def open_beside(self) -> None:
+        """Do nothing: the world makes room for them when the first one starts."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> InTurn[T]:
+        return self._world.start_beside(self.rank, work)
+
+    def wait(self, handle: tuple[int, Any] | InTurn[Any]) -> Any:
+        if isinstance(handle, InTurn):
+            return handle.result()
         number, x = handle
         parts = self._world.collect(number)
         if x is _ALLTOALL:

@@ -8,35 +8,14 @@ Other frameworks have faster forms of these functions, which give the same bytes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 1024
-"""Values that share a scale."""
+from hvd_slowmo.core.slices import BLOCK
+
 LEVELS = {8: 127, 4: 7}
-
-
-class Slices(NamedTuple):
-    """The slices of a vector, one per worker: whole blocks, so that any slice can be decoded alone."""
-
-    length: int  # elements of the vector
-    workers: int
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks, the last of which may be filled up with zeros."""
-        return -(-self.length // BLOCK)
-
-    def span(self, worker: int) -> tuple[int, int]:
-        """Return the first block of a worker's slice and the one behind its last."""
-        return self.blocks * worker // self.workers, self.blocks * (worker + 1) // self.workers
-
-    def elements(self, worker: int) -> int:
-        """Return the number of elements of a worker's slice, filled up to whole blocks."""
-        first, last = self.span(worker)
-        return (last - first) * BLOCK
 
 
 def payload_bytes(elements: int, bits: int) -> int:

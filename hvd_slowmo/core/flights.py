@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from hvd_slowmo.core.ledger import row_length
-from hvd_slowmo.core.meeting import Exchange, Meeting, Meetings, Purpose
+from hvd_slowmo.core.exchange import Exchange, Purpose
+from hvd_slowmo.core.meeting import Meeting, Meetings
 from hvd_slowmo.core.progress import Flight, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.store import Condition
@@ -33,7 +33,6 @@ class Flights:
         self._meetings = meetings
         self._late = runtime.config.delay > 0
         self._begun: dict[int, Exchange] = {}  # by fragment, where an exchange can outlive a call
-        self._met: dict[int, Meeting] = {}  # those whose verdict is known already
 
     def initial(self) -> Flight:
         """Return the state with nothing in flight."""
@@ -79,7 +78,6 @@ class Flights:
             flight=flight,
         )
         if ops.keeps_handles:
-            self.relay()
             self._begun[fragment] = self._begin(launched, fragment, training, condition=condition)
         return launched
 
@@ -90,22 +88,18 @@ class Flights:
         begins, and another one after that.
         """
         launched = progress.flight.launched
-        for fragment in launched.argsort(kind="stable").tolist() if len(self._begun) + len(self._met) == 0 else ():
+        for fragment in launched.argsort(kind="stable").tolist() if not self._begun else ():
             if launched[fragment]:
                 self._begun[fragment] = self._begin(progress, fragment, training=1)
 
     def exchange(self, progress: Progress, fragment: int) -> list[Any]:
         """Exchange a fragment in flight, for `land`: the ledger, and each chunk of the layout, empty if not of it."""
-        arrived = iter(self._meetings.exchanged(self._begin(progress, fragment, training=1)))
-        ledger, chunks = next(arrived), self._runtime.layout.chunks
-        return [ledger, *(next(arrived) if c.fragment == fragment else self._store.zeros(c)[:0] for c in chunks)]
+        begun = self._begin(progress, fragment, training=1)
+        return self._meetings.flattened(fragment, self._meetings.exchanged(begun))
 
     def nothing(self) -> list[Any]:
         """Return what `exchange` does where nothing is in flight."""
-        layout = self._runtime.layout
-        length = self._runtime.comm.size * row_length(layout) + len(layout.groups)
-        ledger = self._ops.pack([self._ops.vector([0.0] * length)])
-        return [ledger, *(self._store.zeros(chunk)[:0] for chunk in layout.chunks)]
+        return self._meetings.flattened(None)
 
     def land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Meeting:
         """Return the meeting of a fragment in flight.
@@ -117,35 +111,17 @@ class Flights:
             ValueError: on every worker, where the verdict has failed; nothing is in flight any more.
         """
         if arrived is None:
-            self.relay()
-            meeting = self._met.pop(fragment, None) or self._finish(progress, fragment)
+            meeting = self._finish(progress, fragment)
         else:
-            own = [
-                self._ops.reshape(values, (chunk.size,))
-                for chunk, values in zip(self._runtime.layout.chunks, arrived[1:], strict=True)
-                if chunk.fragment == fragment
-            ]
-            meeting = self._meetings.finish(self._begin(progress, fragment, 1, (arrived[0], *own)))
+            there = self._meetings.restored(arrived, fragment)
+            meeting = self._meetings.finish(self._begin(progress, fragment, 1, there))
         self._store.hold(meeting.moved)
         return meeting
 
-    def relay(self) -> None:
-        """Start the second phase of all exchanges in few bits that are in their first, so that both are hidden.
-
-        It comes before the next exchange begins, so that a worker in a join, which finishes one exchange before it
-        begins another, starts its collectives in the same order.
-
-        Raises:
-            ValueError: as `land`.
-        """
-        for fragment in list(self._begun) if self._runtime.config.bits < 32 else ():
-            self._met[fragment] = self._meetings.relay(self._finish(None, fragment))
-
-    def _finish(self, progress: Progress | None, fragment: int) -> Meeting:
-        exchange = self._begun.pop(fragment, None)
-        assert exchange is not None or progress is not None, "begun before, or now"
+    def _finish(self, progress: Progress, fragment: int) -> Meeting:
+        exchange = self._begun.pop(fragment, None) or self._begin(progress, fragment, training=1)
         try:
-            return self._meetings.finish(exchange or self._begin(cast(Progress, progress), fragment, training=1))
+            return self._meetings.finish(exchange)
         except ValueError:
             self.discard()
             self._meetings.drop_discarded()
@@ -153,19 +129,14 @@ class Flights:
 
     def dropped(self, progress: Progress, fragment: int) -> Progress:
         """Exchange a fragment in flight for nothing: another worker may send its own only now. A collective."""
-        meeting = self._met.pop(fragment, None)
-        if meeting is None:
-            begun = self._begun.pop(fragment) if fragment in self._begun else self._begin(progress, fragment, 1)
-            self._meetings.exchanged(begun)
-        else:
-            self._meetings.discard_relayed([meeting])
-            self._meetings.drop_discarded()
+        begun = self._begun.pop(fragment, None) or self._begin(progress, fragment, training=1)
+        self._meetings.exchanged(begun)
         return self.landed(progress, fragment)
 
     @property
     def in_flight(self) -> bool:
         """True while exchanges have been started whose result has not been taken, so that others must send theirs."""
-        return bool(self._begun or self._met) or self._meetings.discarded
+        return bool(self._begun) or self._meetings.discarded
 
     def landed(self, progress: Progress, fragment: int) -> Progress:
         """Return the state without the fragment's exchange; its copy is freed."""
@@ -178,8 +149,7 @@ class Flights:
     def discard(self) -> None:
         """Never apply the exchanges in flight: another state takes the place of this one. Waits for nothing."""
         self._meetings.discard(self._begun.values())
-        self._meetings.discard_relayed(self._met.values())
-        self._begun, self._met = {}, {}
+        self._begun = {}
 
     def _begin(
         self,

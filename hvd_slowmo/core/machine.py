@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hvd_slowmo.core.broadcast import take_from
+from hvd_slowmo.core.exchange import PLAIN_AVERAGE, Purpose
 from hvd_slowmo.core.flights import Flights
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.ledger import Row, Verdict, clocks_of, columns
-from hvd_slowmo.core.meeting import PLAIN_AVERAGE, Meetings, Purpose
+from hvd_slowmo.core.meeting import Meetings
 from hvd_slowmo.core.mixing import mixing_of
 from hvd_slowmo.core.outer_step import OuterSteps
 from hvd_slowmo.core.progress import Observed, Progress, PushSum, Scalar, Vector
@@ -62,11 +63,6 @@ class Machine:
         nothing = ops.vector([0.0] * len(Observed._fields))
         mixing, flight = self.mixing.initial(), self.flights.initial()
         return Progress(0, none, none, zeros, zeros, excluded=0, observed=nothing, mixing=mixing, flight=flight)
-
-    @property
-    def slice_residuals(self) -> dict[int, Any]:
-        """Residuals of this worker's slices of the means in few bits, by chunk; they may be changed."""
-        return self._meetings.slice_residuals
 
     def restart(self, progress: Progress) -> Progress:
         """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
@@ -150,8 +146,6 @@ class Machine:
 
         if self.config.delay and ops.keeps_handles:
             self.flights.resume(progress)
-            if now.relays:
-                self.flights.relay()
         if self.config.delay:
             land = partial(self._land, done, arrived=arrivals)
             done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, land), lambda: done)
@@ -269,11 +263,8 @@ class Machine:
         return self._send_ahead(after, after.step), over, columns(meeting.table).leaving
 
     def _answer_launches(self, progress: Progress, step: Scalar) -> None:
-        """Exchange, in a join, what the others launch before they learn that the meeting at this step has failed.
-
-        In few bits they learn of it before the next launch.
-        """
-        if self.config.delay < 2 or self.config.bits < 32:
+        """Exchange, in a join, what the others launch before they learn that the meeting at this step has failed."""
+        if self.config.delay < 2:
             return
         following = step + steps_to_meeting(self.config, step)
         while following < step + self.config.delay:

@@ -7,9 +7,9 @@ from hvd_slowmo.core.layout import Layout
 PRESENT = "present"  # who trains, at what rates, and who has a gradient for which parameter
 
 
-def ledger(slot: int = 0) -> str:
-    """Return the name of the ledger: one per meeting that may be in flight at a time."""
-    return f"ledger.{slot}" if slot else "ledger"
+def ledger(fragment: int = 0) -> str:
+    """Return the name of the ledger; late meetings about several fragments may be in flight at a time."""
+    return f"ledger.{fragment}" if fragment else "ledger"
 
 
 def model(chunk: int) -> str:
@@ -36,8 +36,8 @@ def within_step(layout: Layout) -> list[str]:
     """Return every name that a step can use."""
     parameters = [chunk.index for chunk in layout.parameter_chunks]
     return [
-        ledger(),
+        *(ledger(fragment) for fragment in range(layout.fragments)),
         PRESENT,
-        *(model(chunk.index) for chunk in layout.chunks),
+        *(name(chunk.index) for name in (model, mean) for chunk in layout.chunks),
         *(name(index) for name in (gradient, push) for index in parameters),
     ]

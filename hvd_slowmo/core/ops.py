@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.core.progress import Scalar, Vector
 
+C = TypeVar("C")
 T = TypeVar("T")
 
 Topic: TypeAlias = Literal["rates", "excluded", "entered"]
@@ -108,6 +109,12 @@ class Ops(Protocol):
 
     def after(self, scalar: Scalar, work: Callable[[], T]) -> T:
         """Return the result of `work`, no part of which runs before `scalar` is known."""
+
+    def detached(self, work: Callable[[C], T]) -> Callable[[C], T]:
+        """Return the same work for another thread; what it returns goes through `attached`."""
+
+    def attached(self, result: T) -> T:
+        """Return the result of `detached` work for use in this thread."""
 
     def warn(
         self,
@@ -226,6 +233,12 @@ class EagerOps:
 
     def after(self, scalar: Scalar, work: Callable[[], T]) -> T:
         return work()
+
+    def detached(self, work: Callable[[C], T]) -> Callable[[C], T]:
+        return work
+
+    def attached(self, result: T) -> T:
+        return result
 
     def warn(
         self,

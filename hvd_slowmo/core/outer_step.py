@@ -12,6 +12,7 @@ from hvd_slowmo.core.mixing import Mixing
 from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma
 from hvd_slowmo.core.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.slices import sliced_chunks
 
 
 class OuterSteps:
@@ -37,7 +38,11 @@ class OuterSteps:
     def begin_anew(self) -> None:
         """Set the anchor to the model, without momentum, and owe nothing."""
         self.take_anchor()
-        self._meetings.slice_residuals.clear()
+        if self._config.bits < 32:
+            for chunk in sliced_chunks(self._layout):
+                self._store.write_slice(
+                    "slice_residual", chunk.index, self._store.read_slice("slice_residual", chunk.index) * 0
+                )
         for vector in set(self._config.vectors) - {"anchor"}:
             for chunk in self._layout.parameter_chunks:
                 self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)

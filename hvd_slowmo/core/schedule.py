@@ -25,7 +25,6 @@ class StepPlan(NamedTuple):
     mix: Scalar = False  # after the inner step, with gossip: mix with others
     check: Scalar = False  # after that: exchange the ledger, where no outer step makes the workers meet
     lands: Scalar = False  # after the inner step: the exchange of `delay` steps ago is applied, before `outer`
-    relays: Scalar = False  # before that: the second phase begins of an exchange in few bits that lands later
     fragment: Scalar = 0  # the fragment of the parameters that `outer` is about
     landing: Scalar = 0  # the fragment that lands
 
@@ -76,10 +75,6 @@ def _without_gossip(config: SlowMoConfig, step: Scalar) -> StepPlan:
         started = after - config.delay
         lands, landing = _due(config, started)
         plan = plan._replace(lands=lands & (started > 0), landing=landing)
-    if config.delay > 1 and config.bits < 32:
-        started = after - (config.delay + 1) // 2
-        relays, _ = _due(config, started)
-        plan = plan._replace(relays=relays & (started > 0))
     return plan
 
 

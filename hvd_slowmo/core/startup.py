@@ -148,6 +148,8 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
         layout = description.layout.regrouped(job.groups, description.specs)
         description = replace(description, groups=job.groups, layout=layout)
     worker.assemble(description, graph)
+    if worker.config.delay:
+        comm.open_beside()
     if job.fresh or job.restored_first:
         hand_out(worker, comm, job)
     worker.first_vectors(job)

@@ -30,6 +30,15 @@ class Store(Protocol):
     def write(self, vector: str, stretch: Stretch, value: Any) -> None:
         """Set that stretch; `value` is not kept."""
 
+    def read_slice(self, vector: str, chunk: int) -> Any:
+        """Return this worker's slice of a chunk, of a vector that is kept in slices: "slice_residual".
+
+        Its length is that of `hvd_slowmo.core.slices.lengths`.
+        """
+
+    def write_slice(self, vector: str, chunk: int, value: Any) -> None:
+        """Set this worker's slice of a chunk; `value` may be kept."""
+
     def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
         """Copy a chunk of "model", or zeros, to "in_flight", where it is until `drop`."""
 

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.core.codec import BLOCK, LEVELS, NumpyCodec, Slices, payload_bytes
+from hvd_slowmo.core.codec import LEVELS, NumpyCodec, payload_bytes
+from hvd_slowmo.core.slices import BLOCK, Slices
+from hvd_slowmo_tf.codec import KerasCodec
 from hvd_slowmo_torch.codec import TorchCodec
 from reference.few_bits import rounded
 
@@ -34,9 +37,13 @@ def test_frameworks_have_the_same_bytes_and_values(bits, blocks, seed, tile):
     decoded = NumpyCodec().decode(mine, bits)
     assert np.array_equal(decoded.view(np.uint32), TorchCodec().decode(other, bits).numpy().view(np.uint32))
     assert np.array_equal(decoded, rounded(g, bits))
+    traced = KerasCodec().encode([tf.constant(g)], blocks, bits)
+    assert np.array_equal(mine, traced.numpy())
+    values = KerasCodec().decode(traced, bits).numpy()
+    assert np.array_equal(decoded.view(np.uint32), values.view(np.uint32))
     first, last = blocks // 3, blocks // 2
-    part = TorchCodec().decode(other, bits, first, last).numpy()
-    assert np.array_equal(part, decoded[first * BLOCK : last * BLOCK])
+    for part in (TorchCodec().decode(other, bits, first, last), KerasCodec().decode(traced, bits, first, last)):
+        assert np.array_equal(part.numpy(), decoded[first * BLOCK : last * BLOCK])
 
 
 @pytest.mark.parametrize("bits", [8, 4])

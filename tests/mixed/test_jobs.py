@@ -75,6 +75,18 @@ def test_streamed_outer_steps_equal_the_reference(mixed_workers):
         assert distance(histories, problem, 40) < TOLERANCE, name
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"fragments": 4, "delay": 1}, {"fragments": 4, "delay": 2, "bits": 4}], ids=str
+)
+def test_outer_steps_in_few_bits_equal_one_frameworks(mixed_workers, horovod_workers, settings):
+    """The workers decode the same bytes; each framework rounds its own outer update."""
+    mixed = mixed_workers("tk").run("support.jobs.mixed:few_bits", settings=settings)
+    alone = horovod_workers(2).run("support.jobs.mixed:few_bits", settings=settings)
+    for mine, other in zip(mixed, alone, strict=True):
+        assert np.array_equal(mine, mixed[0])
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(("kinds", "problems"), [("tk", OTHERS), ("ttkk", CORE), ("ktk", CORE)])
 def test_more_settings_equal_the_reference(mixed_workers, kinds, problems):

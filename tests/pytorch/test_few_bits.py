@@ -57,14 +57,22 @@ def test_an_outer_step_equals_the_reference_bitwise(bits, size):
         model, optimizer = build(comm, tau=1, beta=0.0, bits=bits)
         seen = []
         for k in range(4):
-            before = [flat(optimizer, "anchor"), flat(optimizer, "residual"), entry(optimizer)["slice_residuals"]]
+            before = [
+                flat(optimizer, "anchor"),
+                flat(optimizer, "residual"),
+                entry(optimizer)["slices"]["slice_residual"],
+            ]
             sent = model.weight.detach().clone()
             rng = np.random.default_rng([comm.rank, k])
             gradient = torch.tensor(rng.normal(size=SHAPE), dtype=torch.float32)
             model.weight.grad, model.bias.grad = gradient, torch.ones(5)
             sent.add_(gradient, alpha=-0.125)  # as SGD does
             optimizer.step()
-            after = [flat(optimizer, "anchor"), flat(optimizer, "residual"), entry(optimizer)["slice_residuals"]]
+            after = [
+                flat(optimizer, "anchor"),
+                flat(optimizer, "residual"),
+                entry(optimizer)["slices"]["slice_residual"],
+            ]
             assert np.array_equal(model.weight.detach().numpy().reshape(-1), after[0])
             seen.append((before, sent.numpy().reshape(-1), copy.deepcopy(after)))
         return seen
@@ -148,7 +156,7 @@ def test_a_resume_is_bitwise_the_run_without_a_stop(settings, stop, kind, tmp_pa
         for k in range(stop, 14):
             step(again, other, comm.rank, k)
         mine, theirs = entry(optimizer), entry(other)
-        keys = ("vectors", "slice_residuals", "in_flight", "progress")
+        keys = ("vectors", "slices", "in_flight", "progress")
         return same(model.state_dict(), again.state_dict()) and all(same(mine[key], theirs[key]) for key in keys)
 
     assert ThreadWorld(3).run(work) == [True] * 3
@@ -205,12 +213,13 @@ def test_another_number_of_workers_owes_as_much(tmp_path):
     def load(comm):
         _, optimizer = build(comm)
         optimizer.load(tmp_path / "x.slowmo")
-        return flat(optimizer, "residual"), dict(entry(optimizer)["slice_residuals"])
+        return flat(optimizer, "residual"), dict(entry(optimizer)["slices"]["slice_residual"])
 
     owed = ThreadWorld(2).run(save)
     for residual, slices in ThreadWorld(3).run(load):
         np.testing.assert_allclose(residual, (owed[0] + owed[1]) / 2, rtol=1e-6)
-        assert not slices
+        assert slices
+        assert not any(bool(residual.any()) for residual in slices.values())
 
 
 def test_a_join_and_averaged_parameters_leave_what_is_owed_alone():

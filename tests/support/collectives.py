@@ -70,6 +70,11 @@ class Record:
         collective = self._collectives[number]
         collective.phase, collective.awaited = len(self._titles) - 1, True
 
+    @property
+    def lines(self) -> list[str]:
+        """All collectives."""
+        return [collective.line for collective in self._collectives]
+
     def text(self, prefix: str = "") -> str:
         """Return a paragraph per phase; successive steps with the same collectives share one.
 
@@ -121,8 +126,30 @@ class RecordingComm:
         number = self._started("push", name, f"{_spell(x)} to {receivers}")
         return number, self._comm.start_push(name, x, shares)
 
+    def start_alltoall(self, name: str, parts: Any) -> Any:
+        number = self._started("alltoall", name, *(str(part.shape[0]) for part in parts), "bytes")
+        return number, self._comm.start_alltoall(name, parts)
+
+    def start_allgather(self, name: str, x: Any, lengths: Sequence[int]) -> Any:
+        number = self._started("allgather", name, *map(str, lengths), "bytes")
+        return number, self._comm.start_allgather(name, x, lengths)
+
+    def open_beside(self) -> None:
+        self._comm.open_beside()
+
+    def start_beside(self, work: Callable[[Comm], Any]) -> Any:
+        """Note its collectives when it is waited for: another thread's would stand anywhere."""
+        there = Record()
+        there.phase("")
+        return there, self._comm.start_beside(lambda comm: work(RecordingComm(comm, there, self._prefix)))
+
     def wait(self, handle: Any) -> Any:
         number, inner = handle
+        if isinstance(number, Record):
+            result = self._comm.wait(inner)
+            for line in number.lines:
+                self._record.awaited(self._record.started(line))
+            return result
         self._record.awaited(number)
         return self._comm.wait(inner)
 
@@ -425,8 +452,10 @@ SCENARIOS: dict[str, Scenario] = {
     "fragments_join": Scenario(
         SlowMoConfig(tau=4, fragments=2), _steps_and_join(2, 5), frameworks=["torch"], every_rank=True
     ),
-    "late_join": Scenario(SlowMoConfig(tau=2, delay=1), _steps_and_join(3, 5), frameworks=["torch"], every_rank=True),
-    "streamed": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _steps(4), frameworks=["torch"]),
+    "late_join": Scenario(SlowMoConfig(tau=2, delay=1), _steps_and_join(3, 5), every_rank=True),
+    "streamed": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _steps(4)),
+    "few_bits": Scenario(SlowMoConfig(tau=2, bits=8), _steps_and_join(2, 3), every_rank=True),
+    "streamed_few_bits": Scenario(SlowMoConfig.streaming(tau=2), _steps(4)),
     "streamed_save_and_load": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _save_and_load, frameworks=["torch"]),
     "streamed_average": Scenario(SlowMoConfig(tau=2, fragments=2, delay=2), _average, frameworks=["torch"]),
     "sgp": Scenario(SlowMoConfig.sgp(tau=3), _steps_and_join(4), workers=3),

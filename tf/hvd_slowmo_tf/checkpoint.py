@@ -77,7 +77,8 @@ class KerasWorkerState:
         self.vectors = [*kept, *([_AVERAGE] if optimizer.use_ema else [])]
         self.groups, self._places = _places(parts, names)
         self.groups = dict.fromkeys(self._trained, 0) | self.groups  # variables without elements may not be laid out
-        self.slice_residuals: dict[str, NDArray[Any]] = {}
+        residuals = self._kept.slices.get("slice_residual", {})
+        self.slice_residuals = {str(chunk): array_of(v) for chunk, v in residuals.items()}
         self.averaged = set(self._trained) | {spec.own for spec in self.tensors.specs if spec.role == "statistic"}
         rate = float(array_of(optimizer._get_current_learning_rate()))
         self.rates = np.full(parts.layout.layout.group_count, rate)
@@ -203,6 +204,8 @@ class KerasWorkerState:
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for vector, number in self._changed:
             self._kept.vectors[vector][number].assign(self._flats[vector, number])
+        for chunk, v in self._kept.slices.get("slice_residual", {}).items():
+            v.assign(self.slice_residuals.get(str(chunk), np.zeros(v.shape, np.float32)))
         others = {**self._others, **self._scaler()}
         for name, value in framework.items():
             others[name].assign(value)

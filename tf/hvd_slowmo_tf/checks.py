@@ -51,11 +51,12 @@ def check_together(inner: InnerOptimizer, config: SlowMoConfig, parameter_map: P
             "use_ema keeps a moving average that the workers average too, and other frameworks have none: it can't be "
             "used with a parameter_map."
         )
-    if config.delay > 1 or config.bits < 32:
+    longest = 1 if config.bits == 32 else 2
+    if config.delay > longest:
         raise ValueError(
-            "with a Keras worker delay can be 1 at most, because nothing can be in flight between two calls, and bits "
-            f"must be 32: Keras has no codes of few bits yet. Received: delay={config.delay}, bits={config.bits}. Use "
-            "delay=1, or PyTorch workers alone."
+            f"with a Keras worker delay can be {longest} at most with bits={config.bits}, because nothing can be in "
+            f"flight between two calls: a longer one would hide no more. Received: delay={config.delay}. Use "
+            f"delay={longest}, or PyTorch workers alone."
         )
     resets = config.inner_state == "reset" or config.nonfinite == "exclude"
     if resets and isinstance(inner.innermost, keras.optimizers.ScheduleFreeAdamW):

@@ -12,14 +12,17 @@ only. It runs in a thread, so that the next chunk travels while this one is upda
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import tensorflow as tf
 
+from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo_tf.pieces import joined
+
+T = TypeVar("T")
 
 
 class _Started(NamedTuple):
@@ -27,44 +30,13 @@ class _Started(NamedTuple):
     elements: int
     bytes: tf.Tensor | int
     ready: tf.Tensor | float  # time at which it could begin, s
+    lengths: Sequence[int] | None = None  # of the parts in which the result is returned; None: as one
 
 
-class _InTurn(threading.Thread):
-    """A call in a thread of its own, after another one: all workers start their collectives in one order.
+class _Done(NamedTuple):
+    """An exchange beside the caller: within a trace all operations are."""
 
-    A daemon, so that an interrupt ends a process that waits for others. After an error nothing more is submitted.
-    """
-
-    def __init__(self, call: Callable[[], tf.Tensor], before: _InTurn | None) -> None:
-        super().__init__(daemon=True)
-        self._call: Callable[[], tf.Tensor] | None = call
-        self._before = before
-        self._result: tf.Tensor | None = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        # Nothing of a chunk's size is kept by the last one.
-        (call, self._call), (before, self._before) = (self._call, None), (self._before, None)
-        assert call is not None, "a thread runs once"
-        try:
-            if before is not None:
-                before.finish()
-            self._result = call()
-        except BaseException as error:  # it belongs to the caller, whatever it is
-            self._error = error
-
-    def finish(self) -> None:
-        """Wait until the call is over; raise its error."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-
-    def result(self) -> tf.Tensor:
-        """Wait, and take the result."""
-        self.finish()
-        result, self._result = self._result, None
-        return result
+    result: Any
 
 
 class GraphSafeComm:
@@ -84,7 +56,7 @@ class GraphSafeComm:
         self.node: GraphSafeComm | None = None if comm.node is None else GraphSafeComm(comm.node, names, timed=timed)
         self._beginnings: dict[str, tf.Variable] = {}
         self._alone: dict[tuple[Any, ...], Callable[..., tf.Tensor]] = {}  # collectives that are functions of their own
-        self._last_started: _InTurn | None = None
+        self._last_started: InTurn[tf.Tensor] | None = None
         if self.size > 1:
             for name in names:
                 self._beginning(name)
@@ -120,21 +92,42 @@ class GraphSafeComm:
         return int(step), int(sent), seconds
 
     def start_sum(self, name: str, x: tf.Tensor) -> _Started:
-        return self._start("sum", name, x, x.dtype.size)
+        return self._start("sum", name, x, x.dtype.size * x.shape[0])
 
     def start_push(self, name: str, x: tf.Tensor, shares: tf.Tensor) -> _Started:
         receivers = 0 if self.size == 1 else tf.math.count_nonzero(shares[:, self.rank])
-        return self._start("push", name, x, receivers * x.dtype.size, shares)
+        return self._start("push", name, x, receivers * x.dtype.size * x.shape[0], shares)
 
-    def wait(self, handle: _Started) -> tf.Tensor:
-        if isinstance(handle.handle, _InTurn):
+    def start_alltoall(self, name: str, parts: Sequence[tf.Tensor]) -> _Started:
+        lengths = [part.shape[0] for part in parts]
+        own = lengths[self.rank]
+        started = self._start(
+            "alltoall", name, joined(parts), sum(lengths) - own, elements=own * self.size, cut=lengths
+        )
+        return started._replace(lengths=(own,) * self.size)
+
+    def start_allgather(self, name: str, x: tf.Tensor, lengths: Sequence[int]) -> _Started:
+        started = self._start("allgather", name, x, x.shape[0] * (self.size - 1), elements=sum(lengths), given=lengths)
+        return started._replace(lengths=tuple(lengths))
+
+    def open_beside(self) -> None:
+        """Do nothing: an exchange beside the caller is a part of the trace."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> _Done:
+        return _Done(work(self))
+
+    def wait(self, handle: _Started | _Done) -> Any:
+        if isinstance(handle, _Done):
+            return handle.result
+        if isinstance(handle.handle, InTurn):
             result = handle.handle.result()
         else:
-            result = self._comm.wait(handle.handle)
+            result = self._arrived(handle.handle)
         if self.size == 1:
-            return result
+            return result if handle.lengths is None else [result]
         if not tf.executing_eagerly():
-            self._result.assign(tf.cast(result[0], tf.float64))  # an effect that TensorFlow knows; needs the result
+            # An effect that TensorFlow knows, and that needs the result.
+            self._result.assign(tf.reduce_sum(tf.cast(result[:1], tf.float64)))
         with tf.control_dependencies([result]):
             self._sent.assign_add(handle.bytes)
             if self._timed:
@@ -142,28 +135,56 @@ class GraphSafeComm:
                 # Several may be in flight at a time: the seconds counted for one are not counted again for another.
                 self._seconds.assign_add(tf.maximum(now - tf.maximum(handle.ready, self._last), 0.0))
                 self._last.assign(now)
-        return tf.ensure_shape(result, [handle.elements])
+        result = tf.ensure_shape(result, [handle.elements])
+        return result if handle.lengths is None else tf.split(result, handle.lengths)
 
     def gather(self, name: str, item: Any) -> list[Any]:
         return self._comm.gather(name, item)
 
-    def _start(self, kind: str, name: str, x: tf.Tensor, bytes_each: tf.Tensor | int, *shares: tf.Tensor) -> _Started:
-        elements = x.shape[0]
-        start = partial(getattr(self._comm, f"start_{kind}"), name)
+    def _start(
+        self,
+        kind: Literal["sum", "push", "alltoall", "allgather"],
+        name: str,
+        x: tf.Tensor,
+        sent: tf.Tensor | int,
+        *shares: tf.Tensor,
+        elements: int | None = None,
+        cut: Sequence[int] | None = None,
+        given: Sequence[int] | None = None,
+    ) -> _Started:
+        """Start a collective of one tensor.
+
+        Args:
+            sent: bytes.
+            elements: of the result; None: as many as x has.
+            cut: lengths of the parts in which x is given.
+            given: lengths that are given beside it.
+        """
+        elements = x.shape[0] if elements is None else elements
+
+        def start(x: tf.Tensor, *shares: tf.Tensor) -> Any:
+            begin = getattr(self._comm, f"start_{kind}")
+            return begin(name, x if cut is None else tf.split(x, cut), *shares, *([] if given is None else [given]))
+
         if self.size == 1:
             return _Started(start(x, *shares), elements, 0, 0.0)
         if not tf.executing_eagerly():
             x = self._protected(name, x)
-            return _Started(start(x, *shares), elements, bytes_each * elements, self._now(x))
-        key = kind, name, x.dtype, elements
+            return _Started(start(x, *shares), elements, sent, self._now(x))
+        key = kind, name, x.dtype, x.shape[0]
         if key not in self._alone:
             specs = [tf.TensorSpec(each.shape, each.dtype) for each in (x, *shares)]
-            work = lambda *given: self._comm.wait(start(*given))  # noqa: E731
+            work = lambda *tensors: self._arrived(start(*tensors))  # noqa: E731
             # Without get_concrete_function TensorFlow would warn, as for HorovodComm's gathers.
             self._alone[key] = tf.function(work, input_signature=specs, autograph=False).get_concrete_function()
         ready = self._now(x)
-        self._last_started = _InTurn(partial(self._alone[key], x, *shares), self._last_started)
-        return _Started(self._last_started, elements, bytes_each * elements, ready)
+        self._last_started = InTurn(partial(self._alone[key], x, *shares), self._last_started)
+        return _Started(self._last_started, elements, sent, ready)
+
+    def _arrived(self, handle: Any) -> tf.Tensor:
+        """Return the result of a collective as one tensor."""
+        result = self._comm.wait(handle)
+        return joined(result) if isinstance(result, list) else result
 
     def _protected(self, name: str, x: tf.Tensor) -> tf.Tensor:
         # The beginning of the slice is a variable: to TensorFlow x is no constant then, and like no other tensor. Its

@@ -7,8 +7,8 @@ has names in a tf.function only: a collective's is its node's, without the scope
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from hvd_slowmo.comm.horovod import HorovodFailures, Workers
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
+
+T = TypeVar("T")
 
 
 class HorovodComm:
@@ -53,7 +55,28 @@ class HorovodComm:
         received, _ = self._hvd.alltoall(sent, splits, name=f"alltoall.{name}", **options)
         return tf.reduce_sum(tf.reshape(received, [-1, x.shape[0]]), axis=0)
 
-    def wait(self, handle: tf.Tensor) -> tf.Tensor:
+    def start_alltoall(self, name: str, parts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        lengths = [part.shape[0] for part in parts]
+        options = {"process_set": self._set, "ignore_name_scope": True}
+        received, _ = self._hvd.alltoall(
+            tf.concat(parts, 0), tf.constant(lengths, tf.int32), name=f"alltoall.{name}", **options
+        )
+        came: list[tf.Tensor] = tf.split(received, [lengths[self.rank]] * self.size)
+        return came
+
+    def start_allgather(self, name: str, x: tf.Tensor, lengths: Sequence[int]) -> list[tf.Tensor]:
+        options = {"process_set": self._set, "ignore_name_scope": True}
+        everything = self._hvd.allgather(x, name=f"allgather.{name}", **options)
+        came: list[tf.Tensor] = tf.split(everything, list(lengths))
+        return came
+
+    def open_beside(self) -> None:
+        """Do nothing: a trace has no other threads."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> T:
+        return work(self)
+
+    def wait(self, handle: T) -> T:
         return handle
 
     def gather(self, name: str, item: Any) -> list[Any]:

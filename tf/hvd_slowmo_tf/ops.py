@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hvd_slowmo.core.ops import TOPICS, Cell, Topic
 from hvd_slowmo_tf.pieces import joined
 
+C = TypeVar("C")
 T = TypeVar("T")
 Words = Callable[[NDArray[np.float64]], str]
 Explain = Callable[[Exception], Exception]
@@ -138,6 +139,12 @@ class TracedOps:
     def after(self, scalar: tf.Tensor, work: Callable[[], T]) -> T:
         with tf.control_dependencies([scalar]):
             return work()
+
+    def detached(self, work: Callable[[C], T]) -> Callable[[C], T]:
+        return work  # it is in the trace: TensorFlow has threads of its own
+
+    def attached(self, result: T) -> T:
+        return result
 
     def warn(self, topic: Topic, holds: tf.Tensor, table: tf.Tensor, describe: Words, always: bool = False) -> None:
         note = self._notes[topic]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import keras
 import tensorflow as tf
@@ -22,10 +23,15 @@ class VariableStore:
         layout: of the model.
         vectors: per name, a flat variable for each chunk of parameters.
         inner: whose state is reset.
+        slices: per name of a vector that is kept in slices, a variable by chunk.
     """
 
     def __init__(
-        self, layout: KerasLayout, vectors: Mapping[str, Sequence[keras.Variable]], inner: InnerOptimizer
+        self,
+        layout: KerasLayout,
+        vectors: Mapping[str, Sequence[keras.Variable]],
+        inner: InnerOptimizer,
+        slices: Mapping[str, Mapping[int, keras.Variable]] = MappingProxyType({}),
     ) -> None:
         self._layout = layout
         self._inner = inner
@@ -34,6 +40,7 @@ class VariableStore:
             name: {chunk.index: v for chunk, v in zip(chunks, variables, strict=True)}
             for name, variables in vectors.items()
         }
+        self._slices = slices
         self._pending = Pending(ref for refs in layout.refs for ref in refs)
         statistics = [ref.variable for ref in layout.refs_of("statistic")]
         watched = [ref.variable for ref in layout.refs_of("parameter")]
@@ -81,6 +88,12 @@ class VariableStore:
             whole = self._pending.variable(ref, start, tf.cast(part, v.dtype))
             if whole is not None:
                 native(v).assign(whole)
+
+    def read_slice(self, vector: str, chunk: int) -> tf.Tensor:
+        return native(self._slices[vector][chunk]).value()
+
+    def write_slice(self, vector: str, chunk: int, value: tf.Tensor) -> None:
+        native(self._slices[vector][chunk]).assign(value)
 
     def forget_unfinished(self) -> None:
         """Drop the new values of variables that have not got all of them: a call has failed."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import keras
 import tensorflow as tf
@@ -20,11 +21,13 @@ class OptimizerVariables:
         vectors: names of the vectors that are kept beside the parameters.
         weights: number of push-sum weights: one per worker with gossip, else none.
         late: exchanges may be in flight between two steps.
+        slices: per name of a vector that is kept in slices, the length of this worker's by chunk.
 
     Attributes:
         scalars: `Progress.flat()`, a variable per name.
         workers: number of workers of the job; 0 before it has started.
         vectors: per name, a flat variable for each chunk of parameters.
+        slices: per name, a flat variable for the worker's slice of each chunk that travels in slices.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class OptimizerVariables:
         vectors: Sequence[str],
         weights: int,
         late: bool = False,
+        slices: Mapping[str, Mapping[int, int]] = MappingProxyType({}),
     ) -> None:
         fragments = layout.fragments
         shapes: dict[str, tuple[int, ...]] = {
@@ -63,6 +67,13 @@ class OptimizerVariables:
                 for chunk in layout.parameter_chunks
             ]
             for vector in vectors
+        }
+        self.slices = {
+            vector: {
+                chunk: add_variable(shape=(length,), dtype="float32", name=f"{vector}_{chunk}")
+                for chunk, length in lengths.items()
+            }
+            for vector, lengths in slices.items()
         }
 
     def regroup(self, groups: int, variables: list[keras.Variable]) -> None:

@@ -24,10 +24,12 @@ from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.names import within_step
 from hvd_slowmo.core.progress import Observed
 from hvd_slowmo.core.runtime import Runtime
+from hvd_slowmo.core.slices import lengths
 from hvd_slowmo.core.startup import Job
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checks import refuse_strategies
+from hvd_slowmo_tf.codec import KerasCodec
 from hvd_slowmo_tf.failed_traces import drop_train_functions
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm, workers
@@ -149,11 +151,23 @@ class KerasWorker:
             nodes = consecutive_nodes(comm.size, 1 if comm.node is None else comm.node.size)
             self._graph = Graph(self.config, comm.size, nodes)
             vectors, weights = (*vectors, *self._graph.vectors), comm.size
-        # With a map the tensors have another order and other shapes, which does not change the length of a chunk.
-        layout = self._lay_out(refs_of("parameter", trained, self.parameter_map is not None))
+        layout = self._lay_out(self._parameter_refs(trained))
         late = self.config.delay > 0
         vectors += ("in_flight",) if late else ()
-        self._variables = OptimizerVariables(self.optimizer.add_variable, layout.layout, vectors, weights, late)
+        slices = dict.fromkeys(self.config.sliced_vectors, self._slice_lengths(layout))
+        add_variable = self.optimizer.add_variable
+        self._variables = OptimizerVariables(add_variable, layout.layout, vectors, weights, late, slices)
+
+    def _parameter_refs(self, trained: list[keras.Variable]) -> list[VariableRef]:
+        """Return the parameters, in any order and form that gives messages the lengths that they will have.
+
+        With a map the tensors have another order and other shapes. That changes no length but that of few bits, in
+        which tensors of one dimension do not travel.
+        """
+        model = None if self._model is None else self._model()
+        if self.parameter_map is None or model is None or self.config.bits == 32:
+            return refs_of("parameter", trained, self.parameter_map is not None)
+        return [ref for ref in mapped_refs(model, self.parameter_map, trained) if ref.spec.role == "parameter"]
 
     def refs(self, statistics: Sequence[keras.Variable] = (), model: keras.Model | None = None) -> list[VariableRef]:
         """Return the model's tensors that take part, once the optimizer is built.
@@ -341,7 +355,11 @@ class KerasWorker:
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)
         groups = ParameterGroups.single(parameters)
-        return lay_out(refs, groups, self.optimizer._chunk_bytes, self.config.fragments)
+        config = self.config
+        return lay_out(refs, groups, self.optimizer._chunk_bytes, config.fragments, few_bits=config.bits < 32)
+
+    def _slice_lengths(self, layout: KerasLayout) -> dict[int, int]:
+        return lengths(layout.layout, self.comm.rank, self.comm.size) if self.config.sliced_vectors else {}
 
     def _assembled_alone(self) -> TracedStep:
         layout = self.layout_of(self.refs())
@@ -354,10 +372,25 @@ class KerasWorker:
         safe = GraphSafeComm(comm, names, timed=self.observe)
         explain = comm.latch.explain if isinstance(comm, HorovodComm) else None
         self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
-        store = self._store = VariableStore(layout, self.variables.vectors, self.inner)
+        made = [len(v) for v in next(iter(self.variables.vectors.values()), ())]
+        if made and made != [chunk.size for chunk in layout.layout.parameter_chunks]:
+            raise ValueError(
+                "the optimizer was built before its model was known, and with few bits the map's shapes decide what is "
+                "sent in which way. Call broadcast(model) before build()."
+            )
+        store = self._store = VariableStore(layout, self.variables.vectors, self.inner, self.variables.slices)
         scoped = ScopedComm(safe, name)
         watches = self.parameter_map is not None  # PyTorch workers tell of values from outside
-        runtime = Runtime(self.config, layout.layout, self._ops, store, scoped, observe=self.observe, watches=watches)
+        runtime = Runtime(
+            self.config,
+            layout.layout,
+            self._ops,
+            store,
+            scoped,
+            observe=self.observe,
+            watches=watches,
+            codec=KerasCodec(),
+        )
         assembly = assemble(runtime, layout, groups, graph)
         return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe)
 

@@ -96,8 +96,8 @@ class TorchWorkerState:
             real(f"param_groups[{number}]['lr']", group["lr"], lambda rate: rate >= 0, "a finite number >= 0")
         self.rates = np.array([float(inner_optimizer.param_groups[own]["lr"]) for own in assembly.groups.own])
         self.optimizer = kind_of(inner_optimizer)
-        self._residuals = assembly.machine.slice_residuals
-        self.slice_residuals = {str(chunk): array_of(value) for chunk, value in self._residuals.items()}
+        residuals = store.slices.get("slice_residual", {})
+        self.slice_residuals = {str(chunk): array_of(value) for chunk, value in residuals.items()}
 
     def read(self, vector: str, own: str) -> NDArray[Any]:
         if vector == "model":
@@ -243,10 +243,9 @@ class TorchWorkerState:
                 self._sent[int(own.removeprefix("in_flight/"))].copy_(torch.tensor(value))
             elif own not in _WATCH:
                 self.write("model", own, value)
-        self._residuals.clear()
-        for chunk, residual in self.slice_residuals.items():
-            device = self._store.device_of(int(chunk))
-            self._residuals[int(chunk)] = torch.tensor(residual, device=device)
+        for chunk, residual in self._store.slices.get("slice_residual", {}).items():
+            saved = self.slice_residuals.get(str(chunk))
+            residual.copy_(torch.zeros_like(residual) if saved is None else torch.tensor(saved))
         if self._late:
             self._store.in_flight = {
                 chunk.index: self._sent[chunk.segment][chunk.start : chunk.stop].clone()

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from hvd_slowmo.core.codec import BLOCK, LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.codec import LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.slices import BLOCK
 
 
 class TorchCodec:

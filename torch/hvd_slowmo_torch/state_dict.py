@@ -22,7 +22,7 @@ from hvd_slowmo_torch.worker import TorchWorker
 logger = logging.getLogger("hvd_slowmo")
 
 KEY = "slowmo"
-FORMAT = 3
+FORMAT = 4
 
 
 def pack(worker: TorchWorker) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "parameters": _parameters(worker.assembly.machine.layout),
         "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
         "in_flight": dict(worker.store.in_flight),
-        "slice_residuals": dict(worker.assembly.machine.slice_residuals),
+        "slices": {name: dict(by_chunk) for name, by_chunk in worker.store.slices.items()},
         "watch": worker.store.watch.notes()._asdict(),
         "evaluating": worker.evaluating,
         "inner_attributes": None if attributes is None else bytes(attributes).decode(),
@@ -89,16 +89,19 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
 
 def restore(saved: dict[str, Any], worker: TorchWorker) -> tuple[Progress, WatchNotes | None]:
     """Load checked vectors, in place, and the inner optimizer's attributes; return scalars and the watch's notes."""
-    store, residuals = worker.store, worker.assembly.machine.slice_residuals
+    store = worker.store
     text = saved.get("inner_attributes")
     attributes = None if text is None else np.frombuffer(text.encode(), dtype=np.uint8)
     inner_settings.prepare(worker.inner, attributes, attributes_only=True)()
     for name, tensors in store.vectors.items():
         for target, source in zip((t for t in tensors if t is not None), saved["vectors"][name], strict=True):
             target.copy_(source)
-    for kept, name in ((residuals, "slice_residuals"), (store.in_flight, "in_flight")):
-        kept.clear()
-        kept.update({index: x.to(store.device_of(index), copy=True) for index, x in saved[name].items()})
+    for name, by_chunk in store.slices.items():
+        for index, target in by_chunk.items():
+            target.copy_(saved["slices"][name][index])
+    store.in_flight = {
+        index: x.to(store.segment_of(index).device, copy=True) for index, x in saved["in_flight"].items()
+    }
     fields = saved["progress"].items()
     progress = Progress.from_flat({field: _array(field, x) for field, x in fields})
     return progress, WatchNotes(**saved["watch"]) if "watch" in saved else None

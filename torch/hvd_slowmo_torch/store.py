@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch.optim import Optimizer
@@ -86,15 +87,22 @@ class TorchStore:
         inner: the inner optimizer.
         names: of the vectors that are kept beside the model.
         buffers: returns the names of the model's floating-point buffers.
+        slices: per name of a vector that is kept in slices, the length of this worker's by chunk.
 
     Attributes:
         watch: of the model.
         vectors: per name, a flat tensor for each segment of parameters; None for the other segments.
+        slices: per name and chunk, this worker's slice of a vector.
         in_flight: by chunk, the values that were sent and whose mean has not been applied.
     """
 
     def __init__(
-        self, layout: TorchLayout, inner: Optimizer, names: Sequence[str], buffers: Callable[[], set[str]]
+        self,
+        layout: TorchLayout,
+        inner: Optimizer,
+        names: Sequence[str],
+        buffers: Callable[[], set[str]],
+        slices: Mapping[str, Mapping[int, int]] = MappingProxyType({}),
     ) -> None:
         self.layout = layout.layout
         self.watch = ModelWatch(layout, buffers)
@@ -108,6 +116,10 @@ class TorchStore:
         self.vectors: dict[str, list[torch.Tensor | None]] = {
             name: [zeros_of(s, s.size) if s.role == "parameter" else None for s in self.layout.segments]
             for name in names
+        }
+        self.slices = {
+            name: {chunk: zeros_of(self.segment_of(chunk), length) for chunk, length in lengths.items()}
+            for name, lengths in slices.items()
         }
         self.in_flight: dict[int, torch.Tensor] = {}
         self._turns = {chunk.index: turn for turn, chunk in enumerate(self.layout.in_turn)}
@@ -148,6 +160,12 @@ class TorchStore:
                     estimate()
                 self._noise.clear()
 
+    def read_slice(self, vector: str, chunk: int) -> torch.Tensor:
+        return self.slices[vector][chunk]
+
+    def write_slice(self, vector: str, chunk: int, value: torch.Tensor) -> None:
+        self.slices[vector][chunk] = value
+
     def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
         segment = self.layout.segments[chunk.segment]
         flat = torch.empty(chunk.size, dtype=getattr(torch, segment.dtype), device=segment.device)
@@ -156,9 +174,9 @@ class TorchStore:
     def drop(self, chunk: Chunk) -> None:
         del self.in_flight[chunk.index]
 
-    def device_of(self, chunk: int) -> str:
-        """Return the device of a chunk."""
-        return self.layout.segments[self.layout.chunks[chunk].segment].device
+    def segment_of(self, chunk: int) -> Segment:
+        """Return the segment of a chunk."""
+        return self.layout.segments[self.layout.chunks[chunk].segment]
 
     def whole_in_flight(self, segment: int) -> torch.Tensor:
         """Return a segment of "in_flight", zeros where nothing is."""

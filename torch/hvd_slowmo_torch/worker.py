@@ -28,16 +28,17 @@ from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.handshake import agree
 from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
-from hvd_slowmo.core.ops import EagerOps
 from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.progress import Observed, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo.core.slices import lengths
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.codec import TorchCodec
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.ops import TorchOps
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
 from hvd_slowmo_torch.presence import WorkerPresence
 from hvd_slowmo_torch.statistics import floating_buffers
@@ -112,12 +113,14 @@ class TorchWorker:
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
         buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
-        self.store = TorchStore(layout, self.inner, names, buffers)
-        on_cpu = all(segment.device == "cpu" for segment in layout.layout.segments)
+        slices = lengths(layout.layout, self.comm.rank, self.comm.size)
+        self.store = TorchStore(layout, self.inner, names, buffers, dict.fromkeys(self.config.sliced_vectors, slices))
+        devices = [torch.device(segment.device) for segment in layout.layout.segments]
+        on_cpu = all(device.type == "cpu" for device in devices)
         runtime = Runtime(
             self.config,
             layout.layout,
-            EagerOps(torch.from_numpy, torch.Tensor.numpy, lambda parts: torch.cat(list(parts))),
+            TorchOps(devices),
             self.store,
             self.comm,
             Kernels(outer_update_, divide_, _CACHED if on_cpu else None),

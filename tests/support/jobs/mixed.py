@@ -122,6 +122,63 @@ def trained(config: dict[str, Any], lengths: list[int], epochs: int = 2) -> list
     return history
 
 
+def few_bits(settings: dict[str, Any]) -> np.ndarray:
+    """Train a dense layer and return its weights, as tests/pytorch/test_few_bits.py does with those of PyTorch."""
+    rank, config = horovod().rank(), SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
+    parameter_map, start = (
+        ParameterMap({"weight": "net/dense/kernel", "bias": "net/dense/bias"}),
+        np.random.default_rng(0),
+    )
+    weight, bias = start.normal(size=(50, 70)).astype(np.float32), start.normal(size=50).astype(np.float32)
+    train = _torch_few_bits if TORCH else _keras_few_bits
+    return train(rank, config, parameter_map, weight, bias)
+
+
+def centres(rank: int, steps: int = 13) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Return the places to which a dense layer's parameters are drawn in each step, one step more for each rank."""
+    for k in range(steps + rank):
+        rng = np.random.default_rng([rank, k])
+        yield rng.normal(size=(50, 70)).astype(np.float32), rng.normal(size=50).astype(np.float32)
+
+
+def _torch_few_bits(
+    rank: int, config: SlowMoConfig, parameter_map: ParameterMap, weight: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    import torch
+
+    from hvd_slowmo.torch import SlowMo
+
+    model = torch.nn.Linear(70, 50)
+    model.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.125), model, config, parameter_map=parameter_map)
+    for w, b in centres(rank):
+        model.weight.grad = model.weight.detach() - torch.from_numpy(w)
+        model.bias.grad = model.bias.detach() - torch.from_numpy(b)
+        optimizer.step()
+    optimizer.join()
+    return model.weight.detach().numpy()
+
+
+def _keras_few_bits(
+    rank: int, config: SlowMoConfig, parameter_map: ParameterMap, weight: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    import keras
+    import tensorflow as tf
+
+    from hvd_slowmo.tf import SlowMo
+
+    model = keras.Sequential([keras.Input((70,)), keras.layers.Dense(50, name="dense")], name="net")
+    kernel, offset = model.variables
+    kernel.assign(weight.T)
+    offset.assign(bias)
+    optimizer = SlowMo(keras.optimizers.SGD(0.125), config, parameter_map=parameter_map)
+    optimizer.broadcast(model)
+    for w, b in centres(rank):
+        optimizer.apply([tf.constant(kernel.numpy() - w.T), tf.constant(offset.numpy() - b)], [kernel, offset])
+    optimizer.join(model)
+    return np.asarray(kernel.numpy().T)
+
+
 def torch_step(model: Any, optimizer: Any) -> Any:
     import torch
 

@@ -49,7 +49,30 @@ class GraphComm:
 
         return tf.numpy_function(start, [x, shares], tf.int64), x.dtype, x.shape
 
+    def start_alltoall(self, name: str, parts: Any) -> Any:
+        lengths = [part.shape[0] for part in parts]
+
+        def exchange(value: np.ndarray) -> np.ndarray:
+            sent = np.split(np.array(value), np.cumsum(lengths)[:-1])
+            return np.concatenate(self._comm.wait(self._comm.start_alltoall(name, sent)))
+
+        return self._bytes(exchange, tf.concat(parts, 0), [lengths[self.rank]] * self.size)
+
+    def start_allgather(self, name: str, x: Any, lengths: Any) -> Any:
+        def exchange(value: np.ndarray) -> np.ndarray:
+            return np.concatenate(self._comm.wait(self._comm.start_allgather(name, np.array(value), lengths)))
+
+        return self._bytes(exchange, x, list(lengths))
+
+    def _bytes(self, exchange: Any, x: Any, lengths: list[int]) -> Any:
+        return tf.split(tf.ensure_shape(tf.numpy_function(exchange, [x], tf.uint8), [sum(lengths)]), lengths)
+
+    def open_beside(self) -> None:
+        """Do nothing: a trace has no other threads."""
+
     def wait(self, handle: Any) -> Any:
+        if isinstance(handle, list):
+            return handle
         number, dtype, shape = handle
         total = tf.numpy_function(lambda n: self._comm.wait((int(n), self._started.pop(int(n)))), [number], dtype)
         return tf.ensure_shape(total, shape)

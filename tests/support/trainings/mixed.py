@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,12 @@ class KerasWorker:
         return self.optimizer.join(self.model, **options)
 
 
+class _Beside(NamedTuple):
+    """An exchange beside the caller."""
+
+    inner: Any
+
+
 class TorchComm:
     """A ThreadWorld's collectives on PyTorch tensors, exchanged as NumPy arrays."""
 
@@ -122,11 +128,27 @@ class TorchComm:
     def start_push(self, name: str, x: Any, shares: Any) -> Any:
         return self._comm.start_push(name, x.numpy(), shares), None
 
+    def start_alltoall(self, name: str, parts: Any) -> Any:
+        return self._comm.start_alltoall(name, [part.numpy() for part in parts]), None
+
+    def start_allgather(self, name: str, x: Any, lengths: Any) -> Any:
+        return self._comm.start_allgather(name, x.numpy(), lengths), None
+
+    def open_beside(self) -> None:
+        self._comm.open_beside()
+
+    def start_beside(self, work: Any) -> Any:
+        return _Beside(self._comm.start_beside(lambda comm: work(TorchComm(comm))))
+
     def wait(self, handle: Any) -> Any:
         import torch
 
+        if isinstance(handle, _Beside):
+            return self._comm.wait(handle.inner)
         begun, x = handle
         came = self._comm.wait(begun)
+        if isinstance(came, list):
+            return [torch.from_numpy(part) for part in came]
         return torch.from_numpy(np.asarray(came)) if x is None else x
 
     def gather(self, name: str, item: Any) -> list[Any]:

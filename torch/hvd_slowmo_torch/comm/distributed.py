@@ -14,17 +14,21 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hvd_slowmo.comm.failure import FailureLatch
+from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo_torch.comm.beside import Beside
 from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox, Sum
 from hvd_slowmo_torch.comm.lost import lost_ranks
 from hvd_slowmo_torch.comm.messages import shared
+
+T = TypeVar("T")
 
 _PAUSE_S = 0.0002  # between two looks at a copy
 
@@ -95,11 +99,15 @@ class DistributedComm:
     Args:
         group: torch.distributed's, of this object's own.
         node: the workers of this one's node, for gradients="node".
+        main: the same workers in the caller's thread, for exchanges beside it: what fails there fails here.
     """
 
-    def __init__(self, group: Any, node: Comm | None = None) -> None:
+    def __init__(self, group: Any, node: Comm | None = None, main: DistributedComm | None = None) -> None:
         self._group = group
         self._push_group: Any = None
+        self._groups: list[Any] = [group] if main is None else main._groups  # to close after an error
+        self._there: DistributedComm | None = None
+        self._beside = Beside(take_turns=True)
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
         self.ranks: Sequence[int] = tuple(dist.get_process_group_ranks(group))
@@ -109,7 +117,8 @@ class DistributedComm:
         self.timeout = timeout_of(group)
         self._host_only = self.backend == "gloo"
         self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
-        self._latch = FailureLatch("torch.distributed", dist.get_rank())
+        latch = None if main is None else main._latch
+        self._latch: FailureLatch = latch or FailureLatch("torch.distributed", dist.get_rank())
         self._in_flight: set[str] = set()  # names
         self._started: set[str] = set()  # names, since the last comparison
         self._kind = ""  # of the last one started
@@ -124,6 +133,7 @@ class DistributedComm:
         if self._push_group is None:
             # Its own, because a push may stay in flight while the workers meet.
             self._push_group = own_group(self._group)
+            self._groups.append(self._push_group)
         weights, sources = shares[:, self.rank], shares[self.rank]
         sent = shared(x, weights)
         sent = sent.cpu() if self._host_only else sent
@@ -152,6 +162,18 @@ class DistributedComm:
     def _host(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu() if self._host_only else x
 
+    def open_beside(self) -> None:
+        if self._there is None:
+            group = own_group(self._group)
+            self._groups.append(group)
+            self._there = DistributedComm(group, main=self)
+
+    def start_beside(self, work: Callable[[Comm], T]) -> InTurn[T]:
+        self._latch.refuse_after_failure()
+        there = self._there
+        assert there is not None, "open_beside() comes first"
+        return self._beside.start(lambda: work(there))
+
     def _announce(self, name: str, what: str) -> None:
         """Note what is about to be started, and compare it with the others' where an exchange begins."""
         self._latch.refuse_after_failure()
@@ -172,7 +194,9 @@ class DistributedComm:
         self._note(what)
         self._in_flight.add(name)
 
-    def wait(self, handle: Sum | Push | Bytes) -> Any:
+    def wait(self, handle: Sum | Push | Bytes | InTurn[Any]) -> Any:
+        if isinstance(handle, InTurn):
+            return handle.result()
         if isinstance(handle, Bytes):
             self._finish(handle.work, handle.name)
             self._in_flight.discard(handle.name)
@@ -258,10 +282,9 @@ class DistributedComm:
         if "imed out" in text:
             cause = "another worker has not come within the process group's timeout"
             return dist.DistNetworkError(self._latch.lost(text, cause))
-        for group in (self._group, self._push_group):
-            if group is not None:
-                dist.destroy_process_group(group)
-        self._group = self._push_group = None  # which closes the connections: all others notice at once
+        while self._groups:
+            dist.destroy_process_group(self._groups.pop())  # which closes the connections: all others notice at once
+        self._group = self._push_group = None
         lost = lost_ranks(self.ranks, self.rank)
         if not lost:
             return dist.DistNetworkError(self._latch.lost(text))

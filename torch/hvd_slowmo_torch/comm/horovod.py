@@ -5,19 +5,23 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from hvd_slowmo.comm.horovod import HorovodFailures, Workers
+from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo_torch.comm.beside import Beside
 from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox, Sum
 from hvd_slowmo_torch.comm.messages import shared
 
 # Between two looks at an unfinished collective. Horovod's own `synchronize` looks without a pause and takes the core
 # that its communication thread, or another worker on a full machine, needs; see benchmarks/waiting.py.
 _PAUSE_S = 0.0002
+
+T = TypeVar("T")
 
 
 class Push(NamedTuple):
@@ -42,9 +46,10 @@ class HorovodComm:
     Args:
         process_set: Horovod's.
         node: the workers of this one's node, for gradients="node".
+        latch: of the same workers in another thread.
     """
 
-    def __init__(self, process_set: Any, node: Comm | None) -> None:
+    def __init__(self, process_set: Any, node: Comm | None, latch: HorovodFailures | None = None) -> None:
         import horovod.torch as hvd
 
         self._hvd = hvd
@@ -57,7 +62,8 @@ class HorovodComm:
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.node = node
         self.family = family("horovod", self.ranks)
-        self._latch = HorovodFailures(hvd.rank())
+        self._latch = latch or HorovodFailures(hvd.rank())
+        self._beside = Beside(take_turns=False)  # Horovod matches collectives by name
 
     def start_sum(self, name: str, x: torch.Tensor) -> Sum:
         self._latch.refuse_after_failure()
@@ -88,7 +94,17 @@ class HorovodComm:
     def _host(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu() if self._host_only else x
 
-    def wait(self, handle: Sum | Push | Bytes) -> Any:
+    def open_beside(self) -> None:
+        """Do nothing: the names of an exchange's collectives are its own."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> InTurn[T]:
+        self._latch.refuse_after_failure()
+        there = HorovodComm(self._set, None, self._latch)
+        return self._beside.start(lambda: work(there))
+
+    def wait(self, handle: Sum | Push | Bytes | InTurn[Any]) -> Any:
+        if isinstance(handle, InTurn):
+            return handle.result()
         if isinstance(handle, Bytes):
             found = self._finish(handle.handle)
             whole = found[0] if isinstance(found, (tuple, list)) else found  # an alltoall tells the lengths too

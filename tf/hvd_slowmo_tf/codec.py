@@ -1,0 +1,61 @@
+"""The codes of few bits in TensorFlow traces; the same bytes and values as the core's, bitwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import tensorflow as tf
+
+from hvd_slowmo.core.codec import LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.slices import BLOCK
+
+
+class KerasCodec:
+    """`hvd_slowmo.core.codec.Codec` on tensors of TensorFlow.
+
+    Example:
+        >>> codec = KerasCodec()
+        >>> message = codec.encode([tf.linspace(-1.0, 1.0, BLOCK)], 1, 8)
+        >>> message.shape[0], codec.decode(message, 8).shape[0]
+        (1028, 1024)
+    """
+
+    tile: int | None = None  # a trace has few operations, each of which uses all cores
+
+    def encode(self, pieces: Iterable[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
+        g = tf.concat(list(pieces), 0)
+        if bits == 16:
+            codes = tf.bitcast(tf.cast(g, tf.bfloat16), tf.uint8)
+            return tf.reshape(codes, [payload_bytes(blocks * BLOCK, bits)])
+        rows = tf.reshape(g, [blocks, BLOCK])
+        # TensorFlow would turn a plain division by a constant into a product with its reciprocal: another last bit.
+        scales = tf.math.divide_no_nan(tf.reduce_max(tf.abs(rows), axis=1), float(LEVELS[bits]))
+        scales = tf.where(tf.equal(scales, 0), tf.ones_like(scales), scales)
+        values = tf.cast(tf.round(rows / scales[:, None]), tf.int8)
+        if bits == 4:
+            unsigned = tf.reshape(tf.bitcast(values + 8, tf.uint8), [-1, 2])
+            codes = unsigned[:, 0] | tf.bitwise.left_shift(unsigned[:, 1], tf.constant(4, tf.uint8))
+        else:
+            codes = tf.reshape(tf.bitcast(values, tf.uint8), [-1])
+        message = tf.concat([tf.reshape(tf.bitcast(scales, tf.uint8), [-1]), codes], 0)
+        return tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])
+
+    def decode(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> tf.Tensor:
+        blocks = blocks_of(message, bits)
+        last = blocks if last is None else last
+        elements = (last - first) * BLOCK
+        if bits == 16:
+            codes = tf.reshape(message[2 * first * BLOCK : 2 * last * BLOCK], [elements, 2])
+            return tf.cast(tf.bitcast(codes, tf.bfloat16), tf.float32)
+        scales = tf.bitcast(tf.reshape(message[4 * first : 4 * last], [last - first, 4]), tf.float32)
+        row = BLOCK * bits // 8
+        codes = message[4 * blocks + first * row : 4 * blocks + last * row]
+        if bits == 4:
+            low, high = codes & 15, tf.bitwise.right_shift(codes, tf.constant(4, tf.uint8))
+            values = tf.cast(tf.stack([low, high], axis=1), tf.float32) - 8
+        else:
+            values = tf.cast(tf.bitcast(codes, tf.int8), tf.float32)
+        return tf.reshape(tf.reshape(values, [last - first, BLOCK]) * scales[:, None], [elements])
+
+    def padded(self, g: tf.Tensor, elements: int) -> tf.Tensor:
+        return g if g.shape[0] == elements else tf.pad(g, [[0, elements - g.shape[0]]])
