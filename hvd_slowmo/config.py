@@ -51,6 +51,7 @@ class SlowMoSettings(TypedDict, total=False):
     fragments: int
     delay: int
     bits: Bits
+    shard: bool
 
 
 def _preset(make: Preset) -> Preset:
@@ -96,6 +97,9 @@ class SlowMoConfig:
         bits: precision in which the workers exchange their outer gradients: 32, 16 (bfloat16), 8 or 4. Below 32 each
             worker keeps the error of its own rounding, and adds it to its next outer gradient (error feedback;
             Karimireddy et al. 2019, arXiv 1901.09847). Biases, norms and statistics travel whole.
+        shard: each worker keeps the slow momentum, and with 32 bits the anchor too, of its own slice of the parameters
+            alone, and takes the outer step there for all (as ZeRO does with an optimizer's state; Rajbhandari et al.
+            2020, arXiv 1910.02054).
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of its range; the message says what was received.
@@ -123,6 +127,7 @@ class SlowMoConfig:
     fragments: int = 1
     delay: int = 0
     bits: Bits = 32
+    shard: bool = False
 
     def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
         """Refuse an unknown setting; one that other libraries know by another name is told its name here."""
@@ -134,7 +139,7 @@ class SlowMoConfig:
             self._set("tau", integer("tau", self.tau, 1, "a positive integer or None"))
         self._set("alpha", real("alpha", self.alpha, lambda a: a > 0, "a finite number > 0"))
         self._set("beta", real("beta", self.beta, lambda b: 0 <= b < 1, "a number in [0, 1)"))
-        for name in ("nesterov", "scale_by_lr", "average"):
+        for name in ("nesterov", "scale_by_lr", "average", "shard"):
             _check_flag(name, getattr(self, name))
         _one_of("inner_state", self.inner_state, get_args(InnerState))
         _one_of("gradients", self.gradients, get_args(Gradients))
@@ -181,13 +186,19 @@ class SlowMoConfig:
         received = f"fragments={self.fragments}, delay={self.delay}"
         if self.tau is not None and max(self.fragments, self.delay) > self.tau:
             raise ValueError(f"`fragments` and `delay` can't be greater than tau={self.tau}. Received: {received}")
-        if not self.streams and self.bits == 32:
+        if not self.streams and self.bits == 32 and not self.shard:
             return
         if self.gossip is not None:
-            received += f", bits={self.bits}"
+            received += f", bits={self.bits}, shard={self.shard}"
             raise ValueError(
-                "fragments > 1, delay > 0 or bits < 32 can't work with gossip: workers that mix have no block of their "
-                f"own between two averages. Received: {received}, gossip={self.gossip!r}. Use gossip=None."
+                "fragments > 1, delay > 0, bits < 32 or shard=True can't work with gossip: workers that mix have no "
+                f"block of their own between two averages. Received: {received}, gossip={self.gossip!r}. Use "
+                "gossip=None."
+            )
+        if self.shards and self.bits == 32 and self.fragments > 1 and self.nonfinite == "exclude":
+            raise ValueError(
+                "an excluded worker returns to the anchors of all fragments, and with shard=True no worker has them: "
+                f"use bits=16 or fewer, one fragment, or nonfinite='raise'. Received: {received}, bits=32, shard=True."
             )
         if self.inner_state == "reset" and self.streams:
             raise ValueError(
@@ -201,12 +212,11 @@ class SlowMoConfig:
     def _without_effect(self) -> list[str]:
         if self.tau is None:
             neutral = {"alpha": 1.0, "beta": 0.0}
+            others = {"tau", "gossip", "gradients", "warmup_steps", "nonfinite"}
             unused = [
                 f"{f.name}={getattr(self, f.name)!r}"
                 for f in fields(self)
-                if f.name
-                in ("alpha", "beta", "nesterov", "scale_by_lr", "inner_state", "average", "fragments", "delay", "bits")
-                and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
+                if f.name not in others and getattr(self, f.name) not in (f.default, neutral.get(f.name, f.default))
             ]
             if self.gradients == "all" and self.warmup_steps:
                 unused.append(f"warmup_steps={self.warmup_steps}")
@@ -219,7 +229,17 @@ class SlowMoConfig:
         if self.beta == 0:
             unused += ["nesterov=True"] if self.nesterov else []
             unused += ["scale_by_lr=False"] if not self.scale_by_lr else []
-        return [f"beta=0 carries no momentum, so {' and '.join(unused)} has no effect."] if unused else []
+        found = [f"beta=0 carries no momentum, so {' and '.join(unused)} has no effect."] if unused else []
+        if self.shard and not self.shards:
+            found.append("there is nothing to divide among the workers, so shard=True has no effect.")
+        return found
+
+    @property
+    def shards(self) -> bool:
+        """True if workers keep slices of the anchor or of the slow momentum."""
+        if not self.shard or self.tau is None:
+            return False
+        return self.beta > 0 or (self.bits == 32 and self.alpha != 1)
 
     @property
     def streams(self) -> bool:
@@ -243,8 +263,14 @@ class SlowMoConfig:
 
     @property
     def sliced_vectors(self) -> tuple[str, ...]:
-        """Names of the vectors of which each worker keeps its own slice alone."""
-        return ("slice_residual",) if self.tau is not None and self.bits < 32 else ()
+        """Names of the vectors of which each worker keeps its own slice alone, of what travels in slices."""
+        if self.tau is None:
+            return ()
+        if not self.shards:
+            return ("slice_residual",) if self.bits < 32 else ()
+        if self.bits == 32:
+            return ("anchor",) if self.beta == 0 else ("anchor", "v")
+        return ("v", "slice_residual")
 
     def facts(self) -> dict[str, Any]:
         """Return all settings in JSON types, for comparing and storing; a topology function by its name only.

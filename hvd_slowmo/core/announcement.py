@@ -24,7 +24,7 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
         return chunk.size * ITEMSIZE[layout.segments[chunk.segment].dtype]
 
     def sent(chunk: Chunk) -> int:
-        return length(chunk) * (config.bits if layout.segments[chunk.segment].coded else 32) // 32
+        return length(chunk) * (config.bits if layout.segments[chunk.segment].sliced else 32) // 32
 
     parameters = sum(map(length, layout.parameter_chunks))
     traffic = []

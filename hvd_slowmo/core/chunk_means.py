@@ -1,18 +1,20 @@
-"""The mean of a chunk over the workers, in the way that the settings choose: a sum, or two exchanges in few bits."""
+"""The mean of a chunk over the workers, in the way that the settings choose: a sum, or two exchanges of slices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core import names
 from hvd_slowmo.core.exchange import Exchange, Purpose
 from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.core.ledger import columns
 from hvd_slowmo.core.mixing import Mixing
-from hvd_slowmo.core.progress import Scalar, Vector
+from hvd_slowmo.core.progress import Scalar
 from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.two_phase import CodedChunk, TwoPhase
+from hvd_slowmo.core.tile_step import slice_step
+from hvd_slowmo.core.two_phase import SlicedChunk, TwoPhase
 
 
 class ChunkMeans:
@@ -24,9 +26,10 @@ class ChunkMeans:
     """
 
     def __init__(self, runtime: Runtime, mixing: Mixing) -> None:
+        self._runtime = runtime
         self._layout, self._ops, self._store = runtime.layout, runtime.ops, runtime.store
         self._mixing = mixing
-        self._two_phase = TwoPhase(runtime) if runtime.config.bits < 32 else None
+        self._two_phase = TwoPhase(runtime)
 
     def start(self, comm: ScopedComm, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Any:
         """Start a chunk's exchange.
@@ -34,14 +37,14 @@ class ChunkMeans:
         Args:
             fits: false where the model has another form than the layout.
         """
-        if self.coded(chunk, exchange.purpose):
+        if self.sliced(chunk, exchange.purpose):
             weight = self._weight(chunk, exchange, fits)
-            return self._few_bits.start(comm, chunk, exchange.purpose.vector, weight)
+            return self._two_phase.start(comm, chunk, exchange.purpose.vector, weight)
         return comm.start_sum(names.model(chunk.index), self.contribution(chunk, exchange, fits))
 
-    def coded(self, chunk: Chunk, purpose: Purpose) -> bool:
-        """Return whether a chunk travels in few bits: not in a mean of all fragments, at the end of a join say."""
-        return self._layout.segments[chunk.segment].coded and purpose.fragment is not None
+    def sliced(self, chunk: Chunk, purpose: Purpose) -> bool:
+        """Return whether a chunk travels in slices: not in a mean of all fragments, at the end of a join say."""
+        return self._layout.segments[chunk.segment].sliced and purpose.fragment is not None
 
     def contribution(self, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Any:
         """Return this worker's part in a chunk's sum."""
@@ -62,51 +65,47 @@ class ChunkMeans:
         return self._ops.weighted(self._weight(chunk, exchange, fits), contribution, nothing)
 
     def arrived(self, comm: ScopedComm, handle: Any) -> Any:
-        """Wait for a chunk's sum and return it; in few bits, wait for the phase under way."""
-        return self._few_bits.arrived(comm, handle) if isinstance(handle, CodedChunk) else comm.wait(handle)
+        """Wait for a chunk's sum and return it; of one in slices, for the phase under way."""
+        return self._two_phase.arrived(comm, handle) if isinstance(handle, SlicedChunk) else comm.wait(handle)
 
-    def relayed(self, comm: ScopedComm, handle: Any, weights: Vector) -> Any:
-        """Start the second phase of a chunk in few bits, when the first is over; return others as they are.
+    def relayed(self, comm: ScopedComm, handle: Any, exchange: Exchange, table: Any) -> Any:
+        """Start the second phase of a chunk in slices, when the first is over; return others as they are.
 
         Args:
-            weights: of all workers, by rank.
+            table: of the ledger, a row per worker.
         """
-        if not isinstance(handle, CodedChunk):
+        if not isinstance(handle, SlicedChunk) or handle.relayed:
             return handle
+        weights = columns(table).weight
         total = self._ops.sum(weights)
         # With a total of 0 the verdict will have failed.
         total = self._ops.where(total > 0, total, 1.0)
-        return self._few_bits.relay(comm, self.arrived(comm, handle), weights, total)
+        outer_step = slice_step(self._runtime, exchange, table)
+        return self._two_phase.relay(comm, self.arrived(comm, handle), weights, total, outer_step)
 
-    def decoded(
-        self, comm: ScopedComm, coded: CodedChunk, exchange: Exchange, weights: Vector
+    def finished(
+        self, comm: ScopedComm, handle: SlicedChunk, exchange: Exchange, table: Any
     ) -> Iterator[tuple[Chunk, Any]]:
-        """Yield the workers' mean of a chunk that travels in few bits, in parts.
+        """Yield the workers' mean of a chunk in slices, or its new anchor if the outer state is divided, in parts.
 
         Args:
-            coded: whose first phase is over, or both.
-            weights: of all workers, by rank.
+            handle: whose first phase is over, or both.
+            table: of the ledger.
         """
-        if coded.rest is None:
-            coded = self.arrived(comm, self.relayed(comm, coded, weights))
-        return self._few_bits.finish(coded, exchange.weights[exchange.purpose.fragment or 0], exchange.finite)
+        there = self.arrived(comm, self.relayed(comm, handle, exchange, table))
+        return self._two_phase.finish(there, exchange.weights[exchange.purpose.fragment or 0], exchange.finite)
 
     def tensors(self, chunk: Chunk, result: Any) -> Sequence[Any]:
         """Return a chunk's result as tensors, for a trace; as many empty ones for None."""
-        coded = self._layout.segments[chunk.segment].coded
-        if result is None:
-            return self._few_bits.nothing(chunk) if coded else [self._store.zeros(chunk)[:0]]
-        return self._few_bits.tensors(result) if coded else [result]
+        if not self._layout.segments[chunk.segment].sliced:
+            return [self._store.zeros(chunk)[:0] if result is None else result]
+        return self._two_phase.nothing(chunk) if result is None else self._two_phase.tensors(result)
 
     def from_tensors(self, chunk: Chunk, left: Iterator[Any]) -> Any:
         """Take a chunk's tensors and return its result."""
-        if self._layout.segments[chunk.segment].coded:
-            return self._few_bits.from_tensors(chunk, "in_flight", next(left), next(left), next(left))
+        if self._layout.segments[chunk.segment].sliced:
+            return self._two_phase.from_tensors(chunk, "in_flight", left)
         return next(left)
-
-    @property
-    def _few_bits(self) -> TwoPhase:
-        return cast(TwoPhase, self._two_phase)
 
     def _weight(self, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Scalar:
         weight = exchange.counted if chunk.role == "optimizer_state" else exchange.weights[chunk.fragment]

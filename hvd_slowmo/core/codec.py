@@ -2,6 +2,7 @@
 
 8 and 4 bits: blocks of 1024 values share a float32 scale c = max|g| / L with L = 127 or 7 (1 where that is 0), and a
 value travels as q = round(g / c), ties to even; it is decoded as c q. 16 bits: bfloat16, rounded to even, no scales.
+32 and 64 bits: float32 and float64 as they are.
 Other frameworks have faster forms of these functions, which give the same bytes and the same values, bitwise.
 """
 
@@ -25,11 +26,11 @@ def payload_bytes(elements: int, bits: int) -> int:
         >>> payload_bytes(2048, 8), payload_bytes(2048, 4), payload_bytes(2048, 16)
         (2056, 1032, 4096)
     """
-    return elements * bits // 8 + (0 if bits == 16 else elements // BLOCK * 4)
+    return elements * bits // 8 + (elements // BLOCK * 4 if bits in LEVELS else 0)
 
 
 class Codec(Protocol):
-    """Encoding of float32 vectors in whole blocks, as flat tensors of a framework."""
+    """Encoding of vectors in whole blocks, as flat tensors of a framework: float32, or float64 with 64 bits."""
 
     tile: int | None
     """Blocks to work on at a time, so that a processor's cache holds the temporaries; None: all at once."""
@@ -42,7 +43,7 @@ class Codec(Protocol):
         """
 
     def decode(self, message: Any, bits: int, first: int = 0, last: int | None = None) -> Any:
-        """Return blocks first .. last - 1 of the vector (float32) of a message."""
+        """Return blocks first .. last - 1 of the vector of a message."""
 
     def padded(self, g: Any, elements: int) -> Any:
         """Return a vector filled up with zeros to so many elements."""
@@ -78,8 +79,10 @@ class NumpyCodec:
 
     tile: int | None = None
 
-    def encode(self, pieces: Iterable[NDArray[np.float32]], blocks: int, bits: int) -> NDArray[np.uint8]:
-        g = np.concatenate([np.zeros(0, np.float32), *pieces])
+    def encode(self, pieces: Iterable[NDArray[Any]], blocks: int, bits: int) -> NDArray[np.uint8]:
+        g = np.concatenate(list(pieces))
+        if bits >= 32:
+            return g.astype(f"<f{bits // 8}").view(np.uint8)
         if bits == 16:
             raw = g.view(np.uint32)
             rounded = raw + 0x7FFF + ((raw >> 16) & 1)
@@ -95,10 +98,12 @@ class NumpyCodec:
             codes = values.view(np.uint8)
         return np.concatenate([scales.astype("<f4").view(np.uint8), codes])
 
-    def decode(
-        self, message: NDArray[np.uint8], bits: int, first: int = 0, last: int | None = None
-    ) -> NDArray[np.float32]:
+    def decode(self, message: NDArray[np.uint8], bits: int, first: int = 0, last: int | None = None) -> NDArray[Any]:
         blocks = blocks_of(message, bits)
+        if bits >= 32:
+            values = np.frombuffer(message.tobytes(), f"<f{bits // 8}").reshape(blocks, BLOCK)
+            exact: NDArray[Any] = values[first:last].reshape(-1)
+            return exact
         if bits == 16:
             whole = (message.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(blocks, BLOCK)
         else:
@@ -112,5 +117,5 @@ class NumpyCodec:
         result: NDArray[np.float32] = whole[first:last].astype(np.float32).reshape(-1)
         return result
 
-    def padded(self, g: NDArray[np.float32], elements: int) -> NDArray[np.float32]:
-        return np.concatenate([g, np.zeros(elements - len(g), np.float32)])
+    def padded(self, g: NDArray[Any], elements: int) -> NDArray[Any]:
+        return np.concatenate([g, np.zeros(elements - len(g), g.dtype)])

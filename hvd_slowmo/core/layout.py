@@ -73,8 +73,8 @@ class Segment:
     dtype: str
     device: str
     tensors: tuple[TensorSpec, ...]
-    coded: bool = False
-    """Its differences travel in few bits, where the settings say so."""
+    sliced: bool = False
+    """It travels in slices: each worker takes the mean of one, and sends it to all."""
 
     @property
     def size(self) -> int:
@@ -224,7 +224,7 @@ def lay_out(
     groups: ParameterGroups,
     chunk_bytes: int = CHUNK_BYTES,
     fragments: int = 1,
-    few_bits: bool = False,
+    sliced: Callable[[TensorSpec], bool] = lambda spec: False,
 ) -> ModelLayout[R]:
     """Lay tensors end to end: those of one role, type and device together, in the order given.
 
@@ -237,7 +237,7 @@ def lay_out(
         groups: of the parameters among them.
         chunk_bytes: the greatest length of a message.
         fragments: see `Layout`; messages are so short that each fragment gets one.
-        few_bits: parameters with several dimensions are coded, and those with fewer have segments of their own.
+        sliced: tells of a parameter whether it travels in slices; the others have segments of their own.
 
     Raises:
         ValueError: no parameter with an element.
@@ -250,14 +250,14 @@ def lay_out(
             continue
         own = spec.wire_dtype if spec.role == "statistic" else spec.dtype
         group = next(numbers) if spec.role == "parameter" else 0
-        coded = few_bits and spec.role == "parameter" and spec.wire_dtype == "float32" and len(spec.shape) > 1
-        together.setdefault((spec.role, spec.wire_dtype, own, ref.device, coded), []).append((ref, group))
+        cut = spec.role == "parameter" and sliced(spec)
+        together.setdefault((spec.role, spec.wire_dtype, own, ref.device, cut), []).append((ref, group))
     # Stable: devices in their order.
     keys = sorted(together, key=lambda key: (TRAVELLING.index(key[0]), *key[1:3], not key[4]))
     keys = [key for key in keys if any(ref.spec.size for ref, _ in together[key])]
     segments = tuple(
-        Segment(role, dtype, device, tuple(ref.spec for ref, _ in together[role, dtype, own, device, coded]), coded)
-        for role, dtype, own, device, coded in keys
+        Segment(role, dtype, device, tuple(ref.spec for ref, _ in together[role, dtype, own, device, cut]), cut)
+        for role, dtype, own, device, cut in keys
     )
     if all(segment.role != "parameter" for segment in segments):
         raise ValueError("the optimizer has no parameter with an element.")

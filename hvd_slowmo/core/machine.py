@@ -215,13 +215,13 @@ class Machine:
         over = found.training == 0
 
         def all_done() -> Progress:
-            if len(self._fragments) == 1 and self.config.bits == 32:
+            if len(self._fragments) == 1 and not self.runtime.slices.chunks:
                 return ops.cond(
                     found.weight > 0,
                     lambda: self.outer_steps.take_mean(meeting, progress),
                     lambda: nobody_has_steps(found),
                 )
-            # The meeting was about one fragment, or in few bits. The others may have steps, and broken values.
+            # The meeting was about one fragment, or in slices. The others may have steps, and broken values.
             of_all = replace(purpose, ledger_alone=True, fragment=None, beside_late=False)
             whole = self._meetings.meet(progress, clock, of_all)
             some = ops.sum(ops.vector(whole.totals)) > 0

@@ -36,7 +36,7 @@ from hvd_slowmo.core.mixing import Mixing
 from hvd_slowmo.core.progress import Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.store import Condition
-from hvd_slowmo.core.two_phase import CodedChunk
+from hvd_slowmo.core.two_phase import SlicedChunk
 from hvd_slowmo.wire.tensors import Role
 
 
@@ -142,7 +142,7 @@ class Meetings:
         purpose, means = exchange.purpose, self._means
         chunks = self._chunks[purpose.fragment]
         # Another thread must not read what changes: the model, and memory that is used again.
-        own = [None if means.coded(c, purpose) else means.contribution(c, exchange, fits) for c in chunks]
+        own = [None if means.sliced(c, purpose) else means.contribution(c, exchange, fits) for c in chunks]
 
         def travel(comm: ScopedComm) -> tuple[Any, ...]:
             begun = comm.start_sum(names.ledger(purpose.fragment or 0), ledger)
@@ -152,8 +152,8 @@ class Meetings:
             ]
             arrived = comm.wait(begun)
             # Before the verdict, which comes when all is there; and whatever it will be, the same on all workers.
-            weights = columns(self._tables(arrived)[0]).weight
-            started = [means.relayed(comm, x, weights) for x in started]
+            table = self._tables(arrived)[0]
+            started = [means.relayed(comm, x, exchange, table) for x in started]
             return (arrived, *(means.arrived(comm, x) for x in started))
 
         return self._comm.start_beside(self._ops.detached(travel))
@@ -216,7 +216,7 @@ class Meetings:
     def sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
         """Yield each chunk, the workers' sum of it, and the divisor of the mean; the next chunk travels meanwhile.
 
-        Chunks in few bits come in parts.
+        Chunks that travel in slices come in parts; if the outer state is divided, with the new anchor for the sum.
         """
         chunks = [chunk for chunk in self._chunks[meeting.exchange.purpose.fragment] if chunk.role in roles]
         arrived = list(meeting.first)[: len(chunks)]
@@ -225,9 +225,8 @@ class Meetings:
             total = arrived[number] if number < len(arrived) else self._means.arrived(self._comm, following)
             if len(arrived) <= number + 1 < len(chunks):
                 following = self._start_later(chunks[number + 1], meeting)
-            if isinstance(total, CodedChunk):
-                weights = columns(meeting.table).weight
-                parts = self._means.decoded(self._comm, total, meeting.exchange, weights)
+            if isinstance(total, SlicedChunk):
+                parts = self._means.finished(self._comm, total, meeting.exchange, meeting.table)
                 yield from ((part, mean, 1.0) for part, mean in parts)
             else:
                 yield chunk, total, self.divisor(chunk, meeting)

@@ -12,7 +12,7 @@ from hvd_slowmo.core.mixing import Mixing
 from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma
 from hvd_slowmo.core.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.slices import sliced_chunks
+from hvd_slowmo.core.tile_step import tile_step
 
 
 class OuterSteps:
@@ -33,19 +33,28 @@ class OuterSteps:
         """Set the anchor to the model, if the outer step needs one: a block begins here."""
         if self._config.vectors:
             for chunk in self._layout.parameter_chunks:
-                self._store.write("anchor", chunk, self._store.read("model", chunk))
+                self._set("anchor", chunk)
 
     def begin_anew(self) -> None:
         """Set the anchor to the model, without momentum, and owe nothing."""
         self.take_anchor()
-        if self._config.bits < 32:
-            for chunk in sliced_chunks(self._layout):
-                self._store.write_slice(
-                    "slice_residual", chunk.index, self._store.read_slice("slice_residual", chunk.index) * 0
-                )
-        for vector in set(self._config.vectors) - {"anchor"}:
+        for vector in {*self._config.vectors, *self._config.sliced_vectors} - {"anchor"}:
             for chunk in self._layout.parameter_chunks:
-                self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)
+                if self._runtime.slices.keeps(vector, chunk.index):
+                    self._store.write_slice(vector, chunk.index, self._store.read_slice(vector, chunk.index) * 0)
+                elif vector in self._config.vectors:
+                    self._store.write(vector, chunk, self._store.read(vector, chunk) * 0)
+
+    def _set(self, vector: str, chunk: Chunk) -> None:
+        """Set a chunk of a vector to the model, or this worker's slice of it."""
+        slices = self._runtime.slices
+        if not slices.keeps(vector, chunk.index):
+            self._store.write(vector, chunk, self._store.read("model", chunk))
+            return
+        part = slices.part(chunk)
+        if part is not None:
+            values = self._runtime.codec.padded(self._store.read("model", part), slices.lengths[chunk.index])
+            self._store.write_slice(vector, chunk.index, values * 1)
 
     def begin_block(self, decided: Scalar) -> None:
         """Reset the inner state (line 2 of Algorithm 1) once `decided` is known: nothing can be refused any more."""
@@ -67,7 +76,7 @@ class OuterSteps:
             if self._runtime.observe and chunk.role == "parameter":
                 total, divisor = total / divisor, 1  # the sum may lie where the own values are read to
                 observer.chunk(chunk, total, "in_flight" if purpose.late else "model")
-            if chunk.role == "parameter" and self._config.vectors:
+            if chunk.role == "parameter" and self._config.vectors and not self._stepped(chunk):
                 for tile in self._tiles_of(chunk):
                     self._update(tile, divide(chunk.cut(total, tile), divisor), coefficients, meeting)
             else:
@@ -118,28 +127,19 @@ class OuterSteps:
 
     def _update(self, tile: Tile, mean: Any, coefficients: Momentum, meeting: Meeting) -> Any:
         """Update a tile of the model, the anchor and v; return the new anchor."""
-        anchor = self._store.read("anchor", tile)
         v = self._store.read("v", tile) if "v" in self._config.vectors else None
-        written = self._store.written(tile, anchor)
-        if written is not anchor and not self._config.delay:
-            # The block began at what half precision kept of the anchor. The rounding is no progress of the block:
-            # given back to the mean, it stays out of Delta = anchor - mean and so out of the momentum. After a late
-            # exchange each worker begins elsewhere, and roundings cancel in the mean.
-            own_mean, rounding = mean, anchor - written
-            mean = mean + rounding
-            if self._runtime.watches:  # values from outside have nothing to do with the old anchor
-                mean = self._ops.choose(meeting.verdict.entered, lambda: own_mean, mean)
-        if self._runtime.watches:  # values from outside are no progress of the block: it begins at the mean
-            entered, mine = meeting.verdict.entered, v
-            anchor = self._ops.choose(entered, lambda: mean + 0, anchor)
-            v = None if mine is None else self._ops.choose(entered, lambda: mine * 0, mine)
-        own = Momentum(*(self._ops.cast_like(c[tile.group], mean) for c in coefficients))
-        anchor, v = self._runtime.kernels.outer_update(self._config, mean, anchor, v, own)
+        anchor, v = tile_step(
+            self._runtime, tile, mean, self._store.read("anchor", tile), v, coefficients, meeting.verdict.entered
+        )
         self._move_to(tile, anchor, meeting)
         self._store.write("anchor", tile, anchor)
         if v is not None:
             self._store.write("v", tile, v)
         return anchor
+
+    def _stepped(self, chunk: Chunk) -> bool:
+        """Return whether the owner of each slice of this chunk has taken its outer step."""
+        return self._config.shards and self._layout.segments[chunk.segment].sliced
 
     def _move_to(self, stretch: Stretch, value: Any, meeting: Meeting) -> None:
         """Set the model to a common value, and keep what this worker has trained since it sent its own."""

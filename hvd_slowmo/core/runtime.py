@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
@@ -10,6 +11,7 @@ from hvd_slowmo.core.codec import Codec, NumpyCodec
 from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.outer_update import Kernels
+from hvd_slowmo.core.slices import OwnSlices
 from hvd_slowmo.core.store import Store
 
 
@@ -33,3 +35,8 @@ class Runtime:
     observe: bool = False
     watches: bool = True
     codec: Codec = field(default_factory=NumpyCodec)
+
+    @cached_property
+    def slices(self) -> OwnSlices:
+        """This worker's slices."""
+        return OwnSlices(self.config, self.layout, self.comm.rank, self.comm.size)

@@ -1,32 +1,39 @@
-"""A mean in few bits, by two exchanges of bytes with error feedback.
+"""A mean by two exchanges of bytes: in few bits with error feedback, or with the outer state divided among the workers.
 
-Worker i has weight omega_i and a residual e_i: what rounding has withheld from the others so far. The workers share the
-work of averaging: worker j takes the mean of slice j, and keeps the residual s_j of rounding it. Q: encode and decode.
+The workers share the work of averaging: each takes the mean of a slice, and sends it to all. In few bits, worker i has
+weight omega_i and a residual e_i: what rounding has withheld from the others so far. Worker j keeps the residual s_j of
+rounding the mean of slice j. Q: encode and decode.
 
     g_i = (anchor - x_i) + e_i                          Q(g_i) is sent, slice j to worker j
-    R   = sum_i omega_i Q(g_i) / sum_i omega_i + s_j    of slice j, summed in the order of ranks
-    Delta = Q(R)                                        sent to all, who decode the same bytes
-    e_i <- g_i - Q(g_i)                                 s_j <- R - Q(R)
+    R   = sum_i omega_i Q(g_i) / sum_i omega_i          of slice j, summed in the order of ranks
+    Delta = Q(R + s_j)                                  sent to all, who decode the same bytes
+    e_i <- g_i - Q(g_i)                                 s_j <- R + s_j - Q(R + s_j)
 
 A residual is displacement that is owed, no momentum: it neither decays nor follows the learning rate.
+
+Where the outer state is divided, worker j takes the outer step of slice j in between. In few bits it sends the step of
+the anchor, rounded in the same way, in the place of R; else x_i travels in the place of g_i, and then the new anchor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core import names
 from hvd_slowmo.core.codec import payload_bytes, tiles
-from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.core.layout import ITEMSIZE, Chunk
 from hvd_slowmo.core.progress import Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.slices import BLOCK, Slices
 
+OuterStep = Callable[[Chunk, Any, Any, Any], tuple[Any, Any]]
+"""Takes an outer step: of a part of a chunk, the workers' mean, the anchor and v; returns the new anchor and v."""
 
-class CodedChunk(NamedTuple):
+
+class SlicedChunk(NamedTuple):
     """The exchange of a chunk."""
 
     chunk: Chunk
@@ -34,11 +41,12 @@ class CodedChunk(NamedTuple):
     parts: Sequence[Any]  # the messages that this worker has sent, by receiver
     handle: Any  # of the phase under way; None: there is none
     received: Sequence[Any] = ()  # the messages of the phase that is over, by sender
-    rest: Any = None  # the new residual of this worker's slice, once the second phase has begun
+    relayed: bool = False  # the second phase has begun
+    kept: Sequence[Any] = ()  # then, the new slices of the vectors that are kept in slices
 
 
 class TwoPhase:
-    """Means in few bits.
+    """Means, and outer steps where the outer state is divided, by two exchanges of bytes.
 
     Args:
         runtime: of this worker.
@@ -46,11 +54,12 @@ class TwoPhase:
 
     def __init__(self, runtime: Runtime) -> None:
         self._ops, self._store, self._codec = runtime.ops, runtime.store, runtime.codec
-        self._bits = runtime.config.bits
+        self._config, self._layout, self._own = runtime.config, runtime.layout, runtime.slices
+        self._few_bits = runtime.config.bits < 32
         self._rank, self._size = runtime.comm.rank, runtime.comm.size
         self._parts: dict[tuple[int, int, int], Chunk] = {}
 
-    def start(self, comm: ScopedComm, chunk: Chunk, vector: str, weight: Scalar) -> CodedChunk:
+    def start(self, comm: ScopedComm, chunk: Chunk, vector: str, weight: Scalar) -> SlicedChunk:
         """Start the first phase.
 
         Args:
@@ -67,88 +76,147 @@ class TwoPhase:
                 yield self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
 
         spans = [slices.span(rank) for rank in range(self._size)]
-        parts = [self._codec.encode(pieces(first, last), last - first, self._bits) for first, last in spans]
-        return CodedChunk(chunk, vector, parts, comm.start_alltoall(names.model(chunk.index), parts))
+        parts = [self._codec.encode(pieces(first, last), last - first, self._bits(chunk)) for first, last in spans]
+        handle = comm.start_alltoall(names.model(chunk.index), parts)
+        return SlicedChunk(chunk, vector, parts if self._few_bits else (), handle)
 
-    def arrived(self, comm: ScopedComm, coded: CodedChunk) -> CodedChunk:
+    def arrived(self, comm: ScopedComm, sliced: SlicedChunk) -> SlicedChunk:
         """Wait for the phase under way, if there is one."""
-        return coded if coded.handle is None else coded._replace(handle=None, received=comm.wait(coded.handle))
+        if sliced.handle is None:
+            return sliced
+        return sliced._replace(handle=None, received=comm.wait(sliced.handle))
 
-    def relay(self, comm: ScopedComm, coded: CodedChunk, weights: Any, total: Scalar) -> CodedChunk:
-        """Take the mean of this worker's slice, and start the second phase.
+    def relay(
+        self, comm: ScopedComm, sliced: SlicedChunk, weights: Any, total: Scalar, outer_step: OuterStep
+    ) -> SlicedChunk:
+        """Take the mean of this worker's slice, or its outer step, and start the second phase.
 
         Args:
-            coded: whose first phase is over.
+            sliced: whose first phase is over.
             weights: of all workers, by rank.
             total: their sum.
+            outer_step: of a slice.
         """
-        chunk, slices = coded.chunk, self._slices(coded.chunk)
-        blocks = slices.elements(self._rank) // BLOCK
-        mean = list(self._mean(coded, weights, total, blocks)) or [self._empty(chunk)]
-        message = self._codec.encode(mean, blocks, self._bits)
-        lengths = [payload_bytes(slices.elements(rank), self._bits) for rank in range(self._size)]
+        chunk, bits = sliced.chunk, self._bits(sliced.chunk)
+        blocks = self._own.lengths[chunk.index] // BLOCK
+        means = self._means(sliced, weights, total, blocks)
+        values, kept = self._stepped(chunk, means, outer_step) if self._config.shards else (list(means), [])
+        values = values or [self._empty(chunk)]
+        if self._few_bits:
+            residual = self._store.read_slice("slice_residual", chunk.index)
+            spans = list(tiles(self._codec, 0, blocks)) or [(0, 0)]
+            values = [
+                value + residual[start * BLOCK : stop * BLOCK]
+                for value, (start, stop) in zip(values, spans, strict=True)
+            ]
+        message = self._codec.encode(values, blocks, bits)
+        lengths = [payload_bytes(self._slices(chunk).elements(rank), bits) for rank in range(self._size)]
         handle = comm.start_allgather(names.mean(chunk.index), message, lengths)
-        rests = [
-            part - self._codec.decode(message, self._bits, *tile)
-            for part, tile in zip(mean, tiles(self._codec, 0, blocks), strict=False)
-        ]
-        return coded._replace(handle=handle, received=(), rest=self._ops.joined(rests or [self._empty(chunk)]))
+        if self._few_bits:
+            rests = [
+                value - self._codec.decode(message, bits, start, stop)
+                for value, (start, stop) in zip(values, spans, strict=True)
+            ]
+            kept.append(self._ops.joined(rests))
+        return sliced._replace(handle=handle, received=(), relayed=True, kept=kept)
 
-    def _mean(self, coded: CodedChunk, weights: Any, total: Scalar, blocks: int) -> Iterator[Any]:
-        """Yield the tiles of this worker's slice of the mean, R."""
-        residual = self._store.read_slice("slice_residual", coded.chunk.index)
+    def _means(self, sliced: SlicedChunk, weights: Any, total: Scalar, blocks: int) -> Iterator[Any]:
+        """Yield the tiles of the mean of this worker's slice."""
+        bits = self._bits(sliced.chunk)
         for start, stop in tiles(self._codec, 0, blocks):
             mean = None
-            for rank, message in enumerate(coded.received):
-                values = self._codec.decode(message, self._bits, start, stop)
+            for rank, message in enumerate(sliced.received):
+                values = self._codec.decode(message, bits, start, stop)
                 part = values * self._ops.cast_like(weights[rank], values)
                 mean = part if mean is None else mean + part
-            yield mean / self._ops.cast_like(total, mean) + residual[start * BLOCK : stop * BLOCK]
+            yield mean / self._ops.cast_like(total, mean)
 
-    def finish(self, coded: CodedChunk, weight: Scalar, finite: Scalar) -> Iterator[tuple[Chunk, Any]]:
-        """Write the residuals, and yield parts of the chunk with the workers' mean: the anchor minus Delta.
+    def _stepped(self, chunk: Chunk, means: Iterator[Any], outer_step: OuterStep) -> tuple[list[Any], list[Any]]:
+        """Take the outer step of this worker's slice; return the tiles that it sends, and the new anchor and v."""
+        part, store, padded = self._own.part(chunk), self._store, self._codec.padded
+        if part is None:
+            return [], [self._empty(chunk)] * len({"anchor", "v"} & set(self._config.sliced_vectors))
+        mean = self._ops.joined(list(means))[: part.size]
+        length = self._own.lengths[chunk.index]
+        if self._few_bits:
+            before = store.read("anchor", part)
+            mean = before - mean
+        else:
+            before = store.read_slice("anchor", chunk.index)[: part.size]
+        # Copies: nothing is written before the verdict.
+        v = store.read_slice("v", chunk.index)[: part.size] * 1 if self._config.beta else None
+        anchor, v = outer_step(part, mean, before * 1, v)
+        sent = padded(anchor - before if self._few_bits else anchor, length)
+        kept = [] if self._few_bits else [sent]
+        kept += [] if v is None else [padded(v, length)]
+        spans = tiles(self._codec, 0, length // BLOCK)
+        return [sent[start * BLOCK : stop * BLOCK] for start, stop in spans], kept
+
+    def finish(self, sliced: SlicedChunk, weight: Scalar, finite: Scalar) -> Iterator[tuple[Chunk, Any]]:
+        """Write what is kept, and yield parts of the chunk with the workers' mean, or with the new anchor.
 
         A part is used up before the next, while a core's cache holds it.
 
         Args:
-            coded: whose second phase is over.
+            sliced: whose second phase is over.
             weight, finite: of this worker: what it owes stays where it weighs nothing, and is forgotten where its
                 values were not finite.
         """
-        chunk, store, ops = coded.chunk, self._store, self._ops
-        slices = self._slices(chunk)
-        store.write_slice("slice_residual", chunk.index, coded.rest)
+        chunk, store, bits = sliced.chunk, self._store, self._bits(sliced.chunk)
+        for name, value in zip(self._config.sliced_vectors, sliced.kept, strict=True):
+            store.write_slice(name, chunk.index, value)
 
         for rank in range(self._size):
-            begin, end = slices.span(rank)
+            begin, end = self._slices(chunk).span(rank)
             for start, stop in tiles(self._codec, begin, end):
                 part, within = self._part(chunk, start, stop), (start - begin, stop - begin)
-                sent = self._codec.decode(coded.parts[rank], self._bits, *within)
-                owed = (self._owed(chunk, coded.vector, start, stop) - sent)[: part.size]
-                residual = store.read("residual", part)
-                owed = ops.choose(weight == 0, partial(_same, residual), owed)
-                store.write("residual", part, ops.choose(finite == 0, partial(self._zeros, part), owed))
-                delta = self._codec.decode(coded.received[rank], self._bits, *within)[: part.size]
-                yield part, store.read("anchor", part) - delta
+                if self._few_bits:
+                    sent = self._codec.decode(sliced.parts[rank], bits, *within)
+                    self._withhold(sliced, part, (start, stop), sent, weight, finite)
+                value = self._codec.decode(sliced.received[rank], bits, *within)[: part.size]
+                if self._few_bits and self._config.shards:
+                    value = store.read("anchor", part) + value
+                    store.write("anchor", part, value)
+                elif self._few_bits:
+                    value = store.read("anchor", part) - value
+                yield part, value
 
-    def tensors(self, coded: CodedChunk) -> list[Any]:
+    def _withhold(
+        self, sliced: SlicedChunk, part: Chunk, blocks: tuple[int, int], sent: Any, weight: Scalar, finite: Scalar
+    ) -> None:
+        """Write a part of the residual: what has been sent is owed no more."""
+        owed = (self._owed(sliced.chunk, sliced.vector, *blocks) - sent)[: part.size]
+        residual = self._store.read("residual", part)
+        owed = self._ops.choose(weight == 0, lambda: residual, owed)
+        zeros = partial(self._codec.padded, residual[:0], part.size)
+        self._store.write("residual", part, self._ops.choose(finite == 0, zeros, owed))
+
+    def tensors(self, sliced: SlicedChunk) -> list[Any]:
         """Return the tensors of an exchange whose phases are over, for `from_tensors`."""
-        return [self._ops.joined(coded.parts), self._ops.joined(coded.received), coded.rest]
+        parts = sliced.parts or [self._codec.encode([self._empty(sliced.chunk)], 0, self._bits(sliced.chunk))]
+        return [self._ops.joined(parts), self._ops.joined(sliced.received), *sliced.kept]
 
     def nothing(self, chunk: Chunk) -> list[Any]:
         """Return as many tensors, which are empty."""
         empty = self._empty(chunk)
-        return [self._codec.encode([empty], 0, self._bits)] * 2 + [empty]
+        message = self._codec.encode([empty], 0, self._bits(chunk))
+        return [message, message, *[empty] * len(self._config.sliced_vectors)]
 
-    def from_tensors(self, chunk: Chunk, vector: str, sent: Any, received: Any, rest: Any) -> CodedChunk:
-        """Return the exchange with these tensors."""
+    def from_tensors(self, chunk: Chunk, vector: str, tensors: Iterator[Any]) -> SlicedChunk:
+        """Take an exchange's tensors and return it."""
+        sent, received = next(tensors), next(tensors)
+        kept = [next(tensors) for _ in self._config.sliced_vectors]
         slices, parts, means, start = self._slices(chunk), [], [], 0
         for rank in range(self._size):
-            stop = start + payload_bytes(slices.elements(rank), self._bits)
+            stop = start + payload_bytes(slices.elements(rank), self._bits(chunk))
             parts.append(sent[start:stop])
             means.append(received[start:stop])
             start = stop
-        return CodedChunk(chunk, vector, parts, None, means, rest)
+        return SlicedChunk(chunk, vector, parts, None, means, True, kept)
+
+    def _bits(self, chunk: Chunk) -> int:
+        exact = 8 * ITEMSIZE[self._layout.segments[chunk.segment].dtype]
+        return self._config.bits if self._few_bits else exact
 
     def _slices(self, chunk: Chunk) -> Slices:
         return Slices(chunk.size, self._size)
@@ -162,22 +230,20 @@ class TwoPhase:
         return self._parts[key]
 
     def _owed(self, chunk: Chunk, vector: str, start: int, stop: int) -> Any:
-        """Return these blocks of g."""
+        """Return these blocks of what this worker sends: g in few bits, else its values."""
         store, part = self._store, self._part(chunk, start, stop)
-        g = (store.read("anchor", part) - store.read(vector, part)) + store.read("residual", part)
+        g = store.read(vector, part)
+        if self._few_bits:
+            g = (store.read("anchor", part) - g) + store.read("residual", part)
         return self._codec.padded(g, (stop - start) * BLOCK)
 
     def _nothing(self, chunk: Chunk, start: int, stop: int) -> Any:
         """Return zeros in the place of these blocks, whatever the values are."""
-        return self._codec.padded(self._zeros(self._part(chunk, start, stop)), (stop - start) * BLOCK)
-
-    def _zeros(self, part: Chunk) -> Any:
-        # The anchor is finite. Not the store's zeros, which lie in memory that another thread may use.
-        return self._store.read("anchor", part) * 0
+        return self._codec.padded(self._empty(chunk), (stop - start) * BLOCK)
 
     def _empty(self, chunk: Chunk) -> Any:
-        return self._store.read("anchor", chunk)[:0] * 1
-
-
-def _same(x: Any) -> Any:
-    return x
+        # Not of the store's zeros, which lie in memory that another thread may use.
+        part = self._own.part(chunk) or chunk
+        if self._few_bits:
+            return self._store.read("anchor", part)[:0] * 1
+        return self._store.read_slice("anchor", chunk.index)[:0] * 1

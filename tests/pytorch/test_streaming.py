@@ -37,6 +37,7 @@ def problems(draw):
         "scale_by_lr": True if momentum is LOCAL_SGD else draw(st.booleans()),
         "gradients": draw(st.sampled_from(["local", "local", "all"])),
         "warmup_steps": draw(st.integers(0, 4)),
+        "shard": False if momentum is LOCAL_SGD else draw(st.booleans()),
         **momentum,
     }
     return Problem(

@@ -52,3 +52,33 @@ def mean_of_differences(
         rests.append(r - q)
     owed = [(gi - si)[:n] if w else ei for gi, si, ei, w in zip(g, sent, e, weights, strict=True)]
     return np.concatenate(delta)[:n], owed, rests
+
+
+def sharded_step(
+    anchor: Vector, x: list[Vector], e: list[Vector], v: list[Vector], s: list[Vector], bits: int, beta: float
+) -> tuple[Vector, list[Vector], list[Vector], list[Vector]]:
+    """Return the new anchor, e, v and s where worker j takes the outer step of slice j, with equal weights.
+
+    alpha = 1 and a constant rate. v[j], s[j]: the length of slice j in whole blocks.
+    """
+    m, n = len(x), len(anchor)
+    blocks = -(-n // 1024)
+    g = [np.pad((anchor - x[i]) + e[i], (0, 1024 * blocks - n)) for i in range(m)]
+    sent = [rounded(gi, bits) for gi in g]
+    new, momenta, rests = [], [], []
+    for j in range(m):
+        start, stop = 1024 * (blocks * j // m), 1024 * (blocks * (j + 1) // m)
+        total = sent[0][start:stop]
+        for i in range(1, m):
+            total = total + sent[i][start:stop]
+        old = np.pad(anchor, (0, 1024 * blocks - n))[start:stop]
+        mean = old - total / np.float32(m)
+        w = np.float32(beta) * v[j]
+        momenta.append(w + (old - mean))
+        step = (mean - w) - old
+        step = np.where(np.arange(start, stop) < n, step, np.float32(0)) + s[j]
+        q = rounded(step, bits)
+        new.append(old + q)
+        rests.append(step - q)
+    owed = [(gi - si)[:n] for gi, si in zip(g, sent, strict=True)]
+    return np.concatenate(new)[:n], owed, momenta, rests

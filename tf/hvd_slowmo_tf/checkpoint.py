@@ -14,6 +14,7 @@ from hvd_slowmo.checkpoint.file import Arrays
 from hvd_slowmo.checkpoint.inner_state import ADAM, SGD, OptimizerKind, OptimizerState
 from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
 from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.whole import Whole
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
@@ -52,7 +53,9 @@ class KerasWorkerState:
         parts: OptimizerParts,
         model: keras.Model | Sequence[keras.Variable],
         parameter_map: ParameterMap | None,
+        gathered: Whole | None = None,
     ) -> None:
+        self._parts, self._gathered = parts, gathered
         self._optimizer, self._inner, self._kept = optimizer, parts.inner, parts.variables
         self._workers = parts.workers
         self.config = optimizer.config
@@ -115,8 +118,17 @@ class KerasWorkerState:
     def _flat(self, vector: str, number: int) -> NDArray[Any]:
         """Return a flat variable's values. `finish` assigns them whole: a variable assigned in part gets slow."""
         if (vector, number) not in self._flats:
-            self._flats[vector, number] = self._kept.vectors[vector][number].numpy().copy()
+            self._flats[vector, number] = self._present(vector, number)
         return self._flats[vector, number]
+
+    def _present(self, vector: str, number: int) -> NDArray[Any]:
+        """Return a copy of a chunk of a vector; zeros of one that is in slices, but for a save."""
+        if not self._parts.slices.keeps(vector, number):
+            present: NDArray[Any] = array_of(self._kept.vectors[vector][number]).copy()
+            return present
+        if self._gathered:
+            return array_of(self._gathered[vector][number])
+        return np.zeros(self._parts.layout.layout.chunks[number].size, self._kept.slices[vector][number].dtype)
 
     def _whole(self, vector: str, own: str) -> keras.Variable:
         return self._averages[own] if vector == _AVERAGE else self._variables[own]
@@ -203,9 +215,15 @@ class KerasWorkerState:
 
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for vector, number in self._changed:
-            self._kept.vectors[vector][number].assign(self._flats[vector, number])
-        for chunk, v in self._kept.slices.get("slice_residual", {}).items():
-            v.assign(self.slice_residuals.get(str(chunk), np.zeros(v.shape, np.float32)))
+            whole = self._flats[vector, number]
+            if self._parts.slices.keeps(vector, number):
+                v, chunk = self._kept.slices[vector][number], self._parts.layout.layout.chunks[number]
+                own = self._parts.slices.cut(chunk, whole)
+                v.assign(np.pad(own, (0, v.shape[0] - len(own))))
+            else:
+                self._kept.vectors[vector][number].assign(whole)
+        for index, v in self._kept.slices.get("slice_residual", {}).items():
+            v.assign(self.slice_residuals.get(str(index), np.zeros(v.shape, np.float32)))
         others = {**self._others, **self._scaler()}
         for name, value in framework.items():
             others[name].assign(value)
@@ -318,7 +336,7 @@ def _places(
                 group_of[own] = next(groups)
                 stretches[segment, number] = []
                 places.setdefault(own, []).append((ref.spec.view, stretches[segment, number]))
-    for position, chunk in enumerate(layout.parameter_chunks):
+    for chunk in layout.parameter_chunks:
         for number, start, stop, at in layout.spans(chunk):
-            stretches[chunk.segment, number].append((position, at, at + stop - start))
+            stretches[chunk.segment, number].append((chunk.index, at, at + stop - start))
     return group_of, places

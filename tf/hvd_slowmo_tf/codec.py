@@ -9,6 +9,9 @@ import tensorflow as tf
 from hvd_slowmo.core.codec import LEVELS, blocks_of, payload_bytes
 from hvd_slowmo.core.slices import BLOCK
 
+EXACT = {16: tf.bfloat16, 32: tf.float32, 64: tf.float64}
+"""Types of TensorFlow's own in which values travel."""
+
 
 class KerasCodec:
     """`hvd_slowmo.core.codec.Codec` on tensors of TensorFlow.
@@ -24,8 +27,8 @@ class KerasCodec:
 
     def encode(self, pieces: Iterable[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
         g = tf.concat(list(pieces), 0)
-        if bits == 16:
-            codes = tf.bitcast(tf.cast(g, tf.bfloat16), tf.uint8)
+        if bits in EXACT:
+            codes = tf.bitcast(tf.cast(g, EXACT[bits]), tf.uint8)
             return tf.reshape(codes, [payload_bytes(blocks * BLOCK, bits)])
         rows = tf.reshape(g, [blocks, BLOCK])
         # TensorFlow would turn a plain division by a constant into a product with its reciprocal: another last bit.
@@ -44,9 +47,10 @@ class KerasCodec:
         blocks = blocks_of(message, bits)
         last = blocks if last is None else last
         elements = (last - first) * BLOCK
-        if bits == 16:
-            codes = tf.reshape(message[2 * first * BLOCK : 2 * last * BLOCK], [elements, 2])
-            return tf.cast(tf.bitcast(codes, tf.bfloat16), tf.float32)
+        if bits in EXACT:
+            size = bits // 8
+            codes = tf.reshape(message[size * first * BLOCK : size * last * BLOCK], [elements, size])
+            return tf.cast(tf.bitcast(codes, EXACT[bits]), tf.float64 if bits == 64 else tf.float32)
         scales = tf.bitcast(tf.reshape(message[4 * first : 4 * last], [last - first, 4]), tf.float32)
         row = BLOCK * bits // 8
         codes = message[4 * blocks + first * row : 4 * blocks + last * row]

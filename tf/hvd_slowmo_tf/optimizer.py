@@ -21,6 +21,7 @@ from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.whole import Whole
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callers import refuse_foreign_broadcasts
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
@@ -383,7 +384,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
                 there before is whole then.
         """
         self.worker.refuse_if_left()
-        checkpoint.save(lambda: self._worker_state(model, parameter_map), self.worker.comm, path)
+        whole = self.worker.gather_whole()
+        checkpoint.save(lambda: self._worker_state(model, parameter_map, whole), self.worker.comm, path)
 
     def load(
         self, path: AnyPath, model: keras.Model | None = None, *, parameter_map: ParameterMap | None = None
@@ -403,7 +405,9 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         self.worker.resend_statistics()
         self.worker.forget_join()
 
-    def _worker_state(self, model: keras.Model | None, parameter_map: ParameterMap | None) -> KerasWorkerState:
+    def _worker_state(
+        self, model: keras.Model | None, parameter_map: ParameterMap | None, whole: Whole | None = None
+    ) -> KerasWorkerState:
         worker = self.worker
         worker.refuse_while_averaging("save() or load()")
         found = worker.model if model is None else model
@@ -411,7 +415,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             raise ValueError("give the Keras model: optimizer.save(path, model), optimizer.load(path, model).")
         if isinstance(found, keras.Model):
             self.build(found.trainable_variables)
-        return KerasWorkerState(self, worker.parts(), found, parameter_map or worker.parameter_map)
+        return KerasWorkerState(self, worker.parts(), found, parameter_map or worker.parameter_map, whole)
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")

@@ -136,6 +136,11 @@ class StartingKerasWorker:
         machine = self._step.assembly.machine
         if job.fresh:
             worker.call(lambda: variables.write(machine.start()))
+        elif job.restored_first and variables.slices:
+            raise ValueError(
+                "rank 0 alone has loaded a state, and with few bits or shard=True each rank has its own: load each "
+                "rank's own file, or a checkpoint of save()."
+            )
         elif job.restored_first:
             worker.call(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state")))
             worker.call(lambda: variables.write(machine.reset(variables.read())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import keras
@@ -21,7 +21,7 @@ class VariableStore:
 
     Args:
         layout: of the model.
-        vectors: per name, a flat variable for each chunk of parameters.
+        vectors: per name, a flat variable for each chunk of parameters, by its number.
         inner: whose state is reset.
         slices: per name of a vector that is kept in slices, a variable by chunk.
     """
@@ -29,17 +29,13 @@ class VariableStore:
     def __init__(
         self,
         layout: KerasLayout,
-        vectors: Mapping[str, Sequence[keras.Variable]],
+        vectors: Mapping[str, Mapping[int, keras.Variable]],
         inner: InnerOptimizer,
         slices: Mapping[str, Mapping[int, keras.Variable]] = MappingProxyType({}),
     ) -> None:
         self._layout = layout
         self._inner = inner
-        chunks = layout.layout.parameter_chunks
-        self._vectors = {
-            name: {chunk.index: v for chunk, v in zip(chunks, variables, strict=True)}
-            for name, variables in vectors.items()
-        }
+        self._vectors = {name: dict(variables) for name, variables in vectors.items()}
         self._slices = slices
         self._pending = Pending(ref for refs in layout.refs for ref in refs)
         statistics = [ref.variable for ref in layout.refs_of("statistic")]

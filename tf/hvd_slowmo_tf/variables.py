@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.layout import Layout
+from hvd_slowmo.core.layout import Chunk, Layout
 from hvd_slowmo.core.progress import FIELDS, INTEGERS, PER_FRAGMENT, PER_GROUP, Flight, Observed, Progress
+from hvd_slowmo.core.slices import OwnSlices
 
 
 class OptimizerVariables:
@@ -21,13 +21,13 @@ class OptimizerVariables:
         vectors: names of the vectors that are kept beside the parameters.
         weights: number of push-sum weights: one per worker with gossip, else none.
         late: exchanges may be in flight between two steps.
-        slices: per name of a vector that is kept in slices, the length of this worker's by chunk.
+        slices: the worker's.
 
     Attributes:
         scalars: `Progress.flat()`, a variable per name.
         workers: number of workers of the job; 0 before it has started.
-        vectors: per name, a flat variable for each chunk of parameters.
-        slices: per name, a flat variable for the worker's slice of each chunk that travels in slices.
+        vectors: per name, a flat variable for each chunk of parameters, by its number.
+        slices: per name, one for the worker's slice of each chunk of which it keeps that alone.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class OptimizerVariables:
         vectors: Sequence[str],
         weights: int,
         late: bool = False,
-        slices: Mapping[str, Mapping[int, int]] = MappingProxyType({}),
+        slices: OwnSlices | None = None,
     ) -> None:
         fragments = layout.fragments
         shapes: dict[str, tuple[int, ...]] = {
@@ -59,22 +59,29 @@ class OptimizerVariables:
             for field in FIELDS
         }
         self.workers = add_variable(shape=(), dtype="int64", name="workers")
+        own = {} if slices is None else slices.allocations()
+
+        def flat(name: str, chunk: Chunk, length: int) -> keras.Variable:
+            dtype = layout.segments[chunk.segment].dtype
+            return add_variable(shape=(length,), dtype=dtype, name=f"{name}_{chunk.index}")
+
         self.vectors = {
-            vector: [
-                add_variable(
-                    shape=(chunk.size,), dtype=layout.segments[chunk.segment].dtype, name=f"{vector}_{chunk.index}"
-                )
+            vector: {
+                chunk.index: flat(vector, chunk, chunk.size)
                 for chunk in layout.parameter_chunks
-            ]
+                if chunk.index not in own.get(vector, ())
+            }
             for vector in vectors
         }
         self.slices = {
-            vector: {
-                chunk: add_variable(shape=(length,), dtype="float32", name=f"{vector}_{chunk}")
-                for chunk, length in lengths.items()
-            }
-            for vector, lengths in slices.items()
+            vector: {chunk: flat(vector, layout.chunks[chunk], length) for chunk, length in lengths.items()}
+            for vector, lengths in own.items()
         }
+        self._lengths = [chunk.size for chunk in layout.parameter_chunks]
+
+    def fit(self, layout: Layout) -> bool:
+        """Return whether the chunks of a layout have the lengths for which these were made."""
+        return self._lengths == [chunk.size for chunk in layout.parameter_chunks]
 
     def regroup(self, groups: int, variables: list[keras.Variable]) -> None:
         """Keep learning rates of so many groups, where workers of another framework have several.

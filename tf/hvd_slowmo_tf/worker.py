@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -24,8 +25,9 @@ from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.names import within_step
 from hvd_slowmo.core.progress import Observed
 from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.slices import lengths
+from hvd_slowmo.core.slices import OwnSlices, travels_in_slices
 from hvd_slowmo.core.startup import Job
+from hvd_slowmo.core.whole import Whole, gather_whole
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checks import refuse_strategies
@@ -53,6 +55,7 @@ class OptimizerParts:
     layout: KerasLayout
     graph: Graph | None  # of the gossip
     workers: int  # number of workers of the job
+    slices: OwnSlices
 
 
 class KerasWorker:
@@ -154,7 +157,9 @@ class KerasWorker:
         layout = self._lay_out(self._parameter_refs(trained))
         late = self.config.delay > 0
         vectors += ("in_flight",) if late else ()
-        slices = dict.fromkeys(self.config.sliced_vectors, self._slice_lengths(layout))
+        # Without slices the workers need not be known yet.
+        rank, size = (self.comm.rank, self.comm.size) if self.config.sliced_vectors else (0, 1)
+        slices = OwnSlices(self.config, layout.layout, rank, size)
         add_variable = self.optimizer.add_variable
         self._variables = OptimizerVariables(add_variable, layout.layout, vectors, weights, late, slices)
 
@@ -322,7 +327,12 @@ class KerasWorker:
         if self.step is None and self.parameter_map is not None:
             raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
         layout = self.layout_of(self.refs()) if self.step is None else self.step.assembly.layout
-        return OptimizerParts(self.inner, self.variables, layout, self._graph, self.comm.size)
+        slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
+        return OptimizerParts(self.inner, self.variables, layout, self._graph, self.comm.size, slices)
+
+    def gather_whole(self) -> Whole:
+        """Return whole vectors of what is kept in slices. A collective once the workers have started."""
+        return {} if self.step is None else gather_whole(self.step.assembly.runtime)
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one."""
@@ -355,11 +365,8 @@ class KerasWorker:
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)
         groups = ParameterGroups.single(parameters)
-        config = self.config
-        return lay_out(refs, groups, self.optimizer._chunk_bytes, config.fragments, few_bits=config.bits < 32)
-
-    def _slice_lengths(self, layout: KerasLayout) -> dict[int, int]:
-        return lengths(layout.layout, self.comm.rank, self.comm.size) if self.config.sliced_vectors else {}
+        config, sliced = self.config, partial(travels_in_slices, self.config)
+        return lay_out(refs, groups, self.optimizer._chunk_bytes, config.fragments, sliced)
 
     def _assembled_alone(self) -> TracedStep:
         layout = self.layout_of(self.refs())
@@ -372,8 +379,7 @@ class KerasWorker:
         safe = GraphSafeComm(comm, names, timed=self.observe)
         explain = comm.latch.explain if isinstance(comm, HorovodComm) else None
         self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
-        made = [len(v) for v in next(iter(self.variables.vectors.values()), ())]
-        if made and made != [chunk.size for chunk in layout.layout.parameter_chunks]:
+        if not self.variables.fit(layout.layout):
             raise ValueError(
                 "the optimizer was built before its model was known, and with few bits the map's shapes decide what is "
                 "sent in which way. Call broadcast(model) before build()."

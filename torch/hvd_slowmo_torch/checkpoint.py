@@ -17,6 +17,7 @@ from hvd_slowmo.checkpoint.inner_state import ADAM, SETTINGS, SGD, OptimizerKind
 from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
 from hvd_slowmo.core.assembly import Assembly
 from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.whole import Whole, divided_vectors
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
@@ -25,6 +26,7 @@ from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
+from hvd_slowmo_torch.store import zeros_of
 from hvd_slowmo_torch.watch import WatchNotes
 
 if TYPE_CHECKING:
@@ -64,18 +66,20 @@ class TorchWorkerState:
         progress: Progress,
         parameter_map: ParameterMap | None,
         settle: Callable[[Progress, WatchNotes | None], None],
+        whole: Whole | None = None,
     ) -> None:
         self._model, self._inner, self._settle = model, inner_optimizer, settle
         self._common_groups = assembly.groups
         store = cast("TorchStore", assembly.runtime.store)
-        self._store, self._flats, self._watch = store, store.vectors, store.watch
+        self._store, self._watch = store, store.watch
         self._tensors = tensors_of(model)
         self._places: dict[str, list[tuple[int, int, View]]] = {}  # segment, start, view; by own name
         self.config = assembly.runtime.config
         self._late = self.config.delay > 0
+        self._slices = assembly.runtime.slices
         self.graph = None if assembly.graph is None else assembly.graph.digest
         self.progress = Progress.from_flat({field: np.asarray(x) for field, x in progress.flat().items()})
-        self.vectors = list(self._flats)
+        self.vectors = list(store.vectors)
         self.tensors = name_model(model, parameter_map)
         self.groups: dict[str, int] = {}
         layout = assembly.layout.layout
@@ -89,6 +93,17 @@ class TorchWorkerState:
         self.averaged = set(self._places)
         # As whole segments, so that a resume may write tensor by tensor.
         self._sent = [store.whole_in_flight(number) for number in range(len(layout.segments))] if self._late else []
+        self._flats = dict(store.vectors)
+        for name in divided_vectors(self.config):
+            flats = self._flats[name] = list(self._flats[name])
+            for number, segment in enumerate(layout.segments):
+                if segment.sliced:
+                    flats[number] = zeros_of(segment, segment.size)
+            for chunk in self._slices.chunks if whole is not None else ():
+                flat = flats[chunk.segment]
+                assert flat is not None, "just made"
+                assert whole is not None, "else there is no turn"
+                flat[chunk.start : chunk.stop] = whole[name][chunk.index]
         missing = set(self.groups) - {spec.own for spec in self.tensors.specs}
         if missing:
             raise ValueError(f"the ParameterMap leaves out trained parameters: {', '.join(sorted(missing))}.")
@@ -243,9 +258,15 @@ class TorchWorkerState:
                 self._sent[int(own.removeprefix("in_flight/"))].copy_(torch.tensor(value))
             elif own not in _WATCH:
                 self.write("model", own, value)
-        for chunk, residual in self._store.slices.get("slice_residual", {}).items():
-            saved = self.slice_residuals.get(str(chunk))
+        for index, residual in self._store.slices.get("slice_residual", {}).items():
+            saved = self.slice_residuals.get(str(index))
             residual.copy_(torch.zeros_like(residual) if saved is None else torch.tensor(saved))
+        for name in divided_vectors(self.config):
+            for chunk in self._slices.chunks:
+                flat = self._flats[name][chunk.segment]
+                assert flat is not None, "segments in slices have one here"
+                own = self._slices.cut(chunk, flat[chunk.start : chunk.stop])
+                self._store.slices[name][chunk.index][: len(own)] = own
         if self._late:
             self._store.in_flight = {
                 chunk.index: self._sent[chunk.segment][chunk.start : chunk.stop].clone()

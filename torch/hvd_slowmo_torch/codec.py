@@ -9,6 +9,9 @@ import torch
 from hvd_slowmo.core.codec import LEVELS, blocks_of, payload_bytes
 from hvd_slowmo.core.slices import BLOCK
 
+EXACT = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+"""Types of PyTorch's own in which values travel."""
+
 
 class TorchCodec:
     """`hvd_slowmo.core.codec.Codec` on PyTorch tensors.
@@ -27,8 +30,8 @@ class TorchCodec:
                 message = torch.empty(payload_bytes(blocks * BLOCK, bits), dtype=torch.uint8, device=piece.device)
             rows = piece.view(-1, BLOCK)
             last = first + len(rows)
-            if bits == 16:
-                message.view(torch.bfloat16)[first * BLOCK : last * BLOCK] = piece
+            if bits in EXACT:
+                message.view(EXACT[bits])[first * BLOCK : last * BLOCK] = piece
             else:
                 self._encode(rows, message, blocks, first, last, bits)
             first = last
@@ -52,8 +55,9 @@ class TorchCodec:
     def decode(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> torch.Tensor:
         blocks = blocks_of(message, bits)
         last = blocks if last is None else last
-        if bits == 16:
-            return message.view(torch.bfloat16)[first * BLOCK : last * BLOCK].float()
+        if bits in EXACT:
+            values = message.view(EXACT[bits])[first * BLOCK : last * BLOCK]
+            return values.float() if bits == 16 else values
         scales = message[4 * first : 4 * last].clone().view(torch.float32)  # a copy, which is aligned
         codes = message[4 * blocks :].view(blocks, BLOCK * bits // 8)[first:last]
         if bits == 8:

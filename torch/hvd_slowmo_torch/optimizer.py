@@ -21,6 +21,7 @@ from hvd_slowmo.core.join import JoinResult, take_part
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.startup import start
+from hvd_slowmo.core.whole import Whole, gather_whole
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
@@ -354,11 +355,12 @@ class SlowMo(Outermost, Optimizer):
                 "parameters can't be added while messages are on their way or push-sum weights differ from 1. Add them "
                 "before the first step, or right after join() or an outer step."
             )
-        if self.config.fragments > 1 or any(worker.progress.flight.launched):
+        if self.config.fragments > 1 or self.config.shards or any(worker.progress.flight.launched):
             raise ValueError(
-                "parameters can't be added with fragments > 1, whose blocks they would move to other parameters, or "
-                f"while an exchange is in flight. Received: fragments={self.config.fragments}, "
-                f"delay={self.config.delay}. Construct another SlowMo, or, with one fragment, call join() first."
+                "parameters can't be added with fragments > 1 or shard=True, whose blocks and slices they would move "
+                f"to other parameters, or while an exchange is in flight. Received: fragments={self.config.fragments}, "
+                f"delay={self.config.delay}, shard={self.config.shard}. Construct another SlowMo, or, with one "
+                "fragment and shard=False, call join() first."
             )
         add_param_group(worker, param_group)
 
@@ -392,7 +394,7 @@ class SlowMo(Outermost, Optimizer):
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _returned(before(self, state_dict), state_dict)
-        saved = slowmo_state.check(state_dict, self.config, worker.assembly.machine.layout, worker.comm)
+        saved = slowmo_state.check(state_dict, self.config, worker.store, worker.comm)
         inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
         self.inner_optimizer.load_state_dict(inner)
         with torch.no_grad():
@@ -416,8 +418,11 @@ class SlowMo(Outermost, Optimizer):
             ValueError: on every rank, if one can't save or the ranks are not at the same step; a checkpoint that was
                 there before is whole then.
         """
-        self.worker.presence.refuse_if_left()
-        checkpoint.save(lambda: self._worker_state(parameter_map), self.worker.comm, path)
+        worker = self.worker
+        worker.presence.refuse_if_left()
+        with torch.no_grad():
+            whole = gather_whole(worker.assembly.runtime)
+        checkpoint.save(lambda: self._worker_state(parameter_map, whole), worker.comm, path)
 
     def load(self, path: checkpoint.AnyPath, *, parameter_map: ParameterMap | None = None) -> None:
         """Continue from a checkpoint of `save`, of either framework: the model's values too. A collective.
@@ -440,11 +445,12 @@ class SlowMo(Outermost, Optimizer):
 
         checkpoint.load(make, worker.comm, path)
 
-    def _worker_state(self, parameter_map: ParameterMap | None) -> TorchWorkerState:
+    def _worker_state(self, parameter_map: ParameterMap | None, whole: Whole | None = None) -> TorchWorkerState:
         worker = self.worker
         worker.refuse_elsewhere("save() or load()")
         names = parameter_map or worker.settings.parameter_map
-        return TorchWorkerState(worker.model, worker.inner, worker.assembly, worker.progress, names, worker.settle)
+        progress, settle = worker.progress, worker.settle
+        return TorchWorkerState(worker.model, worker.inner, worker.assembly, progress, names, settle, whole)
 
 
 def _returned(result: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hvd_slowmo.core.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.gradient_average import GradientAverage
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import lay_out
+from hvd_slowmo.core.slices import travels_in_slices
 from hvd_slowmo.core.startup import Description, Job, agree
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.bulk import TorchCarrier, bodies_of, is_plain, on_wire
@@ -61,9 +63,9 @@ class StartingTorchWorker:
         specs = [ref.spec for ref in refs]
         if self.config.inner_state == "average" and self.config.tau is not None:
             refs += state_refs(model, inner)
-        self._description = Description(
-            specs, groups, lay_out(refs, groups, settings.chunk_bytes, self.config.fragments, self.config.bits < 32)
-        )
+        sliced = partial(travels_in_slices, self.config)
+        layout = lay_out(refs, groups, settings.chunk_bytes, self.config.fragments, sliced)
+        self._description = Description(specs, groups, layout)
         check_inner_optimizer(inner, self.config)
         return self._description
 

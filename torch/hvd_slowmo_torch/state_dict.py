@@ -6,9 +6,11 @@ Tensors, numbers, strings, lists and dicts only, so that torch.load(weights_only
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
@@ -16,6 +18,7 @@ from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.progress import INTEGERS, Progress
 from hvd_slowmo.core.schedule import workers_equal
 from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.store import TorchStore
 from hvd_slowmo_torch.watch import WatchNotes
 from hvd_slowmo_torch.worker import TorchWorker
 
@@ -37,7 +40,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "config": config.facts(),
         "rank": comm.rank,
         "size": comm.size,
-        "common": workers_equal(config, progress),
+        "common": workers_equal(config, progress) and not config.shards,
         "progress": {field: np.asarray(value).tolist() for field, value in progress.flat().items()},
         "parameters": _parameters(worker.assembly.machine.layout),
         "vectors": {name: [t for t in parts if t is not None] for name, parts in worker.store.vectors.items()},
@@ -49,7 +52,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
     }
 
 
-def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm: ScopedComm) -> dict[str, Any]:
+def check(state_dict: dict[str, Any], config: SlowMoConfig, store: TorchStore, comm: ScopedComm) -> dict[str, Any]:
     """Return the entry "slowmo" of a state_dict, if this worker may continue from it.
 
     Raises:
@@ -75,7 +78,7 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, layout: Layout, comm
             )
     if saved["size"] != comm.size:
         raise ValueError(f"the state is one of {saved['size']} workers, this job has {comm.size}.")
-    _check_layout(saved, layout)
+    _check_layout(saved, store)
     if saved["rank"] != comm.rank:
         if not saved["common"]:
             raise ValueError(
@@ -112,22 +115,30 @@ def _array(field: str, value: Any) -> Any:
     return np.array(value, np.int64 if field in INTEGERS else np.float64) if isinstance(value, list) else value
 
 
-def _check_layout(saved: dict[str, Any], layout: Layout) -> None:
+def _check_layout(saved: dict[str, Any], store: TorchStore) -> None:
+    layout = store.layout
     parameters = _parameters(layout)
     for number, (a, b) in enumerate(zip(saved["parameters"], parameters, strict=False)):
         if a != b:
             raise ValueError(f"parameter {number} of the state is {_spell(a)}, in this model it is {_spell(b)}.")
     if len(saved["parameters"]) != len(parameters):
         raise ValueError(f"the state has {len(saved['parameters'])} parameters, this optimizer has {len(parameters)}.")
-    sizes = [segment.size for segment in layout.segments if segment.role == "parameter"]
     lengths = {chunk.index: chunk.size for chunk in layout.chunks}
-    sent = saved["in_flight"]
-    if any([len(t) for t in tensors] != sizes for tensors in saved["vectors"].values()) or any(
-        lengths.get(index) != len(tensor) for index, tensor in sent.items()
-    ):
+    other_chunks = any(lengths.get(index) != len(tensor) for index, tensor in saved["in_flight"].items())
+    if other_chunks or _lengths(saved["vectors"], saved["slices"]) != _lengths(store.vectors, store.slices):
         raise ValueError(
             "the state's vectors are cut otherwise than this model's: put its parameters on the same devices."
         )
+
+
+def _lengths(
+    vectors: Mapping[str, Sequence[torch.Tensor | None]], slices: Mapping[str, Mapping[int, torch.Tensor]]
+) -> tuple[dict[str, list[int]], dict[str, dict[int, int]]]:
+    """Return the lengths of all vectors and slices."""
+    return (
+        {name: [len(t) for t in parts if t is not None] for name, parts in vectors.items()},
+        {name: {index: len(x) for index, x in by_chunk.items()} for name, by_chunk in slices.items()},
+    )
 
 
 def _parameters(layout: Layout) -> list[list[Any]]:

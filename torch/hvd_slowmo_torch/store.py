@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.optim import Optimizer
 
 from hvd_slowmo.core.layout import Chunk, Segment, Stretch
 from hvd_slowmo.core.progress import Vector
+from hvd_slowmo.core.slices import OwnSlices
 from hvd_slowmo.core.store import Condition
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
@@ -87,11 +87,11 @@ class TorchStore:
         inner: the inner optimizer.
         names: of the vectors that are kept beside the model.
         buffers: returns the names of the model's floating-point buffers.
-        slices: per name of a vector that is kept in slices, the length of this worker's by chunk.
+        own: the worker's slices; None: nothing is kept in slices.
 
     Attributes:
         watch: of the model.
-        vectors: per name, a flat tensor for each segment of parameters; None for the other segments.
+        vectors: per name, a flat tensor for each segment of parameters; None for the others, and where `slices` has it.
         slices: per name and chunk, this worker's slice of a vector.
         in_flight: by chunk, the values that were sent and whose mean has not been applied.
     """
@@ -102,7 +102,7 @@ class TorchStore:
         inner: Optimizer,
         names: Sequence[str],
         buffers: Callable[[], set[str]],
-        slices: Mapping[str, Mapping[int, int]] = MappingProxyType({}),
+        own: OwnSlices | None = None,
     ) -> None:
         self.layout = layout.layout
         self.watch = ModelWatch(layout, buffers)
@@ -113,13 +113,17 @@ class TorchStore:
             *(ref for ref in layout.refs_of("statistic") if ref.watched),
         ]
         self._refs = layout.refs
-        self.vectors: dict[str, list[torch.Tensor | None]] = {
-            name: [zeros_of(s, s.size) if s.role == "parameter" else None for s in self.layout.segments]
-            for name in names
-        }
+        self._own = own
         self.slices = {
             name: {chunk: zeros_of(self.segment_of(chunk), length) for chunk, length in lengths.items()}
-            for name, lengths in slices.items()
+            for name, lengths in ({} if own is None else own.allocations()).items()
+        }
+        self.vectors: dict[str, list[torch.Tensor | None]] = {
+            name: [
+                zeros_of(s, s.size) if s.role == "parameter" and not (s.sliced and name in self.slices) else None
+                for s in self.layout.segments
+            ]
+            for name in names
         }
         self.in_flight: dict[int, torch.Tensor] = {}
         self._turns = {chunk.index: turn for turn, chunk in enumerate(self.layout.in_turn)}
@@ -269,9 +273,16 @@ class TorchStore:
 
     def _begin_anew(self, chunk: Chunk, start: int, values: torch.Tensor) -> None:
         """Set a stretch of the anchor to a parameter's values, without momentum."""
-        for name, flats in self.vectors.items():
-            flat = flats[chunk.segment]
-            if flat is not None and name in ("anchor", "v"):
+        for name in {"anchor", "v"} & {*self.vectors, *self.slices}:
+            if self._own is not None and self._own.keeps(name, chunk.index):
+                part = self._own.part(chunk)
+                first, stop = (0, 0) if part is None else (max(start, part.start), min(start + len(values), part.stop))
+                if part is not None and first < stop:
+                    own = values[first - start : stop - start] if name == "anchor" else 0
+                    self.slices[name][chunk.index][first - part.start : stop - part.start] = own
+                continue
+            flat = self.vectors[name][chunk.segment]
+            if flat is not None:
                 flat[start : start + len(values)] = values if name == "anchor" else 0
 
     def _flat(self, vector: str, stretch: Stretch) -> torch.Tensor:

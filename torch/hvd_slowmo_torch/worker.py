@@ -32,7 +32,7 @@ from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.progress import Observed, Progress, Scalar
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import StepPlan
-from hvd_slowmo.core.slices import lengths
+from hvd_slowmo.core.slices import OwnSlices
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.codec import TorchCodec
@@ -113,8 +113,8 @@ class TorchWorker:
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
         buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
-        slices = lengths(layout.layout, self.comm.rank, self.comm.size)
-        self.store = TorchStore(layout, self.inner, names, buffers, dict.fromkeys(self.config.sliced_vectors, slices))
+        slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
+        self.store = TorchStore(layout, self.inner, names, buffers, slices)
         devices = [torch.device(segment.device) for segment in layout.layout.segments]
         on_cpu = all(device.type == "cpu" for device in devices)
         runtime = Runtime(

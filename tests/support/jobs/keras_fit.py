@@ -69,7 +69,7 @@ def held(model: keras.Model) -> dict[str, Any]:
     vectors = optimizer.worker.variables.vectors
     return {
         "weights": [v.numpy() for v in model.weights],
-        "vectors": [v.numpy() for name in sorted(vectors) for v in vectors[name]],
+        "vectors": [v.numpy() for name in sorted(vectors) for v in vectors[name].values()],
         "steps": optimizer.steps,
         "iterations": int(optimizer.iterations.numpy()),
         "traces": optimizer.worker.step.traces,

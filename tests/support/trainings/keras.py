@@ -103,8 +103,9 @@ class Worker:
         return np.concatenate([part.numpy().reshape(-1) for part in self.parts])
 
     def held(self) -> dict[str, Any]:
-        vectors = self.optimizer.worker.variables.vectors
-        return {"x": self.flat(), **{name: np.concatenate([v.numpy() for v in vs]) for name, vs in vectors.items()}}
+        kept = self.optimizer.worker.variables.vectors
+        vectors = {name: np.concatenate([v.numpy() for v in by_chunk.values()]) for name, by_chunk in kept.items()}
+        return {"x": self.flat(), **vectors}
 
     def step(self, batch: int, step: int) -> None:
         self.optimizer.learning_rate = self.problem.rate(step, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from support.trainings.keras import GraphComm
+from support.trainings.keras import GraphComm, horovod_rank
 
 SHAPE = (50, 70)
 
@@ -35,9 +35,7 @@ def step(weights: list[keras.Variable], optimizer: SlowMo, rank: int, k: int) ->
 
 def trained(settings: dict[str, Any], comm: Any = None) -> dict[str, np.ndarray]:
     """Train a few steps on a worker of a pool, or of a world; the workers have different numbers of steps."""
-    import hvd_slowmo.tf as slowmo
-
-    rank = slowmo.rank() if comm is None else comm.rank
+    rank = horovod_rank() if comm is None else comm.rank
     weights, optimizer = build(comm, **settings)
     for k in range(13 + rank):
         step(weights, optimizer, rank, k)

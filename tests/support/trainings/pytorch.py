@@ -65,7 +65,8 @@ def advance(problem: Problem, model: Model, optimizer: SlowMo, rank: int, steps:
 
 def held(model: Model, optimizer: SlowMo) -> dict[str, Any]:
     vectors = optimizer.state_dict()["slowmo"]["vectors"]
-    flat = {name: torch.cat([part.cpu() for part in parts]).numpy().copy() for name, parts in vectors.items()}
+    whole = {name: parts for name, parts in vectors.items() if parts}  # of the others each worker has its slices
+    flat = {name: torch.cat([part.cpu() for part in parts]).numpy().copy() for name, parts in whole.items()}
     return {"x": model.flat(), **flat}
 
 
