@@ -194,6 +194,7 @@ class MeteredComm:
         self.node: MeteredComm | None = None if comm.node is None else MeteredComm(comm.node)
         self._bytes_sent = 0
         self._seconds_waited = 0.0
+        self._seconds_exchanging = 0.0
 
     @property
     def bytes_sent(self) -> int:
@@ -204,6 +205,11 @@ class MeteredComm:
     def seconds_waited(self) -> float:
         """Seconds waited, for the workers of the node too."""
         return self._seconds_waited + (0.0 if self.node is None else self.node.seconds_waited)
+
+    @property
+    def seconds_exchanging(self) -> float:
+        """Seconds in which exchanges were under way, those beside the caller in full; for the node's workers too."""
+        return self._seconds_exchanging + (0.0 if self.node is None else self.node.seconds_exchanging)
 
     def start_sum(self, name: str, x: Any) -> Any:
         self._bytes_sent += x.nbytes if self.size > 1 else 0
@@ -225,20 +231,22 @@ class MeteredComm:
         self._comm.open_beside()
 
     def start_beside(self, work: Callable[[Comm], T]) -> _Beside:
-        def measured(comm: Comm) -> tuple[T, int]:
-            own = MeteredComm(comm)
-            return work(own), own.bytes_sent
+        def measured(comm: Comm) -> tuple[T, int, float]:
+            own, started = MeteredComm(comm), time.perf_counter()
+            return work(own), own.bytes_sent, time.perf_counter() - started
 
         return _Beside(self._comm.start_beside(measured))
 
     def wait(self, handle: Any) -> Any:
         started = time.perf_counter()
         if isinstance(handle, _Beside):
-            result, sent = self._comm.wait(handle.handle)
+            result, sent, seconds = self._comm.wait(handle.handle)
             self._bytes_sent += sent
         else:
-            result = self._comm.wait(handle)
-        self._seconds_waited += time.perf_counter() - started
+            result, seconds = self._comm.wait(handle), 0.0
+        waited = time.perf_counter() - started
+        self._seconds_waited += waited
+        self._seconds_exchanging += seconds or waited
         return result
 
     def gather(self, name: str, item: Any) -> list[Any]:

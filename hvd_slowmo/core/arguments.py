@@ -16,7 +16,7 @@ _UNSCALED = "SlowMo averages without further factors: leave it out."
 _MESSAGES = "Messages are stretches of at most 16 MiB already: leave it out."
 HOROVODS_ARGUMENTS = {
     "named_parameters": "The model itself brings the names: SlowMo(optimizer, model).",
-    "compression": "Messages are not compressed; a larger tau is what reduces the traffic.",
+    "compression": "Outer steps travel in fewer bits with bits=16, 8 or 4, and less often with a larger tau.",
     "op": "Workers are always averaged: leave it out.",
     "backward_passes_per_step": (
         "An inner step is one step of the optimizer, after any number of backward passes: accumulate gradients with "
@@ -102,6 +102,19 @@ def check_workers(config: SlowMoConfig, comm: Comm | None, **given: object) -> N
         raise ValueError(f"gradients='node' works on all ranks only: give no {parts[0]}.")
     if config.gradients == "node" and comm is not None and comm.size > 1 and comm.node is None:
         raise ValueError("gradients='node' needs the workers of each node. Give a comm that has them as `comm.node`.")
+
+
+def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
+    """Refuse to measure what no worker has.
+
+    Raises:
+        ValueError: the outer state is divided among the workers.
+    """
+    if metrics and config.shards:
+        raise ValueError(
+            "metrics=True measures the outer step of all parameters, and with shard=True no worker has it. Use "
+            "metrics=False or shard=False."
+        )
 
 
 def refuse_both(comm: Comm | None, **given: object) -> None:

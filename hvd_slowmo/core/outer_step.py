@@ -70,7 +70,10 @@ class OuterSteps:
         if not purpose.late:
             self._store.cut(purpose.fragment)
         coefficients = momentum(self._config, ops, gamma, progress.gamma[purpose.fragment])
-        observer, divide = Observer(self._runtime, progress.observed), self._runtime.kernels.divide
+        # What the ledger completes is known since this worker sent its row.
+        observed = meeting.exchange.progress.observed
+        observer, divide = Observer(self._runtime, observed), self._runtime.kernels.divide
+        observer.owed(purpose.fragment)
         for chunk, total, weight in self._meetings.sums(meeting, ("parameter", "statistic", "optimizer_state")):
             divisor = ops.cast_like(weight, total)
             if self._runtime.observe and chunk.role == "parameter":

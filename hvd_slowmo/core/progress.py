@@ -43,6 +43,8 @@ class Observed(NamedTuple):
     delta: Scalar  # squared norm of Delta
     v: Scalar  # squared norm of v, as it was before
     product: Scalar  # inner product of Delta and that v
+    residual: Scalar  # squared norm of what rounding to few bits has withheld on this worker
+    local: Scalar  # squared norm of what this worker has trained while a late exchange was under way
 
 
 class Progress(NamedTuple):
@@ -58,7 +60,7 @@ class Progress(NamedTuple):
     gamma: Vector  # float64 (F, G): mean inner learning rate of the block before; 0 while there is none
     excluded: Scalar  # int64: averages that left this worker out because its parameters were not finite
     observed: (
-        Vector  # float64 (6,): measurements of the last outer step, see `Observed`; zeros where nothing is measured
+        Vector  # float64 (8,): measurements of the last outer step, see `Observed`; zeros where nothing is measured
     )
     mixing: PushSum  # of the gossip between outer steps
     flight: Flight  # of the exchanges that are late

@@ -76,9 +76,16 @@ def test_streamed_outer_steps_equal_the_reference(mixed_workers):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"fragments": 4, "delay": 1}, {"fragments": 4, "delay": 2, "bits": 4}], ids=str
+    "settings",
+    [
+        {},
+        {"fragments": 4, "delay": 2, "bits": 4},
+        {"bits": 32, "shard": True, "delay": 1},
+        pytest.param({"shard": True, "fragments": 4, "delay": 1}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
 )
-def test_outer_steps_in_few_bits_equal_one_frameworks(mixed_workers, horovod_workers, settings):
+def test_outer_steps_in_slices_equal_one_frameworks(mixed_workers, horovod_workers, settings):
     """The workers decode the same bytes; each framework rounds its own outer update."""
     mixed = mixed_workers("tk").run("support.jobs.mixed:few_bits", settings=settings)
     alone = horovod_workers(2).run("support.jobs.mixed:few_bits", settings=settings)

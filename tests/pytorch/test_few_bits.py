@@ -25,17 +25,21 @@ class Weights(nn.Module):
         self.bias = nn.Parameter(torch.tensor(rng.normal(size=5), dtype=torch.float32))
 
 
-def build(comm, lr=0.125, **settings):
+def build(comm, lr=0.125, metrics=False, **settings):
     model = Weights()
     config = SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
-    return model, SlowMo(torch.optim.SGD(model.parameters(), lr=lr), model, config, comm=comm)
+    inner = torch.optim.SGD(model.parameters(), lr=lr)
+    return model, SlowMo(inner, model, config, comm=comm, metrics=metrics)
+
+
+def centre(rank, k, shape):
+    """Return the place to which the weights are drawn in a step."""
+    return torch.tensor(np.random.default_rng([rank, k]).normal(size=shape), dtype=torch.float32)
 
 
 def step(model, optimizer, rank, k):
-    rng = np.random.default_rng([rank, k])
     for p in model.parameters():
-        centre = torch.tensor(rng.normal(size=p.shape), dtype=torch.float32)
-        p.grad = p.detach() - centre
+        p.grad = p.detach() - centre(rank, k, p.shape)
     optimizer.step()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo
@@ -84,3 +85,36 @@ def test_without_the_average_they_are_the_workers_own():
         assert second.v_norm == pytest.approx(first.delta_norm)
         assert 0 < abs(second.cosine) <= 1
     assert results[0][0][2].delta_norm != results[1][0][2].delta_norm
+
+
+def test_what_is_owed_and_trained_meanwhile_is_measured():
+    """With few bits and a delay, relative to Delta; each worker has its own."""
+
+    def work(comm):
+        model, optimizer = few_bits.build(comm, tau=4, delay=2, bits=4, metrics=True)
+        seen = []
+        for k in range(14):
+            sent = few_bits.entry(optimizer)["in_flight"]
+            before = model.weight.detach().clone()
+            owed = few_bits.flat(optimizer, "residual")
+            anchor = few_bits.flat(optimizer, "anchor")
+            few_bits.step(model, optimizer, comm.rank, k)
+            if k in (5, 9, 13):
+                trained = before - 0.125 * (before - few_bits.centre(comm.rank, k, before.shape))
+                seen.append((optimizer.metrics(), anchor, owed, trained, sent[0]))
+        return seen
+
+    for first, second in zip(*ThreadWorld(2).run(work), strict=True):
+        for metrics, _, owed, trained, sent in (first, second):
+            local = np.linalg.norm(trained.numpy().reshape(-1) - sent.numpy())
+            assert metrics.local * metrics.delta_norm == pytest.approx(local, rel=0.05)  # the bias is in there too
+            assert metrics.residual * metrics.delta_norm == pytest.approx(np.linalg.norm(owed), rel=1e-4)
+            assert 0 <= metrics.hidden <= 1
+        assert first[0].delta_norm == second[0].delta_norm
+        assert first[0].local != second[0].local
+
+
+def test_a_divided_outer_state_is_not_measured():
+    model = few_bits.Weights()
+    with pytest.raises(ValueError, match="metrics=True"):
+        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, shard=True, metrics=True)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import keras
 import tensorflow as tf
 
+from hvd_slowmo.core.arguments import check_metrics
 from hvd_slowmo.core.broadcast import take_from
 from hvd_slowmo.core.bulk import Body, Carrier, Gift
 from hvd_slowmo.core.graph import Graph
@@ -91,6 +92,7 @@ class StartingKerasWorker:
 
     def describe(self) -> Description[VariableRef]:
         worker = self._worker
+        check_metrics(self.config, worker.observe)
         check_model_variables(self._model_variables, self._model, self.parameter_map is not None)
         empty = without_values(list(self._model_variables))
         if empty:

@@ -337,7 +337,8 @@ class KerasWorker:
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one."""
         step, sent, seconds = (0, 0, 0.0) if self.step is None else self.step.comm.last_lap
-        return metrics_of(Observed(*self.variables.now.observed.tolist()), step, seconds, sent) if step else None
+        seen = Observed(*self.variables.now.observed.tolist())
+        return metrics_of(seen, step, seconds, seconds, sent) if step else None
 
     def refuse_if_left(self) -> None:
         """Raise RuntimeError once some workers have left for good."""

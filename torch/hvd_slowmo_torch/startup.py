@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hvd_slowmo.core.arguments import check_metrics
 from hvd_slowmo.core.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.gradient_average import GradientAverage
 from hvd_slowmo.core.graph import Graph
@@ -67,6 +68,7 @@ class StartingTorchWorker:
         layout = lay_out(refs, groups, settings.chunk_bytes, self.config.fragments, sliced)
         self._description = Description(specs, groups, layout)
         check_inner_optimizer(inner, self.config)
+        check_metrics(self.config, settings.metrics)
         return self._description
 
     def position(self) -> tuple[int, int]:

@@ -105,7 +105,7 @@ class TorchWorker:
         self.evaluating = False
         self._usable: NDArray[np.float64] | None = None  # rates that were found so
         self._metrics: Metrics | None = None
-        self._metered = (0, 0.0)  # bytes sent and seconds waited, up to the last outer step
+        self._metered = (0.0, 0.0, 0)  # seconds waited and exchanging, bytes sent, up to the last outer step
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
@@ -312,7 +312,8 @@ class TorchWorker:
         return self._metrics
 
     def _measure(self) -> None:
-        sent, waited = self._meter.bytes_sent, self._meter.seconds_waited
+        totals = self._meter.seconds_waited, self._meter.seconds_exchanging, self._meter.bytes_sent
+        waited, exchanging, sent = (now - before for now, before in zip(totals, self._metered, strict=True))
         seen = Observed(*self.progress.observed.tolist())
-        self._metrics = metrics_of(seen, int(self.progress.step), waited - self._metered[1], sent - self._metered[0])
-        self._metered = (sent, waited)
+        self._metrics = metrics_of(seen, int(self.progress.step), waited, exchanging, int(sent))
+        self._metered = totals

@@ -137,8 +137,8 @@ def few_bits(settings: dict[str, Any]) -> np.ndarray:
 def centres(rank: int, steps: int = 13) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Return the places to which a dense layer's parameters are drawn in each step, one step more for each rank."""
     for k in range(steps + rank):
-        rng = np.random.default_rng([rank, k])
-        yield rng.normal(size=(50, 70)).astype(np.float32), rng.normal(size=50).astype(np.float32)
+        weight, bias = (np.random.default_rng([rank, k]).normal(size=size) for size in ((50, 70), 50))
+        yield weight.astype(np.float32), bias.astype(np.float32)
 
 
 def _torch_few_bits(

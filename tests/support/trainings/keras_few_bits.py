@@ -28,8 +28,8 @@ def build(comm: Any, lr: float = 0.125, **settings: Any) -> tuple[list[keras.Var
 
 
 def step(weights: list[keras.Variable], optimizer: SlowMo, rank: int, k: int) -> None:
-    rng = np.random.default_rng([rank, k])
-    gradients = [v.numpy() - rng.normal(size=v.shape).astype(np.float32) for v in weights]
+    places = [np.random.default_rng([rank, k]).normal(size=v.shape).astype(np.float32) for v in weights]
+    gradients = [v.numpy() - place for v, place in zip(weights, places, strict=True)]
     optimizer.apply([tf.constant(g) for g in gradients], weights)
 
 
