@@ -5,6 +5,7 @@ from __future__ import annotations
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import ITEMSIZE, Chunk, Layout
+from hvd_slowmo.core.whole import divided_vectors
 from hvd_slowmo.gossip import SGP
 
 
@@ -36,7 +37,10 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
         traffic.append(f"{_size(sum(map(sent, layout.chunks)))} per outer step")
     vectors = len(config.vectors) + (0 if graph is None else len(graph.vectors))
     in_flight = -(-config.delay * config.fragments // (config.tau or 1))  # fragments, at most
-    memory = f"{_size(vectors * parameters + in_flight * parameters // config.fragments)} of memory beside the model"
+    kept = vectors * parameters + in_flight * parameters // config.fragments
+    sliced = sum(length(chunk) for chunk in layout.chunks if layout.segments[chunk.segment].sliced)
+    kept += len(config.sliced_vectors) * sliced // workers - len(divided_vectors(config)) * sliced
+    memory = f"{_size(kept)} of memory beside the model"
     if workers == 1:
         return f"{method(config)}, 1 worker; {memory}"
     return f"{method(config)}, {workers} workers; on each {', '.join([*traffic, memory])}"
@@ -65,6 +69,7 @@ def method(config: SlowMoConfig) -> str:
         numbers += [f"{config.fragments} fragments"] if config.fragments > 1 else []
         numbers += [f"{config.delay} step{'s' * (config.delay > 1)} late"] if config.delay else []
         numbers += [f"{config.bits} bits"] if config.bits < 32 else []
+        numbers += ["divided outer state"] if config.shards else []
         words += "" if config.average else " without its average"
         words += f" ({', '.join(numbers)})"
     if config.warmup_steps and config.gradients != "all":

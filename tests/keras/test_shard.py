@@ -15,7 +15,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 32}, {"bits": 32, "fragments": 2, "delay": 1, "nesterov": True}, {"bits": 16, "delay": 2}],
+    [
+        {"bits": 32, "fragments": 2, "delay": 1, "nesterov": True},
+        {"bits": 16, "delay": 2},
+        pytest.param({"bits": 32}, marks=pytest.mark.thorough),
+    ],
     ids=str,
 )
 def test_the_result_is_that_of_the_undivided_state(settings):
@@ -28,8 +32,16 @@ def test_the_result_is_that_of_the_undivided_state(settings):
         assert np.array_equal(mine["weight"], divided[0]["weight"])
 
 
-@pytest.mark.parametrize("settings", [{"bits": 32, "delay": 1}, {"bits": 8}], ids=str)
-@pytest.mark.parametrize("kind", ["variables", "save"])
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"bits": 8}, "variables"),
+        ({"bits": 32, "delay": 1}, "save"),
+        pytest.param({"bits": 8}, "save", marks=pytest.mark.thorough),
+        pytest.param({"bits": 32, "delay": 1}, "variables", marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 def test_a_resume_is_bitwise_the_run_without_a_stop(settings, kind, tmp_path):
     def work(comm):
         weights, optimizer = build(comm, shard=True, **settings)

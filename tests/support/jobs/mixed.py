@@ -167,7 +167,7 @@ def _keras_few_bits(
 
     from hvd_slowmo.tf import SlowMo
 
-    model = keras.Sequential([keras.Input((70,)), keras.layers.Dense(50, name="dense")], name="net")
+    model = keras.Sequential([keras.Input((70,)), keras.layers.Dense(50, name="dense", dtype="float32")], name="net")
     kernel, offset = model.variables
     kernel.assign(weight.T)
     offset.assign(bias)
