@@ -96,16 +96,19 @@ class ChunkMeans:
         return self._two_phase.finish(there, exchange.weights[exchange.purpose.fragment or 0], exchange.finite)
 
     def tensors(self, chunk: Chunk, result: Any) -> Sequence[Any]:
-        """Return a chunk's result as tensors, for a trace; as many empty ones for None."""
-        if not self._layout.segments[chunk.segment].sliced:
-            return [self._store.zeros(chunk)[:0] if result is None else result]
-        return self._two_phase.nothing(chunk) if result is None else self._two_phase.tensors(result)
+        """Return a chunk's result as tensors, for a trace."""
+        return self._two_phase.tensors(result) if self._layout.segments[chunk.segment].sliced else [result]
+
+    def nothing(self, chunk: Chunk) -> Sequence[Any]:
+        """Return as many empty tensors as a chunk's result is."""
+        sliced = self._layout.segments[chunk.segment].sliced
+        return self._two_phase.nothing(chunk) if sliced else [self._store.zeros(chunk)[:0]]
 
     def from_tensors(self, chunk: Chunk, left: Iterator[Any]) -> Any:
         """Take a chunk's tensors and return its result."""
         if self._layout.segments[chunk.segment].sliced:
             return self._two_phase.from_tensors(chunk, "in_flight", left)
-        return next(left)
+        return self._ops.reshape(next(left), (chunk.size,))  # a branch of a trace has forgotten the length
 
     def _weight(self, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Scalar:
         weight = exchange.counted if chunk.role == "optimizer_state" else exchange.weights[chunk.fragment]

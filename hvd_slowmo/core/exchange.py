@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hvd_slowmo.core.ledger import AVERAGE, TRAINING
-from hvd_slowmo.core.progress import Progress, Scalar
+from hvd_slowmo.core.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.store import Condition
 
 
@@ -55,7 +55,7 @@ class Exchange(NamedTuple):
     purpose: Purpose
     ledger: Any  # its handle; beside the training, that of all together
     started: tuple[Any, ...]  # handles of the first chunks, in their order
-    weights: tuple[Scalar, ...]  # this worker's, per fragment
+    weights: Vector  # this worker's, per fragment
     counted: Scalar  # its weight in plain means
     finite: Scalar  # 1: this worker's parameters are
     condition: Condition

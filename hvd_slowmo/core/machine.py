@@ -101,11 +101,9 @@ class Machine:
         if not self.config.delay:
             return self.mixing.exchange_pending(progress.mixing, plan.mix)
 
-        def exchange(fragment: int) -> list[Any]:
-            flying = progress.flight.launched[fragment] > 0  # none after a join
-            return self._ops.cond(flying, lambda: self.flights.exchange(progress, fragment), self.flights.nothing)
-
-        return self._ops.cond(plan.lands, lambda: self._of_fragment(plan.landing, exchange), self.flights.nothing)
+        exchange = partial(self.flights.exchange, progress)
+        flying = plan.lands & (progress.flight.launched[plan.landing] > 0)  # after a join there may be none
+        return self._ops.cond(flying, lambda: self._of_fragment(plan.landing, exchange), self.flights.nothing)
 
     def after_inner_step(
         self,
@@ -148,7 +146,8 @@ class Machine:
             self.flights.resume(progress)
         if self.config.delay:
             land = partial(self._land, done, arrived=arrivals)
-            done = ops.cond(now.lands, lambda: self._of_fragment(now.landing, land), lambda: done)
+            flying = now.lands & (done.flight.launched[now.landing] > 0)  # after a join there may be none
+            done = ops.cond(flying, lambda: self._of_fragment(now.landing, land), lambda: done)
         done = ops.cond(now.outer, lambda: self._of_fragment(now.fragment, outer), lambda: done)
         done = ops.cond(now.check, check, lambda: done)
         return self._send_ahead(done, done.step)
@@ -285,13 +284,9 @@ class Machine:
         return self._ops.switch(number, [partial(work, fragment) for fragment in self._fragments])
 
     def _land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Progress:
-        """Apply the exchange of a fragment that is in flight; after a join there may be none."""
-
-        def land() -> Progress:
-            meeting = self.flights.land(progress, fragment, arrived)
-            return self.flights.landed(self.outer_steps.take(meeting, progress), fragment)
-
-        return self._ops.cond(progress.flight.launched[fragment] > 0, land, lambda: progress)
+        """Apply the exchange of a fragment that is in flight."""
+        meeting = self.flights.land(progress, fragment, arrived)
+        return self.flights.landed(self.outer_steps.take(meeting, progress), fragment)
 
     def _end_warmup(self, progress: Progress, source: Scalar) -> Progress:
         """Begin the first block.

@@ -106,10 +106,10 @@ class Meetings:
         counted = finite if config.nonfinite == "exclude" else 1.0
         plain = purpose.reason == AVERAGE or self._mixing.equal_weights
 
-        def weight(fragment: int) -> Scalar:
-            return counted * (1.0 if plain else progress.since[fragment] / (config.tau or 1) * purpose.counts)
-
-        weights = tuple(weight(fragment) for fragment in range(layout.fragments))
+        if plain:
+            weights = ops.vector([counted] * layout.fragments)
+        else:
+            weights = progress.since / (config.tau or 1) * purpose.counts * counted
         at = purpose.fragment or 0
         row = Row(
             meeting_step=step,
@@ -240,9 +240,14 @@ class Meetings:
         layout = self._runtime.layout
         length = self._comm.size * row_length(layout) + len(layout.groups)
         ledger, *results = arrived or [self._ops.pack([self._ops.vector([0.0] * length)])]
-        left = iter(results)
-        of_chunks = [self._means.tensors(c, next(left) if c.fragment == fragment else None) for c in layout.chunks]
-        return [ledger, *(tensor for tensors in of_chunks for tensor in tensors)]
+        left, flat = iter(results), [ledger]
+        empty: dict[int, Sequence[Any]] = {}  # by segment: one operation of a trace each, not one per chunk
+        for chunk in layout.chunks:
+            if chunk.fragment == fragment:
+                flat += self._means.tensors(chunk, next(left))
+            else:
+                flat += empty.get(chunk.segment) or empty.setdefault(chunk.segment, self._means.nothing(chunk))
+        return flat
 
     def restored(self, flat: Sequence[Any], fragment: int) -> tuple[Any, ...]:
         """Return the results of a late meeting about a fragment with these tensors."""

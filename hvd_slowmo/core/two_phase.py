@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from hvd_slowmo.comm.protocol import ScopedComm
@@ -68,12 +69,17 @@ class TwoPhase:
         """
         slices = self._slices(chunk)
 
+        def values(start: int, stop: int) -> Any:
+            g = self._owed(chunk, vector, start, stop)
+            return self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
+
+        whole = values(0, slices.blocks) if self._codec.tile is None else None
+
         def pieces(first: int, last: int) -> Iterator[Any]:
             if first == last:
                 yield self._empty(chunk)
             for start, stop in tiles(self._codec, first, last):
-                g = self._owed(chunk, vector, start, stop)
-                yield self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
+                yield values(start, stop) if whole is None else whole[start * BLOCK : stop * BLOCK]
 
         spans = [slices.span(rank) for rank in range(self._size)]
         parts = [self._codec.encode(pieces(first, last), last - first, self._bits(chunk)) for first, last in spans]
@@ -162,24 +168,42 @@ class TwoPhase:
             weight, finite: of this worker: what it owes stays where it weighs nothing, and is forgotten where its
                 values were not finite.
         """
-        chunk, store, bits = sliced.chunk, self._store, self._bits(sliced.chunk)
+        chunk, store = sliced.chunk, self._store
         for name, value in zip(self._config.sliced_vectors, sliced.kept, strict=True):
             store.write_slice(name, chunk.index, value)
 
+        for part, blocks, values_of in self._pieces(chunk):
+            if self._few_bits:
+                self._withhold(sliced, part, blocks, values_of(sliced.parts), weight, finite)
+            value = values_of(sliced.received)[: part.size]
+            if self._few_bits and self._config.shards:
+                value = store.read("anchor", part) + value
+                store.write("anchor", part, value)
+            elif self._few_bits:
+                value = store.read("anchor", part) - value
+            yield part, value
+
+    def _pieces(self, chunk: Chunk) -> Iterator[tuple[Chunk, tuple[int, int], Callable[[Sequence[Any]], Any]]]:
+        """Yield the parts of a chunk in which it is worked on, their blocks, and a function that decodes messages."""
+        bits, slices = self._bits(chunk), self._slices(chunk)
+        if self._codec.tile is None:  # the fewest operations of a trace
+            yield (
+                chunk,
+                (0, slices.blocks),
+                lambda messages: self._ops.joined(
+                    [self._codec.decode(message, bits) for message in messages if message.shape[0]]
+                ),
+            )
+            return
         for rank in range(self._size):
-            begin, end = self._slices(chunk).span(rank)
+            begin, end = slices.span(rank)
             for start, stop in tiles(self._codec, begin, end):
-                part, within = self._part(chunk, start, stop), (start - begin, stop - begin)
-                if self._few_bits:
-                    sent = self._codec.decode(sliced.parts[rank], bits, *within)
-                    self._withhold(sliced, part, (start, stop), sent, weight, finite)
-                value = self._codec.decode(sliced.received[rank], bits, *within)[: part.size]
-                if self._few_bits and self._config.shards:
-                    value = store.read("anchor", part) + value
-                    store.write("anchor", part, value)
-                elif self._few_bits:
-                    value = store.read("anchor", part) - value
-                yield part, value
+                within = start - begin, stop - begin
+
+                def values_of(messages: Sequence[Any], rank: int = rank, within: tuple[int, int] = within) -> Any:
+                    return self._codec.decode(messages[rank], bits, *within)
+
+                yield self._part(chunk, start, stop), (start, stop), values_of
 
     def _withhold(
         self, sliced: SlicedChunk, part: Chunk, blocks: tuple[int, int], sent: Any, weight: Scalar, finite: Scalar
@@ -204,15 +228,17 @@ class TwoPhase:
 
     def from_tensors(self, chunk: Chunk, vector: str, tensors: Iterator[Any]) -> SlicedChunk:
         """Take an exchange's tensors and return it."""
+        lengths = [payload_bytes(self._slices(chunk).elements(rank), self._bits(chunk)) for rank in range(self._size)]
+        stops = list(accumulate(lengths))
+
+        def cut(message: Any) -> list[Any]:
+            whole = self._ops.reshape(message, (stops[-1],))  # a branch of a trace has forgotten the length
+            return [whole[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+
         sent, received = next(tensors), next(tensors)
-        kept = [next(tensors) for _ in self._config.sliced_vectors]
-        slices, parts, means, start = self._slices(chunk), [], [], 0
-        for rank in range(self._size):
-            stop = start + payload_bytes(slices.elements(rank), self._bits(chunk))
-            parts.append(sent[start:stop])
-            means.append(received[start:stop])
-            start = stop
-        return SlicedChunk(chunk, vector, parts, None, means, True, kept)
+        own = (self._own.lengths[chunk.index],)
+        kept = [self._ops.reshape(next(tensors), own) for _ in self._config.sliced_vectors]
+        return SlicedChunk(chunk, vector, cut(sent) if self._few_bits else (), None, cut(received), True, kept)
 
     def _bits(self, chunk: Chunk) -> int:
         exact = 8 * ITEMSIZE[self._layout.segments[chunk.segment].dtype]

@@ -69,10 +69,11 @@ class TracedOps:
         return result
 
     def put(self, vector: tf.Tensor, index: int, value: Any) -> tf.Tensor:
-        row = tf.cast(value, vector.dtype)[None]
+        row = tf.cast(value, vector.dtype)
         if vector.shape[0] == 1:
-            return row
-        return tf.concat([vector[:index], row, vector[index + 1 :]], 0)
+            return row[None]
+        here = np.arange(vector.shape[0]) == index
+        return tf.where(here.reshape(-1, *[1] * (len(vector.shape) - 1)), row, vector)
 
     def where(self, predicate: Any, yes: Any, no: Any) -> tf.Tensor:
         if not tf.is_tensor(yes) and not tf.is_tensor(no) and {yes, no} == {0, 1}:
