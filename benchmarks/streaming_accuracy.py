@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class Method:
     colour: str = "#0072B2"
 
 
-def streamed(**settings: int) -> slowmo.SlowMoConfig:
+def streamed(**settings: Any) -> slowmo.SlowMoConfig:
     return slowmo.SlowMoConfig(tau=TAU, beta=BETA, **settings)
 
 
@@ -186,12 +187,13 @@ def run_all(plan: Sequence[Run], args: argparse.Namespace) -> list[Run]:
     for number, run in enumerate(plan, 1):
         torch.manual_seed(run.seed)
         initial = TASKS[run.task].network()  # here, since threads share PyTorch's generator
-        fixed = {"initial": initial, "data": data[run.task], "run": run, "steps": args.steps, "batch": args.batch_size}
-        runs.append(ThreadWorld(SETTINGS[run.setting][0]).run(partial(train, **fixed))[0])
-        seconds = time.perf_counter() - begin
+        work = partial(train, initial=initial, data=data[run.task], run=run, steps=args.steps, batch=args.batch_size)
+        result = ThreadWorld(SETTINGS[run.setting][0]).run(work)[0]
+        assert isinstance(result, Run)
+        runs.append(result)
         print(
-            f"[{number}/{len(plan)}, {seconds:.0f} s] {run.task}, {run.setting}, lr {run.lr:g}, seed {run.seed}, "
-            f"{run.method}: {runs[-1].accuracy:.1f} %, loss {runs[-1].loss:.4f}",
+            f"[{number}/{len(plan)}, {time.perf_counter() - begin:.0f} s] {run.task}, {run.setting}, "
+            f"lr {run.lr:g}, seed {run.seed}, {run.method}: {runs[-1].accuracy:.1f} %, loss {runs[-1].loss:.4f}",
             flush=True,
         )
         if args.json is not None:  # after each run: an interruption loses one
@@ -258,7 +260,6 @@ def draw_figure(runs: Sequence[Run], path: Path) -> None:
         axis.set_title(f"{task}, {SETTINGS[setting][0]} workers, data {setting}")
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
