@@ -19,6 +19,7 @@ InnerState = Literal["maintain", "reset", "average"]
 Gradients = Literal["local", "node", "all"]
 Nonfinite = Literal["raise", "exclude"]
 Bits = Literal[32, 16, 8, 4]
+SlowState = Literal["device", "host"]
 
 _OTHER_NAMES = {
     "base": "gossip=SGP(...) or gossip=DPSGD(...)",
@@ -52,6 +53,7 @@ class SlowMoSettings(TypedDict, total=False):
     delay: int
     bits: Bits
     shard: bool
+    slow_state: SlowState
 
 
 def _preset(make: Preset) -> Preset:
@@ -100,6 +102,8 @@ class SlowMoConfig:
         shard: each worker keeps the slow momentum, and with 32 bits the anchor too, of its own slice of the parameters
             alone, and takes the outer step there for all (as ZeRO does with an optimizer's state; Rajbhandari et al.
             2020, arXiv 1910.02054).
+        slow_state: place of anchor, slow momentum and residuals: the parameters' "device", or "host" memory, from which
+            they are copied for the outer step, one message at a time.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of its range; the message says what was received.
@@ -128,6 +132,7 @@ class SlowMoConfig:
     delay: int = 0
     bits: Bits = 32
     shard: bool = False
+    slow_state: SlowState = "device"
 
     def __new__(cls, *_: Any, **settings: Any) -> SlowMoConfig:
         """Refuse an unknown setting; one that other libraries know by another name is told its name here."""
@@ -144,6 +149,7 @@ class SlowMoConfig:
         _one_of("inner_state", self.inner_state, get_args(InnerState))
         _one_of("gradients", self.gradients, get_args(Gradients))
         _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
+        _one_of("slow_state", self.slow_state, get_args(SlowState))
         self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         self._set("fragments", integer("fragments", self.fragments, 1, "an integer from 1 to tau"))
         self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
@@ -230,6 +236,8 @@ class SlowMoConfig:
             unused += ["nesterov=True"] if self.nesterov else []
             unused += ["scale_by_lr=False"] if not self.scale_by_lr else []
         found = [f"beta=0 carries no momentum, so {' and '.join(unused)} has no effect."] if unused else []
+        if self.slow_state == "host" and not self.vectors:
+            found.append("there is no outer state, so slow_state='host' has no effect.")
         if self.shard and not self.shards:
             found.append("there is nothing to divide among the workers, so shard=True has no effect.")
         return found

@@ -31,24 +31,30 @@ class ChunkMeans:
         self._mixing = mixing
         self._two_phase = TwoPhase(runtime)
 
-    def start(self, comm: ScopedComm, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Any:
+    def start(self, comm: ScopedComm, chunk: Chunk, exchange: Exchange, fits: Scalar, own: Any = None) -> Any:
         """Start a chunk's exchange.
 
         Args:
             fits: false where the model has another form than the layout.
+            own: `contribution`; None: it is taken now.
         """
         if self.sliced(chunk, exchange.purpose):
-            weight = self._weight(chunk, exchange, fits)
-            return self._two_phase.start(comm, chunk, exchange.purpose.vector, weight)
-        return comm.start_sum(names.model(chunk.index), self.contribution(chunk, exchange, fits))
+            return self._two_phase.start(comm, chunk, own, self._weight(chunk, exchange, fits))
+        x = self.contribution(chunk, exchange, fits) if own is None else own
+        return comm.start_sum(names.model(chunk.index), x)
 
     def sliced(self, chunk: Chunk, purpose: Purpose) -> bool:
         """Return whether a chunk travels in slices: not in a mean of all fragments, at the end of a join say."""
         return self._layout.segments[chunk.segment].sliced and purpose.fragment is not None
 
     def contribution(self, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Any:
-        """Return this worker's part in a chunk's sum."""
+        """Return this worker's part in a chunk's mean, for another thread: nothing else changes it.
+
+        Of a chunk in slices, the values that were set aside; None in a join, in which the model does not change.
+        """
         beside, vector = exchange.purpose.beside, exchange.purpose.vector
+        if self.sliced(chunk, exchange.purpose):
+            return self._store.read(vector, chunk) if exchange.purpose.late else None
 
         def contribution() -> Any:
             if beside:
@@ -107,7 +113,7 @@ class ChunkMeans:
     def from_tensors(self, chunk: Chunk, left: Iterator[Any]) -> Any:
         """Take a chunk's tensors and return its result."""
         if self._layout.segments[chunk.segment].sliced:
-            return self._two_phase.from_tensors(chunk, "in_flight", left)
+            return self._two_phase.from_tensors(chunk, left)
         return self._ops.reshape(next(left), (chunk.size,))  # a branch of a trace has forgotten the length
 
     def _weight(self, chunk: Chunk, exchange: Exchange, fits: Scalar) -> Scalar:

@@ -141,15 +141,13 @@ class Meetings:
         """Start the ledger and all chunks of a meeting beside the caller; the result has all of them."""
         purpose, means = exchange.purpose, self._means
         chunks = self._chunks[purpose.fragment]
-        # Another thread must not read what changes: the model, and memory that is used again.
-        own = [None if means.sliced(c, purpose) else means.contribution(c, exchange, fits) for c in chunks]
+        # Another thread must not read what changes: the model, memory that is used again, and what a load replaces.
+        own = [means.contribution(chunk, exchange, fits) for chunk in chunks]
 
         def travel(comm: ScopedComm) -> tuple[Any, ...]:
             begun = comm.start_sum(names.ledger(purpose.fragment or 0), ledger)
-            started = [
-                means.start(comm, chunk, exchange, fits) if x is None else comm.start_sum(names.model(chunk.index), x)
-                for chunk, x in zip(chunks, own, strict=True)
-            ]
+            pairs = zip(chunks, own, strict=True)
+            started = [means.start(comm, chunk, exchange, fits, x) for chunk, x in pairs]
             arrived = comm.wait(begun)
             # Before the verdict, which comes when all is there; and whatever it will be, the same on all workers.
             table = self._tables(arrived)[0]

@@ -38,7 +38,7 @@ class SlicedChunk(NamedTuple):
     """The exchange of a chunk."""
 
     chunk: Chunk
-    vector: str  # that is averaged: "model", or "in_flight"
+    values: Any  # the whole chunk as it was set aside; None: it is the model's
     parts: Sequence[Any]  # the messages that this worker has sent, by receiver
     handle: Any  # of the phase under way; None: there is none
     received: Sequence[Any] = ()  # the messages of the phase that is over, by sender
@@ -60,17 +60,17 @@ class TwoPhase:
         self._rank, self._size = runtime.comm.rank, runtime.comm.size
         self._parts: dict[tuple[int, int, int], Chunk] = {}
 
-    def start(self, comm: ScopedComm, chunk: Chunk, vector: str, weight: Scalar) -> SlicedChunk:
+    def start(self, comm: ScopedComm, chunk: Chunk, own: Any, weight: Scalar) -> SlicedChunk:
         """Start the first phase.
 
         Args:
-            vector: that is averaged.
+            own: values of the whole chunk; None: the model's.
             weight: this worker's; where it is 0 it sends zeros.
         """
         slices = self._slices(chunk)
 
         def values(start: int, stop: int) -> Any:
-            g = self._owed(chunk, vector, start, stop)
+            g = self._owed(chunk, own, start, stop)
             return self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
 
         whole = values(0, slices.blocks) if self._codec.tile is None else None
@@ -84,7 +84,7 @@ class TwoPhase:
         spans = [slices.span(rank) for rank in range(self._size)]
         parts = [self._codec.encode(pieces(first, last), last - first, self._bits(chunk)) for first, last in spans]
         handle = comm.start_alltoall(names.model(chunk.index), parts)
-        return SlicedChunk(chunk, vector, parts if self._few_bits else (), handle)
+        return SlicedChunk(chunk, own, parts if self._few_bits else (), handle)
 
     def arrived(self, comm: ScopedComm, sliced: SlicedChunk) -> SlicedChunk:
         """Wait for the phase under way, if there is one."""
@@ -209,7 +209,7 @@ class TwoPhase:
         self, sliced: SlicedChunk, part: Chunk, blocks: tuple[int, int], sent: Any, weight: Scalar, finite: Scalar
     ) -> None:
         """Write a part of the residual: what has been sent is owed no more."""
-        owed = (self._owed(sliced.chunk, sliced.vector, *blocks) - sent)[: part.size]
+        owed = (self._owed(sliced.chunk, sliced.values, *blocks) - sent)[: part.size]
         residual = self._store.read("residual", part)
         owed = self._ops.choose(weight == 0, lambda: residual, owed)
         zeros = partial(self._codec.padded, residual[:0], part.size)
@@ -226,8 +226,8 @@ class TwoPhase:
         message = self._codec.encode([empty], 0, self._bits(chunk))
         return [message, message, *[empty] * len(self._config.sliced_vectors)]
 
-    def from_tensors(self, chunk: Chunk, vector: str, tensors: Iterator[Any]) -> SlicedChunk:
-        """Take an exchange's tensors and return it."""
+    def from_tensors(self, chunk: Chunk, tensors: Iterator[Any]) -> SlicedChunk:
+        """Take a late exchange's tensors and return it."""
         lengths = [payload_bytes(self._slices(chunk).elements(rank), self._bits(chunk)) for rank in range(self._size)]
         stops = list(accumulate(lengths))
 
@@ -238,7 +238,8 @@ class TwoPhase:
         sent, received = next(tensors), next(tensors)
         own = (self._own.lengths[chunk.index],)
         kept = [self._ops.reshape(next(tensors), own) for _ in self._config.sliced_vectors]
-        return SlicedChunk(chunk, vector, cut(sent) if self._few_bits else (), None, cut(received), True, kept)
+        values = self._store.read("in_flight", chunk)
+        return SlicedChunk(chunk, values, cut(sent) if self._few_bits else (), None, cut(received), True, kept)
 
     def _bits(self, chunk: Chunk) -> int:
         exact = 8 * ITEMSIZE[self._layout.segments[chunk.segment].dtype]
@@ -255,10 +256,10 @@ class TwoPhase:
             self._parts[key] = chunk.part(begin, end)
         return self._parts[key]
 
-    def _owed(self, chunk: Chunk, vector: str, start: int, stop: int) -> Any:
+    def _owed(self, chunk: Chunk, own: Any, start: int, stop: int) -> Any:
         """Return these blocks of what this worker sends: g in few bits, else its values."""
         store, part = self._store, self._part(chunk, start, stop)
-        g = store.read(vector, part)
+        g = store.read("model", part) if own is None else own[part.start - chunk.start : part.stop - chunk.start]
         if self._few_bits:
             g = (store.read("anchor", part) - g) + store.read("residual", part)
         return self._codec.padded(g, (stop - start) * BLOCK)

@@ -1,6 +1,7 @@
 """Outer steps in few bits, on PyTorch: the reference bitwise, what is owed, resumes, joins and refusals."""
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo_torch.codec import TorchCodec
 from reference.few_bits import mean_of_differences
 from support.trainings.pytorch import same
 
@@ -64,7 +66,7 @@ def test_an_outer_step_equals_the_reference_bitwise(bits, size):
             before = [
                 flat(optimizer, "anchor"),
                 flat(optimizer, "residual"),
-                entry(optimizer)["slices"]["slice_residual"],
+                copy.deepcopy(entry(optimizer)["slices"]["slice_residual"]),
             ]
             sent = model.weight.detach().clone()
             rng = np.random.default_rng([comm.rank, k])
@@ -75,7 +77,7 @@ def test_an_outer_step_equals_the_reference_bitwise(bits, size):
             after = [
                 flat(optimizer, "anchor"),
                 flat(optimizer, "residual"),
-                entry(optimizer)["slices"]["slice_residual"],
+                copy.deepcopy(entry(optimizer)["slices"]["slice_residual"]),
             ]
             assert np.array_equal(model.weight.detach().numpy().reshape(-1), after[0])
             seen.append((before, sent.numpy().reshape(-1), copy.deepcopy(after)))
@@ -300,3 +302,32 @@ def test_real_workers_compute_what_threads_do(workers, settings):
     expected = ThreadWorld(2).run(lambda comm: trained(settings, comm))
     for mine, other in zip(found, expected, strict=True):
         assert np.array_equal(mine["weight"], other["weight"])
+
+
+@pytest.mark.parametrize("settings", [{"delay": 2}, {"fragments": 4, "delay": 3}], ids=str)
+def test_a_load_right_after_a_launch_leaves_the_exchange_its_values(settings, monkeypatch):
+    """The exchange, which nobody needs any more, encodes in its thread what the load has replaced."""
+    encode = TorchCodec.encode
+
+    def slow(codec, *arguments):
+        time.sleep(0.02)
+        return encode(codec, *arguments)
+
+    monkeypatch.setattr(TorchCodec, "encode", slow)
+
+    def work(comm):
+        model, optimizer = build(comm, **settings)
+        for k in range(3):
+            step(model, optimizer, comm.rank, k)
+        state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        ends = []
+        for _ in range(2):
+            for k in range(3, 10):
+                step(model, optimizer, comm.rank, k)
+            ends.append(copy.deepcopy(model.state_dict()))
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        optimizer.join()
+        return same(*ends)
+
+    assert ThreadWorld(2).run(work) == [True, True]

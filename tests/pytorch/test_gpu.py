@@ -151,3 +151,28 @@ def test_a_device_has_its_own_copies_and_streams():
         while begun.handle is None:
             outbox.advance()
         assert bool((outbox.take(begun) == 2 * number).all())
+
+
+@pytest.mark.parametrize("settings", [{}, {"delay": 1, "fragments": 2}, {"bits": 8}, {"shard": True}], ids=str)
+def test_outer_state_in_host_memory_computes_the_same(settings):
+    """A message at a time is copied to the device, on the stream of the work that reads it."""
+
+    def work(comm, place):
+        torch.manual_seed(0)
+        model = nn.Linear(3000, 40).cuda()
+        config = SlowMoConfig(tau=2, slow_state=place, **settings)
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, config, comm=comm)
+        for k in range(9):
+            for p in model.parameters():
+                p.grad = p.detach() - float(k + comm.rank)
+            optimizer.step()
+        optimizer.join()
+        kept = optimizer.worker.store
+        flats = [t for parts in kept.vectors.values() for t in parts if t is not None]
+        flats += [t for by_chunk in kept.slices.values() for t in by_chunk.values()]
+        assert {t.device.type for t in flats} == {"cpu" if place == "host" else "cuda"}
+        return copy.deepcopy(model.cpu().state_dict())
+
+    device, host = (ThreadWorld(2).run(lambda comm, p=p: work(comm, p)) for p in ("device", "host"))
+    for a, b in zip(device, host, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)

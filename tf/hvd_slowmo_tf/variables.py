@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import keras
 import tensorflow as tf
@@ -22,6 +23,7 @@ class OptimizerVariables:
         weights: number of push-sum weights: one per worker with gossip, else none.
         late: exchanges may be in flight between two steps.
         slices: the worker's.
+        on_host: keep anchor, momentum and residuals in host memory.
 
     Attributes:
         scalars: `Progress.flat()`, a variable per name.
@@ -38,6 +40,7 @@ class OptimizerVariables:
         weights: int,
         late: bool = False,
         slices: OwnSlices | None = None,
+        on_host: bool = False,
     ) -> None:
         fragments = layout.fragments
         shapes: dict[str, tuple[int, ...]] = {
@@ -63,7 +66,9 @@ class OptimizerVariables:
 
         def flat(name: str, chunk: Chunk, length: int) -> keras.Variable:
             dtype = layout.segments[chunk.segment].dtype
-            return add_variable(shape=(length,), dtype=dtype, name=f"{name}_{chunk.index}")
+            kept = on_host and name in ("anchor", "v", "residual", "slice_residual")
+            with tf.device("CPU:0") if kept else nullcontext():
+                return add_variable(shape=(length,), dtype=dtype, name=f"{name}_{chunk.index}")
 
         self.vectors = {
             vector: {

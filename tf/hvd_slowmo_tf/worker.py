@@ -161,7 +161,9 @@ class KerasWorker:
         rank, size = (self.comm.rank, self.comm.size) if self.config.sliced_vectors else (0, 1)
         slices = OwnSlices(self.config, layout.layout, rank, size)
         add_variable = self.optimizer.add_variable
-        self._variables = OptimizerVariables(add_variable, layout.layout, vectors, weights, late, slices)
+        self._variables = OptimizerVariables(
+            add_variable, layout.layout, vectors, weights, late, slices, self.config.slow_state == "host"
+        )
 
     def _parameter_refs(self, trained: list[keras.Variable]) -> list[VariableRef]:
         """Return the parameters, in any order and form that gives messages the lengths that they will have.

@@ -88,6 +88,7 @@ class TorchStore:
         names: of the vectors that are kept beside the model.
         buffers: returns the names of the model's floating-point buffers.
         own: the worker's slices; None: nothing is kept in slices.
+        on_host: keep anchor, momentum and residuals in host memory.
 
     Attributes:
         watch: of the model.
@@ -103,6 +104,7 @@ class TorchStore:
         names: Sequence[str],
         buffers: Callable[[], set[str]],
         own: OwnSlices | None = None,
+        on_host: bool = False,
     ) -> None:
         self.layout = layout.layout
         self.watch = ModelWatch(layout, buffers)
@@ -115,12 +117,14 @@ class TorchStore:
         self._refs = layout.refs
         self._own = own
         self.slices = {
-            name: {chunk: zeros_of(self.segment_of(chunk), length) for chunk, length in lengths.items()}
+            name: {chunk: zeros_of(self.segment_of(chunk), length, on_host) for chunk, length in lengths.items()}
             for name, lengths in ({} if own is None else own.allocations()).items()
         }
         self.vectors: dict[str, list[torch.Tensor | None]] = {
             name: [
-                zeros_of(s, s.size) if s.role == "parameter" and not (s.sliced and name in self.slices) else None
+                zeros_of(s, s.size, on_host and name in ("anchor", "v", "residual"))
+                if s.role == "parameter" and not (s.sliced and name in self.slices)
+                else None
                 for s in self.layout.segments
             ]
             for name in names
@@ -138,7 +142,8 @@ class TorchStore:
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:
-            return self._flat(vector, stretch)
+            # Of one in host memory a copy, for which the host does not wait.
+            return self._flat(vector, stretch).to(self.layout.segments[stretch.segment].device, non_blocking=True)
         if vector == "in_flight":
             start = stretch.start - self.layout.chunks[stretch.index].start
             return self.in_flight[stretch.index][start : start + stretch.size]
@@ -165,10 +170,10 @@ class TorchStore:
                 self._noise.clear()
 
     def read_slice(self, vector: str, chunk: int) -> torch.Tensor:
-        return self.slices[vector][chunk]
+        return self.slices[vector][chunk].to(self.segment_of(chunk).device, non_blocking=True)
 
     def write_slice(self, vector: str, chunk: int, value: torch.Tensor) -> None:
-        self.slices[vector][chunk] = value
+        self.slices[vector][chunk].copy_(value)
 
     def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
         segment = self.layout.segments[chunk.segment]
@@ -361,9 +366,12 @@ class TorchGradients:
         self._staging = {}
 
 
-def zeros_of(segment: Segment, size: int) -> torch.Tensor:
-    """Return zeros of a segment's type on its device."""
-    return torch.zeros(size, dtype=getattr(torch, segment.dtype), device=segment.device)
+def zeros_of(segment: Segment, size: int, on_host: bool = False) -> torch.Tensor:
+    """Return zeros of a segment's type on its device, or in host memory from which CUDA copies without a wait."""
+    dtype = getattr(torch, segment.dtype)
+    if on_host and torch.device(segment.device).type == "cuda":
+        return torch.zeros(size, dtype=dtype, pin_memory=True)
+    return torch.zeros(size, dtype=dtype, device=segment.device)
 
 
 def _same_place(a: Segment, b: Segment) -> bool:

@@ -114,7 +114,8 @@ class TorchWorker:
         # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
         buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
         slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
-        self.store = TorchStore(layout, self.inner, names, buffers, slices)
+        on_host = self.config.slow_state == "host"
+        self.store = TorchStore(layout, self.inner, names, buffers, slices, on_host)
         devices = [torch.device(segment.device) for segment in layout.layout.segments]
         on_cpu = all(device.type == "cpu" for device in devices)
         runtime = Runtime(
