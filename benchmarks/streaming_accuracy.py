@@ -81,7 +81,7 @@ METHODS = {
     "F=12 d=1, 8 bits": Method(streamed(fragments=12, delay=1, bits=8), colour="#009E73"),
     "F=12 d=1, 4 bits": Method(streamed(fragments=12, delay=1, bits=4), colour="#009E73"),
     "F=12 d=1, 4 bits, no feedback": Method(streamed(fragments=12, delay=1, bits=4), feedback=False, colour="#D55E00"),
-    "F=12 d=2, 8 bits (preset)": Method(slowmo.SlowMoConfig.streaming(TAU, beta=BETA), colour="#CC79A7"),
+    "F=12 d=2, 8 bits": Method(slowmo.SlowMoConfig.streaming(TAU, beta=BETA, delay=2), colour="#CC79A7"),
 }
 
 

@@ -371,19 +371,19 @@ class SlowMoConfig:
     @classmethod
     @_preset
     def streaming(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Return SlowMo for a slow network: a part of the parameters at every step, two steps late, in 8 bits.
+        """Return SlowMo for a slow network: a part of the parameters at every step, one step late, in 8 bits.
 
         Example:
             >>> config = SlowMoConfig.streaming(tau=12)
             >>> config.fragments, config.delay, config.bits
-            (12, 2, 8)
+            (12, 1, 8)
         """
         return cls(**{"tau": tau, **_streamed(tau), **settings})
 
     @classmethod
     @_preset
     def streaming_diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Return DiLoCo in parts, two steps late and in 8 bits, as Streaming DiLoCo (Douillard et al. 2025).
+        """Return DiLoCo in parts, one step late and in 8 bits, as Streaming DiLoCo (Douillard et al. 2025).
 
         There the parts are groups of layers and travel in 4 bits; the workers mix the late result with their own
         parameters, where here they keep all that they have trained meanwhile.
@@ -445,7 +445,7 @@ class SlowMoConfig:
 
 
 def _streamed(tau: int) -> dict[str, Any]:
-    return {"fragments": tau, "delay": min(tau, 2) if isinstance(tau, int) else 2, "bits": 8}
+    return {"fragments": tau, "delay": 1, "bits": 8}
 
 
 def _check_flag(name: str, value: object) -> None:

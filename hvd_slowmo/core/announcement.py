@@ -53,7 +53,7 @@ def method(config: SlowMoConfig) -> str:
         >>> method(SlowMoConfig(tau=12, beta=0.6))
         'local SGD with slow momentum (tau=12, alpha=1, beta=0.6)'
         >>> method(SlowMoConfig.streaming(tau=12))
-        'local SGD with slow momentum (tau=12, alpha=1, beta=0.5, 12 fragments, 2 steps late, 8 bits)'
+        'local SGD with slow momentum (tau=12, alpha=1, beta=0.5, 12 fragments, 1 step late, 8 bits)'
         >>> method(SlowMoConfig.osgp())
         'SGP with overlap (OSGP)'
     """

@@ -39,6 +39,7 @@ def travels_in_slices(config: SlowMoConfig, spec: TensorSpec) -> bool:
     In few bits matrices alone do: biases and norms are short, and sensitive.
 
     Example:
+        >>> from hvd_slowmo.wire.views import View
         >>> bias = TensorSpec("bias", "parameter", (3,), "float32", View.same((3,)), "bias")
         >>> travels_in_slices(SlowMoConfig(bits=8), bias), travels_in_slices(SlowMoConfig(shard=True), bias)
         (False, True)

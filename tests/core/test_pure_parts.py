@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_slowmo import SlowMoConfig
+from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.core.layout import ParameterGroups, lay_out
 from hvd_slowmo.core.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
 from hvd_slowmo.core.machine import Machine
@@ -53,7 +54,7 @@ def test_a_step_without_an_event_is_only_counted(tau, warmup):
     config = SlowMoConfig(tau=tau, warmup_steps=warmup)
     refs = [Ref(TensorSpec("p", "parameter", (2,), "float64", View.same((2,)), ""))]
     laid = lay_out(refs, ParameterGroups((0,), (0,)), 80).layout
-    machine = Machine(Runtime(config, laid, OPS, store=None, comm=None))
+    machine = Machine(Runtime(config, laid, OPS, store=None, comm=ScopedComm(SoloComm(), "slowmo")))
     progress = machine.initial()
     counted = 0
     for step in range(20):

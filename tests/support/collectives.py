@@ -455,7 +455,7 @@ SCENARIOS: dict[str, Scenario] = {
     "late_join": Scenario(SlowMoConfig(tau=2, delay=1), _steps_and_join(3, 5), every_rank=True),
     "streamed": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _steps(4)),
     "few_bits": Scenario(SlowMoConfig(tau=2, bits=8), _steps_and_join(2, 3), every_rank=True),
-    "streamed_few_bits": Scenario(SlowMoConfig.streaming(tau=2), _steps(4)),
+    "streamed_few_bits": Scenario(SlowMoConfig.streaming(tau=2, delay=2), _steps(4)),
     "streamed_save_and_load": Scenario(SlowMoConfig(tau=2, fragments=2, delay=1), _save_and_load, frameworks=["torch"]),
     "streamed_average": Scenario(SlowMoConfig(tau=2, fragments=2, delay=2), _average, frameworks=["torch"]),
     "sgp": Scenario(SlowMoConfig.sgp(tau=3), _steps_and_join(4), workers=3),

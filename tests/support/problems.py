@@ -101,6 +101,7 @@ class Problem:
         chunks = min(DIMENSIONS, fragments * -(-DIMENSIONS // (longest * fragments)))
         ends = [DIMENSIONS * (number + 1) // chunks for number in range(chunks)]
         chunk = np.searchsorted(ends, np.arange(DIMENSIONS), side="right")
+        config = {key: value for key, value in self.config.items() if key != "shard"}  # the same algorithm
         return run_streamed(
             self.start(),
             self.gradient,
@@ -112,7 +113,7 @@ class Problem:
             base=self.base,
             base_options=self.options,
             groups=np.repeat(self.groups, SIZES),
-            **self.config,
+            **config,
         )
 
     def reference(self, workers: int) -> list[Snapshot]:
