@@ -58,7 +58,7 @@ _RANK = r"\.rank\d+-[0-9a-f]{16}"
 
 _RATES = (LEARNING_RATE, "progress/rate_sums")
 
-_SAVE_LATER = "Save right after an outer step or join(), with average=True."
+_SAVE_LATER = "Save right after join(), or an outer step without fragments and delay, with average=True."
 _SHARE_STATE = "Inner state is common with inner_state='reset' or 'average', right after an outer step."
 
 

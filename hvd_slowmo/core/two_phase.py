@@ -76,13 +76,16 @@ class TwoPhase:
         whole = values(0, slices.blocks) if self._codec.tile is None else None
 
         def pieces(first: int, last: int) -> Iterator[Any]:
-            if first == last:
-                yield self._empty(chunk)
             for start, stop in tiles(self._codec, first, last):
                 yield values(start, stop) if whole is None else whole[start * BLOCK : stop * BLOCK]
 
-        spans = [slices.span(rank) for rank in range(self._size)]
-        parts = [self._codec.encode(pieces(first, last), last - first, self._bits(chunk)) for first, last in spans]
+        bits, spans = self._bits(chunk), [slices.span(rank) for rank in range(self._size)]
+        # With fewer blocks than workers most slices are empty: encoding each would take longer than the others.
+        nothing = self._codec.encode([self._empty(chunk)], 0, bits) if slices.blocks < self._size else None
+        parts = [
+            nothing if first == last else self._codec.encode(pieces(first, last), last - first, bits)
+            for first, last in spans
+        ]
         handle = comm.start_alltoall(names.model(chunk.index), parts)
         return SlicedChunk(chunk, own, parts if self._few_bits else (), handle)
 

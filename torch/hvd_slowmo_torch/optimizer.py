@@ -367,8 +367,9 @@ class SlowMo(Outermost, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state_dict with one more entry, "slowmo". No communication.
 
-        Tensors are references. A state from right after an outer step or a join is common: rank 0's serves every rank.
-        Any other is this rank's own, and a resume that is bitwise the run without a stop gives each rank its own.
+        Tensors are references. A state from right after a join is common, and with one fragment and no delay one from
+        right after an outer step: rank 0's serves every rank. Any other, and each in few bits or with shard=True, is
+        this rank's own, and a resume that is bitwise the run without a stop gives each rank its own.
         """
         refuse_foreign_checkpoints()
         if initializes_state():

@@ -81,10 +81,12 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, store: TorchStore, c
     _check_layout(saved, store)
     if saved["rank"] != comm.rank:
         if not saved["common"]:
+            never = config.bits < 32 or config.shards
+            fix = "a file of optimizer.save()" if never else "save after join(): then rank 0's file serves all"
             raise ValueError(
-                f"the state is rank {saved['rank']}'s own, saved at step {saved['progress']['step']} in the middle of "
-                f"a block, and this is rank {comm.rank}. Load each rank's own file, or save after join(): then "
-                "rank 0's file serves all."
+                f"the state is rank {saved['rank']}'s own, saved at step {saved['progress']['step']}"
+                f"{'' if never else ' in the middle of a block'}, and this is rank {comm.rank}. Load each rank's own "
+                f"file, or {fix}."
             )
         logger.info("rank %d continues from rank %d's common state", comm.rank, saved["rank"])
     return saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -24,6 +25,7 @@ class Beside:
     """
 
     def __init__(self, take_turns: bool) -> None:
+        _finish_at_exit()
         self._take_turns = take_turns
         self._last: InTurn[Any] | None = None
 
@@ -35,7 +37,12 @@ class Beside:
         return started
 
 
-@atexit.register
+@cache
+def _finish_at_exit() -> None:
+    """Let a process that ends call `_finish`, before what the transport, which is ready by now, has registered."""
+    atexit.register(_finish)
+
+
 def _finish() -> None:
     """Wait for exchanges under way when the process ends: a thread that it ends within a collective can crash it.
 
