@@ -70,7 +70,7 @@ def test_bfloat16(policy):
         optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2))
         loop(slow, optimizer, range(4))
         vectors = optimizer.worker.variables.vectors
-        assert {v.dtype for parts in vectors.values() for v in parts} == {"float32"}
+        assert {v.dtype for parts in vectors.values() for v in parts.values()} == {"float32"}
         flat = np.concatenate([v.reshape(-1).astype("float32") for v in held(slow)])
         anchor = tf.cast(vectors["anchor"][0].value, slow.weights[0].dtype)
         np.testing.assert_array_equal(tf.cast(anchor, tf.float32).numpy(), flat)
