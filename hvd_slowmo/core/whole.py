@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core import names
 from hvd_slowmo.core.codec import payload_bytes
 from hvd_slowmo.core.layout import ITEMSIZE, Chunk
 from hvd_slowmo.core.runtime import Runtime
@@ -34,9 +33,10 @@ def gather_whole(runtime: Runtime) -> Whole:
 
 
 def _gather(runtime: Runtime, name: str, chunk: Chunk) -> Any:
-    comm, codec, slices = runtime.comm, runtime.codec, Slices(chunk.size, runtime.comm.size)
+    # Names of its own: an exchange in flight has those of the chunks' means.
+    comm, codec, slices = runtime.comm.scoped("save"), runtime.codec, Slices(chunk.size, runtime.comm.size)
     bits = 8 * ITEMSIZE[runtime.layout.segments[chunk.segment].dtype]
     elements = [slices.elements(rank) for rank in range(comm.size)]
     own = codec.encode([runtime.store.read_slice(name, chunk.index)], elements[comm.rank] // BLOCK, bits)
-    handle = comm.start_allgather(names.mean(chunk.index), own, [payload_bytes(n, bits) for n in elements])
+    handle = comm.start_allgather(f"{name}.{chunk.index}", own, [payload_bytes(n, bits) for n in elements])
     return runtime.ops.joined([codec.decode(message, bits) for message in comm.wait(handle)])[: chunk.size]

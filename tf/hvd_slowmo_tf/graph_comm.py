@@ -171,7 +171,7 @@ class GraphSafeComm:
         if not tf.executing_eagerly():
             x = self._protected(name, x)
             return _Started(start(x, *shares), elements, sent, self._now(x))
-        key = kind, name, x.dtype, x.shape[0]
+        key = kind, name, x.dtype, x.shape[0], tuple(cut or ()), tuple(given or ())
         if key not in self._alone:
             specs = [tf.TensorSpec(each.shape, each.dtype) for each in (x, *shares)]
             work = lambda *tensors: self._arrived(start(*tensors))  # noqa: E731

@@ -375,7 +375,8 @@ def zeros_of(segment: Segment, size: int, on_host: bool = False) -> torch.Tensor
 
 
 def _same_place(a: Segment, b: Segment) -> bool:
-    return (a.role, a.dtype, a.device, a.tensors[0].dtype) == (b.role, b.dtype, b.device, b.tensors[0].dtype)
+    first, second = ((s.role, s.dtype, s.device, s.sliced, s.tensors[0].dtype) for s in (a, b))
+    return first == second
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
