@@ -331,3 +331,16 @@ def test_a_load_right_after_a_launch_leaves_the_exchange_its_values(settings, mo
         return same(*ends)
 
     assert ThreadWorld(2).run(work) == [True, True]
+
+
+def test_a_group_of_biases_is_added_beside_a_matrix():
+    """They travel in segments of their own, which must not take each other's vectors."""
+
+    def work(comm):
+        model = Weights()
+        optimizer = SlowMo(torch.optim.SGD([model.weight], lr=0.1), model, SlowMoConfig(tau=2, bits=8), comm=comm)
+        optimizer.add_param_group({"params": [model.bias]})
+        vectors = entry(optimizer)["vectors"]["anchor"]
+        return [same(a, p.detach().reshape(-1)) for a, p in zip(vectors, model.parameters(), strict=True)]
+
+    assert ThreadWorld(2).run(work) == [[True, True]] * 2
