@@ -34,6 +34,8 @@ _OTHER_NAMES = {
 OTHER_NAMES = {name: f"Use {here}." for name, here in _OTHER_NAMES.items()}
 """Names under which users of other libraries may look for a setting, with the replacement in a sentence."""
 
+_OWN_CHOICE = ("slow_state",)  # settings in which workers may differ
+
 
 class SlowMoSettings(TypedDict, total=False):
     """Types of the fields of `SlowMoConfig`, for functions that take them as keywords."""
@@ -291,6 +293,15 @@ class SlowMoConfig:
         if self.gossip is not None:
             found["gossip"] = self.gossip.facts()
         return found
+
+    def common_facts(self) -> dict[str, Any]:
+        """Return the `facts()` that workers, and a checkpoint and those who load it, must have in common.
+
+        Example:
+            >>> SlowMoConfig(slow_state="host").common_facts() == SlowMoConfig().common_facts()
+            True
+        """
+        return {name: value for name, value in self.facts().items() if name not in _OWN_CHOICE}
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> SlowMoConfig:

@@ -116,7 +116,7 @@ class WorkerState(Protocol):
 def facts_of(state: WorkerState) -> dict[str, Any]:
     """Return the facts that a checkpoint and a worker that loads it must have in common, in JSON types."""
     facts = {
-        "config": state.config.facts(),
+        "config": state.config.common_facts(),
         "naming": state.tensors.naming,
         "tensors": describe(state.tensors.specs),
         "trained": [spec.name for spec in trained(state)],

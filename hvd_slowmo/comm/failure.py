@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class FailureLatch:
     """Remembers that a collective has failed.
@@ -11,20 +13,22 @@ class FailureLatch:
     Args:
         library: whose collectives they are, for messages.
         rank: of this worker, for messages.
+        error: makes the exceptions: of the type that a lost worker has with this library.
 
     Example:
-        >>> latch = FailureLatch("Horovod", 0)
+        >>> latch = FailureLatch("Horovod", 0, RuntimeError)
         >>> latch.refuse_after_failure()
         >>> print(latch.lost("connection reset"))
         rank 0: a collective failed, most likely because another worker ended ... Horovod says: connection reset
         >>> latch.refuse_after_failure()
         Traceback (most recent call last):
-        RuntimeError: nothing more can be exchanged after Horovod's error (connection reset). ...
+        RuntimeError: rank 0: nothing more can be exchanged after Horovod's error (connection reset). ...
     """
 
-    def __init__(self, library: str, rank: int) -> None:
+    def __init__(self, library: str, rank: int, error: Callable[[str], Exception]) -> None:
         self._library = library
         self._rank = rank
+        self._error = error
         self._failure: str | None = None
 
     @property
@@ -33,19 +37,27 @@ class FailureLatch:
         return self._failure is not None
 
     def refuse_after_failure(self) -> None:
-        """Raise RuntimeError after `lost` was called."""
+        """Raise an error of the same type as the first one, after `lost` was called."""
         if self._failure is not None:
-            raise RuntimeError(
-                f"nothing more can be exchanged after {self._library}'s error ({self._failure}). End this process; the "
-                "job can be resumed from its last checkpoint."
-            )
+            raise self.again()
 
-    def lost(self, says: str, cause: str = "another worker ended or was killed; look at that worker's output") -> str:
-        """Remember an error of the library, and return the text of the one to raise in its place.
+    def again(self) -> Exception:
+        """Return the exception for whatever comes after the first error."""
+        return self._error(
+            f"rank {self._rank}: nothing more can be exchanged after {self._library}'s error ({self._failure}). End "
+            "this process; the job can be resumed from its last checkpoint."
+        )
+
+    def lost(
+        self, says: str, cause: str = "another worker ended or was killed; look at that worker's output"
+    ) -> Exception:
+        """Remember an error of the library, and return the exception to raise in its place.
 
         Args:
             says: the library's own text.
             cause: the likely one.
         """
-        self._failure = says
-        return f"rank {self._rank}: a collective failed, most likely because {cause}. {self._library} says: {says}"
+        self._failure = f"{cause}: {says}"
+        return self._error(
+            f"rank {self._rank}: a collective failed, most likely because {cause}. {self._library} says: {says}"
+        )

@@ -132,13 +132,17 @@ class HorovodFailures(FailureLatch):
     """
 
     def __init__(self, rank: int) -> None:
-        super().__init__("Horovod", rank)
+        super().__init__("Horovod", rank, _internal_error)
 
     def explain(self, error: Exception) -> Exception:
         """Return the exception to raise in place of an error of a collective."""
         if "Mismatched" in str(error):
             return ValueError(f"the workers do not exchange the same: {error}")
-        from horovod.common.exceptions import HorovodInternalError
+        return self.again() if self.failed else self.lost(str(error))
 
-        lost: Exception = HorovodInternalError(self.lost(str(error)))
-        return lost
+
+def _internal_error(text: str) -> Exception:
+    from horovod.common.exceptions import HorovodInternalError
+
+    error: Exception = HorovodInternalError(text)
+    return error

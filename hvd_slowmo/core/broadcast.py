@@ -31,7 +31,7 @@ def take_from(
     def start(chunk: Chunk) -> Any:
         read = partial(store.read, "model", chunk)
         values = ops.cond(source == workers.rank, read, partial(store.zeros, chunk))
-        return workers.start_sum(names.model(chunk.index), values)
+        return workers.start_sum(names.values(chunk.index), values)
 
     total = None
     for chunk in runtime.layout.chunks:
@@ -47,5 +47,5 @@ def average_statistics(runtime: Runtime) -> None:
     comm, store = runtime.comm, runtime.store
     for chunk in runtime.layout.chunks:
         if chunk.role == "statistic":
-            total = comm.wait(comm.start_sum(names.model(chunk.index), store.read("model", chunk)))
+            total = comm.wait(comm.start_sum(names.values(chunk.index), store.read("model", chunk)))
             store.write("model", chunk, total / comm.size)

@@ -176,7 +176,7 @@ class GradientAverages:
             runtime.store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters too
             for chunk in runtime.layout.parameter_chunks:
                 own = runtime.store.read("model", chunk)
-                total = runtime.comm.wait(runtime.comm.start_sum(names.model(chunk.index), own))
+                total = runtime.comm.wait(runtime.comm.start_sum(names.values(chunk.index), own))
                 runtime.store.write("model", chunk, total / ops.cast_like(runtime.comm.size, total))
             entered.set(False)
             return ops.to_int(1.0)

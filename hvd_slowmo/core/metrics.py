@@ -15,6 +15,7 @@ from hvd_slowmo.core.runtime import Runtime
 class Metrics(NamedTuple):
     """Measurements of one outer step; norms and products are over all parameters of the fragment that met.
 
+    `residual` and `local`, and those from `seconds_waited` on, are this worker's own; the others are equal on all.
     Without the average (noaverage) they are of this worker's own Delta and v, and the divergence stays 0, because no
     worker knows it.
 
@@ -33,7 +34,7 @@ class Metrics(NamedTuple):
     local: float  # with a delay: norm of what this worker has trained meanwhile, by that of Delta
     seconds_waited: float  # for collectives on this worker, since the outer step before
     hidden: float  # share of the exchanges' time for which this worker did not wait; 0 under Keras, which can't tell
-    bytes_sent: int  # handed to Horovod by this worker, since the outer step before
+    bytes_sent: int  # handed to the transport by this worker, since the outer step before
 
 
 def metrics_of(seen: Observed, step: int, seconds_waited: float, seconds_exchanging: float, bytes_sent: int) -> Metrics:

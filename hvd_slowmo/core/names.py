@@ -17,8 +17,13 @@ def model(chunk: int) -> str:
     return f"model.{chunk}"
 
 
+def values(chunk: int) -> str:
+    """Return the name of a chunk that is summed apart from a meeting, beside which a late one may be under way."""
+    return f"values.{chunk}"
+
+
 def mean(chunk: int) -> str:
-    """Return the name of the exchange of a chunk's mean in few bits, once it has been taken."""
+    """Return the name of the exchange of a chunk's mean, or step, where workers take it slice by slice."""
     return f"mean.{chunk}"
 
 
@@ -38,6 +43,6 @@ def within_step(layout: Layout) -> list[str]:
     return [
         *(ledger(fragment) for fragment in range(layout.fragments)),
         PRESENT,
-        *(name(chunk.index) for name in (model, mean) for chunk in layout.chunks),
+        *(name(chunk.index) for name in (model, mean, values) for chunk in layout.chunks),
         *(name(index) for name in (gradient, push) for index in parameters),
     ]

@@ -22,7 +22,7 @@ class Runtime:
     Attributes:
         comm: the workers, under the optimizer's name.
         observe: measure at every outer step; see `Observed`.
-        codec: of few bits.
+        codec: of messages in bytes: in few bits, and of slices.
         watches: some worker can tell values that come from outside; see `Condition`.
     """
 

@@ -52,6 +52,7 @@ class Position(NamedTuple):
     workers: int  # of the job that its state comes from; 0: it has none
     groups: tuple[int, ...]  # its parameter group of each trained tensor of the wire
     entered: bool = False  # its parameters were given other values since the last training ended
+    slices_of: int | None = None  # place of the worker whose slices its state has; None: it has none
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class StartingWorker(Protocol[R]):
             TypeError, ValueError: an argument is wrong; it is raised on every worker.
         """
 
-    def position(self) -> tuple[int, int]:
-        """Return the number of inner steps made, and the number of workers of the job that the state comes from."""
+    def position(self) -> tuple[int, int, int | None]:
+        """Return `step`, `workers` and `slices_of` of this worker's `Position`."""
 
     def entered(self) -> bool:
         """Return whether the parameters were given other values since this job's last training ended."""
@@ -143,7 +144,9 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
     """
     description = agree(worker, comm)
     graph = agreed_graph(worker.config, comm)
-    job = meet(comm, Position(worker.framework, *worker.position(), description.groups.of, worker.entered()))
+    step, workers, slices_of = worker.position()
+    own = Position(worker.framework, step, workers, description.groups.of, worker.entered(), slices_of)
+    job = meet(comm, own)
     if worker.parameter_map is not None:
         layout = description.layout.regrouped(job.groups, description.specs)
         description = replace(description, groups=job.groups, layout=layout)
@@ -175,7 +178,7 @@ def facts_of(worker: StartingWorker[R], description: Description[R]) -> dict[str
     """
     config, parameter_map, layout = worker.config, worker.parameter_map, description.layout.layout
     facts: dict[str, Any] = {
-        "config": config.facts(),
+        "config": config.common_facts(),
         "parameter_map": None if parameter_map is None else parameter_map.describe(),
     }
     if parameter_map is None:
@@ -223,6 +226,16 @@ def meet(comm: ScopedComm, position: Position) -> Job:
             raise ValueError(
                 f"{comm.name}: the state on rank {rank} is one of {each.workers} workers, this job has {comm.size}."
             )
+        if each.step and each.slices_of is not None and comm.ranks[each.slices_of] != rank:
+            raise ValueError(
+                f"{comm.name}: the state on rank {rank} is that of rank {comm.ranks[each.slices_of]}, and with few "
+                "bits or shard=True each rank has its own. Load each rank's own file, or a checkpoint of save()."
+            )
+    if job.restored_first and comm.size > 1 and everyone[0].slices_of is not None:
+        raise ValueError(
+            f"{comm.name}: rank {comm.ranks[0]} alone has loaded a state, and with few bits or shard=True each rank "
+            "has its own. Load each rank's own file, or a checkpoint of save()."
+        )
     steps = ", ".join(f"rank {r} step {s}" for r, s in zip(comm.ranks, job.steps, strict=True))
     if job.mixed and not job.fresh:
         raise ValueError(

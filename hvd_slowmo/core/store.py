@@ -31,9 +31,9 @@ class Store(Protocol):
         """Set that stretch; `value` is not kept."""
 
     def read_slice(self, vector: str, chunk: int) -> Any:
-        """Return this worker's slice of a chunk, of a vector that is kept in slices: "slice_residual".
+        """Return this worker's slice of a chunk, of a vector that is kept in slices: "slice_residual", "v", "anchor".
 
-        Its length is that of `hvd_slowmo.core.slices.lengths`.
+        Its length is that of `hvd_slowmo.core.slices.OwnSlices.lengths`.
         """
 
     def write_slice(self, vector: str, chunk: int, value: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from numpy.typing import NDArray
 
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.codec import payload_bytes
@@ -10,8 +13,8 @@ from hvd_slowmo.core.layout import ITEMSIZE, Chunk
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.slices import BLOCK, Slices
 
-Whole = dict[str, dict[int, Any]]
-"""Whole chunks by vector and number."""
+Whole = dict[str, dict[int, NDArray[Any]]]
+"""Whole chunks in host memory, by vector and number."""
 
 
 def divided_vectors(config: SlowMoConfig) -> list[str]:
@@ -24,10 +27,14 @@ def divided_vectors(config: SlowMoConfig) -> list[str]:
     return [name for name in config.vectors if name in config.sliced_vectors]
 
 
-def gather_whole(runtime: Runtime) -> Whole:
-    """Return all whole chunks of vectors that are kept in slices. A collective, empty where none are."""
+def gather_whole(runtime: Runtime, to_host: Callable[[Any], NDArray[Any]]) -> Whole:
+    """Return all whole chunks of vectors that are kept in slices. A collective, empty where none are.
+
+    Args:
+        to_host: copies a tensor to host memory; a device need not hold more than a chunk.
+    """
     return {
-        name: {chunk.index: _gather(runtime, name, chunk) for chunk in runtime.slices.chunks}
+        name: {chunk.index: to_host(_gather(runtime, name, chunk)) for chunk in runtime.slices.chunks}
         for name in divided_vectors(runtime.config)
     }
 

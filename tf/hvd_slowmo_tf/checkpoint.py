@@ -57,7 +57,7 @@ class KerasWorkerState:
     ) -> None:
         self._parts, self._gathered = parts, gathered
         self._optimizer, self._inner, self._kept = optimizer, parts.inner, parts.variables
-        self._workers = parts.workers
+        self._rank, self._workers = parts.rank, parts.workers
         self.config = optimizer.config
         self.graph = None if parts.graph is None else parts.graph.digest
         self.progress = parts.variables.now
@@ -235,7 +235,7 @@ class KerasWorkerState:
                 v.assign(np.zeros(v.shape))
         optimizer._iterations.assign(progress.step * (optimizer.gradient_accumulation_steps or 1))
         self._kept.write(progress)
-        self._kept.workers.assign(self._workers)
+        self._kept.belong_to(self._rank, self._workers)
 
 
 def name_model(

@@ -55,8 +55,8 @@ def check_together(inner: InnerOptimizer, config: SlowMoConfig, parameter_map: P
     if config.delay > longest:
         raise ValueError(
             f"with a Keras worker delay can be {longest} at most with bits={config.bits}, because nothing can be in "
-            f"flight between two calls: a longer one would hide no more. Received: delay={config.delay}. Use "
-            f"delay={longest}, or PyTorch workers alone."
+            f"flight between two calls: a longer one would hide no more. Received: delay={config.delay}. Use delay=1, "
+            "or PyTorch workers alone."
         )
     resets = config.inner_state == "reset" or config.nonfinite == "exclude"
     if resets and isinstance(inner.innermost, keras.optimizers.ScheduleFreeAdamW):

@@ -242,7 +242,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
 
-        All but the last two are equal on all workers.
+        `residual`, `local`, `seconds_waited`, `hidden` and `bytes_sent` are this worker's own, the others equal on all.
 
         Raises:
             RuntimeError: constructed without metrics=True.

@@ -112,9 +112,10 @@ class StartingKerasWorker:
         groups = ParameterGroups.single(sum(spec.role == "parameter" for spec in specs))
         return Description(specs, groups, worker.layout_of(self._refs))
 
-    def position(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int, int | None]:
         variables = self._worker.variables
-        return int(variables.now.step), int(variables.workers.numpy())
+        slices_of = int(variables.rank.numpy()) if variables.slices else None
+        return int(variables.now.step), int(variables.workers.numpy()), slices_of
 
     def entered(self) -> bool:
         return self._worker.given_other_values()
@@ -138,17 +139,12 @@ class StartingKerasWorker:
         machine = self._step.assembly.machine
         if job.fresh:
             worker.call(lambda: variables.write(machine.start()))
-        elif job.restored_first and variables.slices:
-            raise ValueError(
-                "rank 0 alone has loaded a state, and with few bits or shard=True each rank has its own: load each "
-                "rank's own file, or a checkpoint of save()."
-            )
         elif job.restored_first:
             worker.call(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state")))
             worker.call(lambda: variables.write(machine.reset(variables.read())))
         elif job.entered:
             worker.restart(job.entered)
-        variables.workers.assign(worker.comm.size)
+        variables.belong_to(worker.comm.rank, worker.comm.size)
 
     @property
     def _frozen(self) -> list[VariableRef]:

@@ -68,7 +68,7 @@ class TracedStep:
         Within a function of batches it can begin when the batch is there, and run beside forward and backward.
 
         Returns:
-            The messages received; None where nothing travels ahead.
+            Its results; None where nothing travels ahead.
         """
         graph, averages = self.assembly.graph, self.assembly.averages
         ahead = self._machine.runtime.config.delay > 0 or (graph is not None and graph.overlap)

@@ -28,6 +28,7 @@ class OptimizerVariables:
     Attributes:
         scalars: `Progress.flat()`, a variable per name.
         workers: number of workers of the job; 0 before it has started.
+        rank: place of the worker among them, whose slices these are.
         vectors: per name, a flat variable for each chunk of parameters, by its number.
         slices: per name, one for the worker's slice of each chunk of which it keeps that alone.
     """
@@ -62,6 +63,7 @@ class OptimizerVariables:
             for field in FIELDS
         }
         self.workers = add_variable(shape=(), dtype="int64", name="workers")
+        self.rank = add_variable(shape=(), dtype="int64", name="rank")
         own = {} if slices is None else slices.allocations()
 
         def flat(name: str, chunk: Chunk, length: int) -> keras.Variable:
@@ -83,6 +85,11 @@ class OptimizerVariables:
             for vector, lengths in own.items()
         }
         self._lengths = [chunk.size for chunk in layout.parameter_chunks]
+
+    def belong_to(self, rank: int, workers: int) -> None:
+        """Note whose state this is."""
+        self.rank.assign(rank)
+        self.workers.assign(workers)
 
     def fit(self, layout: Layout) -> bool:
         """Return whether the chunks of a layout have the lengths for which these were made."""

@@ -27,7 +27,7 @@ from hvd_slowmo.core.progress import Observed
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.slices import OwnSlices, travels_in_slices
 from hvd_slowmo.core.startup import Job
-from hvd_slowmo.core.whole import Whole, gather_whole
+from hvd_slowmo.core.whole import Whole, divided_vectors, gather_whole
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checks import refuse_strategies
@@ -36,6 +36,7 @@ from hvd_slowmo_tf.failed_traces import drop_train_functions
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm, workers
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
+from hvd_slowmo_tf.interop.weights import array_of
 from hvd_slowmo_tf.layout import KerasLayout, VariableRef, mapped_refs, refs_of, travelling
 from hvd_slowmo_tf.ops import TracedOps
 from hvd_slowmo_tf.store import VariableStore
@@ -54,6 +55,7 @@ class OptimizerParts:
     variables: OptimizerVariables
     layout: KerasLayout
     graph: Graph | None  # of the gossip
+    rank: int  # place of this worker in the job
     workers: int  # number of workers of the job
     slices: OwnSlices
 
@@ -330,11 +332,20 @@ class KerasWorker:
             raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
         layout = self.layout_of(self.refs()) if self.step is None else self.step.assembly.layout
         slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
-        return OptimizerParts(self.inner, self.variables, layout, self._graph, self.comm.size, slices)
+        comm = self.comm
+        return OptimizerParts(self.inner, self.variables, layout, self._graph, comm.rank, comm.size, slices)
 
     def gather_whole(self) -> Whole:
-        """Return whole vectors of what is kept in slices. A collective once the workers have started."""
-        return {} if self.step is None else gather_whole(self.step.assembly.runtime)
+        """Return whole vectors, in host memory, of what is kept in slices. A collective once the workers have started.
+
+        Raises:
+            ValueError: a state has been loaded, and the workers have not started yet: they can't gather it.
+        """
+        if not divided_vectors(self.config) or (self.step is None and not self.optimizer.steps):
+            return {}
+        runtime = self.ready().assembly.runtime
+        whole: Whole = self.call(gather_whole, runtime, array_of)
+        return whole
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one."""

@@ -26,7 +26,6 @@ from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
-from hvd_slowmo_torch.store import zeros_of
 from hvd_slowmo_torch.watch import WatchNotes
 
 if TYPE_CHECKING:
@@ -97,13 +96,13 @@ class TorchWorkerState:
         for name in divided_vectors(self.config):
             flats = self._flats[name] = list(self._flats[name])
             for number, segment in enumerate(layout.segments):
-                if segment.sliced:
-                    flats[number] = zeros_of(segment, segment.size)
+                if segment.sliced:  # in host memory: whole vectors need not fit on the device
+                    flats[number] = torch.zeros(segment.size, dtype=getattr(torch, segment.dtype))
             for chunk in self._slices.chunks if whole is not None else ():
                 flat = flats[chunk.segment]
                 assert flat is not None, "just made"
                 assert whole is not None, "else there is no turn"
-                flat[chunk.start : chunk.stop] = whole[name][chunk.index]
+                flat[chunk.start : chunk.stop] = torch.from_numpy(whole[name][chunk.index])
         missing = set(self.groups) - {spec.own for spec in self.tensors.specs}
         if missing:
             raise ValueError(f"the ParameterMap leaves out trained parameters: {', '.join(sorted(missing))}.")

@@ -29,6 +29,7 @@ from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.checks import refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
+from hvd_slowmo_torch.interop.weights import array_of
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
 from hvd_slowmo_torch.step_hooks import hooked_at_need
@@ -320,7 +321,7 @@ class SlowMo(Outermost, Optimizer):
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
 
-        They are equal on all workers, but for the last two.
+        `residual`, `local`, `seconds_waited`, `hidden` and `bytes_sent` are this worker's own, the others equal on all.
 
         Raises:
             RuntimeError: constructed without metrics=True.
@@ -422,7 +423,7 @@ class SlowMo(Outermost, Optimizer):
         worker = self.worker
         worker.presence.refuse_if_left()
         with torch.no_grad():
-            whole = gather_whole(worker.assembly.runtime)
+            whole = gather_whole(worker.assembly.runtime, array_of)
         checkpoint.save(lambda: self._worker_state(parameter_map, whole), worker.comm, path)
 
     def load(self, path: checkpoint.AnyPath, *, parameter_map: ParameterMap | None = None) -> None:

@@ -71,8 +71,8 @@ class StartingTorchWorker:
         check_metrics(self.config, settings.metrics)
         return self._description
 
-    def position(self) -> tuple[int, int]:
-        return 0, 0
+    def position(self) -> tuple[int, int, int | None]:
+        return 0, 0, None
 
     def entered(self) -> bool:
         return False  # there was no training before

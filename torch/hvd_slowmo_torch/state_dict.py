@@ -37,7 +37,7 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
     attributes = inner_settings.dump(worker.inner, attributes_only=True)
     return {
         "format": FORMAT,
-        "config": config.facts(),
+        "config": config.common_facts(),
         "rank": comm.rank,
         "size": comm.size,
         "common": workers_equal(config, progress) and not config.shards,
@@ -70,7 +70,7 @@ def check(state_dict: dict[str, Any], config: SlowMoConfig, store: TorchStore, c
             f"the state has format {saved['format']}, this version of hvd-slowmo reads format {FORMAT}. Load it with "
             "the version that wrote it."
         )
-    for key, value in config.facts().items():
+    for key, value in config.common_facts().items():
         if saved["config"].get(key) != value:
             raise ValueError(
                 f"the state was saved with {key}={saved['config'].get(key)!r}, this optimizer has {key}={value!r}. "

@@ -13,7 +13,6 @@ import hashlib
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +23,7 @@ from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo_torch.comm.beside import Beside
+from hvd_slowmo_torch.comm.groups import GLOO_AND_NCCL, OpenGroups, own_group, timeout_of
 from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox, Sum
 from hvd_slowmo_torch.comm.lost import lost_ranks
 from hvd_slowmo_torch.comm.messages import shared
@@ -32,12 +32,11 @@ T = TypeVar("T")
 
 _PAUSE_S = 0.0002  # between two looks at a copy
 
-_GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
-
 _CONTINUES = {
     *(("ledger", kind) for kind in ("model", "mean")),
     *((first, second) for first in ("model", "mean") for second in ("model", "mean")),
     *(("gradient", kind) for kind in ("gradient", "present")),
+    ("values", "values"),
 }
 """Kinds of collectives of which the second belongs to the exchange of the first."""
 
@@ -66,33 +65,6 @@ class Bytes(NamedTuple):
     device: torch.device
 
 
-def own_group(group: Any) -> Any:
-    """Return a new process group of the same workers. A collective of these workers.
-
-    It always has gloo, for what is in host memory; with NCCL in the given group, CUDA tensors go over NCCL.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    nccl = "nccl" in str(dist.get_backend_config(group))
-    return dist.new_group(
-        ranks,
-        timeout=timeout_of(group),
-        backend=_GLOO_AND_NCCL if nccl else "gloo",
-        # Names of groups that all ranks make are counted; others would wait for ranks that never come.
-        use_local_synchronization=len(ranks) < dist.get_world_size(),
-    )
-
-
-def timeout_of(group: Any) -> timedelta:
-    """Return the time after which a collective of a process group fails."""
-    for device in ("cpu", "cuda"):
-        try:
-            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
-        except (RuntimeError, AttributeError):  # no such backend; one without options
-            continue
-        return timeout
-    return dist.default_pg_timeout
-
-
 class DistributedComm:
     """Collectives of a process group that nobody else uses. After an error nothing more is submitted.
 
@@ -105,7 +77,7 @@ class DistributedComm:
     def __init__(self, group: Any, node: Comm | None = None, main: DistributedComm | None = None) -> None:
         self._group = group
         self._push_group: Any = None
-        self._groups: list[Any] = [group] if main is None else main._groups  # to close after an error
+        self._open: OpenGroups = OpenGroups(group) if main is None else main._open
         self._there: DistributedComm | None = None
         self._beside = Beside(take_turns=True)
         self.rank: int = dist.get_rank(group)
@@ -113,12 +85,12 @@ class DistributedComm:
         self.ranks: Sequence[int] = tuple(dist.get_process_group_ranks(group))
         self.node = node
         self.family = family("torch.distributed", self.ranks)
-        self.backend = "gloo" if "nccl" not in str(dist.get_backend_config(group)) else _GLOO_AND_NCCL
+        self.backend = "gloo" if "nccl" not in str(dist.get_backend_config(group)) else GLOO_AND_NCCL
         self.timeout = timeout_of(group)
         self._host_only = self.backend == "gloo"
         self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
         latch = None if main is None else main._latch
-        self._latch: FailureLatch = latch or FailureLatch("torch.distributed", dist.get_rank())
+        self._latch: FailureLatch = latch or FailureLatch("torch.distributed", dist.get_rank(), dist.DistNetworkError)
         self._in_flight: set[str] = set()  # names
         self._started: set[str] = set()  # names, since the last comparison
         self._kind = ""  # of the last one started
@@ -132,8 +104,7 @@ class DistributedComm:
         self._latch.refuse_after_failure()
         if self._push_group is None:
             # Its own, because a push may stay in flight while the workers meet.
-            self._push_group = own_group(self._group)
-            self._groups.append(self._push_group)
+            self._push_group = self._open.add(own_group(self._group))
         weights, sources = shares[:, self.rank], shares[self.rank]
         sent = shared(x, weights)
         sent = sent.cpu() if self._host_only else sent
@@ -164,9 +135,7 @@ class DistributedComm:
 
     def open_beside(self) -> None:
         if self._there is None:
-            group = own_group(self._group)
-            self._groups.append(group)
-            self._there = DistributedComm(group, main=self)
+            self._there = DistributedComm(self._open.add(own_group(self._group, host_only=True)), main=self)
 
     def start_beside(self, work: Callable[[Comm], T]) -> InTurn[T]:
         self._latch.refuse_after_failure()
@@ -267,7 +236,9 @@ class DistributedComm:
         self._latch.refuse_after_failure()
         try:
             return collective(*tensors, group=group, async_op=True, **options)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: an error in another thread has closed the group
+            if isinstance(error, ValueError) and not self._latch.failed:
+                raise
             raise self._explained(error, collective.__name__) from error
 
     def _finish(self, work: Any, what: str) -> None:
@@ -276,20 +247,20 @@ class DistributedComm:
         except RuntimeError as error:
             raise self._explained(error, what) from error
 
-    def _explained(self, error: RuntimeError, what: str) -> Exception:
+    def _explained(self, error: Exception, what: str) -> Exception:
         """Return the exception to raise in place of an error of a collective, which ends the exchange for all."""
         text = f"{what}: {str(error).splitlines()[0]}"
-        if "imed out" in text:
-            cause = "another worker has not come within the process group's timeout"
-            return dist.DistNetworkError(self._latch.lost(text, cause))
-        while self._groups:
-            dist.destroy_process_group(self._groups.pop())  # which closes the connections: all others notice at once
-        self._group = self._push_group = None
-        lost = lost_ranks(self.ranks, self.rank)
-        if not lost:
-            return dist.DistNetworkError(self._latch.lost(text))
-        who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
-        return dist.DistNetworkError(self._latch.lost(text, f"{who} ended or was killed; look at the output there"))
+        with self._open.closing:
+            if self._latch.failed:  # in another thread; this error follows from that one
+                return self._latch.again()
+            if "imed out" in text:
+                return self._latch.lost(text, "another worker has not come within the process group's timeout")
+            self._open.close()
+            lost = lost_ranks(self.ranks, self.rank)
+            if not lost:
+                return self._latch.lost(text)
+            who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+            return self._latch.lost(text, f"{who} ended or was killed; look at the output there")
 
 
 def kind_of(name: str) -> str:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from hvd_slowmo.comm.horovod import Workers
 from hvd_slowmo.comm.launcher import alone_text, launched
 from hvd_slowmo.comm.protocol import Comm, SoloComm
-from hvd_slowmo_torch.comm.distributed import DistributedComm, own_group
+from hvd_slowmo_torch.comm.distributed import DistributedComm
+from hvd_slowmo_torch.comm.groups import own_group
 from hvd_slowmo_torch.comm.horovod import HorovodComm
 
 Transport = Literal["horovod", "torch"]
