@@ -5,6 +5,7 @@ from hvd_slowmo.core.join import JoinResult, join
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_torch import elastic
 from hvd_slowmo_torch.comm.workers import init, local_rank, rank, size
 from hvd_slowmo_torch.mean import mean
 from hvd_slowmo_torch.optimizer import SlowMo
@@ -18,6 +19,7 @@ __all__ = [
     "ParameterMap",
     "SlowMo",
     "SlowMoConfig",
+    "elastic",
     "init",
     "join",
     "local_rank",

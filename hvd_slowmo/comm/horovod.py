@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvd_slowmo.comm.failure import FailureLatch
-from hvd_slowmo.comm.launcher import alone_text, launched
+from hvd_slowmo.comm.launcher import alone_text, elastic, launched
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
@@ -69,7 +69,7 @@ class Workers:
                     "first."
                 )
             return self._alone(node)
-        if launch.workers > hvd.size():
+        if launch.workers > hvd.size() and not elastic():  # the variables say how many there were at the start
             raise ValueError(alone_text(launch, hvd.size()))
         members = hvd.global_process_set if process_set is None else process_set
         if not members.included():
@@ -93,6 +93,9 @@ class Workers:
             TimeoutError: a worker has not come.
         """
         hvd = importlib.import_module(self._module)
+        if elastic():  # workers that train already can't take part in more than Horovod's own start
+            hvd.init()
+            return
         # horovodrun's name for the host: "nodes" may be several names of one machine.
         host = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
         hosts = None if hvd.is_initialized() else hosts_by_rendezvous(host)

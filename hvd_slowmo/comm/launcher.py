@@ -59,6 +59,16 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return max(found, key=lambda launch: launch.workers)
 
 
+def elastic(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether Horovod's elastic launcher has started this process: workers come and go.
+
+    Example:
+        >>> elastic({"HOROVOD_ELASTIC": "1"}), elastic({})
+        (True, False)
+    """
+    return environment.get("HOROVOD_ELASTIC", "0") not in ("", "0")
+
+
 def alone_text(launch: Launch, size: int, library: str = "Horovod") -> str:
     """Return the text of an error: the launcher says more workers than a library has."""
     return (

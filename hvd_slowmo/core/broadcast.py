@@ -19,27 +19,46 @@ def take_from(
 ) -> None:
     """Give everybody one worker's values of the segments with these roles, bitwise identical. A collective.
 
+    Args:
+        source: the worker's rank in `comm`.
+        comm: the workers; None for all.
+    """
+    take_chunks(runtime, source, [chunk for chunk in runtime.layout.chunks if chunk.role in roles], comm=comm)
+
+
+def take_chunks(
+    runtime: Runtime,
+    source: Scalar,
+    chunks: Sequence[Chunk],
+    vector: str = "model",
+    takes: bool = True,
+    comm: ScopedComm | None = None,
+) -> None:
+    """Give one worker's values of these chunks to all that take them, bitwise identical. A collective.
+
     A broadcast is a sum to which all others contribute zeros.
 
     Args:
         source: the worker's rank in `comm`.
+        vector: name of the one of which it gives chunks.
+        takes: this worker writes what comes.
         comm: the workers; None for all.
     """
     workers, store, ops = comm or runtime.comm, runtime.store, runtime.ops
     store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters are given too
 
     def start(chunk: Chunk) -> Any:
-        read = partial(store.read, "model", chunk)
+        read = partial(store.read, "model", chunk) if vector == "model" else lambda: store.read(vector, chunk) * 1
         values = ops.cond(source == workers.rank, read, partial(store.zeros, chunk))
         return workers.start_sum(names.values(chunk.index), values)
 
     total = None
-    for chunk in runtime.layout.chunks:
-        if chunk.role in roles:
-            # One after the other: a trace would read all chunks at once, and hold the model a second time.
-            handle = start(chunk) if total is None else ops.after(total[0], partial(start, chunk))
-            total = workers.wait(handle)
-            store.write("model", chunk, total)
+    for chunk in chunks:
+        # One after the other: a trace would read all chunks at once, and hold the model a second time.
+        handle = start(chunk) if total is None else ops.after(total[0], partial(start, chunk))
+        total = workers.wait(handle)
+        if takes:
+            store.write(vector, chunk, total)
 
 
 def average_statistics(runtime: Runtime) -> None:

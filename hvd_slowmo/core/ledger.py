@@ -39,6 +39,7 @@ class Row(NamedTuple):
     misfit: Scalar  # see `Condition`
     entered: Scalar  # see `Condition`
     drift: Scalar  # its squared distance from the mean at the outer step before, where that is measured
+    regroups: Scalar = 0.0  # 1: it has heard of workers that come or go, see `hvd_slowmo.core.runtime.Regrouping`
 
 
 RATES = len(Row._fields)
@@ -88,10 +89,11 @@ class Verdict(NamedTuple):
     counted: Scalar  # sum of their weights in plain means
     entered: Scalar  # bool: values have come from outside on one of them, see `entry_warning`
     gamma: Vector  # mean learning rate of the block per parameter group: sum of sums / sum of steps
+    regroups: Scalar = False  # bool: one of them has heard of workers that come or go
 
 
 def columns(table: Any) -> Row:
-    """Return the columns of a table of shape (workers, 12 + groups), NumPy's or traced, by the names of `Row`."""
+    """Return the columns of a table of shape (workers, 13 + groups), NumPy's or traced, by the names of `Row`."""
     return Row(*(table[:, number] for number in range(RATES)))
 
 
@@ -103,7 +105,7 @@ def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
-    """Judge a table of shape (workers, 12 + groups).
+    """Judge a table of shape (workers, 13 + groups).
 
     Args:
         nonfinite: the setting of that name.
@@ -128,7 +130,8 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
     steps = ops.sum(column.rate_steps)
     gamma = ops.sum(rates) / ops.where(steps > 0, steps, 1.0)
     entered = ops.sum(column.entered) > 0
-    return Verdict(failed, differ, training, weight, ops.sum(column.counted), entered, gamma)
+    regroups = ops.sum(column.regroups) > 0
+    return Verdict(failed, differ, training, weight, ops.sum(column.counted), entered, gamma, regroups)
 
 
 Words = Callable[[NDArray[Any]], str]

@@ -46,6 +46,20 @@ class Machine:
         self.flights = Flights(runtime, self._meetings)
         self._fragments = range(runtime.layout.fragments)
 
+    @property
+    def written(self) -> set[int]:
+        """Numbers of the chunks that have been written of an outer step that was broken off."""
+        return self._meetings.written
+
+    @written.setter
+    def written(self, chunks: set[int]) -> None:
+        self._meetings.written = chunks
+
+    def abandon(self) -> None:
+        """Wait for what is in flight, whatever becomes of it: other workers take the place of these."""
+        self.discard_in_flight()
+        self._meetings.abandon()
+
     # Start
 
     def start(self) -> Progress:

@@ -8,6 +8,7 @@ the training, from a copy of the model; what a failed verdict finds in flight is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +58,10 @@ class Meetings:
     Args:
         runtime: of this worker.
         mixing: of this worker.
+
+    Attributes:
+        written: numbers of the chunks that have been written of a meeting that is not over. Where it is broken off, by
+            a worker that is lost, the survivors take the others again.
     """
 
     def __init__(self, runtime: Runtime, mixing: Mixing) -> None:
@@ -64,6 +69,7 @@ class Meetings:
         self._ops, self._comm, self._store = runtime.ops, runtime.comm, runtime.store
         self._mixing = mixing
         self._discarded: list[Exchange] = []
+        self.written: set[int] = set()
         self._means = ChunkMeans(runtime, mixing)
         layout = runtime.layout
         self._chunks = {None: layout.in_turn} | {f: tuple(layout.of_fragment(f)) for f in range(layout.fragments)}
@@ -124,13 +130,14 @@ class Meetings:
             misfit=condition.misfit,
             entered=condition.entered,
             drift=progress.observed[0],
+            regroups=self._runtime.regrouping.heard.get(),
         )
         if arrived:
             return Exchange(purpose, None, (), weights, counted, finite, condition, progress, arrived)
         parts = own_row(ops, comm.rank, comm.size, row, progress.rate_sums[at], clocks(ops, progress))
         ledger = ops.pack([*parts, condition.moved])
         exchange = Exchange(purpose, None, (), weights, counted, finite, condition, progress)
-        chunks = self._chunks[purpose.fragment]
+        chunks = self._left(purpose.fragment)
         if purpose.beside:
             return exchange._replace(ledger=self._start_beside(exchange, ledger, fits))
         exchange = exchange._replace(ledger=comm.start_sum(names.ledger(), ledger))
@@ -183,6 +190,7 @@ class Meetings:
         meeting = ops.error_if(found.failed, table, words, meeting)
         if self._runtime.watches:
             ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name, config))
+        self._runtime.regrouping.agreed.set(found.regroups)
         if purpose.reason == TRAINING:
             ops.warn("rates", found.rates_differ, table, rates_warning(comm.ranks, comm.name))
         if config.nonfinite == "exclude":
@@ -211,12 +219,18 @@ class Meetings:
         while self._discarded:
             self.exchanged(self._discarded.pop(0))
 
+    def abandon(self) -> None:
+        """Wait for the exchanges that were given up, failed or not."""
+        while self._discarded:
+            with suppress(Exception):  # a worker was lost
+                self.exchanged(self._discarded.pop(0))
+
     def sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
         """Yield each chunk, the workers' sum of it, and the divisor of the mean; the next chunk travels meanwhile.
 
         Chunks that travel in slices come in parts; if the outer state is divided, with the new anchor for the sum.
         """
-        chunks = [chunk for chunk in self._chunks[meeting.exchange.purpose.fragment] if chunk.role in roles]
+        chunks = [chunk for chunk in self._left(meeting.exchange.purpose.fragment) if chunk.role in roles]
         arrived = list(meeting.first)[: len(chunks)]
         following = None if len(arrived) == len(chunks) or arrived else self._start_later(chunks[0], meeting)
         for number, chunk in enumerate(chunks):
@@ -228,6 +242,13 @@ class Meetings:
                 yield from ((part, mean, 1.0) for part, mean in parts)
             else:
                 yield chunk, total, self.divisor(chunk, meeting)
+            self.written.add(chunk.index)
+        self.written.clear()
+
+    def _left(self, fragment: int | None) -> Sequence[Chunk]:
+        """Return the chunks of a meeting that have not been written."""
+        chunks = self._chunks[fragment]
+        return [chunk for chunk in chunks if chunk.index not in self.written] if self.written else chunks
 
     def flattened(self, fragment: int | None, arrived: Sequence[Any] = ()) -> list[Any]:
         """Return the results of `exchanged` as tensors, for a trace: as many for each fragment; see `restored`.

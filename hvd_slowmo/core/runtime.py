@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.codec import Codec, NumpyCodec
 from hvd_slowmo.core.layout import Layout
-from hvd_slowmo.core.ops import Ops
+from hvd_slowmo.core.ops import Cell, Ops
 from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.slices import OwnSlices
 from hvd_slowmo.core.store import Store
+
+
+class Regrouping(NamedTuple):
+    """The news that workers come or go, which one worker hears and all must act on at once.
+
+    It rides in the rows of the exchanges that there are anyway.
+    """
+
+    heard: Cell  # 1.0: this worker has heard of it
+    agreed: Cell  # True: so has a worker at the last meeting, and all know
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,11 @@ class Runtime:
     observe: bool = False
     watches: bool = True
     codec: Codec = field(default_factory=NumpyCodec)
+
+    @cached_property
+    def regrouping(self) -> Regrouping:
+        """The news of this worker."""
+        return Regrouping(self.ops.cell(0), self.ops.cell(False))
 
     @cached_property
     def slices(self) -> OwnSlices:

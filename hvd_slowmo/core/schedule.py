@@ -118,6 +118,26 @@ def steps_to_meeting(config: SlowMoConfig, step: Scalar) -> Scalar:
     return (number * config.tau + config.fragments - 1) // config.fragments - after % config.tau
 
 
+def meetings_so_far(config: SlowMoConfig, step: int) -> tuple[int, ...]:
+    """Return how often each fragment has begun to meet, and how often it has been applied; not in a trace.
+
+    Args:
+        step: completed steps.
+
+    Example:
+        >>> meetings_so_far(SlowMoConfig(tau=4, fragments=2, delay=1), 6)
+        (2, 1, 1, 1)
+    """
+    if config.tau is None:
+        return ()
+    after, fragments = step - config.warmup_steps, config.fragments
+    first = [-(-(fragment + 1) * config.tau // fragments) for fragment in range(fragments)]
+    begun, applied = (
+        [max(0, (now - start) // config.tau + 1) for start in first] for now in (after, after - config.delay)
+    )
+    return (*begun, *applied)
+
+
 def workers_equal(config: SlowMoConfig, progress: Progress) -> bool:
     """Return whether all workers hold the same state; not in a trace."""
     if progress.step <= config.warmup_steps or config.gradients == "all":

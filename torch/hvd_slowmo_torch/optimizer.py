@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_slowmo.checkpoint import job as checkpoint
+from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
 from hvd_slowmo.core.arguments import Outermost, check_name, check_workers
@@ -115,6 +116,7 @@ class SlowMo(Outermost, Optimizer):
         config, error = try_configured(SlowMo, config, settings)
         check_name(name)  # of the collectives: under another one this worker could not tell the others
         check_workers(config, comm, process_set=process_set, process_group=process_group, transport=transport)
+        deferred = comm is None and elastic()  # until all workers come together, see elastic.py
         if comm is None:
             comm = connect(process_set, process_group, transport, node=config.gradients == "node")
         given = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
@@ -122,9 +124,11 @@ class SlowMo(Outermost, Optimizer):
         self.config = config
         self.worker = TorchWorker(inner_optimizer, model, given, comm)
         self.worker.optimizer = weakref.ref(self)
-        start(StartingTorchWorker(self.worker), self.worker.comm)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
+        if deferred:
+            return
+        start(StartingTorchWorker(self.worker), self.worker.comm)
         self.worker.prepare()
 
     # The inner optimizer's own, looked up at every use: load_state_dict replaces them.
@@ -145,7 +149,7 @@ class SlowMo(Outermost, Optimizer):
     @property
     def steps(self) -> int:
         """Inner steps completed since construction, or since the run that was resumed began."""
-        return int(self.worker.progress.step)
+        return int(self.worker.progress.step) if self.worker.started else 0
 
     @property
     def bytes_sent(self) -> int:

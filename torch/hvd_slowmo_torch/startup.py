@@ -107,6 +107,7 @@ class StartingTorchWorker:
         self._worker.mixed = job.mixed
         inner_settings.record(self._worker.inner)
         self._worker.progress = self._worker.assembly.machine.start()
+        self._worker.started = True
 
     @property
     def _specs(self) -> Any:

@@ -115,11 +115,8 @@ class TorchStore:
             *(ref for ref in layout.refs_of("statistic") if ref.watched),
         ]
         self._refs = layout.refs
-        self._own = own
-        self.slices = {
-            name: {chunk: zeros_of(self.segment_of(chunk), length, on_host) for chunk, length in lengths.items()}
-            for name, lengths in ({} if own is None else own.allocations()).items()
-        }
+        self._on_host = on_host
+        self.divide(own)
         self.vectors: dict[str, list[torch.Tensor | None]] = {
             name: [
                 zeros_of(s, s.size, on_host and name in ("anchor", "v", "residual"))
@@ -139,6 +136,14 @@ class TorchStore:
             ended = [refs[n] for n, _, stop, _ in spans if refs[n].unit and stop == refs[n].spec.size]
             self._units.update({chunk.index: ended} if ended else {})
         self._noise: list[Estimate] = []  # of the pairs whose mean has to be replaced
+
+    def divide(self, own: OwnSlices | None) -> None:
+        """Make room for the worker's slices, with zeros."""
+        self._own = own
+        self.slices: dict[str, dict[int, torch.Tensor]] = {
+            name: {chunk: zeros_of(self.segment_of(chunk), length, self._on_host) for chunk, length in lengths.items()}
+            for name, lengths in ({} if own is None else own.allocations()).items()
+        }
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:

@@ -83,6 +83,8 @@ class TorchWorker:
     Attributes:
         assembly: the core's parts; made in the start, and anew by add_param_group().
         progress: the scalar state.
+        started: the workers have been brought to one start.
+        interrupted: an inner step has been made and is not counted, since the exchange behind it was broken off.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().
         evaluating: between eval() and train() of a schedule-free inner optimizer.
@@ -97,8 +99,11 @@ class TorchWorker:
 
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
         self.inner, self.model, self.settings, self.config = inner, model, settings, settings.config
+        self._name = distinct_name(comm, settings.name)
+        self._sent_before = 0  # bytes, to former workers
         self._meter = MeteredComm(comm)
-        self.comm = ScopedComm(self._meter, distinct_name(comm, settings.name))
+        self.comm = ScopedComm(self._meter, self._name)
+        self.started = self.interrupted = False
         self.presence = WorkerPresence(inner)
         self.mixed = False
         self.averaging = False
@@ -109,13 +114,33 @@ class TorchWorker:
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
-        self._resets = self.config.inner_state == "reset" or self.config.nonfinite == "exclude"
         names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
         buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
-        slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
         on_host = self.config.slow_state == "host"
-        self.store = TorchStore(layout, self.inner, names, buffers, slices, on_host)
+        self.store = TorchStore(layout, self.inner, names, buffers, self._slices(layout), on_host)
+        self._connect(layout, groups, graph)
+
+    def reassemble(self, comm: Comm) -> None:
+        """Go on with other workers: the tensors, vectors and the position stay, but what is kept in slices is zero."""
+        self._sent_before += self._meter.bytes_sent
+        self._meter, self._metered = MeteredComm(comm), (0.0, 0.0, self._sent_before)
+        self.comm = ScopedComm(self._meter, self._name)
+        self.presence.left = ()
+        if not self.started:
+            return
+        assembly, hooks, written = self.assembly, self.hooks, self.assembly.machine.written
+        hooks.remove()
+        self.store.divide(self._slices(assembly.layout))
+        self._connect(assembly.layout, assembly.groups, assembly.graph)
+        self.assembly.machine.written, self.hooks.accumulating = written, hooks.accumulating
+
+    def _slices(self, layout: TorchLayout) -> OwnSlices:
+        return OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
+
+    def _connect(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
+        """Make everything that works on the store and among the present workers."""
+        self._resets = self.config.inner_state == "reset" or self.config.nonfinite == "exclude"
         devices = [torch.device(segment.device) for segment in layout.layout.segments]
         on_cpu = all(device.type == "cpu" for device in devices)
         runtime = Runtime(
@@ -172,13 +197,7 @@ class TorchWorker:
                 with inner_settings.watched(self.inner, resets=self._resets):
                     result = take_inner_step()
             if plan.eventful:
-                with torch.no_grad():
-                    self.progress = machine.after_inner_step(
-                        self.progress,
-                        rates,
-                        training=int(not self.presence.joining),
-                        catch_up_from=self.hooks.catch_up_from,
-                    )
+                self._after_inner_step(rates)
             else:  # the common step: it costs microseconds
                 self.progress = machine.count(self.progress, rates)
         finally:
@@ -186,6 +205,24 @@ class TorchWorker:
         if self.settings.metrics and self.progress.observed is not before:  # an outer step has been applied
             self._measure()
         return result
+
+    def finish_step(self) -> None:
+        """Take what follows an inner step and was broken off, with other workers."""
+        self._after_inner_step(self.presence.rates())
+
+    def _after_inner_step(self, rates: NDArray[np.float64]) -> None:
+        try:
+            with torch.no_grad():
+                self.progress = self.assembly.machine.after_inner_step(
+                    self.progress,
+                    rates,
+                    training=int(not self.presence.joining),
+                    catch_up_from=self.hooks.catch_up_from,
+                )
+        except RuntimeError:  # of a transport; the verdict's is a ValueError
+            self.interrupted = True
+            raise
+        self.interrupted = False
 
     def _usable_rates(self, *, meets: bool) -> tuple[NDArray[np.float64], bool]:
         """Return the learning rates, and whether a step can be taken with them.
@@ -285,6 +322,11 @@ class TorchWorker:
 
     def refuse_elsewhere(self, what: str) -> None:
         """Raise RuntimeError where the model does not hold the parameters that this worker trains."""
+        if not self.started:
+            raise RuntimeError(
+                f"{what} before the start: under an elastic launcher the workers come together in the function that "
+                "slowmo.elastic.run decorates, with a slowmo.elastic.State of this optimizer."
+            )
         self.refuse_while_averaging(what)
         if self.evaluating:
             raise RuntimeError(
@@ -300,7 +342,7 @@ class TorchWorker:
     @property
     def bytes_sent(self) -> int:
         """Bytes handed over for sums and messages."""
-        return self._meter.bytes_sent
+        return self._sent_before + self._meter.bytes_sent
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
@@ -313,7 +355,7 @@ class TorchWorker:
         return self._metrics
 
     def _measure(self) -> None:
-        totals = self._meter.seconds_waited, self._meter.seconds_exchanging, self._meter.bytes_sent
+        totals = self._meter.seconds_waited, self._meter.seconds_exchanging, self.bytes_sent
         waited, exchanging, sent = (now - before for now, before in zip(totals, self._metered, strict=True))
         seen = Observed(*self.progress.observed.tolist())
         self._metrics = metrics_of(seen, int(self.progress.step), waited, exchanging, int(sent))

@@ -1,0 +1,214 @@
+"""Elastic jobs over Horovod: workers are lost or added while the others train, and all come together again."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from hvd_slowmo.comm.launcher import elastic
+from hvd_slowmo.comm.protocol import ScopedComm
+
+T = TypeVar("T")
+
+logger = logging.getLogger("hvd_slowmo")
+
+
+class Change(NamedTuple):
+    """One time that the workers came together.
+
+    Example:
+        >>> Change(step=24, workers=2, newcomers=(), behind=(), seconds=0.5).workers
+        2
+    """
+
+    step: int  # inner steps at which they go on
+    workers: int
+    newcomers: Sequence[int]  # ranks of those that had no state
+    behind: Sequence[int]  # ranks of survivors that had to skip to the others' block: their steps in it are lost
+    seconds: float  # from the moment when this worker noticed, or began, until it went on
+
+
+class ElasticOptimizer(Protocol):
+    """An adapter's optimizer as a `State` sees it."""
+
+    def come_together(self) -> tuple[ScopedComm, int, Sequence[int], Sequence[int]]:
+        """Bring the present workers together. A collective.
+
+        Returns:
+            The workers; the rank from which newcomers have their state; the newcomers' ranks; those that were behind.
+        """
+
+    def leave(self) -> None:
+        """Wait for what is in flight, failed or not: the workers are about to change."""
+
+    def hear(self) -> None:
+        """Tell the others at the next meeting that workers come or go; from any thread."""
+
+    def agreed(self) -> bool:
+        """Return whether a worker has told so at a meeting, which all know."""
+
+    @property
+    def steps(self) -> int:
+        """Inner steps completed."""
+
+
+class ElasticState:
+    """The state of an elastic job, of any framework: optimizers, and values that are the same on all workers.
+
+    Args:
+        optimizers: one at least.
+        values: become attributes. Objects with `state_dict` and `load_state_dict` (schedulers, samplers, scalers) keep
+            their identity; all others are replaced, so they must be picklable.
+
+    Attributes:
+        changes: each time that the workers came together, the start included.
+    """
+
+    def __init__(self, optimizers: Sequence[ElasticOptimizer], values: dict[str, Any]) -> None:
+        self.changes: list[Change] = []
+        self._optimizers = optimizers
+        self._names = tuple(values)
+        self._callbacks: list[Callable[[], None]] = []
+        self._news = threading.Event()
+        self._noticed: float | None = None
+        for name, value in values.items():
+            if name in vars(type(self)) or hasattr(self, name):
+                raise ValueError(f"a value of the state can't be called {name!r}: choose another name.")
+            setattr(self, name, value)
+
+    def commit(self) -> None:
+        """Stop this call of the function, on all workers at once, if workers were added or are about to go.
+
+        Call it after each step. It sends nothing: the news comes with an outer step. Nothing has to be kept for a lost
+        worker, because the survivors never go back.
+
+        Raises:
+            horovod.common.exceptions.HostsUpdatedInterrupt: `run` catches it, and calls the function again.
+        """
+        if any(optimizer.agreed() for optimizer in self._optimizers):
+            from horovod.common.exceptions import HostsUpdatedInterrupt
+
+            raise HostsUpdatedInterrupt(False)
+
+    def register_reset_callbacks(self, callbacks: Sequence[Callable[[], None]]) -> None:
+        """Call these whenever the number of workers has changed, before the function is called again."""
+        self._callbacks += callbacks
+
+    def sync(self) -> None:
+        """Bring the present workers together, and give all of them the leader's values. A collective."""
+        started = time.monotonic() if self._noticed is None else self._noticed
+        together = [optimizer.come_together() for optimizer in self._optimizers]
+        comm, leader, newcomers, behind = together[0]
+        own = {name: self._value(name) for name in self._names} if comm.rank == leader else None
+        received = comm.scoped("state").gather("values", own)[leader]
+        if comm.rank != leader:
+            for name, value in received.items():
+                self._set(name, value)
+        change = Change(self._optimizers[0].steps, comm.size, newcomers, behind, time.monotonic() - started)
+        self.changes.append(change)
+        self._noticed = None
+        if self._news.is_set():  # while they came together
+            self._tell()
+
+    def notice(self) -> None:
+        """Note that the workers are about to change, and end what is in flight."""
+        self._noticed = time.monotonic()
+        for optimizer in self._optimizers:
+            optimizer.leave()
+
+    def on_reset(self) -> None:
+        """Call the callbacks; the transport is ready again."""
+        for callback in self._callbacks:
+            callback()
+
+    def on_hosts_updated(self, timestamp: float, update: Any) -> None:
+        """Take the launcher's news, in a thread of Horovod's."""
+        self._news.set()
+        self._tell()
+
+    def forget_news(self) -> None:
+        """Take all news for known: the workers that come now are those that it was about."""
+        self._news.clear()
+
+    def _tell(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.hear()
+
+    def _value(self, name: str) -> Any:
+        value = getattr(self, name)
+        return value.state_dict() if _has_state(value) else value
+
+    def _set(self, name: str, value: Any) -> None:
+        present = getattr(self, name)
+        if _has_state(present):
+            present.load_state_dict(value)
+        else:
+            setattr(self, name, value)
+
+
+def _has_state(value: Any) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def run_with(module: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Return the decorator for functions that train in an elastic job.
+
+    Args:
+        module: Horovod's for a framework, "horovod.torch" say.
+    """
+
+    def run(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(function)
+        def wrapper(state: ElasticState, *args: Any, **kwargs: Any) -> T:
+            if not isinstance(state, ElasticState):
+                raise TypeError(
+                    "the function must be called with a slowmo.elastic.State as its first argument. Received: "
+                    f"{type(state).__name__}"
+                )
+            if not elastic():  # a loss ends the job; its last checkpoint resumes it
+                state.sync()
+                return function(state, *args, **kwargs)
+            return _run(importlib.import_module(module), state, lambda: function(state, *args, **kwargs))
+
+        return wrapper
+
+    return run
+
+
+def _run(hvd: Any, state: ElasticState, function: Callable[[], T]) -> T:
+    from horovod.common.elastic import notification_manager
+    from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+
+    notification_manager.init()
+    notification_manager.register_listener(state)
+    try:
+        while True:
+            try:
+                state.sync()
+                return function()
+            except HorovodInternalError as error:
+                logger.warning("%s. The workers that are left come together again.", error)
+            except HostsUpdatedInterrupt:
+                logger.info("workers were added or are about to go: all come together again.")
+            state.notice()
+            _restart(hvd, state, HorovodInternalError)
+            state.on_reset()
+    finally:
+        notification_manager.remove_listener(state)
+
+
+def _restart(hvd: Any, state: ElasticState, failure: type[Exception]) -> None:
+    """Start Horovod among the present workers; again where one of them is lost meanwhile."""
+    while True:
+        hvd.shutdown()
+        state.forget_news()
+        try:
+            hvd.init()
+            return
+        except failure as error:
+            logger.warning("the workers could not come together (%s); once more.", error)

@@ -1,0 +1,207 @@
+"""Coming together again after workers were lost, or with new ones: one sequence of collectives for every framework.
+
+members → digest → position → handed-out state → chunks → the interrupted step
+
+All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A survivor
+that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught it: what the
+leader has written of an outer step that was broken off is handed to those that have not, and the rest of the outer step
+is taken again. A newcomer, and a survivor whose last block is over elsewhere, starts from the anchor with no steps of
+its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.broadcast import take_chunks
+from hvd_slowmo.core.bulk import Parcel, give
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.layout import Ref
+from hvd_slowmo.core.machine import Machine
+from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.schedule import meetings_so_far
+from hvd_slowmo.core.startup import Description, Job, StartingWorker, agree, start
+
+R = TypeVar("R", bound=Ref)
+
+logger = logging.getLogger("hvd_slowmo")
+
+
+class Place(NamedTuple):
+    """A worker's message to the others when they come together."""
+
+    started: bool = False  # it has a state
+    step: int = 0  # inner steps counted
+    interrupted: bool = False  # it has made the next one too, and the exchange behind it was broken off
+    written: tuple[int, ...] = ()  # numbers of the chunks that it has written of that exchange
+
+    @property
+    def ahead(self) -> tuple[bool, int, bool, int]:
+        """Greater for a worker that is further."""
+        return self.started, self.step, self.interrupted, len(self.written)
+
+
+class Member(StartingWorker[R], Protocol):
+    """An adapter's part."""
+
+    @property
+    def machine(self) -> Machine:
+        """The state machine, of the workers that were assembled last."""
+
+    def place(self) -> Place:
+        """Return where this worker is."""
+
+    def reassemble(self, description: Description[R], graph: Graph | None) -> None:
+        """Make everything that a step needs with the present workers; model, vectors and position stay."""
+
+    def read_progress(self) -> Progress:
+        """Return the scalar state."""
+
+    def write_progress(self, progress: Progress) -> None:
+        """Replace the scalar state."""
+
+    def finish_step(self) -> None:
+        """Take what follows an inner step that was counted by nobody yet, and whose exchange was broken off."""
+
+
+class Reformed(NamedTuple):
+    """The outcome, the same on all workers.
+
+    Attributes:
+        leader: rank of the worker from which newcomers have their state.
+        newcomers: ranks without a state before.
+        behind: ranks whose last block was over elsewhere; their steps since then are lost.
+    """
+
+    leader: int
+    newcomers: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
+    """Bring survivors and new workers to one place. A collective of all of them.
+
+    Raises:
+        TypeError, ValueError: on every worker, if settings or models differ, or a setting can't be used here.
+    """
+    places = [Place(*each) for each in comm.gather("members", tuple(member.place()))]
+    if not any(place.started for place in places):
+        start(member, comm)
+        return Reformed(0, (), ())
+    config, own = member.config, places[comm.rank]
+    description = agree(member, comm)
+    leader = max(range(comm.size), key=lambda rank: (*places[rank].ahead, -rank))
+    lead = places[leader]
+    stays = [in_block_of(config, place, lead) for place in places]
+    member.reassemble(description, None)
+    if config.delay:
+        comm.open_beside()
+    machine = member.machine
+    everyone = comm.gather("progress", _plain(member.read_progress()) if comm.rank == leader else None)
+    job = Job((member.framework,) * comm.size, (lead.step,) * comm.size, description.groups)
+    copies = _equal(config, lead.step)
+    takes = [not place.started or (copies and rank != leader) for rank, place in enumerate(places)]
+    if any(takes):
+        mine = (lambda: member.own(job)) if takes[comm.rank] or comm.rank == leader else None
+        (values,) = give(comm, "start", [Parcel(leader, mine)], member.carrier)
+        if takes[comm.rank]:
+            member.take(values)
+    _roll_forward(machine, leader, places, stays, comm.rank)
+    if not all(stays):
+        _start_at(member, leader, Progress.from_flat(everyone[leader]), lead, not stays[comm.rank])
+    if stays[comm.rank]:
+        member.write_progress(member.read_progress()._replace(step=lead.step))
+    machine.written = set(lead.written) if lead.interrupted else set()
+    if lead.interrupted and (own.interrupted or copies):
+        member.finish_step()
+    elif lead.interrupted:
+        progress, _, _ = machine.follow(member.read_progress())
+        member.write_progress(progress)
+    newcomers = tuple(rank for rank, place in enumerate(places) if not place.started)
+    behind = tuple(rank for rank, stay in enumerate(stays) if not stay and places[rank].started)
+    if comm.rank == leader:
+        logger.info(
+            "%s: %d workers go on at step %d; %d are new, %d had to skip a block",
+            comm.name,
+            comm.size,
+            lead.step + lead.interrupted,
+            len(newcomers),
+            len(behind),
+        )
+    return Reformed(leader, newcomers, behind)
+
+
+def in_block_of(config: SlowMoConfig, place: Place, lead: Place) -> bool:
+    """Return whether a worker is in the leader's block, so that its part of it counts.
+
+    Example:
+        >>> config = SlowMoConfig(tau=4)
+        >>> in_block_of(config, Place(True, 5), Place(True, 7)), in_block_of(config, Place(True, 5), Place(True, 8))
+        (True, False)
+    """
+    if not place.started:
+        return False
+    if _equal(config, lead.step):
+        return (place.step, place.interrupted) == (lead.step, lead.interrupted)
+    begun = place.step >= config.warmup_steps
+    return begun and meetings_so_far(config, place.step) == meetings_so_far(config, lead.step)
+
+
+def _equal(config: SlowMoConfig, step: int) -> bool:
+    """Return whether all workers hold the same model after each step, since gradients are averaged."""
+    return config.gradients == "all" or step < config.warmup_steps
+
+
+def _plain(progress: Progress) -> dict[str, Any]:
+    return {field: np.asarray(value) for field, value in progress.flat().items()}
+
+
+def _roll_forward(machine: Machine, leader: int, places: Sequence[Place], stays: Sequence[bool], rank: int) -> None:
+    """Give the chunks of an interrupted outer step that the leader has written to those that have not."""
+    lead = places[leader]
+    if not lead.interrupted:
+        return
+    vectors = ("model", *(name for name in ("anchor", "v") if name in machine.config.vectors))
+    for chunk in machine.layout.chunks:
+        lacking = [chunk.index not in place.written for place, stay in zip(places, stays, strict=True) if stay]
+        if chunk.index in lead.written and any(lacking):
+            takes = stays[rank] and chunk.index not in places[rank].written
+            for vector in vectors if chunk.role == "parameter" else vectors[:1]:
+                take_chunks(machine.runtime, leader, [chunk], vector, takes)
+            if takes:
+                machine.written.add(chunk.index)
+
+
+def _start_at(member: Member[R], leader: int, progress: Progress, lead: Place, takes: bool) -> None:
+    """Let newcomers, and survivors of another block, start where the leader is: at the anchor, with no steps."""
+    machine = member.machine
+    runtime, store, config = machine.runtime, machine.runtime.store, machine.config
+    copies = _equal(config, lead.step)
+    parameters = runtime.layout.parameter_chunks
+    for vector in config.vectors:
+        if vector != "residual":
+            take_chunks(runtime, leader, parameters, vector, takes)
+    roles = ("statistic", "optimizer_state") if config.vectors and not copies else None
+    given = [chunk for chunk in runtime.layout.chunks if roles is None or chunk.role in roles]
+    take_chunks(runtime, leader, given, "model", takes)
+    if not takes:
+        return
+    if roles is not None:
+        for chunk in parameters:
+            store.write("model", chunk, store.read("anchor", chunk))
+    store.settle()
+    if copies:
+        member.write_progress(progress)
+        return
+    flight = progress.flight
+    for fragment, launched in enumerate(flight.launched):
+        for chunk in runtime.layout.of_fragment(fragment) if launched else ():
+            store.set_aside(chunk)
+    flight = flight._replace(sent_since=flight.sent_since * 0)
+    member.write_progress(progress._replace(since=progress.since * 0, flight=flight))

@@ -1,0 +1,157 @@
+"""Workers that come and go: survivors keep their part of a block, and finish an outer step that was broken off."""
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_slowmo.comm.threads import ThreadWorld, WorldError
+from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo_torch.membership import reform
+
+LR, BETA, TAU, LENGTH, CHUNKS = 0.25, 0.5, 4, 12, 3
+GRADIENTS = np.random.default_rng(0).standard_normal((4, LENGTH))  # of each worker, in every step
+
+
+class Killed(Exception):
+    """Ends a worker."""
+
+
+class Breaking:
+    """A Comm that raises in the place of a wait: the collective with this number, counted since it was armed.
+
+    Args:
+        comm: the workers.
+        error: to raise.
+    """
+
+    def __init__(self, comm, error):
+        self._comm, self._error, self.left = comm, error, None
+        self.rank, self.size, self.ranks, self.node = comm.rank, comm.size, comm.ranks, comm.node
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def wait(self, handle):
+        if self.left is not None:
+            if self.left == 0:
+                raise self._error("lost")
+            self.left -= 1
+        return self._comm.wait(handle)
+
+
+class Short(SlowMo):
+    _chunk_bytes = 8 * LENGTH // CHUNKS
+
+
+def worker_of(comm, config):
+    torch.manual_seed(comm.rank)
+    model = torch.nn.Linear(LENGTH, 1, bias=False, dtype=torch.float64)
+    return model, Short(torch.optim.SGD(model.parameters(), lr=LR), model, config, comm=comm)
+
+
+def train(model, optimizer, number, steps):
+    for _ in range(steps):
+        model.weight.grad = torch.tensor(GRADIENTS[number])[None]
+        optimizer.step()
+
+
+def outer(anchor, v, models, weights):
+    """Return anchor and v after an outer step, of SlowMo's equations (2) and (3) at alpha = 1."""
+    mean = np.average(models, axis=0, weights=weights)
+    v = BETA * v + (anchor - mean) / LR
+    return anchor - LR * v, v
+
+
+def values(model):
+    return model.weight.detach().numpy()[0].copy()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    # One may have received a chunk that the other has sent and not received.
+    [(a, b) for a in range(CHUNKS + 1) for b in range(CHUNKS + 1) if abs(a - b) <= 1],
+)
+def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(first, second):
+    """The survivors have written `first` and `second` chunks of the outer step when they notice."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+    reached = [first, second, max(first, second)]
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, TAU)
+        between = values(model)
+        broken.left = 1 + reached[comm.rank]  # the ledger, and so many chunks
+        try:
+            train(model, optimizer, comm.rank, TAU)
+        except (WorldError, Killed):
+            assert reached[comm.rank] <= CHUNKS
+        return model, optimizer, start, between
+
+    everyone = ThreadWorld(3).run(before, return_exceptions=True)
+    start = everyone[0][2]
+
+    def after(comm):
+        model, optimizer = everyone[comm.rank][:2]
+        reformed = reform(optimizer.worker, comm)
+        resumed = values(model)
+        train(model, optimizer, comm.rank, TAU)
+        return resumed, values(model), optimizer.steps, reformed
+
+    found = ThreadWorld(2).run(after)
+
+    anchor, v = outer(start, np.zeros(LENGTH), [start - LR * TAU * GRADIENTS[n] for n in range(3)], [1, 1, 1])
+    np.testing.assert_allclose(everyone[0][3], anchor, atol=1e-14)
+    models = [anchor - LR * TAU * GRADIENTS[n] for n in range(3)]
+    of_three, of_two = outer(anchor, v, models, [1, 1, 1]), outer(anchor, v, models[:2], [1, 1])
+    done = max(first, second) * LENGTH // CHUNKS
+    anchor, v = (np.concatenate([a[:done], b[done:]]) for a, b in zip(of_three, of_two, strict=True))
+    for resumed, last, steps, reformed in found:
+        np.testing.assert_allclose(resumed, anchor, atol=1e-13)
+        models = [anchor - LR * TAU * GRADIENTS[n] for n in range(2)]
+        np.testing.assert_allclose(last, outer(anchor, v, models, [1, 1])[0], atol=1e-13)
+        assert steps == 3 * TAU
+        assert reformed.newcomers == ()
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+
+    def before(comm):
+        model, optimizer = worker_of(comm, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, TAU + 1)  # one step into the second block
+        return model, optimizer, start
+
+    everyone = ThreadWorld(2).run(before)
+    start = everyone[0][2]
+
+    def after(comm):
+        if comm.rank == 2:
+            model = torch.nn.Linear(LENGTH, 1, bias=False, dtype=torch.float64)
+            inner = torch.optim.SGD(model.parameters(), lr=1.0)
+            optimizer = Short(inner, model, config, comm=ThreadWorld(1).member(0))
+            optimizer.worker.started = False
+        else:
+            model, optimizer = everyone[comm.rank][:2]
+        kept = values(model)
+        reformed = reform(optimizer.worker, comm)
+        began = values(model)
+        assert comm.rank == 2 or np.array_equal(kept, began)
+        train(model, optimizer, comm.rank, TAU - 1)
+        return began, values(model), optimizer.steps, reformed
+
+    found = ThreadWorld(3).run(after)
+    anchor, v = outer(start, np.zeros(LENGTH), [start - LR * TAU * GRADIENTS[n] for n in range(2)], [1, 1])
+    np.testing.assert_allclose(found[2][0], anchor, atol=1e-14)
+    steps = [TAU, TAU, TAU - 1]
+    models = [anchor - LR * steps[n] * GRADIENTS[n] for n in range(3)]
+    expected = outer(anchor, v, models, steps)[0]
+    for _, last, count, reformed in found:
+        np.testing.assert_allclose(last, expected, atol=1e-13)
+        assert count == 2 * TAU
+        assert reformed.newcomers == (2,)
+        assert reformed.leader == 0

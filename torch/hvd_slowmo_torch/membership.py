@@ -1,0 +1,60 @@
+"""A PyTorch worker's part when survivors and new workers come together."""
+
+from __future__ import annotations
+
+import torch
+
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.machine import Machine
+from hvd_slowmo.core.membership import Place, Reformed, come_together
+from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.startup import Description
+from hvd_slowmo_torch.layout import TensorRef
+from hvd_slowmo_torch.startup import StartingTorchWorker
+from hvd_slowmo_torch.worker import TorchWorker
+
+
+class TorchMember(StartingTorchWorker):
+    """`hvd_slowmo.core.membership.Member` of a PyTorch optimizer."""
+
+    @property
+    def machine(self) -> Machine:
+        return self._worker.assembly.machine
+
+    def place(self) -> Place:
+        worker = self._worker
+        if not worker.started:
+            return Place()
+        written = tuple(sorted(self.machine.written))
+        return Place(True, int(worker.progress.step), worker.interrupted, written)
+
+    def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
+        if not self._worker.started:
+            self.assemble(description, graph)
+            self._worker.progress = self.machine.initial()
+
+    def read_progress(self) -> Progress:
+        return self._worker.progress
+
+    def write_progress(self, progress: Progress) -> None:
+        self._worker.progress = progress
+
+    def finish_step(self) -> None:
+        self._worker.finish_step()
+
+
+def reform(worker: TorchWorker, comm: Comm) -> Reformed:
+    """Bring an optimizer's worker together with the present workers. A collective of all of them.
+
+    Raises:
+        TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
+    """
+    worker.reassemble(comm)
+    member = TorchMember(worker)
+    with torch.no_grad():
+        reformed = come_together(member, worker.comm)
+    worker.started = True
+    worker.interrupted = False
+    worker.prepare()
+    return reformed
