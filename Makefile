@@ -18,7 +18,7 @@ QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-mixed bench test test-all test-fast test-install lint clean
+.PHONY: help setup demo demo-mixed demo-elastic bench test test-all test-fast test-install lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -96,6 +96,9 @@ demo: setup  ## train a classifier with SlowMo on four local workers; FRAMEWORK=
 
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
 	@$(QUIET) $(BIN)/python examples/digits_mixed.py $(ARGS)
+
+demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (about two minutes)
+	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py $(ARGS)
 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)

@@ -13,7 +13,7 @@ _REFUSED = {
     ),
     "horovod.torch.elastic.state": (
         "hvd.elastic.TorchState would take steps of SlowMo on behalf of its broadcasts, and restores a position that "
-        "the workers do not share. Save with optimizer.save(path), and load after a restart."
+        "the workers do not share. Write slowmo.elastic.State(model, optimizer, ...) and @slowmo.elastic.run instead."
     ),
 }
 

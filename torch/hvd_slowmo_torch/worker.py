@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -111,6 +111,17 @@ class TorchWorker:
         self._usable: NDArray[np.float64] | None = None  # rates that were found so
         self._metrics: Metrics | None = None
         self._metered = (0.0, 0.0, 0)  # seconds waited and exchanging, bytes sent, up to the last outer step
+
+    if not TYPE_CHECKING:  # which would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what is missing before the start, which makes everything that is looked for here."""
+            if name in TorchWorker.__annotations__:
+                raise RuntimeError(
+                    "this optimizer has not been started: under an elastic launcher the workers come together in the "
+                    "function that slowmo.elastic.run decorates, with a slowmo.elastic.State of the optimizer."
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
@@ -322,11 +333,6 @@ class TorchWorker:
 
     def refuse_elsewhere(self, what: str) -> None:
         """Raise RuntimeError where the model does not hold the parameters that this worker trains."""
-        if not self.started:
-            raise RuntimeError(
-                f"{what} before the start: under an elastic launcher the workers come together in the function that "
-                "slowmo.elastic.run decorates, with a slowmo.elastic.State of this optimizer."
-            )
         self.refuse_while_averaging(what)
         if self.evaluating:
             raise RuntimeError(

@@ -1,0 +1,142 @@
+"""Elastic jobs under horovodrun: a killed worker, a new one, and what an elastic job refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hvd_slowmo.torch as slowmo
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("localhost", "127.0.0.1", "127.1")  # of this machine, each a host to Horovod
+
+
+def elastic(folder, names, steps, settings, victim="nobody", then=()):
+    """Run an elastic job to its end, and return what each worker that reached it has seen, by its host."""
+    (folder / "hosts").write_text("".join(f"{name}:1\n" for name in names), encoding="utf-8")
+    if then:
+        (folder / "hosts.next").write_text("".join(f"{name}:1\n" for name in then), encoding="utf-8")
+    script = folder / "discover.sh"
+    script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n", encoding="utf-8")
+    script.chmod(0o755)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
+    job = subprocess.run(
+        ["horovodrun", "--network-interfaces", "lo", "-np", str(len(names)), "--min-np", "1", "--max-np", "3"]
+        + ["--host-discovery-script", str(script), sys.executable]
+        + [str(ROOT / "tests" / "support" / "jobs" / "elastic_torch.py"), str(folder), str(steps), victim, "30"]
+        + [f"{name}={json.dumps(value)}" for name, value in settings.items()],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr
+    return {each.stem: json.loads(each.read_text(encoding="utf-8")) for each in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tau": 12},
+        pytest.param({"tau": 12, "fragments": 12, "delay": 1, "bits": 8}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "gradients": "all"}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "warmup_steps": 40}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "beta": 0, "alpha": 1}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_survivors_go_on_where_they_were(tmp_path, settings):
+    found = elastic(tmp_path, NAMES, 120, settings, victim="127.1")
+    assert set(found) == {"localhost", "127.0.0.1"}
+    for seen in found.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        # Nothing is lost: they go on at the step at which the third was missed, at the end of its block at the latest.
+        assert 30 <= seen["changes"][1]["step"] <= 41
+        assert seen["changes"][1]["newcomers"] == []
+        assert seen["steps"] in (120, 121)  # the batch of the interrupted step is taken once more
+        assert seen["size"] == 2
+    assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_a_new_worker_takes_part(tmp_path):
+    found = elastic(tmp_path, NAMES[:2], 600, {"tau": 12}, then=NAMES)
+    assert set(found) == set(NAMES)
+    for name, seen in found.items():
+        joined = seen["changes"][-1]
+        assert joined["workers"] == seen["size"] == 3
+        assert joined["newcomers"] == [2]
+        assert joined["step"] >= 30
+        assert seen["steps"] == 600
+        assert seen["parameters"] == found["localhost"]["parameters"]
+        assert len(seen["changes"]) == (1 if name == "127.1" else 2)
+
+
+def test_without_the_elastic_launcher_the_function_runs_once():
+    model = torch.nn.Linear(2, 1)
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2)
+    state = slowmo.elastic.State(model, optimizer, epoch=3)
+
+    @slowmo.elastic.run
+    def train(state, factor):
+        state.commit()
+        return state.epoch * factor
+
+    assert train(state, 2) == 6
+
+
+def test_a_function_without_a_state_is_told_what_it_needs():
+    @slowmo.elastic.run
+    def train(state):
+        raise AssertionError("not called")
+
+    with pytest.raises(TypeError, match=r"slowmo\.elastic\.State as its first argument\. Received: int"):
+        train(3)
+
+
+def test_another_optimizer_is_refused():
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"must be a SlowMo or a sequence of them\. Received: SGD"):
+        slowmo.elastic.State(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
+
+
+@pytest.mark.parametrize("name", ["commit", "sync", "changes"])
+def test_a_value_can_not_hide_what_the_state_has(name):
+    model = torch.nn.Linear(2, 1)
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2)
+    with pytest.raises(ValueError, match=f"can't be called '{name}'"):
+        slowmo.elastic.State(model, optimizer, **{name: 1})
+
+
+def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    model = torch.nn.Linear(2, 1)
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2)
+    assert optimizer.steps == 0
+    for call in (optimizer.step, optimizer.join, lambda: optimizer.save("x"), optimizer.restart, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match=r"in the function that slowmo\.elastic\.run decorates"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gossip": slowmo.SGP()}, "gossip"),
+        ({"shard": True}, "shard=True"),
+        ({"gradients": "node"}, "gradients='node'"),
+    ],
+)
+def test_settings_that_can_not_be_elastic_yet_are_refused(monkeypatch, settings, words):
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    model = torch.nn.Linear(2, 1)
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2, **settings)
+    with pytest.raises(ValueError, match=f"an elastic job can't have {words} yet"):
+        slowmo.elastic.State(model, optimizer)
