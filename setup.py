@@ -42,6 +42,7 @@ setup(
         "hvd_slowmo_torch",
         "hvd_slowmo_torch.comm",
         "hvd_slowmo_torch.interop",
+        "hvd_slowmo_torch.simulator",
         "hvd_slowmo_tf",
         "hvd_slowmo_tf.interop",
     ],

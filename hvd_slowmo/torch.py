@@ -10,6 +10,8 @@ from hvd_slowmo_torch.comm.workers import init, local_rank, rank, size
 from hvd_slowmo_torch.mean import mean
 from hvd_slowmo_torch.optimizer import SlowMo
 from hvd_slowmo_torch.recompute import recompute_statistics
+from hvd_slowmo_torch.simulator.simulation import Simulation
+from hvd_slowmo_torch.simulator.task import SimulationTask
 
 __all__ = [
     "DPSGD",
@@ -17,6 +19,8 @@ __all__ = [
     "JoinResult",
     "Metrics",
     "ParameterMap",
+    "Simulation",
+    "SimulationTask",
     "SlowMo",
     "SlowMoConfig",
     "elastic",

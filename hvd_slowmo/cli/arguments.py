@@ -40,7 +40,7 @@ def call_named(text: str) -> Any:
         >>> call_named("collections:Counter")
         Counter()
     """
-    function = _named(text)
+    function = named(text)
     if not callable(function):
         raise CommandError(f"{text} is not a function.")
     return function()
@@ -109,14 +109,23 @@ def parameter_map_named(text: str | None) -> ParameterMap | None:
     """
     if text is None:
         return None
-    named = _named(text)
-    result = named() if callable(named) else named
+    found = named(text)
+    result = found() if callable(found) else found
     if not isinstance(result, ParameterMap):
         raise CommandError(f"{text} is not a ParameterMap, nor a function that returns one.")
     return result
 
 
-def _named(text: str) -> Any:
+def named(text: str) -> Any:
+    """Return the object named by "module:name".
+
+    Raises:
+        CommandError: the text has another form, or its module or name does not exist.
+
+    Example:
+        >>> named("math:pi")
+        3.141592653589793
+    """
     module, colon, name = text.partition(":")
     if not colon or not module or not name:
         raise CommandError(f"give module:function. Received: {text}")

@@ -14,6 +14,7 @@ from hvd_slowmo.cli.inspect import add_inspect
 from hvd_slowmo.cli.install import add_install_horovod
 from hvd_slowmo.cli.map import add_map
 from hvd_slowmo.cli.run import add_run
+from hvd_slowmo.cli.simulate import add_simulate
 from hvd_slowmo.cli.topology import add_topology
 from hvd_slowmo.errors import CheckpointError, CommandError
 from hvd_slowmo.installer.errors import InstallError
@@ -25,6 +26,7 @@ _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser
     add_doctor,
     add_run,
     add_topology,
+    add_simulate,
     add_map,
     add_inspect,
     add_convert,

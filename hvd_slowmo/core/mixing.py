@@ -129,6 +129,8 @@ class Gossip:
         self._ops = runtime.ops
         self._store = runtime.store
         self._comm = runtime.comm
+        # Of a stack, the weights of all workers: a tensor's last axis is theirs.
+        self._own: int | slice = slice(None) if runtime.stacked else runtime.comm.rank
         self._chunks = runtime.layout.parameter_chunks
         self._tiles = {chunk.index: tuple(chunk.tiles(runtime.kernels.tile)) for chunk in self._chunks}
         self._parts = parts(graph.array)
@@ -148,7 +150,7 @@ class Gossip:
         if not self._graph.overlap:
             return x
         kept, _ = self._shares(state.in_flight - 1)
-        share = in_flight(kept[self._comm.rank, 0], 1.0)  # of the vector that was sent
+        share = in_flight(kept[self._own, 0], 1.0)  # of the vector that was sent
 
         def with_messages() -> Any:
             return x + self._store.read("sent", chunk) * self._ops.cast_like(share, x)
@@ -180,12 +182,12 @@ class Gossip:
         if self._graph.overlap:
             w, arriving = mixed_late(kept, sent, w, self._ops.reshape(state.arriving, (-1, 1)))
             after = PushSum(self._ops.reshape(w, (-1,)), self._ops.reshape(arriving, (-1,)), hop + 1)
-            self._mix_late(state, after, kept[self._comm.rank, 0], arrivals, send_at_once)
+            self._mix_late(state, after, kept[self._own, 0], arrivals, send_at_once)
             return after
         after = state
         if self._graph.weighted:
             after = state._replace(weights=self._ops.reshape(mixed(kept, sent, w), (-1,)))
-        self._mix_now(state, after, kept[self._comm.rank, 0], hop)
+        self._mix_now(state, after, kept[self._own, 0], hop)
         return after
 
     def repeat(self, state: PushSum, first: Scalar, stop: Scalar, once: Once) -> PushSum:
@@ -261,7 +263,7 @@ class Gossip:
         return carried_over(z, self._store.read("push", stretch), self._ops.cast_like(self._weight(state), z))
 
     def _weight(self, state: PushSum) -> Scalar:
-        return state.weights[self._comm.rank]
+        return state.weights[self._own]
 
     def _push(self, chunk: Chunk, x: Any, hop: Scalar) -> Any:
         while self._discarded:  # their names are taken until then

@@ -35,6 +35,8 @@ class Runtime:
         observe: measure at every outer step; see `Observed`.
         codec: of messages in bytes: in few bits, and of slices.
         watches: some worker can tell values that come from outside; see `Condition`.
+        stacked: the tensors are those of all workers, on a last axis; `comm` takes the mean over it for a sum, and
+            counts as one worker, since all are at the same step.
     """
 
     config: SlowMoConfig
@@ -46,6 +48,7 @@ class Runtime:
     observe: bool = False
     watches: bool = True
     codec: Codec = field(default_factory=NumpyCodec)
+    stacked: bool = False
 
     @cached_property
     def regrouping(self) -> Regrouping:

@@ -1,0 +1,125 @@
+"""A stack of workers in the place of one: the core's Comm, Ops and Codec on tensors with a column per worker.
+
+A stretch of n elements is a tensor (n, m), with a column for each of m workers, or (n, 1) where all have the same. The
+core's lines are elementwise over the elements and broadcast over the columns. In memory a stack is (m, n): each worker
+in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.slices import BLOCK
+from hvd_slowmo_torch.codec import TorchCodec
+from hvd_slowmo_torch.ops import TorchOps
+
+T = TypeVar("T")
+
+
+class StackCodec:
+    """`hvd_slowmo.core.codec.Codec` of stacks: each column is encoded for itself.
+
+    A message is uint8 (m, bytes). A floating-point tensor in its place is one that has been decoded already.
+
+    Example:
+        >>> codec, g = StackCodec(), torch.stack([torch.zeros(BLOCK), torch.ones(BLOCK)], dim=1)
+        >>> message = codec.encode([g], 1, 8)
+        >>> tuple(message.shape), torch.equal(codec.decode(message, 8), g)
+        ((2, 1028), True)
+    """
+
+    tile: int | None = None
+
+    def __init__(self) -> None:
+        self._codec = TorchCodec(tile=None)
+
+    def encode(self, pieces: Iterable[torch.Tensor], blocks: int, bits: int) -> torch.Tensor:
+        g = torch.cat(list(pieces))
+        workers = g.shape[1]
+        # Blocks are encoded one by one, so those of all workers may stand behind each other.
+        return self._codec.encode([g.T.reshape(-1)], blocks * workers, bits).view(workers, -1)
+
+    def decode(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+        if not message.is_floating_point():
+            message = self._codec.decode(message.reshape(-1), bits).view(len(message), -1).T
+        return message[first * BLOCK : None if last is None else last * BLOCK]
+
+    def padded(self, g: torch.Tensor, elements: int) -> torch.Tensor:
+        return torch.nn.functional.pad(g, (0, 0, 0, elements - len(g)))
+
+
+class StackComm:
+    """`hvd_slowmo.comm.protocol.Comm` within a stack: one worker, whose contribution to a sum is the workers' mean.
+
+    Scalars (1-D) are the same for all. Nothing is sent.
+
+    Args:
+        codec: of few bits.
+        bits: of the messages that `start_alltoall` takes.
+
+    Example:
+        >>> StackComm(StackCodec(), 32).start_sum("model.0", torch.tensor([[1.0, 3.0], [5.0, 5.0]])).tolist()
+        [[2.0], [5.0]]
+    """
+
+    rank = 0
+    size = 1
+    ranks = (0,)
+    node: Comm | None = None
+
+    def __init__(self, codec: StackCodec, bits: int) -> None:
+        self._codec = codec
+        self._bits = bits
+
+    def start_sum(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if x.dim() == 1 else mean_of(x)
+
+    def start_push(self, name: str, x: torch.Tensor, shares: Any) -> torch.Tensor:
+        # Most graphs send few messages per worker.
+        sent = torch.from_numpy(np.ascontiguousarray(shares)).to(x).to_sparse()
+        received: torch.Tensor = torch.sparse.mm(sent, x.T)
+        return received.T
+
+    def start_alltoall(self, name: str, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        (message,) = parts
+        return [mean_of(self._codec.decode(message, self._bits))]
+
+    def start_allgather(self, name: str, x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+        return [x]
+
+    def open_beside(self) -> None:
+        """Do nothing: nobody else has to come."""
+
+    def start_beside(self, work: Callable[[Comm], T]) -> T:
+        return work(self)
+
+    def wait(self, handle: Any) -> Any:
+        return handle
+
+    def gather(self, name: str, item: Any) -> list[Any]:
+        return [item]
+
+
+class StackOps(TorchOps):
+    """`hvd_slowmo.core.ops.Ops` beside stacks: a factor may differ between the workers."""
+
+    def cast_like(self, scalar: Any, tensor: torch.Tensor) -> Any:
+        if np.ndim(scalar) == 0:
+            return super().cast_like(scalar, tensor)
+        return torch.from_numpy(np.ascontiguousarray(scalar)).to(tensor)
+
+
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the columns, (n, 1), bitwise a column where all are equal.
+
+    Example:
+        >>> mean_of(torch.full((1, 3), 0.1)).item() == torch.tensor(0.1).item()
+        True
+    """
+    first = x[:, :1]
+    return first + (x - first).mean(dim=1, keepdim=True)
