@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -95,4 +96,6 @@ def spell_value(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     own = type(value).__module__ != "builtins" or type(value) is object  # its repr may raise too
-    return f"an object of type {type(value).__name__}" if own else repr(value)
+    if own:
+        return f"an object of type {type(value).__name__}"
+    return reprlib.repr(value) if isinstance(value, (list, tuple, dict, set, frozenset)) else repr(value)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
-from hvd_slowmo.checked_numbers import integer, real
+from hvd_slowmo.checked_numbers import integer, number_or_nan, real, spell_value
 from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip, Topology
 from hvd_slowmo.keywords import refuse_unknown
 
@@ -155,8 +155,8 @@ class SlowMoConfig:
         self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         self._set("fragments", integer("fragments", self.fragments, 1, "an integer from 1 to tau"))
         self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
-        if isinstance(self.bits, bool) or self.bits not in get_args(Bits):
-            raise ValueError(f"`bits` must be 32, 16, 8 or 4. Received: bits={self.bits!r}")
+        if isinstance(self.bits, bool) or number_or_nan(self.bits) not in get_args(Bits):
+            raise ValueError(f"`bits` must be 32, 16, 8 or 4. Received: bits={spell_value(self.bits)}")
         self._set("bits", int(self.bits))
         self._check_gossip()
         self._check_streaming()
@@ -173,7 +173,9 @@ class SlowMoConfig:
                 )
             return
         if not isinstance(self.gossip, (SGP, DPSGD)):
-            raise TypeError(f"`gossip` must be None, SGP(...) or DPSGD(...). Received: gossip={self.gossip!r}")
+            raise TypeError(
+                f"`gossip` must be None, SGP(...) or DPSGD(...). Received: gossip={spell_value(self.gossip)}"
+            )
         if self.gradients == "all":
             raise ValueError(
                 "gradients='all' keeps all workers equal, which leaves nothing to gossip. Received: "
@@ -461,11 +463,13 @@ def _streamed(tau: int) -> dict[str, Any]:
 
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={spell_value(value)}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}")
+        raise TypeError(
+            f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={spell_value(value)}"
+        )
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}")

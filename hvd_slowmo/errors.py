@@ -6,13 +6,32 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can't be written or read, or that does not fit; nothing has been changed.
+def escape_controls(text: str) -> str:
+    r"""Return a text with escapes in place of control characters, which would act on a terminal.
+
+    Line ends and tabs stay.
 
     Example:
-        >>> issubclass(CheckpointError, ValueError)
-        True
+        >>> escape_controls("\x1b[2Jweight")
+        '\\x1b[2Jweight'
     """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+class CheckpointError(ValueError):
+    r"""A checkpoint that can't be written or read, or that does not fit; nothing has been changed.
+
+    Control characters of the text, which may come from a file, are escaped.
+
+    Example:
+        >>> str(CheckpointError("the checkpoint holds \x1b[2J."))
+        'the checkpoint holds \\x1b[2J.'
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(escape_controls(text))
 
 
 class CheckpointFileError(CheckpointError, OSError):
@@ -29,10 +48,15 @@ class CheckpointFileError(CheckpointError, OSError):
 class CommandError(Exception):
     """An argument of the command line, or a file named there, that can't be used.
 
+    Control characters of the text, which may come from a file, are escaped.
+
     Example:
         >>> str(CommandError("there is no file weights.pt."))
         'there is no file weights.pt.'
     """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(escape_controls(text))
 
 
 def spell_error(error: BaseException) -> str:

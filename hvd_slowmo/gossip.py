@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.keywords import refuse_unknown
 
 TopologyName = Literal["exponential", "bipartite", "complete", "ring", "full", "star"]
@@ -45,7 +46,7 @@ class SGP:
     def __post_init__(self) -> None:
         object.__setattr__(self, "topology", _checked_topology(self.topology))
         if not isinstance(self.overlap, bool):
-            raise TypeError(f"`overlap` must be True or False. Received: overlap={self.overlap!r}")
+            raise TypeError(f"`overlap` must be True or False. Received: overlap={spell_value(self.overlap)}")
 
     def facts(self) -> dict[str, Any]:
         """Return the settings in JSON types; a topology function by its name only."""
@@ -121,18 +122,21 @@ def _check_topology_name(name: str) -> None:
 
 def _nested_tuples(array: Any) -> tuple[Any, ...]:
     """Return an array as nested tuples of numbers."""
-    values = array.tolist() if hasattr(array, "tolist") else array
 
-    def nested(value: Any) -> Any:
-        return tuple(map(nested, value)) if isinstance(value, (list, tuple)) else float(value)
+    def nested(value: Any, depth: int) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return float(value)
+        if depth == 0:
+            raise ValueError("more axes than a topology has")
+        return tuple(nested(part, depth - 1) for part in value)
 
     try:
-        found = nested(values)
-    except (TypeError, ValueError):
+        found = nested(array.tolist() if hasattr(array, "tolist") else array, 3)
+    except Exception:  # an object of the user's own may raise anything
         found = None
     if not isinstance(found, tuple):
         raise TypeError(
             "`topology` must be None, a name, an array of numbers or a function of the number of workers. Received: "
-            f"topology={array!r}"
+            f"topology={spell_value(array)}"
         )
     return found

@@ -10,15 +10,21 @@ import hashlib
 import json
 import os
 import re
+import reprlib
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from hvd_slowmo.checkpoint.bounded_json import MAX_LENGTH, decode
+from hvd_slowmo.checkpoint.facts import Checksum, Facts, parse, parse_facts, plain
+from hvd_slowmo.checkpoint.paths import temporary_directory
 from hvd_slowmo.errors import CheckpointError
 
 FORMAT = 3
@@ -26,10 +32,17 @@ FORMAT = 3
 
 _KEY = "hvd_slowmo"  # one key only: the library writes several in no fixed order
 
-TEMPORARY = r"\.\d+\."
-"""Prefix of a file's name while it is written, as a regular expression."""
+MAX_HEADER = 100_000_000
+"""Bytes of a file's header. The library refuses longer ones too."""
 
 Arrays = dict[str, NDArray[Any]]
+
+
+class _Header(Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    facts: dict[str, Any]
+    arrays: dict[str, Checksum]
+    id: Checksum
 
 
 def checksum(array: NDArray[Any]) -> str:
@@ -45,29 +58,33 @@ def checksum(array: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def write(
-    path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], sums: Mapping[str, str] | None = None
-) -> None:
+def write(path: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], sums: Mapping[str, str] | None = None) -> None:
     """Write a file. Readers of `path` find the old one or the new one, whole, at any time.
 
     Args:
-        facts: JSON types.
         sums: checksums by the arrays' names, where they are known already.
 
     Raises:
+        CheckpointError: there are more arrays than a reader would take.
         OSError: it can't be written; the old file is still there.
 
     Example:
         >>> import tempfile
+        >>> from hvd_slowmo.checkpoint.facts import WorkerFacts
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     path = Path(directory) / "checkpoint"
-        ...     write(path, {"step": 3}, {"x": np.ones(2)})
+        ...     write(path, WorkerFacts(rank=0, workers=2), {"x": np.ones(2)})
         ...     facts, arrays, _ = read(path)
         >>> facts, arrays["x"].tolist()
-        ({'step': 3}, [1.0, 1.0])
+        (WorkerFacts(rank=0, workers=2), [1.0, 1.0])
     """
     sums = {name: checksum(array) if sums is None else sums[name] for name, array in arrays.items()}
-    text = _dump({"format": FORMAT, "facts": facts, "arrays": sums, "id": identity(facts, sums)})
+    text = _dump({"format": FORMAT, "facts": plain(facts), "arrays": sums, "id": identity(facts, sums)})
+    if len(text) > MAX_LENGTH:
+        raise CheckpointError(
+            f"{path} would have {len(text)} characters of facts, and a reader takes {MAX_LENGTH}: {len(arrays)} arrays "
+            "are too many for one checkpoint."
+        )
     in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     replace_atomically(path, lambda temporary: _save(in_order, temporary, {_KEY: text}))
 
@@ -101,35 +118,49 @@ def _save(arrays: Arrays, path: Path, metadata: dict[str, str]) -> None:
         raise OSError(number, text, str(path)) from error
 
 
-def identity(facts: Mapping[str, Any], sums: Mapping[str, str]) -> str:
+def identity(facts: Facts, sums: Mapping[str, str]) -> str:
     """Return a text that tells the contents of files apart."""
+    return _identity(plain(facts), sums)
+
+
+def _identity(facts: Mapping[str, Any], sums: Mapping[str, str]) -> str:
     return hashlib.blake2b(_dump([FORMAT, facts, sums]).encode(), digest_size=16).hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, Any], Arrays, str]:
+def read(path: Path) -> tuple[Facts, Arrays, str]:
     """Return the facts, arrays and identity of a file, all of it checked.
 
     Raises:
         CheckpointError: the file is missing, truncated, altered, of another kind, or of another version.
     """
-    header = _header(path)
-    if not isinstance(header, dict) or "format" not in header:
-        raise _foreign(path)
-    if header["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {header['format']!r}, this version of hvd-slowmo reads format {FORMAT}. Load it with "
-            "the version that wrote it."
-        )
-    facts, sums = header.get("facts"), header.get("arrays")
-    if not isinstance(facts, dict) or not isinstance(sums, dict) or header.get("id") != identity(facts, sums):
-        raise CheckpointError(f"{path} has been altered: its header does not agree with its checksum. {_FIX}")
+    facts, sums, id_ = read_facts(path)
     arrays = _arrays(path)
     if arrays.keys() != sums.keys():
         raise CheckpointError(f"{path} has been altered: it does not hold the tensors that it lists. {_FIX}")
     for name, array in arrays.items():
         if checksum(array) != sums[name]:
             raise CheckpointError(f"{path} has been altered: {name!r} does not agree with its checksum. {_FIX}")
-    return facts, arrays, header["id"]
+    return facts, arrays, id_
+
+
+def read_facts(path: Path) -> tuple[Facts, dict[str, str], str]:
+    """Return the facts of a file, the checksums of its arrays, and its identity; the arrays are not read.
+
+    Raises:
+        CheckpointError: as `read`, but for the arrays.
+    """
+    header = _header(path)
+    if not isinstance(header, dict) or "format" not in header:
+        raise _foreign(path)
+    if header["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {reprlib.repr(header['format'])}, this version of hvd-slowmo reads format {FORMAT}. "
+            "Load it with the version that wrote it."
+        )
+    checked = parse(header, _Header, f"the header of {path}")
+    if checked.id != _identity(checked.facts, checked.arrays):
+        raise CheckpointError(f"{path} has been altered: its header does not agree with its checksum. {_FIX}")
+    return parse_facts(checked.facts, f"the header of {path}"), checked.arrays, checked.id
 
 
 def read_plain(path: Path) -> Arrays:
@@ -139,7 +170,10 @@ def read_plain(path: Path) -> Arrays:
         CheckpointError: the file is missing or damaged.
     """
     _header(path)
-    halves = _bfloat16(path)
+    try:
+        halves = _bfloat16(path)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # two entries of one name, for instance
+        raise _damaged(path, error) from error
     return {**halves, **_arrays(path, without=halves)}
 
 
@@ -174,8 +208,10 @@ def _header(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER}")
             # The library accepts any white space behind the header, and writes spaces.
-            padded = file.read(min(length, path.stat().st_size))
+            padded = file.read(length)
         with safe_open(path, framework="np") as opened:
             metadata = opened.metadata() or {}
         if not padded.rstrip(b" ").endswith(b"}"):
@@ -185,7 +221,7 @@ def _header(path: Path) -> Any:
     if _KEY not in metadata:
         return None
     try:
-        header = json.loads(metadata[_KEY])
+        header = decode(metadata[_KEY])
     except ValueError as error:
         raise _damaged(path, error) from error
     if len(metadata) > 1 or _dump(header) != metadata[_KEY]:
@@ -234,7 +270,7 @@ def _dump(value: Any) -> str:
 
 
 def replace_atomically(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Have a file written beside `path`, with the same suffix; flush it and put it in the place of `path`.
+    """Have a file written beside `path`, with the same name; flush it and put it in the place of `path`.
 
     Args:
         write_to: writes the file at the path that it is given.
@@ -242,8 +278,13 @@ def replace_atomically(path: Path, write_to: Callable[[Path], object]) -> None:
     Raises:
         OSError: the file can't be written; the old one is still there.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    # A directory of our own: the library writes under a name that it makes up, and nobody else reads or replaces
+    # the file before it is whole.
+    directory = temporary_directory(path)
+    shutil.rmtree(directory, ignore_errors=True)  # of a killed process that had the same number
+    directory.mkdir(mode=0o700)
     try:
+        temporary = directory / path.name
         temporary.touch()
         mode = temporary.stat().st_mode  # the user's default; the library makes files private
         write_to(temporary)
@@ -251,7 +292,7 @@ def replace_atomically(path: Path, write_to: Callable[[Path], object]) -> None:
         _flush(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
     _flush_directory(path.parent)  # for the name
 
 

@@ -6,19 +6,30 @@ whose name has a checksum of its content: the files of the checkpoint before sta
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint.file import TEMPORARY, Arrays, checksum, identity, read, write
+from hvd_slowmo.checkpoint.facts import (
+    Kind,
+    ModelFacts,
+    TensorFacts,
+    TrainingFacts,
+    WeightsFacts,
+    WorkerFacts,
+    parse,
+    plain,
+)
+from hvd_slowmo.checkpoint.file import Arrays, checksum, identity, read, write
+from hvd_slowmo.checkpoint.leftovers import remove_leftovers, writing
 from hvd_slowmo.checkpoint.naming import NamedTensors
+from hvd_slowmo.checkpoint.paths import worker_file
 from hvd_slowmo.checkpoint.state import (
     LEARNING_RATE,
     NOT_NEEDED,
@@ -38,7 +49,7 @@ from hvd_slowmo.wire.tensors import describe
 AnyPath: TypeAlias = str | os.PathLike[str]
 T = TypeVar("T")
 
-KINDS = {
+KINDS: dict[Kind, str] = {
     "model": "parameters and statistics",
     "anchor": "anchor",
     "v": "slow momentum",
@@ -53,9 +64,6 @@ KINDS = {
 }
 """The first parts of the arrays' names, in words."""
 
-_RANK = r"\.rank\d+-[0-9a-f]{16}"
-"""The end of the name of `worker_file`."""
-
 _RATES = (LEARNING_RATE, "progress/rate_sums")
 
 _SAVE_LATER = "Save right after join(), or an outer step without fragments and delay, with average=True."
@@ -65,7 +73,7 @@ _SHARE_STATE = "Inner state is common with inner_state='reset' or 'average', rig
 class Contents(NamedTuple):
     """A checkpoint as one worker reads it."""
 
-    facts: dict[str, Any]  # of the common file
+    facts: ModelFacts  # of the common file
     common: Arrays  # its arrays
     own: Arrays  # those of this worker's file
     id: str  # tells checkpoints apart
@@ -103,12 +111,19 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
         CheckpointFileError: on every worker, if the system refuses a file on one; the old checkpoint is whole then.
         ValueError: on every worker, if something can't be saved on one, with the same consequence.
     """
+    with ExitStack() as stack:
+        _save(make, comm, path, stack)
+
+
+def _save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath, stack: ExitStack) -> None:
     saving = comm.scoped("save")
 
     def collected() -> tuple[_Collected, dict[str, Any]]:
         target = Path(path).absolute()  # workers may have different working directories
         if target.is_dir() or not target.parent.is_dir():
             raise CheckpointError(f"`path` must be of a file in an existing directory. Received: {target}")
+        if comm.rank == 0 and stack.enter_context(writing(target)):
+            remove_leftovers(target)  # saves that are killed one after the other do not fill the disk
         state = make()
         facts, arrays = facts_of(state), collect(state)
         sums = {key: checksum(value) for key, value in arrays.items()}
@@ -124,16 +139,16 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
     all_sums = [sums for _, sums in everyone]
     common = {key for key, value in all_sums[0].items() if all(sums.get(key) == value for sums in all_sums)}
     ids = saving.gather("files", _agreed_on_files(saving, lambda: (_write_own(worker, comm, common), {})))
-    facts = {
-        **worker.facts,
-        "reason": worker.state.tensors.reason,
-        "workers": comm.size,
-        "files": {str(rank): id_ for rank, id_ in enumerate(ids) if id_},
-        "per_worker": _per_worker(worker, all_sums, common),
-    }
 
     def write_common() -> tuple[bool, dict[str, Any]]:
         if comm.rank == 0:
+            facts = {
+                **worker.facts,
+                "reason": worker.state.tensors.reason,
+                "workers": comm.size,
+                "files": {str(rank): id_ for rank, id_ in enumerate(ids) if id_},
+                "per_worker": _per_worker(worker, all_sums, common),
+            }
             files = {rank: worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids) if id_}
             unseen = [str(comm.ranks[rank]) for rank, file in files.items() if not file.is_file()]
             if unseen:
@@ -143,12 +158,14 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
                 )
             # Workers of two frameworks are equal up to rounding: each has its own file, and rank 0's values serve all.
             names = common | {key for key in worker.arrays if worker.workers_equal and _equal_on_equal_workers(key)}
-            write(worker.path, facts, {key: x for key, x in worker.arrays.items() if key in names}, worker.sums)
+            arrays = {key: x for key, x in worker.arrays.items() if key in names}
+            write(worker.path, parse(facts, TrainingFacts, "this training"), arrays, worker.sums)
         return True, {}
 
     _agreed_on_files(saving, write_common)
     if comm.rank == 0:
-        _remove_older(worker.path, {worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids)})
+        # Every worker has written its own by now: unfinished files are of saves that were killed.
+        remove_leftovers(worker.path, {worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids)})
 
 
 def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> None:
@@ -165,16 +182,16 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
     def prepared() -> tuple[Callable[[], None], dict[str, Any]]:
         contents = read_checkpoint(Path(path), comm.rank, comm.size)
         state, facts = make(), contents.facts
-        if facts["config"] is None:
+        if isinstance(facts, WeightsFacts):
             check_model(state.tensors, facts)
-            arrays = first_state(state, contents.common)
+            arrays, kind = first_state(state, model_arrays(facts, contents.common)), ""
         else:
             _check(state, comm, facts)
-            arrays = {**contents.common, **contents.own}
-            if facts["workers"] != comm.size:
+            arrays, kind = {**contents.common, **contents.own}, facts.inner_optimizer
+            if facts.workers != comm.size:
                 arrays = {name: x for name, x in arrays.items() if not name.startswith("slice_residual/")}
                 arrays |= _mean_residuals(Path(path), facts)
-        return prepare(state, facts, arrays), {"checkpoint": contents.id}
+        return prepare(state, kind, arrays), {"checkpoint": contents.id}
 
     _agreed_on_files(comm.scoped("load"), prepared)()
 
@@ -193,18 +210,11 @@ def write_weights(path: Path, tensors: NamedTensors, values: Mapping[str, NDArra
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     path = Path(directory) / "weights.slowmo"
         ...     write_weights(path, NamedTensors(()), {})
-        ...     print(read_checkpoint(path, rank=0, size=1).facts["config"])
+        ...     print(read_checkpoint(path, rank=0, size=1).facts.config)
         None
     """
-    facts: dict[str, Any] = {
-        "config": None,
-        "naming": tensors.naming,
-        "reason": tensors.reason,
-        "tensors": describe(tensors.specs),
-        "workers": 1,
-        "files": {},
-        "per_worker": [],
-    }
+    described = {"naming": tensors.naming, "reason": tensors.reason, "tensors": describe(tensors.specs)}
+    facts = parse(described, WeightsFacts, "this model")
     write(path, facts, {f"model/{spec.name}": values[spec.name] for spec in tensors.specs})
 
 
@@ -215,25 +225,10 @@ def read_checkpoint(path: Path, rank: int, size: int) -> Contents:
         CheckpointError: a file is missing, damaged, foreign, of another version, or of another checkpoint.
     """
     facts, common, id_ = read(path)
-    if "rank" in facts:
-        raise CheckpointError(
-            f"{path} is the file of rank {facts['rank']} alone. Give the checkpoint that it belongs to."
-        )
-    own = facts["files"].get(str(rank)) if size == facts["workers"] else None
+    if isinstance(facts, WorkerFacts):
+        raise CheckpointError(f"{path} is the file of rank {facts.rank} alone. Give the checkpoint that it belongs to.")
+    own = facts.files.get(rank) if size == facts.workers else None
     return Contents(facts, common, {} if own is None else read_worker(path, rank, own), id_)
-
-
-def worker_file(path: Path, rank: int, id_: str) -> Path:
-    """Return the path of a worker's own part of the checkpoint at `path`.
-
-    Args:
-        id_: its identity, which the common file lists.
-
-    Example:
-        >>> worker_file(Path("training.slowmo"), 3, "5e1f0c2a9b7d4e68" + "0" * 16).name
-        'training.slowmo.rank3-5e1f0c2a9b7d4e68'
-    """
-    return path.with_name(f"{path.name}.rank{rank}-{id_[:16]}")
 
 
 def read_worker(path: Path, rank: int, id_: str) -> Arrays:
@@ -245,33 +240,56 @@ def read_worker(path: Path, rank: int, id_: str) -> Arrays:
     file = worker_file(path, rank, id_)
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: it belongs to {path}, which can't be loaded without it.")
-    _, arrays, identity_of_file = read(file)
-    if identity_of_file != id_:
+    facts, arrays, identity_of_file = read(file)
+    if identity_of_file != id_ or not isinstance(facts, WorkerFacts) or facts.rank != rank:
         raise CheckpointError(f"{file} is not the file that belongs to {path}: its content differs.")
     return arrays
 
 
-def check_model(tensors: NamedTensors, saved: Mapping[str, Any]) -> None:
+def model_arrays(facts: ModelFacts, arrays: Arrays) -> Arrays:
+    """Return the arrays of the model, "model/ENTRY", among those of a checkpoint.
+
+    Raises:
+        CheckpointError: one is missing, or has another shape than the facts say.
+
+    Example:
+        >>> model_arrays(WeightsFacts(naming="wire", reason="", tensors=()), {})
+        {}
+    """
+    model = {}
+    for tensor in facts.tensors:
+        name = f"model/{tensor.name}"
+        if name not in arrays:
+            raise CheckpointError(f"the checkpoint has no {name!r}.")
+        if arrays[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the checkpoint's {name!r} has shape {arrays[name].shape}, and its header lists {tensor.shape}."
+            )
+        model[name] = arrays[name]
+    return model
+
+
+def check_model(tensors: NamedTensors, saved: ModelFacts) -> None:
     """Refuse a checkpoint of another model, by its facts.
 
     Raises:
         CheckpointError: the message has the first tensor that differs.
     """
-    if saved["naming"] != tensors.naming:
+    if saved.naming != tensors.naming:
         raise CheckpointError(
-            f"the checkpoint has its tensors by {_spell_naming(saved['naming'])}, here they are by "
-            f"{_spell_naming(tensors.naming)}: {saved['reason'] or tensors.reason} A ParameterMap for both makes the "
+            f"the checkpoint has its tensors by {_spell_naming(saved.naming)}, here they are by "
+            f"{_spell_naming(tensors.naming)}: {saved.reason or tensors.reason} A ParameterMap for both makes the "
             "names the same."
         )
-    specs = describe(tensors.specs)
-    for number, (a, b) in enumerate(zip(saved["tensors"], specs, strict=False)):
+    specs = parse(describe(tensors.specs), tuple[TensorFacts, ...], "this model")
+    for number, (a, b) in enumerate(zip(saved.tensors, specs, strict=False)):
         if a != b:
             raise CheckpointError(
                 f"the checkpoint is of another model: its tensor {number} is {_spell(a)}, here it is {_spell(b)}."
             )
-    if len(saved["tensors"]) != len(specs):
+    if len(saved.tensors) != len(specs):
         raise CheckpointError(
-            f"the checkpoint is of another model: it has {len(saved['tensors'])} tensors, here there are {len(specs)}."
+            f"the checkpoint is of another model: it has {len(saved.tensors)} tensors, here there are {len(specs)}."
         )
 
 
@@ -294,7 +312,7 @@ def _write_own(worker: _Collected, comm: ScopedComm, common: set[str]) -> str:
     own = {key: value for key, value in worker.arrays.items() if key not in common}
     if not own:
         return ""
-    facts = {"rank": comm.rank, "workers": comm.size}
+    facts = WorkerFacts(rank=comm.rank, workers=comm.size)
     id_ = identity(facts, {key: worker.sums[key] for key in own})
     write(worker_file(worker.path, comm.rank, id_), facts, own, worker.sums)
     return id_
@@ -321,64 +339,50 @@ def _per_worker(worker: _Collected, all_sums: Sequence[Mapping[str, str]], commo
     return [kind for kind in KINDS if kind in kinds]
 
 
-def _remove_older(path: Path, listed: set[Path]) -> None:
-    """Remove workers' files of the checkpoint before, and of saves that were never finished.
-
-    Every worker has written its own by now: unfinished files are of saves that were killed.
-    """
-    name = re.escape(path.name)
-    for pattern, expected in (
-        (f"{glob.escape(path.name)}.rank*", rf"{name}{_RANK}"),
-        (f".*.{glob.escape(path.name)}*", rf"{TEMPORARY}{name}({_RANK})?"),
-    ):
-        with suppress(OSError):  # a directory that can't be listed: the checkpoint is complete all the same
-            for file in path.parent.glob(pattern):
-                if re.fullmatch(expected, file.name) and file not in listed:
-                    with suppress(OSError):  # it does no harm
-                        file.unlink()
-
-
-def _check(state: WorkerState, comm: ScopedComm, saved: Mapping[str, Any]) -> None:
+def _check(state: WorkerState, comm: ScopedComm, saved: TrainingFacts) -> None:
     """Refuse a checkpoint of another training, or one that another number of workers can't continue."""
-    facts = facts_of(state)
+    facts, config = facts_of(state), plain(saved.config)
     for key, value in facts["config"].items():
-        if saved["config"].get(key) != value:
+        if config[key] != value:
             raise CheckpointError(
-                f"the checkpoint was saved with {key}={saved['config'].get(key)!r}, this optimizer has "
-                f"{key}={value!r}. Resume with the settings of the run that is resumed."
+                f"the checkpoint was saved with {key}={config[key]!r}, this optimizer has {key}={value!r}. Resume with "
+                "the settings of the run that is resumed."
             )
     check_model(state.tensors, saved)
-    if saved["trained"] != facts["trained"]:
-        odd = sorted(set(saved["trained"]) ^ set(facts["trained"]))
+    if list(saved.trained) != facts["trained"]:
+        odd = sorted(set(saved.trained) ^ set(facts["trained"]))
         raise CheckpointError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
-    if saved["vectors"] != facts["vectors"]:
+    if list(saved.vectors) != facts["vectors"]:
         raise CheckpointError(
-            f"the checkpoint has {', '.join(saved['vectors']) or 'nothing'} beside the model, this optimizer keeps "
+            f"the checkpoint has {', '.join(saved.vectors) or 'nothing'} beside the model, this optimizer keeps "
             f"{', '.join(facts['vectors']) or 'nothing'}."
         )
-    if saved["workers"] != comm.size:
+    if saved.workers != comm.size:
         _check_resize(comm, saved)
-    elif "push" in saved["per_worker"] and saved["graph"] != facts["graph"]:
+    elif "push" in saved.per_worker and saved.graph != facts["graph"]:
         raise CheckpointError("the checkpoint was saved with another topology: its function gives another graph now.")
 
 
-def _mean_residuals(path: Path, facts: Mapping[str, Any]) -> Arrays:
+def _mean_residuals(path: Path, facts: TrainingFacts) -> Arrays:
     """Return the mean of the workers' residuals, with which another number of workers owes as much."""
     sums: Arrays = {}
-    for rank, id_ in facts["files"].items():
-        for name, value in read_worker(path, int(rank), id_).items():
+    for rank, id_ in facts.files.items():
+        for name, value in read_worker(path, rank, id_).items():
             if name.startswith("residual/"):
-                sums[name] = sums[name] + value if name in sums else value
-    return {name: (value / facts["workers"]).astype(value.dtype) for name, value in sums.items()}
+                same = sums.setdefault(name, np.zeros_like(value))
+                if (same.shape, same.dtype) != (value.shape, value.dtype):
+                    raise CheckpointError(f"the workers' files of the checkpoint have {name!r} of different shapes.")
+                sums[name] = same + value
+    return {name: (value / facts.workers).astype(value.dtype) for name, value in sums.items()}
 
 
-def _check_resize(comm: ScopedComm, saved: Mapping[str, Any]) -> None:
-    kinds = [kind for kind in saved["per_worker"] if kind not in ("residual", "slice_residual")]
+def _check_resize(comm: ScopedComm, saved: TrainingFacts) -> None:
+    kinds = [kind for kind in saved.per_worker if kind not in ("residual", "slice_residual")]
     if kinds:
         fixes = [_SAVE_LATER] if kinds != ["optimizer_state"] else []
         fixes += [_SHARE_STATE] if "optimizer_state" in kinds else []
         raise CheckpointError(
-            f"the checkpoint is one of {saved['workers']} workers, this job has {comm.size}, and each of those has its "
+            f"the checkpoint is one of {saved.workers} workers, this job has {comm.size}, and each of those has its "
             f"own {', '.join(KINDS[kind] for kind in kinds)}, which would be lost. {' '.join(fixes)}"
         )
 
@@ -387,6 +391,6 @@ def _spell_naming(naming: str) -> str:
     return "the names of a ParameterMap" if naming == "wire" else f"the names of {naming} alone"
 
 
-def _spell(tensor: Sequence[Any]) -> str:
-    name, role, shape, dtype, note = tensor
-    return f"{name} ({role}, {dtype}, shape {tuple(shape)}{', ' + note if note else ''})"
+def _spell(tensor: TensorFacts) -> str:
+    note = f", {tensor.note}" if tensor.note else ""
+    return f"{tensor.name} ({tensor.role}, {tensor.dtype}, shape {tensor.shape}{note})"

@@ -31,6 +31,7 @@ from hvd_slowmo.checkpoint.inner_state import (
     spell_kind,
 )
 from hvd_slowmo.checkpoint.naming import NamedTensors
+from hvd_slowmo.checkpoint.progress import check_progress, check_rates
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.progress import PER_GROUP, Flight, Progress, PushSum
 from hvd_slowmo.errors import CheckpointError
@@ -209,31 +210,37 @@ def first_state(state: WorkerState, weights: Mapping[str, NDArray[Any]]) -> Arra
     return arrays | {LEARNING_RATE: _per_parameter(state, state.rates)}
 
 
-def prepare(state: WorkerState, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+def prepare(state: WorkerState, kind: str, arrays: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
     """Return a function that makes the worker go on from a checkpoint; nothing is changed before it is called.
 
     Args:
-        facts: of the checkpoint; they fit the worker's.
+        kind: of the inner optimizer that the checkpoint is of; its other facts fit the worker's.
         arrays: of this worker, in the form of `collect`.
 
     Raises:
-        CheckpointError: an array is missing, has no place here, or has another shape or type.
+        CheckpointError: an array is missing, has no place here, has another shape or type, or values of no run.
     """
     left = dict(arrays)
     writes = _take_vectors(state, left)
     rates = _take_per_group(state, left, LEARNING_RATE, "learning rate", state.rates)
+    check_rates(rates)
     progress = _take_progress(state, left)
-    optimizer = _take_optimizer(state, facts.get("inner_optimizer", ""), left, rates)
+    check_progress(progress, state.progress)
+    optimizer = _take_optimizer(state, kind, left, rates)
     commit_optimizer = state.prepare_optimizer(optimizer, int(progress.step))
     framework = _take_framework(state, left)
-    residuals = {name: left.pop(name) for name in list(left) if name.startswith("slice_residual/")}
+    residuals = {
+        chunk: _take(left, f"slice_residual/{chunk}", like)
+        for chunk, like in state.slice_residuals.items()
+        if f"slice_residual/{chunk}" in left
+    }
     if left:
         raise CheckpointError(f"the checkpoint holds {', '.join(sorted(left)[:3])}, which has no place in this job.")
 
     def commit() -> None:
         for vector, spec, value in writes:
             state.write(vector, spec.own, spec.view.to_own(value, state.read(vector, spec.own)))
-        state.slice_residuals = {name.split("/")[1]: value for name, value in residuals.items()}
+        state.slice_residuals = residuals
         commit_optimizer()
         state.finish(progress, rates, framework)
 
@@ -320,7 +327,8 @@ def _take_optimizer(state: WorkerState, kind: str, left: Arrays, rates: NDArray[
     """
     own = state.optimizer
     saved = {name: left.pop(name) for name in list(left) if name.startswith("optimizer_state/")}
-    everyones = {name.rsplit("/", 1)[1]: saved.pop(name) for name in list(saved) if name.split("/")[1] == SETTINGS}
+    prefix = f"optimizer_state/{SETTINGS}/"
+    everyones = {name.removeprefix(prefix): saved.pop(name) for name in list(saved) if name.startswith(prefix)}
     settings: dict[str, NDArray[Any]] = {
         framework: value for framework, value in everyones.items() if framework == state.framework
     }
@@ -342,7 +350,7 @@ def _take_buffers(state: WorkerState, saved: Arrays, rates: NDArray[np.float64])
     buffers: OptimizerState = {}
     if not own.alike:
         for name, value in saved.items():
-            _, key, tensor = name.split("/", 2)
+            key, _, tensor = name.removeprefix("optimizer_state/").partition("/")
             buffers.setdefault(key, {})[tensor] = value
         return buffers
     for spec in trained(state):
@@ -362,10 +370,13 @@ def _take_buffers(state: WorkerState, saved: Arrays, rates: NDArray[np.float64])
 
 
 def _put(buffer: dict[str, NDArray[Any]], spec: TensorSpec, key: str, value: NDArray[Any]) -> None:
-    shape = () if key == "steps" else spec.shape
+    shape, name = () if key == "steps" else spec.shape, f"optimizer_state/{key}/{spec.name}"
     if value.shape != shape:
+        raise CheckpointError(f"the checkpoint's {name} has shape {value.shape}, here it is {shape}.")
+    if value.dtype.kind != ("i" if key == "steps" else "f") or (key == "steps" and value < 0):
         raise CheckpointError(
-            f"the checkpoint's optimizer_state/{key}/{spec.name} has shape {value.shape}, here it is {shape}."
+            f"the checkpoint's {name} must be {'an integer >= 0' if key == 'steps' else 'floating-point numbers'}. "
+            f"Received: {value if key == 'steps' else value.dtype}"
         )
     if key == "steps":
         buffer[spec.own] = value
@@ -377,7 +388,7 @@ def _take_framework(state: WorkerState, left: Arrays) -> Arrays:
     """Take this framework's own state; another one's has no place here and is left out."""
     current, taken = state.read_framework(), {}
     for name in [name for name in left if name.startswith("framework/")]:
-        _, framework, key = name.split("/", 2)
+        framework, _, key = name.removeprefix("framework/").partition("/")
         if framework != state.framework:
             del left[name]
         elif key in current:

@@ -1,16 +1,36 @@
-"""Objects that a user names on the command line as "module:name"."""
+"""Arguments of the command line: integers, and objects that a user names as "module:name"."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from hvd_slowmo.errors import CommandError, spell_error
 from hvd_slowmo.wire.parameter_map import ParameterMap, nearest
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of argparse's: an integer from `least` on.
+
+    Example:
+        >>> at_least(1)("3")
+        3
+    """
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            allowed = "a positive integer" if least == 1 else f"an integer >= {least}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}. Received: {text}")
+        return value
+
+    parse.__name__ = "integer"  # in argparse's own message
+    return parse
 
 
 @contextmanager

@@ -1,11 +1,23 @@
-"""Print the installer's progress."""
+"""Text on a terminal: of a file or of other programs, and the installer's progress."""
 
 from __future__ import annotations
 
 import sys
 from types import TracebackType
 
+from hvd_slowmo.errors import escape_controls
+
 _SECONDS_BETWEEN_LINES = 20.0
+
+
+def show(text: str) -> None:
+    r"""Print a text, with escapes in place of control characters: it may come from a file.
+
+    Example:
+        >>> show("\x1b[2Jweight")
+        \x1b[2Jweight
+    """
+    print(escape_controls(text))
 
 
 class Console:
@@ -38,17 +50,18 @@ class Console:
     def say(self, text: str) -> None:
         """Print one line."""
         self.finish_progress()
-        print(text, flush=True)
+        print(escape_controls(text), flush=True)
 
     def detail(self, line: str) -> None:
         """Print one line of a command's output, if verbose."""
         if self._verbose:
-            print(line, flush=True)
+            print(escape_controls(line), flush=True)
 
     def progress(self, what: str, percent: int | None, seconds: float, note: str = "") -> None:
         """Redraw the progress line, or print a new one if the last is at least 20 seconds old."""
         share = "" if percent is None else f"{percent:3d} %, "
         text = f"  {what}: {share}{int(seconds) // 60} min {int(seconds) % 60:02d} s{', ' if note else ''}{note}"
+        text = escape_controls(text)
         if self._terminal:
             print(f"\r{text}\033[K", end="", flush=True)
             self._drawn = True

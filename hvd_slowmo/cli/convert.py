@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hvd_slowmo.checkpoint.facts import WorkerFacts
 from hvd_slowmo.checkpoint.file import Arrays, is_checkpoint, is_training, read, read_plain, write_plain
-from hvd_slowmo.checkpoint.job import check_model, write_weights
+from hvd_slowmo.checkpoint.job import check_model, model_arrays, write_weights
+from hvd_slowmo.checkpoint.leftovers import remove_leftovers, writing
 from hvd_slowmo.checkpoint.naming import NamedTensors
 from hvd_slowmo.cli.arguments import importing_from_here, model_named, parameter_map_named, refusals
+from hvd_slowmo.cli.console import show
 from hvd_slowmo.errors import CommandError
 from hvd_slowmo.wire.parameter_map import pair
 
@@ -45,7 +48,7 @@ def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _convert(arguments: argparse.Namespace) -> int:
     with importing_from_here():
         count = _Conversion(arguments).run()
-    print(f"{arguments.target}: {count} tensors")
+    show(f"{arguments.target}: {count} tensors")
     return 0
 
 
@@ -81,7 +84,10 @@ class _Conversion:
             with refusals():
                 list(pair(*(tensors.specs for tensors in self._models)))
         values = self._read()
-        self._write(values)
+        with writing(self._target) as locked:
+            if locked:
+                remove_leftovers(self._target)
+            self._write(values)
         return len(values)
 
     def _read(self) -> Arrays:
@@ -95,14 +101,14 @@ class _Conversion:
 
     def _read_checkpoint(self) -> Arrays:
         facts, arrays, _ = read(self._source)
-        if "rank" in facts or "model" in facts["per_worker"]:
+        if isinstance(facts, WorkerFacts) or "model" in facts.per_worker:
             raise CommandError(
                 f"{self._source} holds no parameters that all workers share: each had its own. Convert a checkpoint "
                 "saved right after an outer step or join()."
             )
         for tensors in self._models:
             check_model(tensors, facts)
-        return {name: arrays[f"model/{name}"] for name, *_ in facts["tensors"]}
+        return {name.removeprefix("model/"): value for name, value in model_arrays(facts, arrays).items()}
 
     def _read_plain(self) -> Arrays:
         values = read_plain(self._source)

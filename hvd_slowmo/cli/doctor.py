@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from hvd_slowmo.errors import escape_controls
 from hvd_slowmo.installer.doctor import Finding, Level, examine
 
 
@@ -34,7 +35,8 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _show(finding: Finding) -> None:
-    first, *more = [*finding.text.splitlines(), *([f"Fix: {finding.fix}"] if finding.fix else [])]
+    text = escape_controls(finding.text)  # of a foreign exception, perhaps
+    first, *more = [*text.splitlines(), *([f"Fix: {finding.fix}"] if finding.fix else [])]
     print(f"{finding.level.value:<8} {first}")
     for line in more:
         print(f"{'':<8} {line}")

@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from hvd_slowmo.cli.arguments import refusals
+from hvd_slowmo.cli.arguments import at_least, refusals
 from hvd_slowmo.cli.console import Console
 from hvd_slowmo.installer.cache import user_cache
 from hvd_slowmo.installer.install import install_horovod
@@ -34,7 +34,7 @@ def add_install_horovod(commands: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--rebuild", action="store_true", help="build even if the cache has a wheel")
     parser.add_argument(
         "--jobs",
-        type=_positive,
+        type=at_least(1),
         metavar="N",
         help="compile N files at once (default: as many as processors and memory allow)",
     )
@@ -52,13 +52,6 @@ def _install_horovod(arguments: argparse.Namespace) -> int:
         install_horovod(options, user_cache(os.environ), os.environ, console)
         console.say(f"Horovod is ready ({time.monotonic() - started:.0f} s)")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer. Received: {text}")
-    return value
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:

@@ -16,7 +16,7 @@ from hvd_slowmo.cli.map import add_map
 from hvd_slowmo.cli.run import add_run
 from hvd_slowmo.cli.simulate import add_simulate
 from hvd_slowmo.cli.topology import add_topology
-from hvd_slowmo.errors import CheckpointError, CommandError
+from hvd_slowmo.errors import CheckpointError, CommandError, escape_controls
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.version import __version__
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 128 + signal.SIGPIPE
     except _DOCUMENTED as error:
-        print(f"hvd-slowmo {parsed.command}: {error}", file=sys.stderr)
+        print(escape_controls(f"hvd-slowmo {parsed.command}: {error}"), file=sys.stderr)
         return 1
     return status
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.cli.arguments import importing_from_here, model_named, parameter_map_named, refusals
+from hvd_slowmo.cli.arguments import at_least, importing_from_here, model_named, parameter_map_named, refusals
+from hvd_slowmo.cli.console import show
 from hvd_slowmo.cli.table import table
 from hvd_slowmo.errors import CommandError
 from hvd_slowmo.interop.compare import Difference, compare
@@ -37,8 +38,8 @@ def add_map(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="SHAPE",
         help="shape of one sample as Keras takes it, like 28,28,1; by default the Keras model's. Once for each input",
     )
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="samples in the batch, 4 by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the batch, 0 by default")
+    parser.add_argument("--batch", type=at_least(1), default=4, metavar="N", help="samples in the batch, 4 by default")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the batch, 0 by default")
     parser.set_defaults(run=_map)
 
 
@@ -60,7 +61,7 @@ def _show(arguments: argparse.Namespace) -> int:
     with refusals():
         torch_specs, keras_specs = entries_torch(torch_model, parameter_map), entries_keras(keras_model, parameter_map)
         pairs = list(pair(torch_specs, keras_specs))
-    print(_table(pairs))
+    show(_table(pairs))
     with refusals():
         copy_to_keras(torch_model, keras_model, parameter_map)
     inputs = _batch(keras_model, arguments)
@@ -70,7 +71,7 @@ def _show(arguments: argparse.Namespace) -> int:
     print("largest difference of a gradient, tensor by tensor:")
     width = max((len(gradient.name) for gradient in gradients), default=0)
     for gradient in gradients:
-        print(f"  {gradient.name:{width}}  {_spell(gradient)}")
+        show(f"  {gradient.name:{width}}  {_spell(gradient)}")
     return _show_verdict(output, gradients)
 
 
@@ -83,7 +84,7 @@ def _show_verdict(output: Difference, gradients: Sequence[Difference]) -> int:
         print("The outputs differ by more than rounding.")
     if differing:
         # Gradients flow backwards: the layers behind the last that differs agree.
-        print(f"The gradients differ by more than rounding; the last to differ, in wire order: {differing[-1].name}.")
+        show(f"The gradients differ by more than rounding; the last to differ, in wire order: {differing[-1].name}.")
     return 1
 
 
@@ -114,8 +115,8 @@ def _batch(keras_model: Any, arguments: argparse.Namespace) -> list[NDArray[Any]
     shapes = [tuple(tensor.shape)[1:] for tensor in inputs]
     if arguments.input:
         try:
-            shapes = [tuple(int(n) for n in text.split(",") if n) for text in arguments.input]
-        except ValueError:
+            shapes = [tuple(at_least(1)(n) for n in text.split(",") if n) for text in arguments.input]
+        except (ValueError, argparse.ArgumentTypeError):
             raise CommandError(f"--input must be like 28,28,1. Received: {' '.join(arguments.input)}") from None
     if not shapes or any(n is None for shape in shapes for n in shape):
         raise CommandError(f"the Keras model's input has no fixed shape ({shapes or 'none'}). Give it: --input 28,28,1")

@@ -42,6 +42,7 @@ def install_horovod(options: Options, cache: Cache, env: Mapping[str, str], repo
         if framework not in frameworks:
             reporter.say(f"{framework.title} {framework.version} is too old: Horovod is built without it")
     wanted = recipe.recipe(sdist.HOROVOD, frameworks, options, env)
+    cache.make_private()
     pip = Pip(cache.log(f"install-{wanted.key}"))
     pip.log.unlink(missing_ok=True)
     if recipe.installed() == wanted and not options.rebuild:

@@ -6,6 +6,7 @@ Each side lists its own model alone, and both lists must come out equal.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -89,20 +90,27 @@ class ParameterMap:
     def __post_init__(self) -> None:
         for name, mapping in (("pairs", self.pairs), ("orient", self.orient)):
             if not isinstance(mapping, Mapping):
-                raise TypeError(f"`{name}` must be a mapping. Received: {name}={mapping!r}")
+                raise TypeError(f"`{name}` must be a mapping. Received: {name}={reprlib.repr(mapping)}")
         for torch_name, keras_path in self.pairs.items():
+            received = f"{reprlib.repr(torch_name)}: {reprlib.repr(keras_path)}"
             if not isinstance(torch_name, str) or not isinstance(keras_path, str):
-                raise TypeError(f"`pairs` must map names to paths. Received: {torch_name!r}: {keras_path!r}")
+                raise TypeError(f"`pairs` must map names to paths. Received: {received}")
             if torch_name.count("*") != keras_path.count("*"):
-                raise ValueError(f"both sides of a pair must have as many *. Received: {torch_name!r}: {keras_path!r}")
+                raise ValueError(f"both sides of a pair must have as many *. Received: {received}")
         for path, orientation in self.orient.items():
-            if not isinstance(orientation, (View, tuple)) and orientation not in ("same", "transpose"):
+            known = isinstance(orientation, View) or (
+                isinstance(orientation, str) and orientation in ("same", "transpose")
+            )
+            if not isinstance(path, str) or not (known or _is_shape(orientation)):
                 raise ValueError(
-                    "`orient` must give the shape of a feature map as a tuple, 'same', 'transpose' or a View. "
-                    f"Received: {path!r}: {orientation!r}"
+                    "`orient` must give, by a path, the shape of a feature map as a tuple, 'same', 'transpose' or a "
+                    f"View. Received: {reprlib.repr(path)}: {reprlib.repr(orientation)}"
                 )
-        if isinstance(self.ignore, str):
-            raise TypeError(f"`ignore` must be a sequence of names. Received: ignore={self.ignore!r}")
+        if isinstance(self.ignore, str) or not isinstance(self.ignore, Sequence):
+            raise TypeError(f"`ignore` must be a sequence of names. Received: ignore={reprlib.repr(self.ignore)}")
+        for name in self.ignore:
+            if not isinstance(name, str):
+                raise TypeError(f"`ignore` must be a sequence of names. Received: {reprlib.repr(name)} in it")
 
     def describe(self) -> dict[str, Any]:
         """Return what must be equal on all workers, in JSON types."""
@@ -283,6 +291,10 @@ def nearest(text: str, names: Sequence[str]) -> str:
     """
     close = get_close_matches(text, list(dict.fromkeys(names)), n=3, cutoff=0.3)
     return f"Nearest: {', '.join(close)}." if close else "No name is like it."
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _compile(text: str, separator: str) -> re.Pattern[str]:

@@ -8,6 +8,7 @@ is a whole one of the framework, or a part of one.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,7 @@ class View:
         part: per own axis (start, stop); None for the whole tensor.
 
     Raises:
+        TypeError: a shape is no tuple of integers.
         ValueError: the shapes don't fit.
 
     Example:
@@ -88,8 +90,14 @@ class View:
     part: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
+        lists = [("own", self.own), ("shape", self.shape), ("axes", self.axes), ("wire", self.wire)]
+        lists += [(f"part[{n}]", axis) for n, axis in enumerate(self.part or ())]
+        for name, numbers in lists:
+            if not isinstance(numbers, tuple) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+                raise TypeError(f"`{name}` must be a tuple of integers >= 0. Received: {reprlib.repr(numbers)}")
         if self.part is not None and (
-            len(self.part) != len(self.own)
+            any(len(axis) != 2 for axis in self.part)
+            or len(self.part) != len(self.own)
             or not all(0 <= start <= stop <= n for (start, stop), n in zip(self.part, self.own, strict=True))
         ):
             raise ValueError(f"part {self.part} does not lie within shape {self.own}.")

@@ -21,6 +21,7 @@ from keras import layers as kl
 
 from hvd_slowmo.checkpoint import file as safefile
 from hvd_slowmo.checkpoint import job as snapshot
+from hvd_slowmo.checkpoint.facts import WorkerFacts
 from hvd_slowmo.cli.main import main
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
@@ -355,7 +356,10 @@ def test_a_full_disk_is_an_os_error_and_the_old_file_stays(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        for write in (safefile.write_plain, lambda path, arrays: safefile.write(path, {}, arrays)):
+        for write in (
+            safefile.write_plain,
+            lambda path, arrays: safefile.write(path, WorkerFacts(rank=0, workers=1), arrays),
+        ):
             with pytest.raises(OSError, match="File too large") as caught:
                 write(path, {"x": np.ones(100_000)})
             assert caught.value.errno == errno.EFBIG

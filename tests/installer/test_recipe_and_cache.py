@@ -5,8 +5,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from hvd_slowmo.installer import cache as caches
 from hvd_slowmo.installer import patches, recipe, sdist
+from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.options import Options
 from support.installation import TENSORFLOW, TORCH, Recorder
 
@@ -63,6 +66,61 @@ def test_the_cache_gives_back_whole_wheels_only(tmp_path):
     assert cache.find(wanted) is None
     _write_zip(kept, {recipe.RECORD: wanted.to_json()})
     assert cache.find(wanted) is None
+
+
+def test_a_wheel_is_taken_only_with_the_hash_that_was_noted(tmp_path):
+    wanted = recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {})
+    wheel, other = tmp_path / "horovod-0.28.1-py3-none-any.whl", tmp_path / "other.whl"
+    files = {recipe.RECORD: wanted.to_json(), "horovod/torch/mpi_lib_v2.cpython.so": "library"}
+    _write_zip(wheel, files)
+    _write_zip(other, {**files, "horovod/torch/__init__.py": "run()"})
+    cache = caches.Cache(tmp_path / "cache")
+    kept = cache.put(wanted, wheel)
+    assert caches.is_whole(other, wanted), "its own checksums agree"
+    kept.write_bytes(other.read_bytes())
+    assert cache.find(wanted) is None
+    assert cache.put(wanted, wheel) == cache.find(wanted) == kept
+    kept.chmod(0o666)
+    assert cache.find(wanted) is None, "another account may have written it"
+    kept.chmod(0o600)
+    kept.with_name(f"{kept.name}.sha256").unlink()
+    assert cache.find(wanted) is None
+
+
+def test_the_cache_is_private(tmp_path):
+    wanted = recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {})
+    (tmp_path / "horovod.whl").write_bytes(b"")
+    cache = caches.Cache(tmp_path / "cache")
+    cache.make_private()
+    kept = cache.put(wanted, tmp_path / "horovod.whl")
+    assert cache.root.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in kept.parent.iterdir()} == {0o600}
+    cache.root.chmod(0o755)  # of an earlier version: nobody else could write there
+    cache.make_private()
+    assert cache.root.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_cache_to_which_others_may_write_is_refused(tmp_path, mode):
+    cache = caches.Cache(tmp_path / "cache")
+    cache.make_private()
+    cache.root.chmod(mode)
+    with pytest.raises(InstallError, match="alone may write") as caught:
+        cache.make_private()
+    assert f"chmod go-w {cache.root}" in caught.value.fix
+
+
+def test_a_cache_of_another_account_or_a_link_to_one_is_refused(tmp_path, monkeypatch):
+    cache = caches.Cache(tmp_path / "cache")
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    cache.root.symlink_to("elsewhere")
+    with pytest.raises(InstallError, match="alone may write"):
+        cache.make_private()
+    cache.root.unlink()
+    cache.make_private()
+    monkeypatch.setattr("os.geteuid", lambda: cache.root.stat().st_uid + 1)
+    with pytest.raises(InstallError, match=f"Received: owner {cache.root.stat().st_uid}, drwx------"):
+        cache.make_private()
 
 
 def test_two_builders_of_one_wheel_take_turns(tmp_path, reporter):

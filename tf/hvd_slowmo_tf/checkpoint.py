@@ -192,10 +192,11 @@ class KerasWorkerState:
                 raise CheckpointError("this optimizer has made steps. Load into one that has not.")
             return self._inner.reset
         for name, v in state.items():
-            if name not in values or values[name].shape != tuple(v.shape):
+            like = array_of(v)
+            if name not in values or (values[name].shape, values[name].dtype) != (like.shape, like.dtype):
                 raise CheckpointError(
-                    f"the checkpoint lacks the inner optimizer's variable {name} of shape {tuple(v.shape)}. Give it "
-                    "the settings of the run that is resumed."
+                    f"the checkpoint lacks the inner optimizer's variable {name}, {like.dtype} of shape {like.shape}. "
+                    "Give it the settings of the run that is resumed."
                 )
 
         def commit() -> None:

@@ -9,10 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from msgspec import Struct
 from numpy.typing import NDArray
 
+from hvd_slowmo.checkpoint.progress import check_progress
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.arguments import refuse_wrapped
+from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 
@@ -83,24 +87,48 @@ def check_model_variables(variables: Sequence[object], model: keras.Model | None
         raise ValueError("with a parameter_map the layers must be known: call broadcast(model).")
 
 
-def saved_values(store: Mapping[str, NDArray[Any]], variables: Sequence[keras.Variable]) -> list[NDArray[Any]]:
+class SavedOptimizer(Struct, frozen=True, forbid_unknown_fields=True):
+    """SlowMo's config in a file of Keras: `SlowMo.get_config()`."""
+
+    name: str
+    inner_optimizer: dict[str, Any]
+    config: dict[str, Any]  # see `hvd_slowmo.checkpoint.facts.parse_config`
+    metrics: bool = False
+
+
+def saved_values(
+    store: Mapping[str, NDArray[Any]], variables: Sequence[keras.Variable], scalars: Mapping[str, keras.Variable]
+) -> list[NDArray[Any]]:
     """Return the values that a file has for these variables, before any of them changes.
 
+    Args:
+        scalars: those of `Progress.flat()`, some of `variables`.
+
     Raises:
-        ValueError: their number or a shape differs.
+        CheckpointError: their number, a shape or a type differs, or a scalar has a value of no run.
     """
     if len(store.keys()) != len(variables):
-        raise ValueError(
+        raise CheckpointError(
             f"the file has {len(store.keys())} variables of SlowMo, this optimizer has {len(variables)}. "
             "Load it with the settings and the model of the run that is resumed."
         )
-    values = [np.asarray(store[str(number)]) for number in range(len(variables))]
-    for v, value in zip(variables, values, strict=True):
+    values = []
+    for number, v in enumerate(variables):
+        if str(number) not in store:
+            raise CheckpointError(f"the file has no variable {str(number)!r} of SlowMo, {v.path}.")
+        value, dtype = np.asarray(store[str(number)]), keras.backend.standardize_dtype(v.dtype)
         if tuple(v.shape) != value.shape:
-            raise ValueError(
+            raise CheckpointError(
                 f"{v.path} has shape {value.shape} in the file and {tuple(v.shape)} here. Load it with the "
                 "settings and the model of the run that is resumed; with gossip, with as many workers too."
             )
+        if dtype in ("int64", "float32", "float64") and value.dtype != dtype:  # NumPy has not all of the others
+            raise CheckpointError(f"{v.path} is {value.dtype} in the file and {dtype} here.")
+        values.append(value)
+    saved = {id(v): value for v, value in zip(variables, values, strict=True)}
+    present = {field: v.numpy() for field, v in scalars.items()}
+    position = {field: saved[id(v)] for field, v in scalars.items()}
+    check_progress(Progress.from_flat(position), Progress.from_flat(present))
     return values
 
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.checkpoint import job as checkpoint
+from hvd_slowmo.checkpoint.facts import parse, parse_config
 from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
@@ -22,10 +23,18 @@ from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.whole import Whole
+from hvd_slowmo.errors import CheckpointError, spell_error
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callers import refuse_foreign_broadcasts
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
-from hvd_slowmo_tf.checks import check_inner, check_together, refuse_strategies, resolved, saved_values
+from hvd_slowmo_tf.checks import (
+    SavedOptimizer,
+    check_inner,
+    check_together,
+    refuse_strategies,
+    resolved,
+    saved_values,
+)
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import parts_of, travelling
 from hvd_slowmo_tf.startup import start_together
@@ -208,7 +217,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
                 stacklevel=2,
             )
             return
-        for v, value in zip(self._variables, saved_values(store, self._variables), strict=True):
+        values = saved_values(store, self._variables, self.worker.variables.scalars)
+        for v, value in zip(self._variables, values, strict=True):
             v.assign(value)
         self.worker.forget_join()
 
@@ -223,9 +233,14 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SlowMo:
-        settings = dict(config)
-        inner = keras.saving.deserialize_keras_object(settings.pop("inner_optimizer"), custom_objects=custom_objects)
-        return SlowMo(inner, SlowMoConfig.from_facts(settings.pop("config")), **settings)
+        saved = parse(config, SavedOptimizer, "the config of SlowMo")
+        settings = parse_config(saved.config, "the config of SlowMo")
+        try:
+            # Keras' safe mode, which is on by default, refuses code such as that of a Lambda.
+            inner = keras.saving.deserialize_keras_object(saved.inner_optimizer, custom_objects=custom_objects)
+        except Exception as error:  # Keras lets through anything about a damaged config
+            raise CheckpointError(f"the inner optimizer can't be made from its config: {spell_error(error)}") from error
+        return SlowMo(inner, settings, name=saved.name, metrics=saved.metrics)
 
     # SlowMo's additions
 

@@ -19,10 +19,14 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from msgspec import Struct
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
+from hvd_slowmo.checkpoint.bounded_json import decode
+from hvd_slowmo.checkpoint.facts import parse, plain
 from hvd_slowmo.errors import CheckpointError, spell_error
+from hvd_slowmo_torch.saved_inner import check_value
 
 _NOT_OWN = frozenset(
     ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
@@ -36,6 +40,13 @@ _FIXED = frozenset((bool, int, float, str, type(None)))
 """Types whose objects never change."""
 
 _ABSENT = object()
+
+
+class _Place(Struct, frozen=True, forbid_unknown_fields=True):
+    """The values of a place in `dump`'s form, by name: those that steps have changed, and those that others have."""
+
+    moved: dict[str, Any]
+    set: dict[str, Any]
 
 
 @dataclass
@@ -209,15 +220,25 @@ def prepare(
     if encoded is None:
         return lambda: reset(inner, attributes_only=attributes_only)
     try:
-        decoded = json.loads(bytes(encoded).decode())
-        places = [{kind: {k: _decoded(x) for k, x in place[kind].items()} for kind in place} for place in decoded]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        decoded = decode(bytes(encoded).decode())
+        saved = [plain(place) for place in parse(decoded, list[_Place], "the inner optimizer's values")]
+        places = [{kind: {k: _decoded(x) for k, x in place[kind].items()} for kind in place} for place in saved]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the inner optimizer's values can't be read: {spell_error(error)}.") from error
     if len(places) != (1 if attributes_only else 1 + len(inner.param_groups)):
         raise CheckpointError(
             f"the inner optimizer has {len(places) - 1} parameter groups with values of their own in the checkpoint, "
             f"here it has {len(inner.param_groups)}. Give it the groups of the run that is resumed."
         )
+
+    for number, (present, place) in enumerate(zip(_places(inner), places, strict=False)):
+        for key, value in (place["set"] | place["moved"]).items():
+            # An attribute must not hide a method either.
+            if not _is_own(key, number) or not (number or not callable(getattr(inner, key, None))):
+                raise CheckpointError(f"{_spell(key, number)} is no value that {type(inner).__name__} keeps.")
+            check_value(_spell(key, number), value, present.get(key))
 
     def commit() -> None:
         record(inner)
@@ -315,7 +336,10 @@ def _decoded(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return torch.tensor(value["values"], dtype=getattr(torch, value["tensor"])).reshape(value["shape"])
+        dtype = vars(torch).get(value["tensor"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value['tensor']!r} is no type of a tensor")
+        return torch.tensor(value["values"], dtype=dtype).reshape(value["shape"])
     ((kind, items),) = value.items()
     return {"list": list, "tuple": tuple}[kind](map(_decoded, items))
 

@@ -393,19 +393,18 @@ class SlowMo(Outermost, Optimizer):
         every rank the parameters of rank 0.
 
         Raises:
-            ValueError: it does not fit; nothing was changed.
+            CheckpointError: a ValueError; it does not fit, and nothing was changed.
         """
         worker = self.worker
         worker.refuse_while_averaging("load_state_dict()")
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"`state_dict` must be a dict. Received: {type(state_dict).__name__}")
+        state_dict = {**state_dict}
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _returned(before(self, state_dict), state_dict)
-        saved = slowmo_state.check(state_dict, self.config, worker.store, worker.comm)
-        inner = {key: value for key, value in state_dict.items() if key != slowmo_state.KEY}
-        self.inner_optimizer.load_state_dict(inner)
+        loadable = slowmo_state.check(state_dict, worker)
         with torch.no_grad():
-            worker.settle(*slowmo_state.restore(saved, worker))
-        worker.evaluating = saved.get("evaluating", False)
+            slowmo_state.restore(loadable, worker)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -80,7 +80,7 @@ class TorchFiles:
             state = {**state, **{name: state[present[0]] for name in names if present and name not in state}}
         try:
             self._model.load_state_dict(state)
-        except RuntimeError as error:
+        except Exception as error:  # a strange name or type may raise anything
             raise CommandError(f"{path} is of another model: {error}") from error
         return read_torch(self._model, self.tensors.specs)
 

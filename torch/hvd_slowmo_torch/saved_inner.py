@@ -1,0 +1,156 @@
+"""Checks of an inner optimizer's saved state, before any of it is loaded: torch.optim looks at little of it."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from hvd_slowmo.errors import CheckpointError
+
+_MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""State of SGD, Adam and AdamW that has its parameter's shape."""
+
+
+def check_saved(inner: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Refuse a state_dict that `inner` would load, and that fails at one of its later steps.
+
+    Args:
+        inner: with the present groups and state. A class with a form of its own checks that itself.
+        saved: a state_dict.
+
+    Raises:
+        CheckpointError: the message names the entry and what was found.
+
+    Example:
+        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> saved = inner.state_dict()
+        >>> saved["param_groups"][0]["lr"] = "0.1"
+        >>> check_saved(inner, saved)
+        Traceback (most recent call last):
+        hvd_slowmo.errors.CheckpointError: the state's param_groups[0]['lr'] must be a number. Received: '0.1'
+    """
+    if type(inner).load_state_dict is not Optimizer.load_state_dict or inner._optimizer_load_state_dict_pre_hooks:
+        return
+    for key, kind in (("param_groups", list), ("state", dict)):
+        if not isinstance(saved.get(key), kind):
+            raise _refusal(key, f"a {kind.__name__}", saved.get(key))
+    groups, present = saved["param_groups"], inner.param_groups
+    if len(groups) != len(present):
+        raise _refusal("param_groups", f"a list of {len(present)} groups", groups)
+    numbers: list[int] = []
+    for number, (group, now) in enumerate(zip(groups, present, strict=True)):
+        _check_group(f"param_groups[{number}]", group, now)
+        numbers += group["params"]
+    _check_complete(inner, groups)
+    if len(set(numbers)) != len(numbers):
+        raise _refusal("param_groups", "groups of different parameters", numbers)
+    parameters = dict(zip(numbers, (p for group in present for p in group["params"]), strict=True))
+    group_of = {number: group for group in groups for number in group["params"]}
+    for number, state in saved["state"].items():
+        if isinstance(number, int):
+            if number not in parameters:
+                raise _refusal("state", f"of the parameters {reprlib.repr(numbers)}", number)
+            _check_state(f"state[{number}]", inner, state, parameters[number], group_of[number])
+
+
+def check_value(name: str, value: Any, present: Any) -> None:
+    """Refuse a value of another kind than the present one: a number, a text, a bool, or a sequence of these.
+
+    None, and objects of other types, may become anything.
+
+    Raises:
+        CheckpointError: with `name` and what was found.
+
+    Example:
+        >>> check_value("betas", (0.5, 0.5), (0.9, 0.999))
+    """
+    if isinstance(present, bool):
+        if not isinstance(value, (bool, type(None))):
+            raise _refusal(name, "True or False", value)
+    elif isinstance(present, (int, float)) or (isinstance(present, torch.Tensor) and present.numel() == 1):
+        if math.isnan(_number(name, value)):
+            raise _refusal(name, "a number", value)
+    elif isinstance(present, str):
+        if not isinstance(value, str):
+            raise _refusal(name, "a text", value)
+    elif isinstance(present, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or (isinstance(present, tuple) and len(value) != len(present)):
+            raise _refusal(name, f"{len(present)} values", value)
+        for number, (part, like) in enumerate(zip(value, present, strict=False)):
+            check_value(f"{name}[{number}]", part, like)
+
+
+def _check_group(name: str, group: Any, present: Mapping[str, Any]) -> None:
+    if not isinstance(group, dict):
+        raise _refusal(name, "a dict", group)
+    count, numbers = len(present["params"]), group.get("params")
+    integers = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+    if not isinstance(numbers, list) or not integers or len(numbers) != count:
+        raise _refusal(f"{name}['params']", f"the numbers of {count} parameters", numbers)
+    if "lr" not in group:
+        raise CheckpointError(f"the state's {name} has no 'lr'.")
+    for key, value in group.items():
+        if key in present and key != "params":
+            check_value(f"{name}[{key!r}]", value, present[key])
+    if not 0 <= _number(f"{name}['lr']", group["lr"]) < math.inf:
+        raise _refusal(f"{name}['lr']", "a finite number >= 0", group["lr"])
+
+
+def _check_complete(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups without a setting that one of PyTorch's own optimizers needs."""
+    if not type(inner).__module__.startswith("torch.optim."):
+        return
+    probe: Any = object.__new__(type(inner))  # as for unpickling, which completes groups of older versions of PyTorch
+    probe.__setstate__({"defaults": {}, "state": {}, "param_groups": [{**group, "params": []} for group in groups]})
+    for number, (group, present) in enumerate(zip(probe.param_groups, inner.param_groups, strict=True)):
+        for key in inner.defaults:
+            if key in present and key not in group:
+                raise CheckpointError(f"the state's param_groups[{number}] has no {key!r}.")
+
+
+def _check_state(name: str, inner: Optimizer, state: Any, parameter: torch.Tensor, group: Mapping[str, Any]) -> None:
+    if not isinstance(state, dict):
+        raise _refusal(name, "a dict", state)
+    needed: tuple[str, ...] = ()
+    if type(inner) in (torch.optim.Adam, torch.optim.AdamW) and state:
+        needed = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group.get("amsgrad") else ()))
+    for key in needed:
+        if key not in state:
+            raise CheckpointError(f"the state's {name} has no {key!r}.")
+    known = type(inner) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    present = inner.state.get(parameter, {})
+    for key, value in state.items():
+        where, now = f"{name}[{key!r}]", present.get(key)
+        whole = isinstance(now, torch.Tensor) and now.shape == parameter.shape
+        if (known and key in _MOMENTS) or whole:
+            fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if not fits and (value is not None or key in needed):
+                shape = tuple(parameter.shape)
+                raise _refusal(where, f"a tensor of shape {shape}", _spell(value))
+            if fits and parameter.is_floating_point() and not value.is_floating_point():
+                raise _refusal(where, "floating-point numbers", _spell(value))
+        elif known and key == "step" and not 0 <= _number(where, value) < math.inf:
+            raise _refusal(where, "a number >= 0", value)
+
+
+def _number(name: str, value: Any) -> float:
+    tensor = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
+    if not tensor and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise _refusal(name, "a number", _spell(value))
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _spell(value: Any) -> Any:
+    return f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, torch.Tensor) else value
+
+
+def _refusal(name: str, allowed: str, found: Any) -> CheckpointError:
+    return CheckpointError(f"the state's {name} must be {allowed}. Received: {reprlib.repr(found)}")
