@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py --rounds 3
 
-The hosts of the job are three names of this machine. Worker 2 kills itself with SIGKILL in the middle of a loop of small
+The hosts of the job are three names of this machine. The last worker kills itself in the middle of a loop of small
 allreduces. Prints, for each round, the seconds from the kill to the next complete allreduce of each of the two others.
 """
 

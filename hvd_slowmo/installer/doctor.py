@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_slowmo.installer import check, patches, preflight, recipe, repairs
+from hvd_slowmo.installer.elastic_repair import ELASTIC_RECOVERY
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import MINIMUM, Framework, detect, package_folder
 from hvd_slowmo.installer.patches import Repair
+from hvd_slowmo.installer.services_repair import SIGNED_SERVICES
 from hvd_slowmo.version import __version__
 
 _INSTALL = "run `hvd-slowmo install-horovod`."
@@ -210,9 +212,9 @@ def _repairs(framework: Framework, built: recipe.Recipe | None) -> Iterator[Find
     else:
         result = check.stall(framework.name)
         yield _repair(repairs.STALL_CHECK, result.error, f" ({result.seconds:.1f} s)")
-    unknown = None if repairs.ELASTIC_RECOVERY.name in recorded else "no record says that Horovod was built with it"
-    yield _repair(repairs.ELASTIC_RECOVERY, unknown)
-    yield _repair(repairs.SIGNED_SERVICES, check.strangers().error, " (a stranger's requests were refused)")
+    unknown = None if ELASTIC_RECOVERY.name in recorded else "no record says that Horovod was built with it"
+    yield _repair(ELASTIC_RECOVERY, unknown)
+    yield _repair(SIGNED_SERVICES, check.strangers().error, " (a stranger's requests were refused)")
 
 
 def _repair(repair: Repair, error: str | None, evidence: str = "") -> Finding:

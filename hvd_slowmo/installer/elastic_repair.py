@@ -111,8 +111,9 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
             before="    class ElasticRendezvousHandler(RendezvousHandler):\n",
             after="""    class ElasticRendezvousHandler(RendezvousHandler):
         def do_GET(self):
-            # Workers that wait for one that has failed must come back for a new assignment: 410 Gone ends their wait.
-            if driver.has_failures() and not self.path.startswith('/{}/'.format(GET_RANK_AND_SIZE)):
+            # A rendezvous that a worker has left cannot complete. 410 Gone ends the wait of the others, which must come
+            # back for a new assignment.
+            if driver.is_rendezvous_abandoned() and not self.path.startswith('/{}/'.format(GET_RANK_AND_SIZE)):
                 self.send_status_code(410)
             else:
                 super(ElasticRendezvousHandler, self).do_GET()
@@ -123,18 +124,13 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
         Patch(
             path="horovod/runner/elastic/driver.py",
             before="    def world_size(self):\n",
-            after="""    def has_failures(self):
-        return self._worker_registry.count(FAILURE) > 0
+            after="""    def is_rendezvous_abandoned(self):
+        # Since the assignment, a worker has failed or has asked for a new one.
+        return len(self._worker_registry.get_recorded_slots()) > 0
 
     def world_size(self):
 """,
             reason="the handler's question of the previous patch",
-        ),
-        Patch(
-            path="horovod/runner/elastic/driver.py",
-            before="from horovod.runner.elastic.registration import WorkerStateRegistry\n",
-            after="from horovod.runner.elastic.registration import FAILURE, WorkerStateRegistry\n",
-            reason="import of the previous patch",
         ),
         Patch(
             path=_BASICS,
@@ -143,8 +139,9 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
             if not self.mpi_built():
 """,
             after="""                *process_set_args_via_ranks)
-            # An elastic job forms anew when a worker fails while the others wait for it.
-            attempts = 5 if os.environ.get('HOROVOD_ELASTIC') == '1' else 1
+            # An elastic job forms anew when a worker fails while the others wait for it. A new worker ends instead, so
+            # that the launcher does without it.
+            attempts = 5 if self._has_run and os.environ.get('HOROVOD_ELASTIC') == '1' else 1
             while not initialization_ok and attempts > 1:
                 attempts -= 1
                 self.MPI_LIB_CTYPES.horovod_shutdown()
@@ -156,6 +153,38 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
             if not self.mpi_built():
 """,
             reason="a start that fails because of another worker is tried again with the new assignment",
+        ),
+        Patch(
+            path=_BASICS,
+            before='    """Wrapper class for the basic Horovod API."""\n',
+            after="""    \"\"\"Wrapper class for the basic Horovod API.\"\"\"
+
+    _has_run = False  # whether init() has succeeded in this process
+""",
+            reason="only workers of a running job try again",
+        ),
+        Patch(
+            path=_BASICS,
+            before="        try:\n            _init_process_sets(process_sets)\n",
+            after="        self._has_run = True\n        try:\n            _init_process_sets(process_sets)\n",
+            reason="only workers of a running job try again",
+        ),
+        Patch(
+            path=_CONTEXT,
+            before="  if (elastic && reset_) {\n",
+            after="""  if (elastic && rank == -1) {
+    // Asking again would count as a worker of the next rendezvous.
+    throw std::runtime_error(hostname_ + " has been removed from elastic job");
+  }
+  if (elastic && reset_) {
+""",
+            reason="a worker that has been removed must not try again",
+        ),
+        Patch(
+            path=_CONTEXT,
+            before="      // Signals that this host is not part of the job\n",
+            after='      // Signals that this host is not part of the job\n      SetEnv(HOROVOD_RANK, "-1");\n',
+            reason="a worker that has been removed must not try again",
         ),
         Patch(
             path=_BASICS,

@@ -152,7 +152,7 @@ def test_the_secret_reaches_a_remote_worker_and_no_command_line(tmp_path, monkey
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     # As the launcher quotes a worker's command, and as it gives a service's.
     for command in ("'cd / > /dev/null 2>&1 ; env A=1 printenv'", f"printenv {signature_source.SECRET}"):
-        line = get_remote_command(command, host="host", port=22)
+        line = get_remote_command(command, host="host")
         result = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
         assert "5" * 64 in result.stdout
         assert "5" * 64 not in line
