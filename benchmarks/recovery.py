@@ -25,9 +25,10 @@ KILLED_AT, LAST = 200, 300
 def worker() -> None:
     import horovod.torch as hvd
     import torch
+    from horovod.common.elastic import ObjectState
 
     hvd.init()
-    state = hvd.elastic.ObjectState(hvd.broadcast_object, hvd.rank, step=0, size=0)
+    state = ObjectState(hvd.broadcast_object, hvd.rank, step=0, size=0)
 
     @hvd.elastic.run
     def train(state: object) -> None:

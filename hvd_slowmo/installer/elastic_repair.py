@@ -140,9 +140,11 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
 """,
             after="""                *process_set_args_via_ranks)
             # An elastic job forms anew when a worker fails while the others wait for it. A new worker ends instead, so
-            # that the launcher does without it.
+            # that the launcher does without it, and so does one that the job has removed: its rank is -1.
             attempts = 5 if self._has_run and os.environ.get('HOROVOD_ELASTIC') == '1' else 1
-            while not initialization_ok and attempts > 1:
+            getenv = ctypes.CDLL(None).getenv  # os.environ does not show what C++ has set
+            getenv.restype = ctypes.c_char_p
+            while not initialization_ok and attempts > 1 and getenv(b'HOROVOD_RANK') != b'-1':
                 attempts -= 1
                 self.MPI_LIB_CTYPES.horovod_shutdown()
                 time.sleep(1)
@@ -171,20 +173,9 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
         ),
         Patch(
             path=_CONTEXT,
-            before="  if (elastic && reset_) {\n",
-            after="""  if (elastic && rank == -1) {
-    // Asking again would count as a worker of the next rendezvous.
-    throw std::runtime_error(hostname_ + " has been removed from elastic job");
-  }
-  if (elastic && reset_) {
-""",
-            reason="a worker that has been removed must not try again",
-        ),
-        Patch(
-            path=_CONTEXT,
             before="      // Signals that this host is not part of the job\n",
             after='      // Signals that this host is not part of the job\n      SetEnv(HOROVOD_RANK, "-1");\n',
-            reason="a worker that has been removed must not try again",
+            reason="tells init() not to try again, which would count as a worker of the next assignment",
         ),
         Patch(
             path=_BASICS,

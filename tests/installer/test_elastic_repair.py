@@ -21,8 +21,9 @@ import os, signal, sys, time
 host = os.environ["HOROVOD_HOSTNAME"]
 {before}
 import horovod.torch as hvd, torch
+from horovod.common.elastic import ObjectState
 hvd.init()
-state = hvd.elastic.ObjectState(hvd.broadcast_object, hvd.rank, step=0, size=0)
+state = ObjectState(hvd.broadcast_object, hvd.rank, step=0, size=0)
 
 
 @hvd.elastic.run
@@ -44,7 +45,7 @@ print("done", hvd.size(), flush=True)
 """
 
 
-def finish(job, limit=240):
+def finish(job, limit=120):
     output, errors = job.communicate(timeout=limit)
     assert job.returncode == 0, output[-1000:] + errors[-4000:]
     return output, errors
@@ -65,18 +66,24 @@ def test_survivors_go_on_at_once(tmp_path):
     assert output.count("done 2") == 2
 
 
+def read_until(job, size):
+    """Read the job's output until all of so many workers have said that they are so many; return it."""
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if len(changes("".join(lines), size)) == size:
+            break
+    return "".join(lines)
+
+
 def grown(tmp_path, before, end, **variables):
     """Run a job of two workers that gets a third host, whose worker does `before` at its start."""
     script = TRAIN.format(before=f'if host == "127.1": {before}', action="time.sleep(0.01)", end=end)
     job = hvd_slowmo_run(tmp_path, script, 2, HOSTS[:2], **variables)
-    first = []
-    for line in job.stdout:
-        first.append(line)
-        if len(changes("".join(first), 2)) == 2:
-            break
+    first = read_until(job, 2)
     set_hosts(tmp_path, HOSTS)
     output, errors = finish(job)
-    return "".join(first) + output, errors
+    return first + output, errors
 
 
 def test_the_others_wait_for_a_newcomer_that_starts_slowly(tmp_path):
@@ -95,6 +102,20 @@ def test_the_others_go_on_without_a_newcomer_that_fails_at_its_start(tmp_path):
     assert output.count("done 2") == 2
     assert "terminate called" not in errors
     assert time.monotonic() - started < 90
+
+
+def test_a_host_that_is_taken_away_can_come_back(tmp_path):
+    end = 'hvd.size() == 3 and os.path.exists("back")'
+    job = hvd_slowmo_run(tmp_path, TRAIN.format(before="", action="time.sleep(0.01)", end=end), 3, HOSTS)
+    read_until(job, 3)
+    set_hosts(tmp_path, HOSTS[:2])
+    read_until(job, 2)
+    # Horovod's launcher takes the end of the old worker for that of the new one, if the new one is there by then.
+    next(line for line in job.stdout if "exit with status code" in line)
+    (tmp_path / "back").touch()
+    set_hosts(tmp_path, HOSTS)
+    output, _ = finish(job)
+    assert output.count("done 3") == 3
 
 
 def workers(tmp_path, code, size, count, **variables):
@@ -135,9 +156,9 @@ import os
 import horovod.torch as hvd, torch
 pair = hvd.ProcessSet([0, 1])
 hvd.init(process_sets=[pair])
-hvd.allreduce(torch.ones(3), name="all")
 if pair.included():
     hvd.allreduce(torch.ones(3), name="pair", process_set=pair)
+hvd.allreduce(torch.ones(3), name="all")
 if hvd.rank() == 2:
     os.kill(os.getpid(), 9)
 try:
