@@ -203,7 +203,10 @@ def test_a_job_ends_well_while_a_stranger_is_refused(tmp_path, elastic, monkeypa
     monkeypatch.delenv(signature_source.SECRET)
     script = STRANGER.format(tests=str(ROOT / "tests"), secret=signature_source.SECRET)
     job = hvd_slowmo_run(tmp_path, script, 2, hosts=["localhost", "127.0.0.1"] if elastic else None)
-    output, errors = job.communicate(timeout=240)
+    try:
+        output, errors = job.communicate(timeout=120)
+    finally:
+        job.kill()  # ends the workers too
     assert job.returncode == 0, errors[-3000:]
     assert "PUT 403" in output
     assert "GET 403" in output
