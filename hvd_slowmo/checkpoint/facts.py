@@ -69,7 +69,7 @@ class ConfigFacts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     delay: Count
     bits: Bits
     shard: bool
-    slow_state: SlowState
+    slow_state: SlowState = "device"  # workers and checkpoints may differ in it
 
 
 class TensorFacts(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):

@@ -39,6 +39,8 @@ def _run(arguments: argparse.Namespace) -> int:
     with _prepared(launch, gloo_run, job), _interpreter_first():
         try:
             launch._run(parsed)
+            if job.elastic and job.received is None:
+                return 0  # the job has done without the workers that failed
         except Exception as error:  # Horovod raises its own refusals as errors of any class
             if not job.ended:
                 raise CommandError(spell_error(error)) from error

@@ -66,6 +66,7 @@ class Job:
         elastic: True if the job goes on without a worker that fails.
 
     Attributes:
+        elastic: as given.
         ended: workers, in the order of their ends.
         received: the signal that ended the job, SIGPIPE if nobody reads the output any more; None if none has.
 
@@ -76,7 +77,7 @@ class Job:
     """
 
     def __init__(self, elastic: bool) -> None:
-        self._elastic = elastic
+        self.elastic = elastic
         self._lock = threading.RLock()  # a signal's handler may interrupt its holder
         self._running: list[Worker] = []
         self._output = threading.Lock()
@@ -153,7 +154,7 @@ class Job:
             reader.daemon = True
             reader.start()
         ended = threading.Event()
-        for event in events if self._elastic else ():
+        for event in events if self.elastic else ():
             threading.Thread(target=self._end_on, args=(worker, event, ended), daemon=True).start()
         status = process.wait()
         ended.set()
@@ -163,7 +164,7 @@ class Job:
         with contextlib.suppress(BrokenPipeError):
             process.communicate()  # closes the pipes
         self._record(worker, status if status >= 0 else 128 - status)
-        return status if self._elastic else 0
+        return status if self.elastic else 0
 
     def pass_on(self, number: int, _: FrameType | None = None) -> None:
         """Send a signal to all workers, and SIGKILL after a while or at the second call; a handler of signals."""
@@ -182,7 +183,7 @@ class Job:
             worker.status = status
             self._running.remove(worker)
             self.ended.append(worker)
-            if status and not self._elastic and not self._stopped:
+            if status and not self.elastic and not self._stopped:
                 self._stopped = True  # start no more
                 self._later(SECONDS_AFTER_FAILURE, signal.SIGTERM)
 

@@ -37,12 +37,12 @@ def hosts_by_rendezvous(host: str, environment: Mapping[str, str] = os.environ) 
     folder = f"http://{address}:{port}/slowmo.hosts"
     limit = float(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "30"))
     deadline = time.monotonic() + limit
-    with _open(Request(f"{folder}/{rank}", data=host.encode(), method="PUT"), timeout=limit):
+    with _open(_signed(f"{folder}/{rank}", "PUT", host.encode()), timeout=limit):
         pass
     found: list[str] = []
     while len(found) < int(size):
         try:
-            with _open(f"{folder}/{len(found)}", timeout=limit) as answer:
+            with _open(_signed(f"{folder}/{len(found)}", "GET"), timeout=limit) as answer:
                 found.append(answer.read().decode())
         except HTTPError as error:
             if error.code != 404:
@@ -54,3 +54,14 @@ def hosts_by_rendezvous(host: str, environment: Mapping[str, str] = os.environ) 
                 ) from None
             time.sleep(_PAUSE_S)
     return found
+
+
+def _signed(url: str, method: str, body: bytes | None = None) -> Request:
+    """Return a request with the signature of the job, for which a Horovod built by `install-horovod` asks."""
+    request = Request(url, body, method=method)
+    try:
+        from horovod.runner.common.util.secret import SIGNATURE_HEADER, sign
+    except ImportError:  # Horovod as published
+        return request
+    request.add_header(SIGNATURE_HEADER, sign(method, request.selector, body or b""))
+    return request

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvd_slowmo.installer import patches, process
+from hvd_slowmo.installer import patches, process, repairs
 from hvd_slowmo.installer.cache import is_whole
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import TITLES, Framework
@@ -79,7 +79,7 @@ def build_environment(
     clean = {name: value for name, value in env.items() if name not in _DROPPED and not name.startswith(own)}
     result = tools_environment(tools, clean)
     result.update(
-        **{patches.CXX_STANDARD: str(cxx_standard(frameworks))},
+        **{repairs.CXX_STANDARD: str(cxx_standard(frameworks))},
         HOROVOD_CMAKE=str(tools / "bin" / "cmake"),
         HOROVOD_WITH_GLOO="1",
         HOROVOD_WITHOUT_MXNET="1",
@@ -107,7 +107,7 @@ def build_wheel(
     jobs: int,
     log: Path,
     reporter: Reporter,
-    changes: tuple[patches.Patch, ...] = patches.PATCHES,
+    changes: tuple[patches.Patch, ...] = repairs.PATCHES,
 ) -> Path:
     """Patch the sources in `source`, build them, and return the path of the wheel.
 

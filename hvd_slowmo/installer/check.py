@@ -1,13 +1,16 @@
-"""Checks with two workers on this machine and a time limit: an allreduce per transport, and Horovod's stall check."""
+"""Checks on this machine, with a time limit: an allreduce per transport, Horovod's stall check, its signed services."""
 
 from __future__ import annotations
 
+import http
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +69,32 @@ def stall(framework: str, time_limit: float = STALL_TIME_LIMIT) -> Result:
         "HOROVOD_STALL_CHECK_DISABLE": "0",
     }
     return _run(framework, "stall", env, time_limit + _STARTUP_ALLOWANCE, wait_for=(0,))
+
+
+def strangers() -> Result:
+    """Check that the rendezvous server refuses requests that are not signed with the job's secret.
+
+    Returns:
+        The result. Failures are reported in `Result.error`, not raised.
+    """
+    started = time.monotonic()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    served = []
+    try:
+        with local.environments(1) as (environment,):
+            address = (environment[f"HOROVOD_GLOO_RENDEZVOUS_{part}"] for part in ("ADDR", "PORT"))
+            url = f"http://{':'.join(address)}/hvd_slowmo.check/0"
+            for method, data in (("PUT", b"0"), ("GET", None)):
+                try:
+                    with opener.open(urllib.request.Request(url, data, method=method), timeout=TIME_LIMIT):
+                        served.append(method)
+                except urllib.error.HTTPError as error:
+                    if error.code != http.HTTPStatus.FORBIDDEN:
+                        served.append(method)
+    except (ImportError, OSError) as error:
+        return Result(str(error), time.monotonic() - started)
+    text = f"the rendezvous server serves unsigned requests: {', '.join(served)}" if served else None
+    return Result(text, time.monotonic() - started)
 
 
 def _run(framework: str, task: str, extra: Mapping[str, str], time_limit: float, wait_for: tuple[int, ...]) -> Result:

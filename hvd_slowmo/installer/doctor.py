@@ -14,9 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvd_slowmo.installer import check, patches, preflight, recipe
+from hvd_slowmo.installer import check, patches, preflight, recipe, repairs
+from hvd_slowmo.installer.elastic_repair import ELASTIC_RECOVERY
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import MINIMUM, Framework, detect, package_folder
+from hvd_slowmo.installer.patches import Repair
+from hvd_slowmo.installer.services_repair import SIGNED_SERVICES
 from hvd_slowmo.version import __version__
 
 _INSTALL = "run `hvd-slowmo install-horovod`."
@@ -85,7 +88,7 @@ def examine(env: Mapping[str, str]) -> Iterator[Finding]:
                 yield _operations(result.facts, frameworks)
             works.append(framework)
     if works:
-        yield _stall_check(works[0], built)
+        yield from _repairs(works[0], built)
 
 
 def _frameworks(found: tuple[Framework, ...]) -> Iterator[Finding]:
@@ -135,7 +138,7 @@ def _origin(version: str, built: recipe.Recipe | None) -> Finding:
     if built is None:
         return Finding(Level.NOTE, f"Horovod {version}, not built by hvd-slowmo, without a record of its build")
     targets = ", ".join(f"{name} {target}" for name, target in built.frameworks.items())
-    if built.patches != patches.digest():
+    if built.patches != patches.digest(repairs.PATCHES):
         return Finding(
             Level.NOTE,
             f"Horovod {version}, built for {targets} with the patches of another hvd-slowmo version",
@@ -201,16 +204,20 @@ def _operations(facts: Mapping[str, bool], frameworks: tuple[Framework, ...]) ->
     return Finding(Level.OK, text)
 
 
-def _stall_check(framework: Framework, built: recipe.Recipe | None) -> Finding:
-    if built is not None and built.stall_check_mended:
-        return Finding(Level.OK, "The stall check works: Horovod was built with the patch that fixes it")
-    result = check.stall(framework.name)
-    if result.error is None:
-        return Finding(
-            Level.OK, f"The stall check works: Horovod reported a tensor that never arrived ({result.seconds:.1f} s)"
-        )
-    return Finding(
-        Level.WARNING,
-        "The stall check does not work: a worker that waits forever is never reported, for any HOROVOD_STALL_* setting",
-        _INSTALL,
-    )
+def _repairs(framework: Framework, built: recipe.Recipe | None) -> Iterator[Finding]:
+    """Report the repairs of the installed Horovod, by their effect where that takes seconds, or by the record."""
+    recorded = built.repairs if built is not None else ()
+    if repairs.STALL_CHECK.name in recorded:
+        yield _repair(repairs.STALL_CHECK, None)
+    else:
+        result = check.stall(framework.name)
+        yield _repair(repairs.STALL_CHECK, result.error, f" ({result.seconds:.1f} s)")
+    unknown = None if ELASTIC_RECOVERY.name in recorded else "no record says that Horovod was built with it"
+    yield _repair(ELASTIC_RECOVERY, unknown)
+    yield _repair(SIGNED_SERVICES, check.strangers().error, " (a stranger's requests were refused)")
+
+
+def _repair(repair: Repair, error: str | None, evidence: str = "") -> Finding:
+    if error is None:
+        return Finding(Level.OK, f"Horovod's {repair.name}: repaired{evidence}")
+    return Finding(Level.WARNING, f"Horovod's {repair.name}: not repaired: {repair.without}", _INSTALL)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 
-from hvd_slowmo.installer import build, check, patches, preflight, recipe, sdist
+from hvd_slowmo.installer import build, check, patches, preflight, recipe, repairs, sdist
 from hvd_slowmo.installer.cache import Cache
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import Framework, detect, supported
@@ -77,7 +77,7 @@ def obtain_wheel(
     wanted: recipe.Recipe,
     frameworks: tuple[Framework, ...],
     workshop: Workshop,
-    changes: tuple[patches.Patch, ...] = patches.PATCHES,
+    changes: tuple[patches.Patch, ...] = repairs.PATCHES,
 ) -> Path:
     """Return the path of the wheel of `wanted` in the cache, and build it first if it is missing.
 

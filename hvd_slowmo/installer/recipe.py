@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hvd_slowmo.installer import patches
+from hvd_slowmo.installer import patches, repairs
 from hvd_slowmo.installer.frameworks import Framework
 from hvd_slowmo.installer.options import Options, passed_on
 from hvd_slowmo.installer.sdist import Sdist
@@ -29,7 +29,7 @@ class Recipe:
         horovod: version of Horovod.
         sdist: SHA-256 hash of the source archive.
         patches: SHA-256 hash of the patches.
-        stall_check_mended: True if one of the patches fixes the stall check.
+        repairs: names of the repairs that the patches contain.
         frameworks: full version of each framework, by import name.
         python: implementation, version and ABI of Python.
         platform: operating system, processor and C library.
@@ -40,7 +40,7 @@ class Recipe:
     horovod: str
     sdist: str
     patches: str
-    stall_check_mended: bool
+    repairs: tuple[str, ...]
     frameworks: Mapping[str, str]
     python: str
     platform: str
@@ -62,7 +62,7 @@ def recipe(
     frameworks: tuple[Framework, ...],
     options: Options,
     env: Mapping[str, str],
-    changes: tuple[patches.Patch, ...] = patches.PATCHES,
+    changes: tuple[patches.Patch, ...] = repairs.PATCHES,
 ) -> Recipe:
     """Return the recipe for building `sdist` in the running environment.
 
@@ -77,7 +77,7 @@ def recipe(
         horovod=sdist.version,
         sdist=sdist.sha256,
         patches=patches.digest(changes),
-        stall_check_mended=patches.STALL_CHECK in changes,
+        repairs=repairs.included(changes),
         frameworks={framework.name: framework.version for framework in frameworks},
         python=_python(),
         platform=_platform(),
@@ -90,8 +90,8 @@ def read(text: str) -> Recipe | None:
     """Return the recipe in a record, or None if `text` is not a record of this version."""
     try:
         fields = json.loads(text)
-        return Recipe(**fields)
-    except (ValueError, TypeError):
+        return Recipe(**{**fields, "repairs": tuple(fields["repairs"])})
+    except (KeyError, ValueError, TypeError):
         return None
 
 

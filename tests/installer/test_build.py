@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hvd_slowmo.installer import cache as caches
-from hvd_slowmo.installer import install, patches, pip, process, recipe, sdist
+from hvd_slowmo.installer import install, pip, process, recipe, repairs, sdist
 from hvd_slowmo.installer.build import build_environment
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.options import Options, passed_on
@@ -82,9 +82,9 @@ def test_the_build_gets_its_own_settings_and_not_those_of_an_outer_make(tmp_path
     assert got["HOROVOD_GPU_OPERATIONS"] == "NCCL"
     assert got["HOROVOD_BUILD_CUDA_CC_LIST"] == "90"
     assert got["PATH"].startswith(f"{tmp_path / 'bin'}:")
-    assert got[patches.CXX_STANDARD] == "17"
+    assert got[repairs.CXX_STANDARD] == "17"
     newer = (replace(TORCH, cxx=20), TENSORFLOW)
-    assert build_environment(tmp_path, env, newer, Options())[patches.CXX_STANDARD] == "20"
+    assert build_environment(tmp_path, env, newer, Options())[repairs.CXX_STANDARD] == "20"
     assert passed_on(env) == {"CXX": "g++", "HOROVOD_BUILD_CUDA_CC_LIST": "90"}
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from hvd_slowmo.installer import cache as caches
-from hvd_slowmo.installer import patches, recipe, sdist
+from hvd_slowmo.installer import recipe, repairs, sdist
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.options import Options
 from support.installation import TENSORFLOW, TORCH, Recorder
 
 
 def test_the_key_changes_with_each_ingredient():
-    def key(frameworks=(TORCH,), options=None, env=None, changes=patches.PATCHES, source=sdist.HOROVOD):
+    def key(frameworks=(TORCH,), options=None, env=None, changes=repairs.PATCHES, source=sdist.HOROVOD):
         return recipe.recipe(source, frameworks, options or Options(), env or {}, changes).key
 
     same = [key(), key(options=Options(rebuild=True, jobs=3)), key(env={"HOME": "/elsewhere"})]
@@ -30,7 +30,7 @@ def test_the_key_changes_with_each_ingredient():
         key(options=Options(nccl=True)),
         key(env={"HOROVOD_BUILD_CUDA_CC_LIST": "90"}),
         key(env={"CXX": "clang++"}),
-        key(changes=patches.PATCHES[1:]),
+        key(changes=repairs.PATCHES[1:]),
         key(source=replace(sdist.HOROVOD, version="0.28.2")),
         key(source=replace(sdist.HOROVOD, sha256="0" * 64)),
         replace(base, python="cpython-399").key,
@@ -42,7 +42,8 @@ def test_the_key_changes_with_each_ingredient():
 def test_a_record_reads_back_and_anything_else_is_none():
     made = recipe.recipe(sdist.HOROVOD, (TORCH, TENSORFLOW), Options(), {"CXX": "g++"})
     assert recipe.read(made.to_json()) == made
-    assert made.stall_check_mended
+    assert made.repairs == ("stall check", "elastic recovery", "signed services")
+    assert recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {}, repairs.BUILD).repairs == ()
     assert recipe.read("{}") is None
     assert recipe.read("no json") is None
 
