@@ -43,8 +43,8 @@ class Attendance(NamedTuple):
     rates: Vector  # (G,): its learning rates
 
 
-_ROW = ("training", "leaving", "rank", "misfit", "entered")
-"""A worker's row of the attendance; its learning rates stand behind it. The last two as in `Condition`."""
+_ROW = ("training", "leaving", "rank", "misfit", "entered", "ending")
+"""A worker's row of the attendance; its learning rates stand behind it. The last three as in a ledger's `Row`."""
 
 
 class GradientAverage:
@@ -88,7 +88,14 @@ class GradientAverage:
             self._ops,
             self.comm.rank,
             self.comm.size,
-            (presence.training, presence.leaving, self.comm.rank, source.misfit(), source.entered()),
+            (
+                presence.training,
+                presence.leaving,
+                self.comm.rank,
+                source.misfit(),
+                source.entered(),
+                self._runtime.roll.ending(),
+            ),
             presence.rates,
         )
         self._attendance = self.comm.start_sum(names.PRESENT, self._ops.pack([*row, source.present()]))
@@ -117,6 +124,8 @@ class GradientAverage:
             total = self.comm.wait(handle)
             source.write(chunk, total / ops.cast_like(count, total))
         self._remember(attendance)
+        if self.comm is self._runtime.comm:
+            self._runtime.roll.note_attendance(attendance.training, ops.sum(table[:, 5]))
         if self._runtime.watches and self.comm is self._runtime.comm:
             entered = ops.sum(table[:, 4]) > 0
             ops.warn("entered", entered, table, self._entry_text)

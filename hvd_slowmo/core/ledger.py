@@ -39,6 +39,7 @@ class Row(NamedTuple):
     misfit: Scalar  # see `Condition`
     entered: Scalar  # see `Condition`
     drift: Scalar  # its squared distance from the mean at the outer step before, where that is measured
+    ending: Scalar  # 1: it has been asked to end, see `hvd_slowmo.core.roll_call`
 
 
 RATES = len(Row._fields)
@@ -91,7 +92,7 @@ class Verdict(NamedTuple):
 
 
 def columns(table: Any) -> Row:
-    """Return the columns of a table of shape (workers, 12 + groups), NumPy's or traced, by the names of `Row`."""
+    """Return the columns of a table of shape (workers, 13 + groups), NumPy's or traced, by the names of `Row`."""
     return Row(*(table[:, number] for number in range(RATES)))
 
 
@@ -103,7 +104,7 @@ def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
-    """Judge a table of shape (workers, 12 + groups).
+    """Judge a table of shape (workers, 13 + groups).
 
     Args:
         nonfinite: the setting of that name.

@@ -124,6 +124,7 @@ class Meetings:
             misfit=condition.misfit,
             entered=condition.entered,
             drift=progress.observed[0],
+            ending=self._runtime.roll.ending(),
         )
         if arrived:
             return Exchange(purpose, None, (), weights, counted, finite, condition, progress, arrived)

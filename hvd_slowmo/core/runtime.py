@@ -11,6 +11,7 @@ from hvd_slowmo.core.codec import Codec, NumpyCodec
 from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.ops import Ops
 from hvd_slowmo.core.outer_update import Kernels
+from hvd_slowmo.core.roll_call import RollCall
 from hvd_slowmo.core.slices import OwnSlices
 from hvd_slowmo.core.store import Store
 
@@ -24,6 +25,7 @@ class Runtime:
         observe: measure at every outer step; see `Observed`.
         codec: of messages in bytes: in few bits, and of slices.
         watches: some worker can tell values that come from outside; see `Condition`.
+        roll: what exchanges tell about all workers.
     """
 
     config: SlowMoConfig
@@ -35,6 +37,10 @@ class Runtime:
     observe: bool = False
     watches: bool = True
     codec: Codec = field(default_factory=NumpyCodec)
+    roll: RollCall = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roll", RollCall(self.config, self.ops, self.comm.size))
 
     @cached_property
     def slices(self) -> OwnSlices:
