@@ -8,9 +8,12 @@ if keras.config.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported, or use hvd_slowmo.torch for a PyTorch model."
     )
 
+from hvd_slowmo.checkpoint.periodic import Checkpoints
+from hvd_slowmo.checkpoint.preemption import on_preemption
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.join import JoinResult, join
 from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.preemption import PREEMPTED
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callback import SlowMoCallback
@@ -23,7 +26,9 @@ init = workers.init
 
 __all__ = [
     "DPSGD",
+    "PREEMPTED",
     "SGP",
+    "Checkpoints",
     "JoinResult",
     "Metrics",
     "ParameterMap",
@@ -33,5 +38,6 @@ __all__ = [
     "init",
     "join",
     "mean",
+    "on_preemption",
     "recompute_statistics",
 ]

@@ -1,8 +1,11 @@
 """The PyTorch door: `import hvd_slowmo.torch as slowmo`."""
 
+from hvd_slowmo.checkpoint.periodic import Checkpoints
+from hvd_slowmo.checkpoint.preemption import on_preemption
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.join import JoinResult, join
 from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.preemption import PREEMPTED
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import elastic
@@ -15,7 +18,9 @@ from hvd_slowmo_torch.simulator.task import SimulationTask
 
 __all__ = [
     "DPSGD",
+    "PREEMPTED",
     "SGP",
+    "Checkpoints",
     "JoinResult",
     "Metrics",
     "ParameterMap",
@@ -28,6 +33,7 @@ __all__ = [
     "join",
     "local_rank",
     "mean",
+    "on_preemption",
     "rank",
     "recompute_statistics",
     "size",

@@ -64,6 +64,9 @@ KINDS: dict[Kind, str] = {
 }
 """The first parts of the arrays' names, in words."""
 
+EXTRA = "extra/"
+"""Begins the names of arrays that `load` leaves out: state of the script, see `hvd_slowmo.checkpoint.periodic`."""
+
 _RATES = (LEARNING_RATE, "progress/rate_sums")
 
 _SAVE_LATER = "Save right after join(), or an outer step without fragments and delay, with average=True."
@@ -80,7 +83,7 @@ class Contents(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Collected:
+class Collected:
     """One worker's state, on its way to the files."""
 
     path: Path
@@ -118,7 +121,7 @@ def save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
 def _save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath, stack: ExitStack) -> None:
     saving = comm.scoped("save")
 
-    def collected() -> tuple[_Collected, dict[str, Any]]:
+    def collected() -> tuple[Collected, dict[str, Any]]:
         target = Path(path).absolute()  # workers may have different working directories
         if target.is_dir() or not target.parent.is_dir():
             raise CheckpointError(f"`path` must be of a file in an existing directory. Received: {target}")
@@ -127,7 +130,7 @@ def _save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath, stac
         state = make()
         facts, arrays = facts_of(state), collect(state)
         sums = {key: checksum(value) for key, value in arrays.items()}
-        return _Collected(target, state, facts, arrays, sums), {"path": str(target), **facts}
+        return Collected(target, state, facts, arrays, sums), {"path": str(target), **facts}
 
     worker = _agreed_on_files(saving, collected)
     everyone = saving.gather("sums", (worker.step, worker.sums))
@@ -137,32 +140,14 @@ def _save(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath, stac
             f"{comm.name}: the workers are not at the same step: {steps}. Save after the same one, or join()."
         )
     all_sums = [sums for _, sums in everyone]
-    common = {key for key, value in all_sums[0].items() if all(sums.get(key) == value for sums in all_sums)}
-    ids = saving.gather("files", _agreed_on_files(saving, lambda: (_write_own(worker, comm, common), {})))
+    ids = saving.gather("files", _agreed_on_files(saving, lambda: (write_own(worker, comm, shared(all_sums)), {})))
 
-    def write_common() -> tuple[bool, dict[str, Any]]:
+    def write_last() -> tuple[bool, dict[str, Any]]:
         if comm.rank == 0:
-            facts = {
-                **worker.facts,
-                "reason": worker.state.tensors.reason,
-                "workers": comm.size,
-                "files": {str(rank): id_ for rank, id_ in enumerate(ids) if id_},
-                "per_worker": _per_worker(worker, all_sums, common),
-            }
-            files = {rank: worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids) if id_}
-            unseen = [str(comm.ranks[rank]) for rank, file in files.items() if not file.is_file()]
-            if unseen:
-                raise CheckpointError(
-                    f"{worker.path.parent} is not one directory for all workers: rank {comm.ranks[0]} does not see the "
-                    f"files that ranks {', '.join(unseen)} have written there. Save to one that all of them see."
-                )
-            # Workers of two frameworks are equal up to rounding: each has its own file, and rank 0's values serve all.
-            names = common | {key for key in worker.arrays if worker.workers_equal and _equal_on_equal_workers(key)}
-            arrays = {key: x for key, x in worker.arrays.items() if key in names}
-            write(worker.path, parse(facts, TrainingFacts, "this training"), arrays, worker.sums)
+            write_common(worker, comm, all_sums, ids)
         return True, {}
 
-    _agreed_on_files(saving, write_common)
+    _agreed_on_files(saving, write_last)
     if comm.rank == 0:
         # Every worker has written its own by now: unfinished files are of saves that were killed.
         remove_leftovers(worker.path, {worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids)})
@@ -187,7 +172,8 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
             arrays, kind = first_state(state, model_arrays(facts, contents.common)), ""
         else:
             _check(state, comm, facts)
-            arrays, kind = {**contents.common, **contents.own}, facts.inner_optimizer
+            arrays = {name: x for name, x in {**contents.common, **contents.own}.items() if not name.startswith(EXTRA)}
+            kind = facts.inner_optimizer
             if facts.workers != comm.size:
                 arrays = {name: x for name, x in arrays.items() if not name.startswith("slice_residual/")}
                 arrays |= _mean_residuals(Path(path), facts)
@@ -296,18 +282,29 @@ def check_model(tensors: NamedTensors, saved: ModelFacts) -> None:
 def _agreed_on_files(comm: ScopedComm, make: Callable[[], tuple[T, Mapping[str, Any]]]) -> T:
     """Return the result of `agreed`; a system's error is one type on every worker, those without the file included."""
 
-    def with_own_type() -> tuple[T, Mapping[str, Any]]:
-        try:
-            return make()
-        except OSError as error:
-            raised = CheckpointFileError(str(error))
-            raised.errno = error.errno
-            raise raised from error
-
-    return agreed(comm, with_own_type, {})
+    return agreed(comm, lambda: with_own_type(make), {})
 
 
-def _write_own(worker: _Collected, comm: ScopedComm, common: set[str]) -> str:
+def with_own_type(make: Callable[[], T]) -> T:
+    """Return the result of `make`; raise a system's error in it as a CheckpointFileError."""
+    try:
+        return make()
+    except OSError as error:
+        raised = CheckpointFileError(str(error))
+        raised.errno = error.errno
+        raise raised from error
+
+
+def shared(all_sums: Sequence[Mapping[str, str]]) -> set[str]:
+    """Return the names of the arrays that are equal on all workers.
+
+    Args:
+        all_sums: each worker's checksums by the arrays' names.
+    """
+    return {key for key, value in all_sums[0].items() if all(sums.get(key) == value for sums in all_sums)}
+
+
+def write_own(worker: Collected, comm: ScopedComm, common: set[str]) -> str:
     """Write the arrays that differ between workers; return the file's identity, "" if there are none."""
     own = {key: value for key, value in worker.arrays.items() if key not in common}
     if not own:
@@ -318,6 +315,40 @@ def _write_own(worker: _Collected, comm: ScopedComm, common: set[str]) -> str:
     return id_
 
 
+def write_common(
+    worker: Collected, comm: ScopedComm, all_sums: Sequence[Mapping[str, str]], ids: Sequence[str]
+) -> None:
+    """Write the file of rank 0, with which the checkpoint is whole. All other files are there.
+
+    Args:
+        worker: rank 0's.
+        ids: results of `write_own`, by rank.
+
+    Raises:
+        CheckpointError: rank 0 does not see them.
+        OSError: it can't be written.
+    """
+    files = {rank: worker_file(worker.path, rank, id_) for rank, id_ in enumerate(ids) if id_}
+    unseen = [str(comm.ranks[rank]) for rank, file in files.items() if not file.is_file()]
+    if unseen:
+        raise CheckpointError(
+            f"{worker.path.parent} is not one directory for all workers: rank {comm.ranks[0]} does not see the files "
+            f"that ranks {', '.join(unseen)} have written there. Save to one that all of them see."
+        )
+    common = shared(all_sums)
+    facts = {
+        **worker.facts,
+        "reason": worker.state.tensors.reason,
+        "workers": comm.size,
+        "files": {str(rank): id_ for rank, id_ in enumerate(ids) if id_},
+        "per_worker": _per_worker(worker, all_sums, common),
+    }
+    # Workers of two frameworks are equal up to rounding: each has its own file, and rank 0's values serve all.
+    names = common | {key for key in worker.arrays if worker.workers_equal and _equal_on_equal_workers(key)}
+    arrays = {key: x for key, x in worker.arrays.items() if key in names}
+    write(worker.path, parse(facts, TrainingFacts, "this training"), arrays, worker.sums)
+
+
 def _equal_on_equal_workers(name: str) -> bool:
     """Return whether workers that hold the same state hold this array alike, whatever the inner optimizer keeps.
 
@@ -326,7 +357,7 @@ def _equal_on_equal_workers(name: str) -> bool:
     return name.split("/")[0] in ("model", "anchor", "v", "average") or name in _RATES
 
 
-def _per_worker(worker: _Collected, all_sums: Sequence[Mapping[str, str]], common: set[str]) -> list[str]:
+def _per_worker(worker: Collected, all_sums: Sequence[Mapping[str, str]], common: set[str]) -> list[str]:
     """Return the kinds of arrays of each worker without which a job of another size would not be this one."""
     not_needed = {f"progress/{field}" for field in NOT_NEEDED}
     own = {key for sums in all_sums for key in sums if key not in common | not_needed}

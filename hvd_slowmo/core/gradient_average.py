@@ -43,8 +43,8 @@ class Attendance(NamedTuple):
     rates: Vector  # (G,): its learning rates
 
 
-_ROW = ("training", "leaving", "rank", "misfit", "entered", "regroups")
-"""A worker's row of the attendance; its learning rates stand behind it. The last three as in the ledger."""
+_ROW = ("training", "leaving", "rank", "misfit", "entered", "ending", "regroups")
+"""A worker's row of the attendance; its learning rates stand behind it. The last four as in a ledger's `Row`."""
 
 
 class GradientAverage:
@@ -94,6 +94,7 @@ class GradientAverage:
                 self.comm.rank,
                 source.misfit(),
                 source.entered(),
+                self._runtime.roll.ending(),
                 self._runtime.regrouping.heard.get(),
             ),
             presence.rates,
@@ -125,7 +126,8 @@ class GradientAverage:
             source.write(chunk, total / ops.cast_like(count, total))
         self._remember(attendance)
         if self.comm is self._runtime.comm:  # a node's workers alone must not act on the news
-            self._runtime.regrouping.agreed.set(ops.sum(table[:, 5]) > 0)
+            self._runtime.roll.note_attendance(attendance.training, ops.sum(table[:, 5]))
+            self._runtime.regrouping.agreed.set(ops.sum(table[:, 6]) > 0)
         if self._runtime.watches and self.comm is self._runtime.comm:
             entered = ops.sum(table[:, 4]) > 0
             ops.warn("entered", entered, table, self._entry_text)

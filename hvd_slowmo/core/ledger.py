@@ -39,6 +39,7 @@ class Row(NamedTuple):
     misfit: Scalar  # see `Condition`
     entered: Scalar  # see `Condition`
     drift: Scalar  # its squared distance from the mean at the outer step before, where that is measured
+    ending: Scalar = 0.0  # 1: it has been asked to end, see `hvd_slowmo.core.roll_call`
     regroups: Scalar = 0.0  # 1: it has heard of workers that come or go, see `hvd_slowmo.core.runtime.Regrouping`
 
 
@@ -93,7 +94,7 @@ class Verdict(NamedTuple):
 
 
 def columns(table: Any) -> Row:
-    """Return the columns of a table of shape (workers, 13 + groups), NumPy's or traced, by the names of `Row`."""
+    """Return the columns of a table of shape (workers, 14 + groups), NumPy's or traced, by the names of `Row`."""
     return Row(*(table[:, number] for number in range(RATES)))
 
 
@@ -105,7 +106,7 @@ def own_row(ops: Ops, rank: int, size: int, row: Sequence[Scalar], rates: Vector
 
 
 def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
-    """Judge a table of shape (workers, 13 + groups).
+    """Judge a table of shape (workers, 14 + groups).
 
     Args:
         nonfinite: the setting of that name.

@@ -16,7 +16,7 @@ from hvd_slowmo.core.exchange import PLAIN_AVERAGE, Purpose
 from hvd_slowmo.core.flights import Flights
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.ledger import Row, Verdict, clocks_of, columns
-from hvd_slowmo.core.meeting import Meetings
+from hvd_slowmo.core.meeting import Meeting, Meetings
 from hvd_slowmo.core.mixing import mixing_of
 from hvd_slowmo.core.outer_step import OuterSteps
 from hvd_slowmo.core.progress import Observed, Progress, PushSum, Scalar, Vector
@@ -25,7 +25,7 @@ from hvd_slowmo.core.schedule import StepPlan, next_fragment, step_plan, steps_t
 
 T = TypeVar("T")
 
-_STEPS = Row._fields.index("steps")
+_STEPS, _ENDING = Row._fields.index("steps"), Row._fields.index("ending")
 
 
 class Machine:
@@ -151,10 +151,13 @@ class Machine:
                 training=training, counts=training, ledger_alone=not self.config.average, fragment=fragment
             )
             meeting = self._meetings.meet(done, done.step, purpose)
+            self._called(meeting, done.step)
             return self.outer_steps.take(meeting, done)
 
         def check() -> Progress:
-            return self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True)).exchange.progress
+            meeting = self._meetings.meet(done, done.step, Purpose(training=training, ledger_alone=True))
+            self._called(meeting, done.step)
+            return meeting.exchange.progress
 
         if self.config.delay and ops.keeps_handles:
             self.flights.resume(progress)
@@ -224,6 +227,7 @@ class Machine:
         except ValueError:
             self._answer_launches(progress, end)
             raise
+        self._called(meeting, end)
         progress, found = meeting.exchange.progress, meeting.verdict
         over = found.training == 0
 
@@ -300,7 +304,13 @@ class Machine:
     def _land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Progress:
         """Apply the exchange of a fragment that is in flight."""
         meeting = self.flights.land(progress, fragment, arrived)
+        # Since then a worker may have come to its join: only the wish is still true.
+        self.runtime.roll.note_ending(self._ops.sum(meeting.table[:, _ENDING]))
         return self.flights.landed(self.outer_steps.take(meeting, progress), fragment)
+
+    def _called(self, meeting: Meeting, step: Scalar) -> None:
+        """Note who has come to a meeting."""
+        self.runtime.roll.note(step, meeting.verdict.training, self._ops.sum(meeting.table[:, _ENDING]))
 
     def _end_warmup(self, progress: Progress, source: Scalar) -> Progress:
         """Begin the first block.

@@ -130,6 +130,7 @@ class Meetings:
             misfit=condition.misfit,
             entered=condition.entered,
             drift=progress.observed[0],
+            ending=self._runtime.roll.ending(),
             regroups=self._runtime.regrouping.heard.get(),
         )
         if arrived:

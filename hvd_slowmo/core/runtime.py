@@ -12,6 +12,7 @@ from hvd_slowmo.core.codec import Codec, NumpyCodec
 from hvd_slowmo.core.layout import Layout
 from hvd_slowmo.core.ops import Cell, Ops
 from hvd_slowmo.core.outer_update import Kernels
+from hvd_slowmo.core.roll_call import RollCall
 from hvd_slowmo.core.slices import OwnSlices
 from hvd_slowmo.core.store import Store
 
@@ -37,6 +38,7 @@ class Runtime:
         watches: some worker can tell values that come from outside; see `Condition`.
         stacked: the tensors are those of all workers, on a last axis; `comm` takes the mean over it for a sum, and
             counts as one worker, since all are at the same step.
+        roll: what exchanges tell about all workers.
     """
 
     config: SlowMoConfig
@@ -49,6 +51,10 @@ class Runtime:
     watches: bool = True
     codec: Codec = field(default_factory=NumpyCodec)
     stacked: bool = False
+    roll: RollCall = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roll", RollCall(self.config, self.ops, self.comm.size))
 
     @cached_property
     def regrouping(self) -> Regrouping:

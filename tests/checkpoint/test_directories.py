@@ -32,11 +32,11 @@ def test_a_directory_of_which_each_host_has_its_own_is_refused(tmp_path, monkeyp
     """The path is the same, and rank 1's host writes into a directory that rank 0 does not see."""
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
-    write_own = job._write_own
+    write_own = job.write_own
     elsewhere = tmp_path / "1" / "x"
     monkeypatch.setattr(
         job,
-        "_write_own",
+        "write_own",
         lambda worker, comm, common: write_own(replace(worker, path=elsewhere) if comm.rank else worker, comm, common),
     )
 

@@ -84,7 +84,7 @@ def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
 
     def side(worker):
         given = [] if isinstance(worker, TorchWorker) else [worker.model]
-        return lambda: worker.optimizer._worker_state(*given, None)
+        return lambda: worker.optimizer.worker.state(*given, None)
 
     def work(comm):
         kinds = (TorchWorker, KerasWorker)

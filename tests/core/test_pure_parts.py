@@ -214,7 +214,7 @@ def rows(*workers):
 
 
 def row(step=12, reason=TRAINING, training=1, finite=1, weight=1.0, rate=1.2):
-    return [*Row(step, reason, training, 0, finite, weight, 1, step, 12, 0, 0, 0.0), rate]
+    return [*Row(step, reason, training, 0, finite, weight, 1, step, 12, 0, 0, 0.0, 0), rate]
 
 
 GOOD = row()

@@ -27,6 +27,7 @@ import tensorflow as tf
 import hvd_slowmo.tf
 import hvd_slowmo.torch
 from hvd_slowmo import ParameterMap, SlowMoConfig
+from hvd_slowmo.checkpoint.periodic import Checkpoints
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.comm.threads import ThreadWorld
 from support.trainings.keras import GraphComm
@@ -242,6 +243,17 @@ class Training(ABC):
         self._record.phase("load")
         self.optimizer.load(path)
 
+    def checkpoints(self, folder: Path) -> None:
+        """Look for checkpoints in an empty directory, save one there, and resume it."""
+        checkpoints = Checkpoints(folder)
+        for _ in range(2):
+            self._record.phase("resume")
+            checkpoints.resume(self.optimizer)
+            self.steps(1)
+            self._record.phase("periodic save")
+            checkpoints.save()
+            checkpoints.finish()
+
     def add_group(self) -> None:
         """Add a parameter group."""
         raise NotImplementedError("only PyTorch has parameter groups")
@@ -419,6 +431,11 @@ def _save_and_load(training: Training, folder: Path) -> None:
     training.steps(1)
 
 
+def _checkpoints(training: Training, folder: Path) -> None:
+    training.steps(1)
+    training.checkpoints(folder / "checkpoints")
+
+
 def _exclude(training: Training, _: Path) -> None:
     """Exclude rank 1 from an outer step, and then from a join in which it alone has taken a step since."""
     last = training.rank == 1
@@ -468,6 +485,7 @@ SCENARIOS: dict[str, Scenario] = {
     "dpsgd": Scenario(SlowMoConfig.dpsgd(tau=2), _steps(3)),
     "averaged_parameters": Scenario(SlowMoConfig(tau=2), _average),
     "save_and_load": Scenario(SlowMoConfig(tau=2), _save_and_load),
+    "checkpoints": Scenario(SlowMoConfig(tau=2), _checkpoints),
     "metrics": Scenario(SlowMoConfig(tau=2), _steps(2), options={"metrics": True}),
     "nonfinite_exclude": Scenario(SlowMoConfig(tau=2, nonfinite="exclude"), _exclude, every_rank=True),
     "add_param_group": Scenario(SlowMoConfig(tau=2), _add_group, frameworks=["torch"]),

@@ -10,9 +10,12 @@ from typing import Any
 
 import keras
 
+from hvd_slowmo.checkpoint.periodic import Checkpoints
+from hvd_slowmo.core import preemption
 from hvd_slowmo.core.join import join
 from hvd_slowmo_tf.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
 from hvd_slowmo_tf.failed_traces import initialize
+from hvd_slowmo_tf.fit_checkpoints import FitCheckpoints
 from hvd_slowmo_tf.model_parts import build_from_batch, find_optimizers, other_optimizers, split_model
 from hvd_slowmo_tf.optimizer import SlowMo
 from hvd_slowmo_tf.startup import fail_together, start_together
@@ -38,6 +41,9 @@ class SlowMoCallback(keras.callbacks.Callback):
       worker's own.
     - A worker that ends its training early (fewer epochs, an EarlyStopping that only it has) ends the others' after the
       epoch that they are in.
+    - With `checkpoints`, the newest one is resumed before the first batch: model, optimizer and epoch. Saves
+      follow between epochs, and with `Checkpoints(..., every=n)` within an epoch too, which a resume then begins again.
+    - After a signal (`on_preemption`) all workers save and end behind a batch.
     - XLA, which can't compile the exchange, is switched off for this model's training.
 
     It goes to the front of the list of callbacks by itself.
@@ -45,9 +51,10 @@ class SlowMoCallback(keras.callbacks.Callback):
     Args:
         *optimizers: the SlowMo optimizers of a model with a custom `train_step`. Without any: all among the model's
             attributes, and in its lists and dicts.
+        checkpoints: saves and resumes the job, for a model with one SlowMo optimizer.
 
     Raises:
-        TypeError: no optimizer of the model is SlowMo, or an argument is not.
+        TypeError: no optimizer of the model is SlowMo, or an argument has another type.
         ValueError: on every rank, as `SlowMo.broadcast` and `SlowMo.join`.
 
     Example:
@@ -61,12 +68,15 @@ class SlowMoCallback(keras.callbacks.Callback):
         6
     """
 
-    def __init__(self, *optimizers: SlowMo) -> None:
+    def __init__(self, *optimizers: SlowMo, checkpoints: Checkpoints | None = None) -> None:
         super().__init__()
         for optimizer in optimizers:
             if not isinstance(optimizer, SlowMo):
                 raise TypeError(f"SlowMoCallback takes SlowMo optimizers. Received: {type(optimizer).__name__}")
+        if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+            raise TypeError(f"`checkpoints` must be Checkpoints. Received: {type(checkpoints).__name__}")
         self._given = optimizers
+        self._fit_checkpoints = None if checkpoints is None else FitCheckpoints(checkpoints)
         self._optimizers: Sequence[SlowMo] = ()
         self._place_known = self._begun = self._in_epoch = self._left = False
         self._epoch = 0  # of this worker
@@ -79,6 +89,11 @@ class SlowMoCallback(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         self._optimizers = find_optimizers(model, self._given)
+        if len(self._optimizers) > 1 and self._saves:
+            raise ValueError(
+                "Checkpoints and on_preemption() save the job of one optimizer, and this model has "
+                f"{len(self._optimizers)} SlowMo optimizers. Call save() of each of them in a callback."
+            )
         self._go_first()
         if model.jit_compile:
             logger.info("XLA is switched off for the training of %s: it can't compile SlowMo's exchange", model.name)
@@ -104,9 +119,13 @@ class SlowMoCallback(keras.callbacks.Callback):
                 "of callbacks=[...], not within another callback."
             )
         self._begun = self._in_epoch = self._left = False
+        if self._fit_checkpoints is not None:
+            self._fit_checkpoints.find(self.model, self._first)
         self._explain_errors()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        if self._begun:
+            self._between_epochs(epoch)
         self._in_epoch, self._epoch = True, epoch
         self._calls = self._calls_made()
         if self._begun:
@@ -135,7 +154,43 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         if self._begun and not self._left:
+            self._between_epochs(self._epoch + 1)
             self._join(self._optimizers, leaving=True)
+
+    @property
+    def on_train_batch_end(self) -> Callable[..., None]:
+        """What Keras calls behind a batch. It calls it in another thread, and in no fixed order, where it is a default.
+
+        A job that saves nothing keeps that default, and with it the speed of a `fit` that waits for no batch.
+        """
+        return self._after_batch if self._saves else super().on_train_batch_end
+
+    @property
+    def _saves(self) -> bool:
+        return self._fit_checkpoints is not None or preemption.saves_to() is not None
+
+    def _after_batch(self, batch: int, logs: Logs | None = None) -> None:
+        """Save within an epoch, where all workers are together; end after a signal."""
+        if not self._begun:
+            return
+        if self._fit_checkpoints is not None:
+            self._fit_checkpoints.after_batch(self._epoch)
+        self._end_if_asked()
+
+    def _between_epochs(self, epoch: int) -> None:
+        """Save where all workers have come out of the join: at the begin of this epoch, or where they end with it.
+
+        Other callbacks have seen the end of the epoch before, and what they have changed is saved.
+        """
+        if self._fit_checkpoints is not None and not self._left:
+            self._fit_checkpoints.between_epochs(epoch)
+        self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        if self._saves:
+            roll, steps = self._first.worker.roll, self._first.steps
+            preemption.tell(roll)
+            preemption.save_and_end(roll, steps, partial(self._first.save, model=self.model))
 
     @property
     def _first(self) -> SlowMo:
@@ -157,6 +212,8 @@ class SlowMoCallback(keras.callbacks.Callback):
         for optimizer, part in zip(self._optimizers, parts, strict=False):
             start_together(optimizer.worker, *part)
         self._begun = True
+        if self._fit_checkpoints is not None:
+            self._fit_checkpoints.restore()
         worker = self._first.worker
         assert worker.job is not None, "started"
         if worker.job.mixed:  # the others have no epochs that could be compared

@@ -22,11 +22,9 @@ from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
-from hvd_slowmo.core.whole import Whole
 from hvd_slowmo.errors import CheckpointError, spell_error
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callers import refuse_foreign_broadcasts
-from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import (
     SavedOptimizer,
     check_inner,
@@ -398,9 +396,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             ValueError: on every rank, if one can't save or the ranks are not at the same step. A checkpoint that was
                 there before is whole then.
         """
-        self.worker.refuse_if_left()
-        whole = self.worker.gather_whole()
-        checkpoint.save(lambda: self._worker_state(model, parameter_map, whole), self.worker.comm, path)
+        checkpoint.save(self.worker.state_maker(model, parameter_map), self.worker.comm, path)
 
     def load(
         self, path: AnyPath, model: keras.Model | None = None, *, parameter_map: ParameterMap | None = None
@@ -416,21 +412,9 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             ValueError: on every rank, if a file is damaged or does not fit on one; nothing was changed.
         """
         self.worker.refuse_if_left()
-        checkpoint.load(lambda: self._worker_state(model, parameter_map), self.worker.comm, path)
+        checkpoint.load(lambda: self.worker.state(model, parameter_map), self.worker.comm, path)
         self.worker.resend_statistics()
         self.worker.forget_join()
-
-    def _worker_state(
-        self, model: keras.Model | None, parameter_map: ParameterMap | None, whole: Whole | None = None
-    ) -> KerasWorkerState:
-        worker = self.worker
-        worker.refuse_while_averaging("save() or load()")
-        found = worker.model if model is None else model
-        if isinstance(found, list) and not found:
-            raise ValueError("give the Keras model: optimizer.save(path, model), optimizer.load(path, model).")
-        if isinstance(found, keras.Model):
-            self.build(found.trainable_variables)
-        return KerasWorkerState(self, worker.parts(), found, parameter_map or worker.parameter_map, whole)
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")

@@ -17,6 +17,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core import preemption
 from hvd_slowmo.core.assembly import Assembly, assemble
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import ParameterGroups, lay_out
@@ -24,12 +25,14 @@ from hvd_slowmo.core.ledger import RATES
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.names import within_step
 from hvd_slowmo.core.progress import Observed
+from hvd_slowmo.core.roll_call import RollCall
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.slices import OwnSlices, travels_in_slices
 from hvd_slowmo.core.startup import Job
 from hvd_slowmo.core.whole import Whole, divided_vectors, gather_whole
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import refuse_strategies
 from hvd_slowmo_tf.codec import KerasCodec
 from hvd_slowmo_tf.failed_traces import drop_train_functions
@@ -254,9 +257,12 @@ class KerasWorker:
 
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
+        preemption.tell(self.roll)
         leavers = self.call(self._join_now(), tf.constant(float(leaving), tf.float64)).numpy()
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
+        if not left:
+            self.roll.joined(self.optimizer.steps)
         self._joined = self._fingerprint()
         return left
 
@@ -346,6 +352,37 @@ class KerasWorker:
         runtime = self.ready().assembly.runtime
         whole: Whole = self.call(gather_whole, runtime, array_of)
         return whole
+
+    @property
+    def roll(self) -> RollCall:
+        """What the exchanges tell about all workers, once they have started."""
+        return self.ready().assembly.runtime.roll
+
+    def state_maker(
+        self, model: keras.Model | None = None, parameter_map: ParameterMap | None = None
+    ) -> Callable[[], KerasWorkerState]:
+        """Return a function that returns this worker's state for a save. A collective; arguments as in `state`."""
+        self.refuse_if_left()
+        whole = self.gather_whole()
+        return lambda: self.state(model, parameter_map, whole)
+
+    def state(
+        self, model: keras.Model | None, parameter_map: ParameterMap | None, whole: Whole | None = None
+    ) -> KerasWorkerState:
+        """Return this worker's state for checkpoints.
+
+        Args:
+            model: None for the one of the start.
+            parameter_map: None for the optimizer's own.
+            whole: vectors that are kept in slices, for a save.
+        """
+        self.refuse_while_averaging("save() or load()")
+        found = self.model if model is None else model
+        if isinstance(found, list) and not found:
+            raise ValueError("give the Keras model: optimizer.save(path, model), optimizer.load(path, model).")
+        if isinstance(found, keras.Model):
+            self.optimizer.build(found.trainable_variables)
+        return KerasWorkerState(self.optimizer, self.parts(), found, parameter_map or self.parameter_map, whole)
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one."""

@@ -16,13 +16,13 @@ from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
+from hvd_slowmo.core import preemption
 from hvd_slowmo.core.arguments import Outermost, check_name, check_workers
 from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult, take_part
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.startup import start
-from hvd_slowmo.core.whole import Whole, gather_whole
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
@@ -30,7 +30,6 @@ from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.checks import refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
-from hvd_slowmo_torch.interop.weights import array_of
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
 from hvd_slowmo_torch.step_hooks import hooked_at_need
@@ -192,6 +191,7 @@ class SlowMo(Outermost, Optimizer):
                 or the ranks have not made the same number of steps; nothing is written then.
             horovod.common.exceptions.HorovodInternalError, torch.distributed.DistNetworkError: another worker is gone;
                 end this one.
+            SystemExit: after a signal; see `on_preemption`.
         """
         worker = self.worker
         if initializes_state():
@@ -205,7 +205,10 @@ class SlowMo(Outermost, Optimizer):
                     "one backward of every step outside of no_sync()."
                 )
             worker.hooks.average()  # they come from elsewhere, or from no_sync() alone
-        return worker.step(lambda: self._inner_step(closure))
+        preemption.tell(worker.roll)
+        result = worker.step(lambda: self._inner_step(closure))
+        preemption.save_and_end(worker.roll, self.steps, self.save)
+        return result
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         if "found_inf" not in self.__dict__:  # hasattr would go through __getattr__ in every step
@@ -275,6 +278,9 @@ class SlowMo(Outermost, Optimizer):
             presence.joining = presence.leaving = False
             worker.prepare()
         presence.left = tuple(rank for rank, gone in zip(worker.comm.ranks, left, strict=True) if gone)
+        if not presence.left:
+            worker.roll.joined(self.steps)
+            preemption.save_and_end(worker.roll, self.steps, self.save)
         return JoinResult(self.steps - before, presence.left)
 
     def restart(self) -> None:
@@ -423,11 +429,7 @@ class SlowMo(Outermost, Optimizer):
             ValueError: on every rank, if one can't save or the ranks are not at the same step; a checkpoint that was
                 there before is whole then.
         """
-        worker = self.worker
-        worker.presence.refuse_if_left()
-        with torch.no_grad():
-            whole = gather_whole(worker.assembly.runtime, array_of)
-        checkpoint.save(lambda: self._worker_state(parameter_map, whole), worker.comm, path)
+        checkpoint.save(self.worker.state_maker(parameter_map), self.worker.comm, path)
 
     def load(self, path: checkpoint.AnyPath, *, parameter_map: ParameterMap | None = None) -> None:
         """Continue from a checkpoint of `save`, of either framework: the model's values too. A collective.
@@ -446,16 +448,9 @@ class SlowMo(Outermost, Optimizer):
                     "this worker's messages are on their way, and those of Keras workers are not yet. In a job of both "
                     "frameworks over OSGP or with a delay, call join() on every worker before load()."
                 )
-            return self._worker_state(parameter_map)
+            return worker.state(parameter_map)
 
         checkpoint.load(make, worker.comm, path)
-
-    def _worker_state(self, parameter_map: ParameterMap | None, whole: Whole | None = None) -> TorchWorkerState:
-        worker = self.worker
-        worker.refuse_elsewhere("save() or load()")
-        names = parameter_map or worker.settings.parameter_map
-        progress, settle = worker.progress, worker.settle
-        return TorchWorkerState(worker.model, worker.inner, worker.assembly, progress, names, settle, whole)
 
 
 def _returned(result: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:

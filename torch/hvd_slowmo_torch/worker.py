@@ -30,13 +30,17 @@ from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.progress import Observed, Progress, Scalar
+from hvd_slowmo.core.roll_call import RollCall
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.schedule import StepPlan
 from hvd_slowmo.core.slices import OwnSlices
+from hvd_slowmo.core.whole import Whole, gather_whole
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.codec import TorchCodec
 from hvd_slowmo_torch.gradient_hooks import GradientHooks
+from hvd_slowmo_torch.interop.weights import array_of
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.ops import TorchOps
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
@@ -344,6 +348,29 @@ class TorchWorker:
         """Raise RuntimeError within averaged_parameters()."""
         if self.averaging:
             raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
+
+    @property
+    def roll(self) -> RollCall:
+        """What the exchanges tell about all workers."""
+        return self.assembly.runtime.roll
+
+    def state_maker(self, parameter_map: ParameterMap | None = None) -> Callable[[], TorchWorkerState]:
+        """Return a function that returns this worker's state for a save. A collective."""
+        self.presence.refuse_if_left()
+        with torch.no_grad():
+            whole = gather_whole(self.assembly.runtime, array_of)
+        return lambda: self.state(parameter_map, whole)
+
+    def state(self, parameter_map: ParameterMap | None, whole: Whole | None = None) -> TorchWorkerState:
+        """Return this worker's state for checkpoints.
+
+        Args:
+            parameter_map: None for the optimizer's own.
+            whole: vectors that are kept in slices, for a save.
+        """
+        self.refuse_elsewhere("save() or load()")
+        names = parameter_map or self.settings.parameter_map
+        return TorchWorkerState(self.model, self.inner, self.assembly, self.progress, names, self.settle, whole)
 
     @property
     def bytes_sent(self) -> int:

@@ -88,3 +88,26 @@ def fitted(path: Path) -> list[bool]:
     again.optimizer.load(path / "0", again)
     again.fit(x, y, epochs=3, initial_epoch=1, callbacks=[SlowMoCallback()], **options)
     return [np.array_equal(a.numpy(), b.numpy()) for a, b in zip(first.weights, again.weights, strict=True)]
+
+
+def periodic(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the results of a `fit` of uneven workers, and of one that ends after two epochs and is run once more."""
+    import keras
+
+    from hvd_slowmo.tf import Checkpoints, SlowMo, SlowMoCallback, SlowMoConfig
+    from support.jobs.keras_fit import data, hvd, network
+
+    x, y = data(5 + hvd.rank(), hvd.rank())
+
+    def fit(folder: Path, epochs: int) -> dict[str, Any]:
+        keras.utils.set_random_seed(hvd.rank())
+        model = network()
+        model.compile(SlowMo(keras.optimizers.Adam(0.01), SlowMoConfig(tau=4)), "mse")
+        callbacks = [SlowMoCallback(checkpoints=Checkpoints(folder, keep=1))]
+        model.fit(x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+        weights = [v.numpy() for v in model.weights]
+        return {"epochs": model.history.epoch, "steps": model.optimizer.steps, "weights": weights}
+
+    whole = fit(path / "whole", 4)
+    fit(path / "again", 2)
+    return whole, fit(path / "again", 4)
