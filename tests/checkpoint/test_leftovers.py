@@ -81,7 +81,7 @@ def refuse_to_save(optimizer):
     def refuse(*_):
         raise ValueError("it can't be saved")
 
-    optimizer._worker_state = refuse
+    optimizer.worker.state = refuse
 
 
 def test_clean_keeps_the_checkpoint_and_the_files_of_others(tmp_path, capsys):

@@ -276,9 +276,9 @@ def test_a_checkpoint_of_the_series_loads_as_any_other(tmp_path):
 
 def test_unfinished_files_of_a_killed_job_are_removed_at_the_next_start(tmp_path):
     run(tmp_path, 1, 4)
-    left = [".12.step-000000008.slowmo", "step-000000008.slowmo.rank0-0123456789abcdef", ".12.step-000000004.slowmo"]
-    for name in left:
-        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "step-000000008.slowmo.rank0-0123456789abcdef").write_bytes(b"half")
+    for name in (".step-000000008.slowmo.12.slowmo-tmp", ".step-000000004.slowmo.12.slowmo-tmp"):
+        (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     run(tmp_path, 1, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-000000004.slowmo"]
