@@ -205,3 +205,10 @@ def test_the_vectors_that_a_method_needs():
     assert SlowMoConfig.ar_sgd().vectors == ()
     assert SlowMoConfig.lookahead(4).vectors == ("anchor",)
     assert SlowMoConfig().vectors == ("anchor", "v")
+
+
+def test_workers_and_checkpoints_may_differ_in_where_the_outer_state_lies():
+    here, there = SlowMoConfig(slow_state="host"), SlowMoConfig()
+    assert here.facts() != there.facts()
+    assert here.common_facts() == there.common_facts()
+    assert SlowMoConfig(tau=3).common_facts() != there.common_facts()

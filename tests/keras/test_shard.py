@@ -73,3 +73,65 @@ def test_real_workers_compute_what_threads_do(keras_workers):
     expected = ThreadWorld(2).run(lambda comm: trained(settings, comm))
     for mine, other in zip(found, expected, strict=True):
         assert np.array_equal(mine["weight"], other["weight"])
+
+
+def states(settings, size):
+    """Return each rank's variables after a few steps."""
+
+    def work(comm):
+        weights, optimizer = build(comm, **settings)
+        for k in range(3):
+            step(weights, optimizer, comm.rank, k)
+        return [v.numpy() for v in (*weights, *optimizer.variables)]
+
+    return ThreadWorld(size).run(work)
+
+
+def starting(settings, ranks, given):
+    """Let these ranks begin with these states, and return every rank's error and whether its variables are as given."""
+
+    def work(comm):
+        weights, optimizer = build(comm, start=False, **settings)
+        optimizer.build(weights)
+        variables = [*weights, *optimizer.variables]
+        if comm.rank in ranks:
+            for v, value in zip(variables, given[comm.rank], strict=True):
+                v.assign(value)
+        before = [v.numpy() for v in variables]
+        with pytest.raises(ValueError, match="each rank has its own") as raised:
+            optimizer.broadcast(weights)
+        kept = all(np.array_equal(v.numpy(), value) for v, value in zip(variables, before, strict=True))
+        return str(raised.value), kept
+
+    return ThreadWorld(2).run(work)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 32, "shard": True}], ids=str)
+def test_another_ranks_slices_are_refused_before_anything_changes(settings):
+    saved = states(settings, 2)
+    for text, kept in starting(settings, (0, 1), [saved[0], saved[0]]):
+        assert "the state on rank 1 is that of rank 0, and with few bits or shard=True each rank has its own" in text
+        assert kept
+    for text, kept in starting(settings, (0,), saved):
+        assert "rank 0 alone has loaded a state" in text
+        assert kept
+
+
+def test_a_state_that_was_loaded_is_not_saved_before_the_start(tmp_path):
+    """The workers' slices can't be gathered yet: zeros would stand in their place."""
+    settings = {"bits": 32, "shard": True}
+    path = tmp_path / "x.slowmo"
+
+    def work(comm):
+        weights, optimizer = build(comm, **settings)
+        for k in range(3):
+            step(weights, optimizer, comm.rank, k)
+        optimizer.save(path, weights)
+        again, other = build(comm, start=False, **settings)
+        other.build(again)
+        other.load(path, again)
+        with pytest.raises(ValueError, match="have not been brought to one start"):
+            other.save(tmp_path / "y.slowmo", again)
+
+    ThreadWorld(2).run(work)
+    assert not (tmp_path / "y.slowmo").exists()

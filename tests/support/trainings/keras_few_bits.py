@@ -14,7 +14,7 @@ from support.trainings.keras import GraphComm, horovod_rank
 SHAPE = (50, 70)
 
 
-def build(comm: Any, lr: float = 0.125, **settings: Any) -> tuple[list[keras.Variable], SlowMo]:
+def build(comm: Any, lr: float = 0.125, start: bool = True, **settings: Any) -> tuple[list[keras.Variable], SlowMo]:
     rng = np.random.default_rng(0)
     weights = [
         keras.Variable(rng.normal(size=SHAPE), dtype="float32", name="weight"),
@@ -23,7 +23,8 @@ def build(comm: Any, lr: float = 0.125, **settings: Any) -> tuple[list[keras.Var
     config = SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
     where = {} if comm is None else {"comm": GraphComm(comm)}
     optimizer = SlowMo(keras.optimizers.SGD(lr), config, **where)
-    optimizer.broadcast(weights)
+    if start:
+        optimizer.broadcast(weights)
     return weights, optimizer
 
 
