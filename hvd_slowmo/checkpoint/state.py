@@ -308,7 +308,7 @@ def _take_per_group(
         group = state.groups[spec.own]
         other, known = first.setdefault(group, (spec, number))
         value, expected = saved[..., number], saved[..., known]
-        if not np.array_equal(value, expected):
+        if not np.array_equal(value, expected, equal_nan=True):
             a, b = expected.flat[np.argmax(value != expected)], value.flat[np.argmax(value != expected)]
             raise CheckpointError(
                 f"{other.name} and {spec.name} were in different parameter groups ({title} {a:g} and {b:g}),"

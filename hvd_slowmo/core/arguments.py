@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import OTHER_NAMES, SlowMoConfig, SlowMoSettings
 from hvd_slowmo.keywords import refuse_unknown
@@ -76,7 +77,7 @@ def check_name(name: object) -> None:
         TypeError, ValueError: it is no string, or has other characters.
     """
     if not isinstance(name, str):
-        raise TypeError(f"`name` must be a string. Received: {name!r}")
+        raise TypeError(f"`name` must be a string. Received: {spell_value(name)}")
     if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.-]*", name):
         raise ValueError(f"`name` may have letters, digits, '_', '.' and '-' only. Received: {name!r}")
 
@@ -108,8 +109,11 @@ def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
     """Refuse to measure what no worker has.
 
     Raises:
+        TypeError: `metrics` is no bool.
         ValueError: the outer state is divided among the workers.
     """
+    if not isinstance(metrics, bool):
+        raise TypeError(f"`metrics` must be True or False. Received: {spell_value(metrics)}")
     if metrics and config.shards:
         raise ValueError(
             "metrics=True measures the outer step of all parameters, and with shard=True no worker has it. Use "

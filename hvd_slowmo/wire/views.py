@@ -91,6 +91,8 @@ class View:
 
     def __post_init__(self) -> None:
         lists = [("own", self.own), ("shape", self.shape), ("axes", self.axes), ("wire", self.wire)]
+        if self.part is not None and not isinstance(self.part, tuple):
+            raise TypeError(f"`part` must be a tuple of axes or None. Received: {reprlib.repr(self.part)}")
         lists += [(f"part[{n}]", axis) for n, axis in enumerate(self.part or ())]
         for name, numbers in lists:
             if not isinstance(numbers, tuple) or not all(isinstance(n, int) and n >= 0 for n in numbers):

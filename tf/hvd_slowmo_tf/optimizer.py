@@ -236,9 +236,10 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         try:
             # Keras' safe mode, which is on by default, refuses code such as that of a Lambda.
             inner = keras.saving.deserialize_keras_object(saved.inner_optimizer, custom_objects=custom_objects)
+            check_inner(inner)
+            return SlowMo(inner, settings, name=saved.name, metrics=saved.metrics)
         except Exception as error:  # Keras lets through anything about a damaged config
-            raise CheckpointError(f"the inner optimizer can't be made from its config: {spell_error(error)}") from error
-        return SlowMo(inner, settings, name=saved.name, metrics=saved.metrics)
+            raise CheckpointError(f"SlowMo can't be made from its config: {spell_error(error)}") from error
 
     # SlowMo's additions
 

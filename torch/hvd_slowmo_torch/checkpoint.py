@@ -26,6 +26,7 @@ from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
+from hvd_slowmo_torch.saved_inner import check_saved
 from hvd_slowmo_torch.watch import WatchNotes
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class TorchWorkerState:
         states = self._states_of(buffers)
         if not self.optimizer.alike:
             self._check_own_state(buffers)
+        check_saved(inner, {**inner.state_dict(), "state": states})
 
         def commit() -> None:
             groups = inner.param_groups

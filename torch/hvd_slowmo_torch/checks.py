@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from hvd_slowmo.checked_numbers import real
+from hvd_slowmo.checked_numbers import real, spell_value
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
@@ -92,7 +92,8 @@ def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> Non
     )
     if not right:
         raise TypeError(
-            f'`statistics` must map patterns of names to bools, as {{"queue": False}}. Received: {statistics!r}'
+            '`statistics` must map patterns of names to bools, as {"queue": False}. Received: '
+            + spell_value(statistics)
         )
     if parameter_map is not None:
         raise ValueError("with a parameter_map the wire decides which tensors are averaged: give no `statistics`.")

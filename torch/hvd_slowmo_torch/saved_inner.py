@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from hvd_slowmo.errors import CheckpointError
+from hvd_slowmo_torch import inner_optimizer as inner_state
 
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """State of SGD, Adam and AdamW that has its parameter's shape."""
+
+_CHOSEN_BY_TORCH = ("foreach", "fused")
+"""Settings that PyTorch sets where they are None."""
 
 
 def check_saved(inner: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -50,18 +54,18 @@ def check_saved(inner: Optimizer, saved: Mapping[str, Any]) -> None:
     if len(set(numbers)) != len(numbers):
         raise _refusal("param_groups", "groups of different parameters", numbers)
     parameters = dict(zip(numbers, (p for group in present for p in group["params"]), strict=True))
-    group_of = {number: group for group in groups for number in group["params"]}
+    needed = _needed_state(inner, groups) if saved["state"] else {}
     for number, state in saved["state"].items():
         if isinstance(number, int):
             if number not in parameters:
                 raise _refusal("state", f"of the parameters {reprlib.repr(numbers)}", number)
-            _check_state(f"state[{number}]", inner, state, parameters[number], group_of[number])
+            _check_state(f"state[{number}]", inner, state, parameters[number], needed.get(number, ()))
 
 
 def check_value(name: str, value: Any, present: Any) -> None:
     """Refuse a value of another kind than the present one: a number, a text, a bool, or a sequence of these.
 
-    None, and objects of other types, may become anything.
+    A present None, and objects of other types, may become anything.
 
     Raises:
         CheckpointError: with `name` and what was found.
@@ -70,7 +74,7 @@ def check_value(name: str, value: Any, present: Any) -> None:
         >>> check_value("betas", (0.5, 0.5), (0.9, 0.999))
     """
     if isinstance(present, bool):
-        if not isinstance(value, (bool, type(None))):
+        if not isinstance(value, bool):
             raise _refusal(name, "True or False", value)
     elif isinstance(present, (int, float)) or (isinstance(present, torch.Tensor) and present.numel() == 1):
         if math.isnan(_number(name, value)):
@@ -95,7 +99,7 @@ def _check_group(name: str, group: Any, present: Mapping[str, Any]) -> None:
     if "lr" not in group:
         raise CheckpointError(f"the state's {name} has no 'lr'.")
     for key, value in group.items():
-        if key in present and key != "params":
+        if key in present and key != "params" and not (value is None and key in _CHOSEN_BY_TORCH):
             check_value(f"{name}[{key!r}]", value, present[key])
     if not 0 <= _number(f"{name}['lr']", group["lr"]) < math.inf:
         raise _refusal(f"{name}['lr']", "a finite number >= 0", group["lr"])
@@ -103,7 +107,7 @@ def _check_group(name: str, group: Any, present: Mapping[str, Any]) -> None:
 
 def _check_complete(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse groups without a setting that one of PyTorch's own optimizers needs."""
-    if not type(inner).__module__.startswith("torch.optim."):
+    if not _is_of_torch(inner):
         return
     probe: Any = object.__new__(type(inner))  # as for unpickling, which completes groups of older versions of PyTorch
     probe.__setstate__({"defaults": {}, "state": {}, "param_groups": [{**group, "params": []} for group in groups]})
@@ -113,29 +117,54 @@ def _check_complete(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> No
                 raise CheckpointError(f"the state's param_groups[{number}] has no {key!r}.")
 
 
-def _check_state(name: str, inner: Optimizer, state: Any, parameter: torch.Tensor, group: Mapping[str, Any]) -> None:
+def _check_state(name: str, inner: Optimizer, state: Any, parameter: torch.Tensor, needed: Collection[str]) -> None:
+    """Refuse a parameter's state that lacks what a step needs, or has it in another shape.
+
+    Args:
+        needed: keys that a step needs.
+    """
     if not isinstance(state, dict):
         raise _refusal(name, "a dict", state)
-    needed: tuple[str, ...] = ()
-    if type(inner) in (torch.optim.Adam, torch.optim.AdamW) and state:
-        needed = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group.get("amsgrad") else ()))
-    for key in needed:
+    for key in needed if state else ():
         if key not in state:
             raise CheckpointError(f"the state's {name} has no {key!r}.")
-    known = type(inner) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    own = _is_of_torch(inner) and type(inner).__name__ not in ("Adafactor", "LBFGS")  # these keep other shapes
     present = inner.state.get(parameter, {})
     for key, value in state.items():
         where, now = f"{name}[{key!r}]", present.get(key)
-        whole = isinstance(now, torch.Tensor) and now.shape == parameter.shape
-        if (known and key in _MOMENTS) or whole:
-            fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            if not fits and (value is not None or key in needed):
-                shape = tuple(parameter.shape)
-                raise _refusal(where, f"a tensor of shape {shape}", _spell(value))
-            if fits and parameter.is_floating_point() and not value.is_floating_point():
-                raise _refusal(where, "floating-point numbers", _spell(value))
-        elif known and key == "step" and not 0 <= _number(where, value) < math.inf:
-            raise _refusal(where, "a number >= 0", value)
+        whole = isinstance(now, torch.Tensor) and now.shape == parameter.shape and now.dim() > 0
+        if (own and key in _MOMENTS) or whole:
+            if value is not None or key in needed:
+                _check_whole(where, value, parameter)
+        elif own and key == "step":
+            if not 0 <= _number(where, value) < math.inf:
+                raise _refusal(where, "a number >= 0", value)
+        elif own and isinstance(value, torch.Tensor) and value.numel() != 1:
+            _check_whole(where, value, parameter)
+
+
+def _check_whole(name: str, value: Any, parameter: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        raise _refusal(name, f"a tensor of shape {tuple(parameter.shape)}", _spell(value))
+    if parameter.is_floating_point() and not value.is_floating_point():
+        raise _refusal(name, "floating-point numbers", _spell(value))
+
+
+def _needed_state(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> dict[int, Collection[str]]:
+    """Return the keys that a step of one of PyTorch's optimizers needs of a parameter's state, by its number."""
+    if type(inner) in (torch.optim.Adam, torch.optim.AdamW):
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        return {n: (*keys, "max_exp_avg_sq") if g.get("amsgrad") else keys for g in groups for n in g["params"]}
+    if type(inner) is torch.optim.SGD or not _is_of_torch(inner):
+        return {}
+    kept = inner_state.kept(inner) or {}
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    return {number: kept.get(id(p), ()) for number, p in zip(numbers, parameters, strict=True)}
+
+
+def _is_of_torch(inner: Optimizer) -> bool:
+    return type(inner).__module__.startswith("torch.optim.")
 
 
 def _number(name: str, value: Any) -> float:
