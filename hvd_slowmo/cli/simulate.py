@@ -59,7 +59,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     results = Results(arguments.out.with_name(arguments.out.name + ".csv"), arguments.task, task.steps)
     _train_all(task, runs, results)
     rows = [results.rows[run] for run in runs]
-    metric = getattr(task.metric, "__name__", "metric").strip("<>")
+    metric = getattr(task.metric, "__name__", "<lambda>").replace("<lambda>", "metric")
     figure = arguments.out.with_name(arguments.out.name + ".png")
     draw(rows, metric, figure)
     for workers in dict.fromkeys(run.workers for run in runs):
