@@ -44,7 +44,7 @@ def test_one_workers_wish_ends_all_behind_the_same_step(case, tmp_path):
     def work(comm):
         model, optimizer = build(problem, comm, comm.rank)
 
-        def train():
+        def epoch():
             for step in range(100 if expected > 20 else 20):
                 advance(problem, model, optimizer, comm.rank, range(step, step + 1))
                 if comm.rank == 1 and step + 1 == 5:
@@ -52,7 +52,7 @@ def test_one_workers_wish_ends_all_behind_the_same_step(case, tmp_path):
             optimizer.join()
 
         with pytest.raises(SystemExit) as ended:
-            train()
+            epoch()
         return ended.value.code, optimizer.steps, held(model, optimizer)
 
     first, second = ThreadWorld(2).run(work)
@@ -135,7 +135,7 @@ def test_earlier_handlers_are_called_once_and_restored(tmp_path):
 
 
 def test_what_can_not_save_is_refused():
-    with pytest.raises(TypeError, match=r"`save` must be a path or Checkpoints\. Received: int"):
+    with pytest.raises(TypeError, match=r"`save` must be a path or Checkpoints. Received: int"):
         on_preemption(save=3)
 
 

@@ -23,8 +23,8 @@ from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.torch import DPSGD, SGP, SlowMo, SlowMoConfig
 from hvd_slowmo.wire.parameter_map import Layer, Part
 from hvd_slowmo.wire.views import View
-from support.inner_optimizers import DAdapt
 from support.faulty_files import ODD, altered, deepened, forged, is_raised_by_us, odd
+from support.inner_optimizers import DAdapt
 
 SEED = 7
 

@@ -1,10 +1,12 @@
 """Checkpoints of the whole job in `fit`: the epoch, saves within and between epochs, several workers."""
 
+import signal
+
 import keras
 import numpy as np
 import pytest
 
-from hvd_slowmo.tf import Checkpoints, SlowMo, SlowMoCallback, SlowMoConfig
+from hvd_slowmo.tf import PREEMPTED, Checkpoints, SlowMo, SlowMoCallback, SlowMoConfig, on_preemption
 from support.models.keras import held, same
 
 X = np.random.default_rng(5).normal(size=(24, 4)).astype(np.float32)
@@ -53,6 +55,7 @@ def fit(folder, epochs=3, built=True, every=None, others=()):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("built", [True, False])
 def test_an_interrupted_fit_goes_on_with_its_epoch_bitwise(built, tmp_path):
     whole = fit(tmp_path / "whole", built=built, others=[Halve()])
@@ -64,6 +67,7 @@ def test_an_interrupted_fit_goes_on_with_its_epoch_bitwise(built, tmp_path):
     assert same(held(again), held(whole))
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_done_restores_its_model_and_trains_no_more(tmp_path):
     whole = fit(tmp_path)
     again = fit(tmp_path)
@@ -72,6 +76,7 @@ def test_a_fit_that_is_done_restores_its_model_and_trains_no_more(tmp_path):
     assert fit(tmp_path, epochs=4).history.epoch == [3]
 
 
+@pytest.mark.slow
 def test_a_save_within_an_epoch_resumes_at_the_begin_of_that_epoch(tmp_path):
     with pytest.raises(Interrupted):
         fit(tmp_path, every=4, others=[Interrupt(1, 5)])  # behind step 12
@@ -97,13 +102,64 @@ def test_several_optimizers_are_refused(tmp_path):
 
 
 def test_checkpoints_of_another_type_are_refused():
-    with pytest.raises(TypeError, match=r"`checkpoints` must be Checkpoints\. Received: str"):
+    with pytest.raises(TypeError, match=r"`checkpoints` must be Checkpoints. Received: str"):
         SlowMoCallback(checkpoints="runs/a")
 
 
 def test_keras_calls_nothing_behind_a_batch_where_nothing_is_saved(tmp_path):
     assert SlowMoCallback().on_train_batch_end._is_default
     assert not hasattr(SlowMoCallback(checkpoints=Checkpoints(tmp_path)).on_train_batch_end, "_is_default")
+
+
+class Signal(keras.callbacks.Callback):
+    """The scheduler announces the end, behind some batch of some epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == (1, 2):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def no_handler_left():
+    yield
+    on_preemption(save=None)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_ends_a_fit_which_resumes_in_that_epoch(tmp_path, no_handler_left):
+    checkpoints, model = Checkpoints(tmp_path), compiled()
+    on_preemption(save=checkpoints)
+    callbacks = [SlowMoCallback(checkpoints=checkpoints), Signal()]
+    with pytest.raises(SystemExit) as ended:
+        model.fit(X, Y, batch_size=4, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+    assert ended.value.code == PREEMPTED
+    assert model.optimizer.steps == 10  # the batch that follows the signal is finished
+    on_preemption(save=None)
+    again = fit(tmp_path)
+    assert again.history.epoch == [1, 2]
+    assert again.optimizer.steps == 10 + 12
+
+
+@pytest.mark.slow
+def test_a_signal_saves_a_fit_to_a_path(tmp_path, no_handler_left):
+    model = compiled()
+    on_preemption(save=tmp_path / "last.slowmo")
+    with pytest.raises(SystemExit):
+        model.fit(X, Y, batch_size=4, epochs=3, shuffle=False, verbose=0, callbacks=[SlowMoCallback(), Signal()])
+    other = compiled()
+    other.optimizer.load(tmp_path / "last.slowmo", other)
+    assert other.optimizer.steps == 10
+    assert same(held(other), held(model))
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_a_signal_to_one_worker_ends_the_fit_of_both_at_an_outer_step(keras_workers, tmp_path):
+    first, second = keras_workers(2).run("support.jobs.checkpoints:preempted", path=tmp_path)
+    assert first == second == (PREEMPTED, 8, [1, 2])
 
 
 @pytest.mark.slow

@@ -111,3 +111,35 @@ def periodic(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     whole = fit(path / "whole", 4)
     fit(path / "again", 2)
     return whole, fit(path / "again", 4)
+
+
+def preempted(path: Path) -> tuple[int, int, list[int]]:
+    """Rank 1 gets a signal behind step 6, where tau is 4; return status, steps, and the epochs of the next run."""
+    import signal
+
+    import keras
+
+    from hvd_slowmo.tf import Checkpoints, SlowMo, SlowMoCallback, SlowMoConfig, on_preemption
+    from support.jobs.keras_fit import data, hvd, network
+
+    class Signal(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if hvd.rank() == 1 and self.model.optimizer.steps == 6:
+                signal.raise_signal(signal.SIGTERM)
+
+    def fit(*others: Any) -> Any:
+        checkpoints = Checkpoints(path)
+        on_preemption(save=checkpoints)
+        keras.utils.set_random_seed(hvd.rank())
+        model = network()
+        model.compile(SlowMo(keras.optimizers.SGD(0.01), SlowMoConfig(tau=4)), "mse")
+        callbacks = [SlowMoCallback(checkpoints=checkpoints), *others]
+        try:
+            model.fit(*data(5), batch_size=4, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+        except SystemExit as ended:
+            return ended.code, model.optimizer.steps
+        finally:
+            on_preemption(save=None)
+        return model.history.epoch
+
+    return (*fit(Signal()), fit())
