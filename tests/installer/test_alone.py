@@ -16,8 +16,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.workers, pytest.mark.install]
 
 # The framework and the requirements of the examples.
 PACKAGES = {
-    "torch": ("torch", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
-    "tf": ("tensorflow-cpu", "keras", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
+    "torch": ("torch", "msgspec", "numpy", "safetensors", "setuptools", "scikit-learn", "matplotlib", "tqdm"),
+    "tf": (
+        "tensorflow-cpu",
+        "keras",
+        "msgspec",
+        "numpy",
+        "safetensors",
+        "setuptools",
+        "scikit-learn",
+        "matplotlib",
+        "tqdm",
+    ),
 }
 NAMES = {"torch": "PyTorch", "tf": "TensorFlow"}
 JOBS = {"torch": "digits_torch.py", "tf": "digits_keras.py"}
