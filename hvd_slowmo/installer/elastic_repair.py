@@ -21,8 +21,8 @@ ELASTIC_RECOVERY = Repair(
             path=_CONTEXT,
             before="  assert(global_context.IsEnabled());\n",
             after="  assert(global_context.IsEnabled());\n  enabled_ = true;\n",
-            reason="Finalize() closes the connections of enabled contexts only: those that were lost from sight kept a "
-            "survivor in its ring until a timeout of 30 s",
+            reason="Finalize() closes the connections of enabled contexts only; a survivor whose neighbors keep theirs "
+            "open waits in its collective until the timeout of 30 s",
         ),
         Patch(
             path=_OPERATIONS,
@@ -97,8 +97,7 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
                      const std::chrono::milliseconds& gloo_timeout) {
   const auto timeout = WaitLimit(gloo_timeout);
 """,
-            reason="the others waited 30 s for a new worker, less than it may take to start; the launcher's own limit "
-            "is HOROVOD_ELASTIC_TIMEOUT",
+            reason="a new worker may take longer than 30 s to start; the launcher waits HOROVOD_ELASTIC_TIMEOUT",
         ),
         Patch(
             path=_STORE,
