@@ -24,8 +24,8 @@ class Runtime:
         observe: measure at every outer step; see `Observed`.
         codec: of few bits.
         watches: some worker can tell values that come from outside; see `Condition`.
-        stacked: the tensors are those of all workers, on a last axis; `comm` takes the mean over it for a sum, and
-            counts as one worker, since all are at the same step.
+        stacked: each tensor has a second axis, of all workers, which are at the same step. `comm` is then that of one
+            worker, whose contribution to a sum is the mean over that axis.
     """
 
     config: SlowMoConfig
