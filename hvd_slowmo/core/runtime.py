@@ -36,9 +36,9 @@ class Runtime:
         observe: measure at every outer step; see `Observed`.
         codec: of messages in bytes: in few bits, and of slices.
         watches: some worker can tell values that come from outside; see `Condition`.
-        stacked: the tensors are those of all workers, on a last axis; `comm` takes the mean over it for a sum, and
-            counts as one worker, since all are at the same step.
         roll: what exchanges tell about all workers.
+        stacked: each tensor has a second axis, of all workers, which are at the same step. `comm` is then that of one
+            worker, whose contribution to a sum is the mean over that axis.
     """
 
     config: SlowMoConfig

@@ -31,7 +31,7 @@ from hvd_slowmo_torch.worker import Settings
 _NAME = "simulation"
 # Elements of a stack's tile: few enough for a core's cache, see benchmarks/simulation.py, and a row not too short.
 _CACHED = 2**17
-_SHORTEST = 256
+_SHORTEST = 128
 
 
 class DivergedError(ValueError):

@@ -36,13 +36,23 @@ class Columns:
         self._pieces = Pieces(layout)
         self._workers = workers
 
-    def gather(self, stretch: Stretch, value: Value) -> torch.Tensor:
-        """Return a new stack (n, m) with a value of each tensor under a stretch, zeros where it has none."""
-        segment = self._layout.layout.segments[stretch.segment]
-        stack = torch.empty(self._workers, stretch.size, dtype=getattr(torch, segment.dtype), device=segment.device)
+    def gather(self, stretch: Stretch, value: Value, flat: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a stack (n, m) with a value of each tensor under a stretch, zeros where it has none.
+
+        Args:
+            flat: memory for it, at least as long; None for new memory.
+        """
+        length = self._workers * stretch.size
+        flat = self.memory(stretch, length) if flat is None else flat
+        stack = flat[:length].view(self._workers, stretch.size)
         for tensor, target, part in self._parts(stretch, value):
             stack[:, part] = 0 if tensor is None else tensor[:, target]
         return stack.T
+
+    def memory(self, stretch: Stretch, length: int) -> torch.Tensor:
+        """Return new memory of a stretch's type on its device."""
+        segment = self._layout.layout.segments[stretch.segment]
+        return torch.empty(length, dtype=getattr(torch, segment.dtype), device=segment.device)
 
     def scatter(self, stretch: Stretch, stack: torch.Tensor, target_of: Value) -> None:
         """Copy a stack, (n, m) or (n, 1), into a target for each tensor under a stretch, where it has one."""
@@ -101,10 +111,13 @@ class StackStore:
             for name in names
         }
         self._in_flight: dict[int, torch.Tensor] = {}  # by chunk
+        self._workers = workers
+        self._turns = {chunk.index: turn for turn, chunk in enumerate(self._layout.in_turn)}
+        self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector == "model":
-            return self._columns.gather(stretch, torch.Tensor.detach)
+            return self._columns.gather(stretch, torch.Tensor.detach, self._staged(stretch))
         if vector == "in_flight":
             start = stretch.start - self._layout.chunks[stretch.index].start
             return self._in_flight[stretch.index][start : start + stretch.size]
@@ -126,7 +139,7 @@ class StackStore:
         self._slices[vector][chunk].copy_(value)
 
     def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
-        self._in_flight[chunk.index] = self.read("model", chunk)
+        self._in_flight[chunk.index] = self._columns.gather(chunk, torch.Tensor.detach)
 
     def drop(self, chunk: Chunk) -> None:
         del self._in_flight[chunk.index]
@@ -172,6 +185,14 @@ class StackStore:
 
     def reset_inner_state(self) -> None:
         inner_state.reset(self._inner)
+
+    def _staged(self, stretch: Stretch) -> torch.Tensor:
+        """Return memory for a stretch, used again by the second next read: new memory takes longer than the copy."""
+        segment, length = self._layout.segments[stretch.segment], self._workers * stretch.size
+        key = segment.dtype, segment.device, self._turns[stretch.index] % 2
+        if key not in self._staging or len(self._staging[key]) < length:
+            self._staging[key] = self._columns.memory(stretch, length)
+        return self._staging[key]
 
     def _segment_of(self, chunk: int) -> Segment:
         return self._layout.segments[self._layout.chunks[chunk].segment]
