@@ -225,7 +225,7 @@ def _alter_array(raw, rng):
         dtype = np.dtype(DTYPES[array[0]])
         if dtype.kind != "f":
             limits = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-            value = -1 if value != value else min(max(value, limits[0]), limits[1])
+            value = max(-1, limits[0]) if value != value else min(max(value, limits[0]), limits[1])
         with np.errstate(all="ignore"):
             filled = np.full(len(array[2]) // dtype.itemsize, int(value) if dtype.kind != "f" else value, dtype)
         array[2] = filled.tobytes()

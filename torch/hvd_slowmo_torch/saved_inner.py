@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo_torch import inner_optimizer as inner_state
+from hvd_slowmo_torch.saved_values import check_value, number_of, refusal, spell_saved
 
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """State of SGD, Adam and AdamW that has its parameter's shape."""
@@ -42,67 +43,40 @@ def check_saved(inner: Optimizer, saved: Mapping[str, Any]) -> None:
         return
     for key, kind in (("param_groups", list), ("state", dict)):
         if not isinstance(saved.get(key), kind):
-            raise _refusal(key, f"a {kind.__name__}", saved.get(key))
+            raise refusal(key, f"a {kind.__name__}", saved.get(key))
     groups, present = saved["param_groups"], inner.param_groups
     if len(groups) != len(present):
-        raise _refusal("param_groups", f"a list of {len(present)} groups", groups)
+        raise refusal("param_groups", f"a list of {len(present)} groups", groups)
     numbers: list[int] = []
     for number, (group, now) in enumerate(zip(groups, present, strict=True)):
         _check_group(f"param_groups[{number}]", group, now)
         numbers += group["params"]
     _check_complete(inner, groups)
     if len(set(numbers)) != len(numbers):
-        raise _refusal("param_groups", "groups of different parameters", numbers)
+        raise refusal("param_groups", "groups of different parameters", numbers)
     parameters = dict(zip(numbers, (p for group in present for p in group["params"]), strict=True))
     needed = _needed_state(inner, groups) if saved["state"] else {}
     for number, state in saved["state"].items():
         if isinstance(number, int):
             if number not in parameters:
-                raise _refusal("state", f"of the parameters {reprlib.repr(numbers)}", number)
+                raise refusal("state", f"of the parameters {reprlib.repr(numbers)}", number)
             _check_state(f"state[{number}]", inner, state, parameters[number], needed.get(number, ()))
-
-
-def check_value(name: str, value: Any, present: Any) -> None:
-    """Refuse a value of another kind than the present one: a number, a text, a bool, or a sequence of these.
-
-    A present None, and objects of other types, may become anything.
-
-    Raises:
-        CheckpointError: with `name` and what was found.
-
-    Example:
-        >>> check_value("betas", (0.5, 0.5), (0.9, 0.999))
-    """
-    if isinstance(present, bool):
-        if not isinstance(value, bool):
-            raise _refusal(name, "True or False", value)
-    elif isinstance(present, (int, float)) or (isinstance(present, torch.Tensor) and present.numel() == 1):
-        if math.isnan(_number(name, value)):
-            raise _refusal(name, "a number", value)
-    elif isinstance(present, str):
-        if not isinstance(value, str):
-            raise _refusal(name, "a text", value)
-    elif isinstance(present, (list, tuple)):
-        if not isinstance(value, (list, tuple)) or (isinstance(present, tuple) and len(value) != len(present)):
-            raise _refusal(name, f"{len(present)} values", value)
-        for number, (part, like) in enumerate(zip(value, present, strict=False)):
-            check_value(f"{name}[{number}]", part, like)
 
 
 def _check_group(name: str, group: Any, present: Mapping[str, Any]) -> None:
     if not isinstance(group, dict):
-        raise _refusal(name, "a dict", group)
+        raise refusal(name, "a dict", group)
     count, numbers = len(present["params"]), group.get("params")
     integers = isinstance(numbers, list) and all(type(n) is int for n in numbers)
     if not isinstance(numbers, list) or not integers or len(numbers) != count:
-        raise _refusal(f"{name}['params']", f"the numbers of {count} parameters", numbers)
+        raise refusal(f"{name}['params']", f"the numbers of {count} parameters", numbers)
     if "lr" not in group:
         raise CheckpointError(f"the state's {name} has no 'lr'.")
     for key, value in group.items():
         if key in present and key != "params" and not (value is None and key in _CHOSEN_BY_TORCH):
             check_value(f"{name}[{key!r}]", value, present[key])
-    if not 0 <= _number(f"{name}['lr']", group["lr"]) < math.inf:
-        raise _refusal(f"{name}['lr']", "a finite number >= 0", group["lr"])
+    if not 0 <= number_of(f"{name}['lr']", group["lr"]) < math.inf:
+        raise refusal(f"{name}['lr']", "a finite number >= 0", group["lr"])
 
 
 def _check_complete(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -124,7 +98,7 @@ def _check_state(name: str, inner: Optimizer, state: Any, parameter: torch.Tenso
         needed: keys that a step needs.
     """
     if not isinstance(state, dict):
-        raise _refusal(name, "a dict", state)
+        raise refusal(name, "a dict", state)
     for key in needed if state else ():
         if key not in state:
             raise CheckpointError(f"the state's {name} has no {key!r}.")
@@ -137,17 +111,17 @@ def _check_state(name: str, inner: Optimizer, state: Any, parameter: torch.Tenso
             if value is not None or key in needed:
                 _check_whole(where, value, parameter)
         elif own and key == "step":
-            if not 0 <= _number(where, value) < math.inf:
-                raise _refusal(where, "a number >= 0", value)
+            if not 0 <= number_of(where, value) < math.inf:
+                raise refusal(where, "a number >= 0", value)
         elif own and isinstance(value, torch.Tensor) and value.numel() != 1:
             _check_whole(where, value, parameter)
 
 
 def _check_whole(name: str, value: Any, parameter: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        raise _refusal(name, f"a tensor of shape {tuple(parameter.shape)}", _spell(value))
+        raise refusal(name, f"a tensor of shape {tuple(parameter.shape)}", spell_saved(value))
     if parameter.is_floating_point() and not value.is_floating_point():
-        raise _refusal(name, "floating-point numbers", _spell(value))
+        raise refusal(name, "floating-point numbers", spell_saved(value))
 
 
 def _needed_state(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> dict[int, Collection[str]]:
@@ -165,21 +139,3 @@ def _needed_state(inner: Optimizer, groups: Sequence[Mapping[str, Any]]) -> dict
 
 def _is_of_torch(inner: Optimizer) -> bool:
     return type(inner).__module__.startswith("torch.optim.")
-
-
-def _number(name: str, value: Any) -> float:
-    tensor = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
-    if not tensor and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise _refusal(name, "a number", _spell(value))
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _spell(value: Any) -> Any:
-    return f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, torch.Tensor) else value
-
-
-def _refusal(name: str, allowed: str, found: Any) -> CheckpointError:
-    return CheckpointError(f"the state's {name} must be {allowed}. Received: {reprlib.repr(found)}")
