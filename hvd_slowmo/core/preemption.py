@@ -1,7 +1,7 @@
-"""Preemption: a signal to one worker ends all of them, at the same step and behind a save.
+"""Preemption: a signal to one worker ends all of them, after the same step and a save.
 
 The handler sets a flag and nothing else. The flag rides in the next exchange's table, so that every worker knows of it
-behind the same step; see `hvd_slowmo.core.roll_call`.
+after the same step; see `hvd_slowmo.core.roll_call`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def tell(roll: RollCall) -> None:
 
 
 def due(roll: RollCall, step: int) -> bool:
-    """Return whether all workers save and end behind this step: one has been asked to, and all are together.
+    """Return whether all workers save and end after this step: one has been asked to, and all are together.
 
     Raises:
         RuntimeError: this worker does not know how to.

@@ -1,4 +1,4 @@
-"""A signal to one worker: all of them save behind the same step, and end with one status."""
+"""A signal to one worker: all of them save after the same step, and end with one status."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from support.trainings.pytorch import advance, build, held, same
 
 RESET = {"tau": 4, "inner_state": "reset"}
 CASES = {
-    # settings, and the step behind which all end if one worker is asked to behind step 5
+    # settings, and the step after which all end if one worker is asked to after step 5
     "outer steps": (RESET, 8),
     "averaged gradients": ({"tau": None, "gradients": "all", "alpha": 1.0, "beta": 0.0}, 6),
     "both": ({"tau": 4, "gradients": "all"}, 6),
@@ -30,13 +30,13 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def signals():
-    """Leave no handler behind."""
+    """Leave no handler after."""
     yield
     on_preemption(save=None)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_workers_wish_ends_all_behind_the_same_step(case, tmp_path):
+def test_one_workers_wish_ends_all_after_the_same_step(case, tmp_path):
     settings, expected = CASES[case]
     problem = Problem(settings)
     on_preemption(save=tmp_path / "last")
@@ -86,7 +86,7 @@ def test_while_a_worker_is_in_its_join_all_wait_for_its_end(tmp_path):
     assert ThreadWorld(2).run(work) == [14, 14]
 
 
-def test_a_series_saves_behind_its_own_step_with_the_scripts_values(tmp_path):
+def test_a_series_saves_after_its_own_step_with_the_scripts_values(tmp_path):
     model, optimizer = one()
     checkpoints = Checkpoints(tmp_path, every=100)
     on_preemption(save=checkpoints)
@@ -103,7 +103,7 @@ def test_a_series_saves_behind_its_own_step_with_the_scripts_values(tmp_path):
     assert again.values == {"taken": 3}
 
 
-def test_a_signal_to_a_worker_alone_saves_behind_its_step(tmp_path):
+def test_a_signal_to_a_worker_alone_saves_after_its_step(tmp_path):
     model, optimizer = one()
     on_preemption(save=tmp_path / "last")
     train(model, optimizer, 1)
