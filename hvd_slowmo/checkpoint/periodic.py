@@ -19,7 +19,7 @@ from hvd_slowmo.core.handshake import agreed, logger
 from hvd_slowmo.core.roll_call import RollCall
 from hvd_slowmo.errors import CheckpointError
 
-_VALUES, _OBJECT = "values", "object/"
+_VALUE, _OBJECT = "value/", "object/"
 
 
 class Stateful(Protocol):
@@ -71,9 +71,9 @@ class Checkpoints:
 
     Args:
         folder: the directory, which all ranks see; it is made if it does not exist.
-        every: number of steps between two saves, >= 1. A save takes place at the first point behind where all workers
-            are together: an outer step, or any step that averages gradients over all workers. None: only where `save`
-            is called and, with `SlowMoCallback`, at the end of every epoch.
+        every: number of steps between two saves, >= 1. A save takes place at the first point from there on where all
+            workers are together: an outer step, or any step that averages all workers' gradients. None: only where
+            `save` is called and, with `SlowMoCallback`, at the end of every epoch.
         keep: number of checkpoints that are kept, >= 1.
 
     Attributes:
@@ -140,7 +140,9 @@ class Checkpoints:
         comm, settings = optimizer.worker.comm.scoped("checkpoints"), {"every": self.every, "keep": self.keep}
         self._found = self._series.find(comm, {**settings, "objects": sorted(objects)})
         extra = {} if self._found is None else self._found.extra
-        self.values = load(extra[_VALUES]) if _VALUES in extra else {}
+        self.values = {
+            name.removeprefix(_VALUE): load(value) for name, value in extra.items() if name.startswith(_VALUE)
+        }
 
     def restore(self) -> None:
         """Take the second half of `resume`, once: load the checkpoint that was found. A collective."""
@@ -163,7 +165,7 @@ class Checkpoints:
     def step(self, **values: Any) -> None:
         """Save if a save is due, and see to the one that is under way. Call it after every step, on every rank.
 
-        Behind `optimizer.step()` and all that follows it (the scheduler's step), and behind `join()` too, where one is
+        After `optimizer.step()` and all that follows it (the scheduler's step), and after `join()` too, where one is
         called. Within a block it costs microseconds, and nothing is exchanged.
 
         Args:
@@ -221,7 +223,7 @@ class Checkpoints:
             self._saving = saving
 
     def _extra(self, values: Mapping[str, Any]) -> Arrays:
-        arrays: Arrays = {EXTRA + _VALUES: dump(_VALUES, dict(values))}
+        arrays: Arrays = {f"{EXTRA}{_VALUE}{name}": dump(name, value) for name, value in values.items()}
         for name, each in self._objects.items():
             arrays[f"{EXTRA}{_OBJECT}{name}"] = dump(name, dict(each.state_dict()))
         return arrays

@@ -93,7 +93,7 @@ class Saving:
         assert own is None or isinstance(own, Exception), "nothing else ends a part"
         answers = self._comm.scoped("saving").gather("part", self._answer(own))
         errors = [(rank, a.error) for rank, a in zip(self._comm.ranks, answers, strict=True) if a.error is not None]
-        raise_together(self._comm.name, [(rank, SharedError(*e)) for rank, e in errors], self._comm.size, own)
+        raise_together(self._comm.name, errors, self._comm.size, own)
         if not all(answer.done for answer in answers):
             return False
         return self._next([answer.result for answer in answers])

@@ -54,12 +54,16 @@ class Series:
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def remove_older(self) -> None:
-        """Remove all but the newest checkpoints, and unfinished files of saves that were killed.
+        """Remove all but the newest checkpoints, and unfinished files. Only where no worker is writing a file."""
+        self._remove(self._keep)
 
-        Only where no worker is writing a file.
-        """
+    def remove_unfinished(self) -> None:
+        """Remove the files of saves that were killed. Only where no worker is writing a file."""
+        self._remove(None)
+
+    def _remove(self, keep: int | None) -> None:
         with suppress(OSError):  # a directory that can't be listed: it does no harm
-            kept = set(self.steps()[: self._keep])
+            kept = set(self.steps()[:keep])
             for path in {common_file(file) or file for file in self.folder.iterdir()}:
                 match = re.fullmatch(_NAME, path.name)
                 if match is None:
@@ -84,7 +88,7 @@ class Series:
         def listed() -> tuple[list[int], Mapping[str, object]]:
             if comm.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.remove_older()
+                self.remove_unfinished()  # an older checkpoint may still be needed, if the newest is damaged
             return self.steps() if comm.rank == 0 else [], {"folder": str(self.folder), **settings}
 
         # One worker's view decides: on a network file system another may not have the newest names yet.

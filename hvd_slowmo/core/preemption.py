@@ -1,7 +1,7 @@
-"""Preemption: a signal to one worker ends all of them, at the same step and behind a save.
+"""Preemption: a signal to one worker ends all of them, after the same step and a save.
 
-The handler sets a flag and nothing else. The flag rides in the next exchange's table, so that every worker knows of it
-behind the same step; see `hvd_slowmo.core.roll_call`.
+A handler sets a flag and nothing else. The flag rides in the next exchange's table, so that every worker knows of it
+after the same step; see `hvd_slowmo.core.roll_call`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,51 @@ class _Preemption:
         self.received = 0.0  # time of the first signal
         self.saved = False
         self._earlier: dict[int, Any] = {}
+        self._wakeup: int | None = None  # the end of a pipe into which the system writes each signal's number
 
     def install(self, signals: Sequence[int]) -> None:
         for number in signals:
             self._earlier[number] = signal.signal(number, self._handle)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if earlier != -1:  # an event loop's; the handlers alone must do then
+            signal.set_wakeup_fd(earlier)
+            os.close(writer)
+            os.close(reader)
+            return
+        self._wakeup = writer
+        threading.Thread(target=self._watch, args=(reader,), name="hvd_slowmo.preemption", daemon=True).start()
 
     def remove(self) -> None:
         for number, earlier in self._earlier.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup)  # which ends the thread
 
     def _handle(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.received and now - self.received > _ONE_SIGNAL_S:
-            if self.saved:  # on the way out
-                os._exit(PREEMPTED)
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        first, self.received = not self.received, self.received or now
+        first = not self.received
+        self.received = self._second(number, self.received)
         earlier = self._earlier[number]
         if first and callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, frame)
+
+    def _watch(self, reader: int) -> None:
+        """Look for a second signal in a thread: no handler runs while the main thread waits in a collective."""
+        received = 0.0
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number in self._earlier:
+                    received = self._second(number, received)
+        os.close(reader)
+
+    def _second(self, number: int, received: float) -> float:
+        """End the process if this is a second signal; return the time of the first one."""
+        now = time.monotonic()
+        if received and now - received > _ONE_SIGNAL_S:
+            os._exit(PREEMPTED if self.saved else 128 + number)
+        return received or now
 
 
 _current: _Preemption | None = None
@@ -77,6 +101,17 @@ def install(save: Any, signals: Sequence[int]) -> None:
         _current.install(signals)
 
 
+def _forget_in_child() -> None:
+    """Let signals to a forked process (a data loader's) end it, and not count as this one's."""
+    global _current
+    if _current is not None:
+        _current.remove()
+        _current = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 def tell(roll: RollCall) -> None:
     """Let the next exchange tell the others if this worker has received a signal."""
     if _current is not None and _current.received:
@@ -84,7 +119,7 @@ def tell(roll: RollCall) -> None:
 
 
 def due(roll: RollCall, step: int) -> bool:
-    """Return whether all workers save and end behind this step: one has been asked to, and all are together.
+    """Return whether all workers save and end after this step: one has been asked to, and all are together.
 
     Raises:
         RuntimeError: this worker does not know how to.

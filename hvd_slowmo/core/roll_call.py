@@ -70,7 +70,7 @@ class RollCall:
         self._met.set(step)
 
     def together(self, step: int) -> bool:
-        """Return whether every worker is known to be right behind this step, so that a collective may begin.
+        """Return whether every worker is known to have just completed this step, so that a collective may begin.
 
         The same on all workers; not in a trace.
         """
@@ -80,5 +80,5 @@ class RollCall:
 
     @property
     def asked(self) -> bool:
-        """True if some worker has been asked to end, the same on all workers behind an exchange; not in a trace."""
+        """True if some worker has been asked to end, the same on all workers after an exchange; not in a trace."""
         return bool(self._asked.get()) or (self._size == 1 and bool(self.wish.get()))

@@ -13,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOROVODRUN = Path(sys.executable).with_name("horovodrun")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ELASTIC = ["--nnodes", "1:2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1"]
 pytestmark = [pytest.mark.slow, pytest.mark.workers]
 
 SCRIPT = """
@@ -56,7 +58,8 @@ finally:
 
 def environment():
     path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # See docs/checkpoints.md: without the second one Gloo can't connect again after a restart.
+    return {**os.environ, "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def launched(folder, launcher, *arguments):
@@ -65,13 +68,9 @@ def launched(folder, launcher, *arguments):
     script.write_text(SCRIPT, encoding="utf-8")
     commands = {
         "horovodrun": [HOROVODRUN, "-np", "2", sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
-        "torchrun, again": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts=1"],
-        "torchrun, elastic": [
-            *[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts=1"],
-            *["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
-            *["--rdzv-conf", "last_call_timeout=1"],
-        ],
+        "torchrun": TORCHRUN,
+        "torchrun, again": [*TORCHRUN, "--standalone", "--max-restarts=1"],
+        "torchrun, elastic": [*TORCHRUN, "--max-restarts=1", *ELASTIC],
     }
     command = [str(part) for part in (*commands[launcher], script, folder, *arguments)]
     with (folder / "errors.txt").open("w") as sink:  # no pipe: workers that outlive a launcher would keep it open

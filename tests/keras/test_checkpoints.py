@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Ends the process, as far as a test can, behind some batch of some epoch."""
+    """Ends the process, as far as a test can, after some batch of some epoch."""
 
     def __init__(self, epoch, batch):
         super().__init__()
@@ -79,7 +79,7 @@ def test_a_fit_that_is_done_restores_its_model_and_trains_no_more(tmp_path):
 @pytest.mark.slow
 def test_a_save_within_an_epoch_resumes_at_the_begin_of_that_epoch(tmp_path):
     with pytest.raises(Interrupted):
-        fit(tmp_path, every=4, others=[Interrupt(1, 5)])  # behind step 12
+        fit(tmp_path, every=4, others=[Interrupt(1, 5)])  # after step 12
     steps = sorted(path.name for path in tmp_path.glob("*.slowmo"))
     # Step 8 is the second of epoch 1. Whether step 12's has become whole in time is up to the disk.
     assert steps[:2] == ["step-000000004.slowmo", "step-000000008.slowmo"]
@@ -106,13 +106,13 @@ def test_checkpoints_of_another_type_are_refused():
         SlowMoCallback(checkpoints="runs/a")
 
 
-def test_keras_calls_nothing_behind_a_batch_where_nothing_is_saved(tmp_path):
+def test_keras_calls_nothing_after_a_batch_where_nothing_is_saved(tmp_path):
     assert SlowMoCallback().on_train_batch_end._is_default
     assert not hasattr(SlowMoCallback(checkpoints=Checkpoints(tmp_path)).on_train_batch_end, "_is_default")
 
 
 class Signal(keras.callbacks.Callback):
-    """The scheduler announces the end, behind some batch of some epoch."""
+    """The scheduler announces the end, after some batch of some epoch."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch

@@ -43,7 +43,7 @@ class SlowMoCallback(keras.callbacks.Callback):
       epoch that they are in.
     - With `checkpoints`, the newest one is resumed before the first batch: model, optimizer and epoch. Saves
       follow between epochs, and with `Checkpoints(..., every=n)` within an epoch too, which a resume then begins again.
-    - After a signal (`on_preemption`) all workers save and end behind a batch.
+    - After a signal (`on_preemption`) all workers save and end after a batch.
     - XLA, which can't compile the exchange, is switched off for this model's training.
 
     It goes to the front of the list of callbacks by itself.
@@ -159,9 +159,10 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     @property
     def on_train_batch_end(self) -> Callable[..., None]:
-        """What Keras calls behind a batch. It calls it in another thread, and in no fixed order, where it is a default.
+        """Keras' hook after a batch.
 
-        A job that saves nothing keeps that default, and with it the speed of a `fit` that waits for no batch.
+        With a hook that is not the default in any callback, Keras waits for every batch; and in this thread, which
+        collectives need. A job that saves nothing keeps the default and its speed.
         """
         return self._after_batch if self._saves else super().on_train_batch_end
 

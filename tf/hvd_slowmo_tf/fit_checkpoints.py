@@ -37,7 +37,7 @@ class FitCheckpoints:
             self._checkpoints.restore()
 
     def restore(self) -> None:
-        """Restore what was found, if that has not been done. A collective, behind the workers' start."""
+        """Restore what was found, if that has not been done. A collective, after the workers' start."""
         self._checkpoints.restore()
 
     def after_batch(self, epoch: int) -> None:
