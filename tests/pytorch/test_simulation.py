@@ -263,8 +263,17 @@ def test_values_that_are_not_finite_name_their_workers(settings: dict[str, Any])
     y[2] = np.nan
     for _ in range(1 + settings.get("delay", 0)):
         simulation.step(x, y)
-    with pytest.raises(ValueError, match=r"not finite .* on 1 of 4 workers \(2\) in step [23]"):
+    with pytest.raises(ValueError, match=r"not finite .* on 1 of 4 workers \(2\) after step [23]"):
         simulation.step(*batches(1))
+
+
+def test_a_mean_of_values_that_are_not_finite_names_their_workers() -> None:
+    simulation = Simulation(network(), sgd, nn.functional.mse_loss, WORKERS, SlowMoConfig(tau=8))
+    x, y = batches(0)
+    y[1:3] = np.inf
+    simulation.step(x, y)
+    with pytest.raises(ValueError, match=r"on 2 of 4 workers \(1, 2\) after step 1\. A lower learning rate"):
+        simulation.mean_model()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -155,17 +156,8 @@ class Simulation:
                 average.finish(self._gradients)
             with inner_settings.watched(inner, resets=self.config.inner_state == "reset"):
                 inner.step()
-            try:
+            with self._naming_workers(self.steps + 1):
                 self._progress = machine.after_inner_step(self._progress, rates)
-            except ValueError as error:
-                broken = self._store.broken()
-                if not broken:
-                    raise
-                raise DivergedError(
-                    f"parameters or BatchNorm statistics are not finite (NaN or infinity) on {len(broken)} of "
-                    f"{self.workers} workers ({', '.join(map(str, broken[:8]))}{', ..' if broken[8:] else ''}) in step "
-                    f"{self.steps + 1}. A lower learning rate may help."
-                ) from error
         return losses.detach()
 
     def model(self, worker: int) -> nn.Module:
@@ -177,9 +169,12 @@ class Simulation:
 
         As `SlowMo.averaged_parameters()`, which counts messages of gossip that are under way, and applies late
         exchanges before their time.
+
+        Raises:
+            DivergedError: a ValueError: parameters are not finite on some workers.
         """
         machine, stacked = self._assembly.machine, self._replicas.stacked
-        with torch.no_grad():
+        with torch.no_grad(), self._naming_workers(self.steps):
             self._progress = machine.complete(self._progress)
             before = {name: stack.clone() for name, stack in stacked.items()}
             try:
@@ -206,6 +201,21 @@ class Simulation:
             size += float(mean.square().sum(dtype=torch.float64))
             away += float((stack - mean).square().sum(dtype=torch.float64)) / self.workers
         return math.sqrt(away / size) if size else 0.0
+
+    @contextmanager
+    def _naming_workers(self, step: int) -> Iterator[None]:
+        """Name the workers that are not finite in an error of the core, which takes a stack for one worker."""
+        try:
+            yield
+        except ValueError as error:
+            broken = self._store.broken()
+            if not broken:
+                raise
+            raise DivergedError(
+                f"parameters or BatchNorm statistics are not finite (NaN or infinity) on {len(broken)} of "
+                f"{self.workers} workers ({', '.join(map(str, broken[:8]))}{', ..' if broken[8:] else ''}) after "
+                f"step {step}. A lower learning rate may help."
+            ) from error
 
     def _rates(self) -> NDArray[np.float64]:
         groups = self.inner_optimizer.param_groups

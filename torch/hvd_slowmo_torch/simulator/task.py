@@ -110,8 +110,8 @@ def train(
                 if step > task.steps - last_block:
                     drifts.append(simulation.drift() ** 2)
                 after_step(step)
+            metric = simulation.evaluate(*task.test, task.metric)
         except DivergedError:
             return Outcome(math.nan, math.nan, math.nan, time.perf_counter() - started)
-        metric = simulation.evaluate(*task.test, task.metric)
     loss, drift = float(torch.stack(list(losses)).mean()), math.sqrt(sum(drifts) / len(drifts))
     return Outcome(metric, loss, drift, time.perf_counter() - started)
