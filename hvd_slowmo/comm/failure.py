@@ -22,7 +22,7 @@ class FailureLatch:
         rank 0: a collective failed, most likely because another worker ended ... Horovod says: connection reset
         >>> latch.refuse_after_failure()
         Traceback (most recent call last):
-        RuntimeError: rank 0: nothing more can be exchanged after Horovod's error (another worker ended or was killed; ...
+        RuntimeError: rank 0: nothing more can be exchanged after Horovod's error (another worker ...
     """
 
     def __init__(self, library: str, rank: int, error: Callable[[str], Exception]) -> None:

@@ -96,6 +96,7 @@ def test_the_others_wait_for_a_newcomer_that_starts_slowly(tmp_path):
     assert "terminate called" not in errors
 
 
+@pytest.mark.thorough
 def test_the_others_go_on_without_a_newcomer_that_fails_at_its_start(tmp_path):
     # The job ends some time after the newcomer's failure.
     before = 'open("failed", "w").close(); sys.exit(1)'
@@ -107,6 +108,7 @@ def test_the_others_go_on_without_a_newcomer_that_fails_at_its_start(tmp_path):
     assert time.monotonic() - started < 90
 
 
+@pytest.mark.thorough
 def test_a_host_that_is_taken_away_can_come_back(tmp_path):
     end = 'hvd.size() == 3 and os.path.exists("back")'
     job = hvd_slowmo_run(tmp_path, TRAIN.format(before="", action="time.sleep(0.01)", end=end), 3, HOSTS)
@@ -139,6 +141,7 @@ def workers(tmp_path, code, size, count, **variables):
     return [process.returncode for process in processes], outputs
 
 
+@pytest.mark.thorough
 def test_a_worker_that_never_comes_is_an_error_of_init(tmp_path):
     code = """
 import horovod.torch as hvd
