@@ -155,3 +155,65 @@ def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
         assert count == 2 * TAU
         assert reformed.newcomers == (2,)
         assert reformed.leader == 0
+
+
+class Noting:
+    """A Comm that notes the names of the collectives."""
+
+    def __init__(self, comm, names):
+        self._comm, self._names = comm, names
+        self.rank, self.size, self.ranks, self.node = comm.rank, comm.size, comm.ranks, comm.node
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def start_sum(self, name, x):
+        self._names.append(name)
+        return self._comm.start_sum(name, x)
+
+    def gather(self, name, item):
+        self._names.append(name)
+        return self._comm.gather(name, item)
+
+
+def test_the_order_of_collectives_is_the_same_on_survivors_and_newcomers():
+    """The golden sequence: one survivor, whose outer step was broken off behind its first chunk, and one newcomer."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank == 0 else Killed)
+        model, optimizer = worker_of(broken, config)
+        train(model, optimizer, comm.rank, TAU - 1)
+        broken.left = 2
+        with pytest.raises((WorldError, Killed)):
+            train(model, optimizer, comm.rank, 1)
+        return model, optimizer
+
+    survivor = ThreadWorld(2).run(before)[0]
+
+    def after(comm):
+        names = []
+        if comm.rank == 0:
+            model, optimizer = survivor
+        else:
+            model, optimizer = worker_of(ThreadWorld(1).member(0), config)
+            optimizer.worker.started = False
+        reform(optimizer.worker, Noting(comm, names))
+        return names, values(model), optimizer.steps
+
+    (names, first, steps), (others, second, other_steps) = ThreadWorld(2).run(after)
+    assert names == others
+    values_of = [f"slowmo.values.{chunk}" for chunk in range(CHUNKS)]
+    assert names == [
+        "slowmo.members",
+        "slowmo.digest",
+        "slowmo.progress",
+        "slowmo.start",
+        *values_of,  # the anchor
+        *values_of,  # v
+        "slowmo.ledger",  # the outer step goes on
+        "slowmo.model.1",
+        "slowmo.model.2",
+    ]
+    assert np.array_equal(first, second)
+    assert steps == other_steps == TAU
