@@ -63,8 +63,8 @@ class Member(StartingWorker[R], Protocol):
     def read_progress(self) -> Progress:
         """Return the scalar state."""
 
-    def write_progress(self, progress: Progress) -> None:
-        """Replace the scalar state."""
+    def write_progress(self, progress: Progress, interrupted: bool = False) -> None:
+        """Replace the scalar state, and whether an inner step beyond it has been made."""
 
     def finish_step(self) -> None:
         """Take what follows an inner step that was counted by nobody yet, and whose exchange was broken off."""
@@ -116,7 +116,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     if not all(stays):
         _start_at(member, leader, Progress.from_flat(everyone[leader]), lead, not stays[comm.rank])
     if stays[comm.rank]:
-        member.write_progress(member.read_progress()._replace(step=lead.step))
+        member.write_progress(member.read_progress()._replace(step=lead.step), own.interrupted)
     machine.written = set(lead.written) if lead.interrupted else set()
     if lead.interrupted and (own.interrupted or copies):
         member.finish_step()
@@ -197,7 +197,7 @@ def _start_at(member: Member[R], leader: int, progress: Progress, lead: Place, t
             store.write("model", chunk, store.read("anchor", chunk))
     store.settle()
     if copies:
-        member.write_progress(progress)
+        member.write_progress(progress, lead.interrupted)
         return
     flight = progress.flight
     for fragment, launched in enumerate(flight.launched):

@@ -98,7 +98,8 @@ class _Elastic:
             self._worker.assembly.runtime.regrouping.heard.set(1)
 
     def agreed(self) -> bool:
-        return bool(self._worker.assembly.runtime.regrouping.agreed.get())
+        heard, agreed = self._worker.assembly.runtime.regrouping
+        return bool(agreed.get() or (self._worker.comm.size == 1 and heard.get()))  # alone it may never meet anybody
 
 
 def _refuse_settings(optimizer: SlowMo) -> None:

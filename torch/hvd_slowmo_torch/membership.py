@@ -37,8 +37,8 @@ class TorchMember(StartingTorchWorker):
     def read_progress(self) -> Progress:
         return self._worker.progress
 
-    def write_progress(self, progress: Progress) -> None:
-        self._worker.progress = progress
+    def write_progress(self, progress: Progress, interrupted: bool = False) -> None:
+        self._worker.progress, self._worker.interrupted = progress, interrupted
 
     def finish_step(self) -> None:
         self._worker.finish_step()
@@ -55,6 +55,5 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     with torch.no_grad():
         reformed = come_together(member, worker.comm)
     worker.started = True
-    worker.interrupted = False
     worker.prepare()
     return reformed
