@@ -96,7 +96,7 @@ class ElasticState:
             raise HostsUpdatedInterrupt(False)
 
     def register_reset_callbacks(self, callbacks: Sequence[Callable[[], None]]) -> None:
-        """Call these whenever the number of workers has changed, before the function is called again."""
+        """Call these whenever workers have come or gone, before all come together and the function is called again."""
         self._callbacks += callbacks
 
     def sync(self) -> None:
@@ -106,9 +106,8 @@ class ElasticState:
         comm, leader, newcomers, behind = together[0]
         own = {name: self._value(name) for name in self._names} if comm.rank == leader else None
         received = comm.scoped("state").gather("values", own)[leader]
-        if comm.rank != leader:
-            for name, value in received.items():
-                self._set(name, value)
+        for name, value in received.items():
+            self._set(name, value)  # on the leader too: a sampler deals anew when it loads
         change = Change(self._optimizers[0].steps, comm.size, newcomers, behind, time.monotonic() - started)
         self.changes.append(change)
         self._noticed = None
@@ -196,19 +195,9 @@ def _run(hvd: Any, state: ElasticState, function: Callable[[], T]) -> T:
             except HostsUpdatedInterrupt:
                 logger.info("workers were added or are about to go: all come together again.")
             state.notice()
-            _restart(hvd, state, HorovodInternalError)
+            hvd.shutdown()
+            state.forget_news()
+            hvd.init()
             state.on_reset()
     finally:
         notification_manager.remove_listener(state)
-
-
-def _restart(hvd: Any, state: ElasticState, failure: type[Exception]) -> None:
-    """Start Horovod among the present workers; again where one of them is lost meanwhile."""
-    while True:
-        hvd.shutdown()
-        state.forget_news()
-        try:
-            hvd.init()
-            return
-        except failure as error:
-            logger.warning("the workers could not come together (%s); once more.", error)

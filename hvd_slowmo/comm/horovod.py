@@ -10,6 +10,7 @@ from typing import Any
 
 from hvd_slowmo.comm.failure import FailureLatch
 from hvd_slowmo.comm.launcher import alone_text, elastic, launched
+from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
 
@@ -113,6 +114,8 @@ class Workers:
     def _alone(self, node: bool) -> Comm:
         comm = SoloComm()
         comm.node = SoloComm() if node else None
+        if elastic():  # others may come, among whom optimizers have the names that they would have had
+            comm.family = family("horovod", (0,))
         return comm
 
     def _connect_node(self) -> Comm:

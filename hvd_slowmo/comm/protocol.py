@@ -92,6 +92,10 @@ class SoloComm:
     size = 1
     ranks = (0,)
     node: Comm | None = None
+    family: object
+
+    def __init__(self) -> None:
+        self.family = self  # see `hvd_slowmo.comm.naming`
 
     def start_sum(self, name: str, x: Any) -> Any:
         return x

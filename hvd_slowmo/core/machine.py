@@ -47,17 +47,27 @@ class Machine:
         self._fragments = range(runtime.layout.fragments)
 
     @property
-    def written(self) -> set[int]:
-        """Numbers of the chunks that have been written of an outer step that was broken off."""
+    def written(self) -> set[int] | None:
+        """Numbers of the chunks that have been written of an outer step that was broken off; None if none was."""
         return self._meetings.written
 
     @written.setter
-    def written(self, chunks: set[int]) -> None:
+    def written(self, chunks: set[int] | None) -> None:
         self._meetings.written = chunks
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it notes what it has written, so that an outer step that is broken off can be completed."""
+        return self._meetings.tracks
+
+    @tracks.setter
+    def tracks(self, value: bool) -> None:
+        self._meetings.tracks = value
 
     def abandon(self) -> None:
         """Wait for what is in flight, whatever becomes of it: other workers take the place of these."""
-        self.discard_in_flight()
+        self.mixing.discard_in_flight()
+        self.flights.discard()
         self._meetings.abandon()
 
     # Start
@@ -80,6 +90,7 @@ class Machine:
 
     def restart(self, progress: Progress) -> Progress:
         """Give everybody rank 0's parameters and statistics, and begin a block there without momentum. A collective."""
+        self.written = None
         self._meetings.drop_discarded()
         progress = self._each_in_flight(progress, self.flights.dropped)
         take_from(self.runtime, 0, ("parameter", "statistic"))
@@ -99,6 +110,7 @@ class Machine:
         """Never use what is in flight: another state takes the place of this one. Waits for nothing."""
         self.mixing.discard_in_flight()
         self.flights.discard()
+        self.written = None
 
     # A step
 

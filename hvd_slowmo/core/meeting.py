@@ -60,8 +60,9 @@ class Meetings:
         mixing: of this worker.
 
     Attributes:
-        written: numbers of the chunks that have been written of a meeting that is not over. Where it is broken off, by
-            a worker that is lost, the survivors take the others again.
+        tracks: note what has been written, so that a mean that is broken off can be completed.
+        written: numbers of the chunks that have been written of a mean that is under way; None where none is. Where it
+            is broken off, by a worker that is lost, the survivors take the other chunks again.
     """
 
     def __init__(self, runtime: Runtime, mixing: Mixing) -> None:
@@ -69,7 +70,8 @@ class Meetings:
         self._ops, self._comm, self._store = runtime.ops, runtime.comm, runtime.store
         self._mixing = mixing
         self._discarded: list[Exchange] = []
-        self.written: set[int] = set()
+        self.tracks = False
+        self.written: set[int] | None = None
         self._means = ChunkMeans(runtime, mixing)
         layout = runtime.layout
         self._chunks = {None: layout.in_turn} | {f: tuple(layout.of_fragment(f)) for f in range(layout.fragments)}
@@ -83,7 +85,11 @@ class Meetings:
         Raises:
             ValueError: on every worker, where the verdict has failed; nothing is written and nothing is in flight.
         """
-        meeting = self.finish(self.begin(progress, step, purpose, self._store.condition(purpose.fragment)))
+        condition = self._store.condition(purpose.fragment)
+        if self.written is not None and purpose.fragment is not None and condition.misfit == 0:
+            # It is taken again, and the first attempt has begun the next block's notes.
+            condition = self._store.sent_condition(purpose.fragment)
+        meeting = self.finish(self.begin(progress, step, purpose, condition))
         self._store.hold(meeting.moved)
         return meeting
 
@@ -232,6 +238,8 @@ class Meetings:
         Chunks that travel in slices come in parts; if the outer state is divided, with the new anchor for the sum.
         """
         chunks = [chunk for chunk in self._left(meeting.exchange.purpose.fragment) if chunk.role in roles]
+        if self.tracks and self.written is None:
+            self.written = set()
         arrived = list(meeting.first)[: len(chunks)]
         following = None if len(arrived) == len(chunks) or arrived else self._start_later(chunks[0], meeting)
         for number, chunk in enumerate(chunks):
@@ -243,8 +251,9 @@ class Meetings:
                 yield from ((part, mean, 1.0) for part, mean in parts)
             else:
                 yield chunk, total, self.divisor(chunk, meeting)
-            self.written.add(chunk.index)
-        self.written.clear()
+            if self.written is not None:
+                self.written.add(chunk.index)
+        self.written = None
 
     def _left(self, fragment: int | None) -> Sequence[Chunk]:
         """Return the chunks of a meeting that have not been written."""

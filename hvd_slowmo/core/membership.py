@@ -42,9 +42,9 @@ class Place(NamedTuple):
     written: tuple[int, ...] = ()  # numbers of the chunks that it has written of that exchange
 
     @property
-    def ahead(self) -> tuple[bool, int, bool, int]:
+    def ahead(self) -> tuple[bool, int, bool]:
         """Greater for a worker that is further."""
-        return self.started, self.step, self.interrupted, len(self.written)
+        return self.started, self.step, self.interrupted
 
 
 class Member(StartingWorker[R], Protocol):
@@ -90,7 +90,8 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     Raises:
         TypeError, ValueError: on every worker, if settings or models differ, or a setting can't be used here.
     """
-    places = [Place(*each) for each in comm.gather("members", tuple(member.place()))]
+    # Under the common prefix: names have not been compared yet.
+    places = [Place(*each) for each in comm.handshake.gather("members", tuple(member.place()))]
     if not any(place.started for place in places):
         start(member, comm)
         return Reformed(0, (), ())
@@ -98,33 +99,33 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     description = agree(member, comm)
     leader = max(range(comm.size), key=lambda rank: (*places[rank].ahead, -rank))
     lead = places[leader]
-    stays = [in_block_of(config, place, lead) for place in places]
+    copies = _equal(config, lead.step)
+    stays = [in_block_of(config, place, lead) and (rank == leader or not copies) for rank, place in enumerate(places)]
     member.reassemble(description, None)
     if config.delay:
         comm.open_beside()
     machine = member.machine
     everyone = comm.gather("progress", _plain(member.read_progress()) if comm.rank == leader else None)
     job = Job((member.framework,) * comm.size, (lead.step,) * comm.size, description.groups)
-    copies = _equal(config, lead.step)
     takes = [not place.started or (copies and rank != leader) for rank, place in enumerate(places)]
     if any(takes):
         mine = (lambda: member.own(job)) if takes[comm.rank] or comm.rank == leader else None
         (values,) = give(comm, "start", [Parcel(leader, mine)], member.carrier)
         if takes[comm.rank]:
             member.take(values)
-    _roll_forward(machine, leader, places, stays, comm.rank)
+    written = _roll_forward(machine, places, stays, comm.rank) if lead.interrupted else None
     if not all(stays):
         _start_at(member, leader, Progress.from_flat(everyone[leader]), lead, not stays[comm.rank])
     if stays[comm.rank]:
         member.write_progress(member.read_progress()._replace(step=lead.step), own.interrupted)
-    machine.written = set(lead.written) if lead.interrupted else set()
-    if lead.interrupted and (own.interrupted or copies):
+    machine.written = written
+    if lead.interrupted and (copies or (own.interrupted and stays[comm.rank])):
         member.finish_step()
     elif lead.interrupted:
         progress, _, _ = machine.follow(member.read_progress())
         member.write_progress(progress)
     newcomers = tuple(rank for rank, place in enumerate(places) if not place.started)
-    behind = tuple(rank for rank, stay in enumerate(stays) if not stay and places[rank].started)
+    behind = tuple(rank for rank, place in enumerate(places) if place.started and not in_block_of(config, place, lead))
     if comm.rank == leader:
         logger.info(
             "%s: %d workers go on at step %d; %d are new, %d had to skip a block",
@@ -162,20 +163,28 @@ def _plain(progress: Progress) -> dict[str, Any]:
     return {field: np.asarray(value) for field, value in progress.flat().items()}
 
 
-def _roll_forward(machine: Machine, leader: int, places: Sequence[Place], stays: Sequence[bool], rank: int) -> None:
-    """Give the chunks of an interrupted outer step that the leader has written to those that have not."""
-    lead = places[leader]
-    if not lead.interrupted:
-        return
-    vectors = ("model", *(name for name in ("anchor", "v") if name in machine.config.vectors))
+def _roll_forward(machine: Machine, places: Sequence[Place], stays: Sequence[bool], rank: int) -> set[int]:
+    """Give the chunks of a broken-off outer step that some worker has written to all in the block; return all of them.
+
+    Any of them serves: a chunk that two have written is bitwise the same.
+    """
+    config, store = machine.config, machine.runtime.store
+    vectors = ("model", *(name for name in ("anchor", "v") if name in config.vectors))
+    written = set()
     for chunk in machine.layout.chunks:
-        lacking = [chunk.index not in place.written for place, stay in zip(places, stays, strict=True) if stay]
-        if chunk.index in lead.written and any(lacking):
-            takes = stays[rank] and chunk.index not in places[rank].written
+        having = [n for n, place in enumerate(places) if stays[n] and chunk.index in place.written]
+        if not having:
+            continue
+        takes = stays[rank] and rank not in having
+        if len(having) < sum(stays):
             for vector in vectors if chunk.role == "parameter" else vectors[:1]:
-                take_chunks(machine.runtime, leader, [chunk], vector, takes)
-            if takes:
-                machine.written.add(chunk.index)
+                take_chunks(machine.runtime, having[0], [chunk], vector, takes)
+            if takes and chunk.role == "parameter" and "residual" in config.vectors:
+                store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
+        if takes and machine.written is not None:
+            machine.written.add(chunk.index)
+        written.add(chunk.index)
+    return written
 
 
 def _start_at(member: Member[R], leader: int, progress: Progress, lead: Place, takes: bool) -> None:

@@ -67,8 +67,9 @@ class OuterSteps:
             return self._take_alone(meeting, progress)
         ops, purpose, gamma = self._ops, meeting.exchange.purpose, meeting.verdict.gamma
         assert purpose.fragment is not None, "an outer step is about one fragment"
-        if not purpose.late:
+        if not purpose.late and self._meetings.written is None:  # else it is taken again
             self._store.cut(purpose.fragment)
+            self._meetings.written = set() if self._meetings.tracks else None
         coefficients = momentum(self._config, ops, gamma, progress.gamma[purpose.fragment])
         # What the ledger completes is known since this worker sent its row.
         observed = meeting.exchange.progress.observed

@@ -37,6 +37,7 @@ class Runtime:
         codec: of messages in bytes: in few bits, and of slices.
         watches: some worker can tell values that come from outside; see `Condition`.
         roll: what exchanges tell about all workers.
+        regrouping: the news of workers that come or go.
         stacked: each tensor has a second axis, of all workers, which are at the same step. `comm` is then that of one
             worker, whose contribution to a sum is the mean over that axis.
     """
@@ -52,14 +53,11 @@ class Runtime:
     codec: Codec = field(default_factory=NumpyCodec)
     stacked: bool = False
     roll: RollCall = field(init=False)
+    regrouping: Regrouping = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roll", RollCall(self.config, self.ops, self.comm.size))
-
-    @cached_property
-    def regrouping(self) -> Regrouping:
-        """The news of this worker."""
-        return Regrouping(self.ops.cell(0), self.ops.cell(False))
+        object.__setattr__(self, "regrouping", Regrouping(self.ops.cell(0), self.ops.cell(False)))
 
     @cached_property
     def slices(self) -> OwnSlices:

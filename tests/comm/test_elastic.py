@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import hvd_slowmo.torch as slowmo
+from hvd_slowmo.comm import naming
+from hvd_slowmo.comm.threads import ThreadWorld
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("localhost", "127.0.0.1", "127.1")  # of this machine, each a host to Horovod
@@ -45,7 +47,7 @@ def elastic(folder, names, steps, settings, victim="nobody", then=()):
     "settings",
     [
         {"tau": 12},
-        pytest.param({"tau": 12, "fragments": 12, "delay": 1, "bits": 8}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "fragments": 12, "bits": 8}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "gradients": "all"}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "warmup_steps": 40}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "beta": 0, "alpha": 1}, marks=pytest.mark.thorough),
@@ -126,17 +128,78 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
             call()
 
 
+@pytest.mark.filterwarnings("ignore:tau=None")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"gossip": slowmo.SGP()}, "gossip"),
+        ({"delay": 1}, "delay"),
         ({"shard": True}, "shard=True"),
         ({"gradients": "node"}, "gradients='node'"),
+        ({"tau": None}, "tau=None with local gradients"),
+        ({"parameter_map": slowmo.ParameterMap()}, "a parameter_map"),
+        ({"transport": "torch"}, "transport='torch'"),
     ],
 )
 def test_settings_that_can_not_be_elastic_yet_are_refused(monkeypatch, settings, words):
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
     model = torch.nn.Linear(2, 1)
-    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2, **settings)
     with pytest.raises(ValueError, match=f"an elastic job can't have {words} yet"):
+        slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, **{"tau": 2, **settings})
+
+
+def test_an_optimizer_over_other_workers_is_refused_by_the_state(monkeypatch):
+    model = torch.nn.Linear(2, 1)
+    comm = ThreadWorld(1).member(0)
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    with pytest.raises(ValueError, match="construct SlowMo without comm="):
         slowmo.elastic.State(model, optimizer)
+    with pytest.raises(ValueError, match="Received an empty sequence"):
+        slowmo.elastic.State(model, [])
+
+
+def test_optimizers_that_began_alone_have_the_names_that_newcomers_give_theirs(monkeypatch):
+    """Else the second one would wait for the first one of the newcomer."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    naming.forget()
+    model = torch.nn.Linear(2, 1)
+    made = [slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2) for _ in range(2)]
+    assert [each.worker.comm.name for each in made] == ["slowmo", "slowmo.1"]
+
+
+def test_a_scaler_begins_a_new_step_after_one_that_was_broken_off():
+    model = torch.nn.Linear(2, 1)
+    optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state = slowmo.elastic.State(model, optimizer, scaler=scaler)
+
+    def step():
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+
+    def broken(*_):
+        raise RuntimeError("lost")
+
+    step()
+    scaler.update()
+    monkey, optimizer.worker.step = optimizer.worker.step, broken
+    with pytest.raises(RuntimeError, match="lost"):
+        step()
+    optimizer.worker.step = monkey
+    state.notice()
+    before = model.weight.detach().clone()
+    step()
+    assert torch.allclose(before - model.weight, torch.full_like(before, 0.1), atol=1e-6)
+
+
+def test_keras_workers_are_refused_under_the_elastic_launcher(monkeypatch):
+    keras = pytest.importorskip("keras")
+    import hvd_slowmo.tf as slowmo_tf
+
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    optimizer = slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2)
+    with pytest.raises(ValueError, match="Keras workers can't come and go yet"):
+        optimizer.broadcast([keras.Variable([1.0])])

@@ -46,7 +46,9 @@ class Short(SlowMo):
 def worker_of(comm, config):
     torch.manual_seed(comm.rank)
     model = torch.nn.Linear(LENGTH, 1, bias=False, dtype=torch.float64)
-    return model, Short(torch.optim.SGD(model.parameters(), lr=LR), model, config, comm=comm)
+    optimizer = Short(torch.optim.SGD(model.parameters(), lr=LR), model, config, comm=comm)
+    optimizer.worker.elastic = optimizer.worker.assembly.machine.tracks = True
+    return model, optimizer
 
 
 def train(model, optimizer, number, steps):
@@ -115,6 +117,77 @@ def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(first, second):
         assert reformed.newcomers == ()
     for one, other in zip(found[0][:2], found[1][:2], strict=True):
         assert np.array_equal(one, other)
+
+
+def test_a_survivor_of_an_older_block_weighs_nothing_in_the_newer_one():
+    """One has missed the last chunk of an outer step; the other notices the loss only at its next outer step."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, TAU - 1)
+        broken.left = [CHUNKS + 1, CHUNKS, CHUNKS + 1][comm.rank]  # the ledger, and so many chunks less one
+        with pytest.raises((WorldError, Killed)):
+            train(model, optimizer, comm.rank, TAU + 1)
+        return model, optimizer, start
+
+    everyone = ThreadWorld(3).run(before)
+    start = everyone[0][2]
+
+    def after(comm):
+        model, optimizer = everyone[comm.rank][:2]
+        reformed = reform(optimizer.worker, comm)
+        return values(model), optimizer.steps, reformed
+
+    found = ThreadWorld(2).run(after)
+    anchor, v = outer(start, np.zeros(LENGTH), [start - LR * TAU * GRADIENTS[n] for n in range(3)], [1, 1, 1])
+    expected = outer(anchor, v, [anchor - LR * TAU * GRADIENTS[0]], [1])[0]
+    for last, steps, reformed in found:
+        np.testing.assert_allclose(last, expected, atol=1e-13)
+        assert steps == 2 * TAU
+        assert (reformed.leader, reformed.newcomers, reformed.behind) == (0, (), (1,))
+    assert np.array_equal(found[0][0], found[1][0])
+
+
+def test_a_worker_in_its_join_may_have_written_more_than_the_leader():
+    """All chunks that anybody in the block has written count, and none is stepped twice."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+    own_steps = (TAU, 2, TAU)
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, min(own_steps[comm.rank], TAU - 1))
+        broken.left = [2, 3, 3][comm.rank]  # the ledger, and one chunk, or two
+        with pytest.raises((WorldError, Killed)):
+            optimizer.join() if comm.rank == 1 else train(model, optimizer, comm.rank, 1)
+        return model, optimizer, start
+
+    everyone = ThreadWorld(3).run(before)
+    start = everyone[0][2]
+
+    def after(comm):
+        model, optimizer = everyone[comm.rank][:2]
+        reform(optimizer.worker, comm)
+        worker = optimizer.worker
+        return values(model), optimizer.steps, [worker.store.vectors[name][0].numpy() for name in ("anchor", "v")]
+
+    found = ThreadWorld(2).run(after)
+    weights = np.array(own_steps) / TAU
+    models = [start - LR * own_steps[n] * GRADIENTS[n] for n in range(3)]
+    of_three = outer(start, np.zeros(LENGTH), models, weights)
+    of_two = outer(start, np.zeros(LENGTH), models[:2], weights[:2])
+    done = 2 * LENGTH // CHUNKS
+    anchor, v = (np.concatenate([a[:done], b[done:]]) for a, b in zip(of_three, of_two, strict=True))
+    for last, steps, vectors in found:
+        np.testing.assert_allclose(last, anchor, atol=1e-13)
+        np.testing.assert_allclose(vectors[1], LR * v, atol=1e-13)  # kept in units of the parameters
+        assert np.array_equal(last, vectors[0])
+        assert steps == TAU
+    assert all(np.array_equal(a, b) for a, b in zip(found[0][2], found[1][2], strict=True))
 
 
 def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
@@ -410,6 +411,11 @@ class KerasWorker:
 
     def _connected(self) -> Comm:
         if self._comm is None:
+            if elastic():
+                raise ValueError(
+                    "Keras workers can't come and go yet: start the job without elastic, and resume it from "
+                    "SlowMoCallback(checkpoints=...)."
+                )
             self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
         return self._comm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hvd_slowmo.comm.elastic import Change, ElasticState, run_with
@@ -61,15 +62,25 @@ class State(ElasticState):
         self, model: nn.Module | Sequence[nn.Module], optimizer: SlowMo | Sequence[SlowMo], **values: Any
     ) -> None:
         optimizers = [optimizer] if isinstance(optimizer, SlowMo) else list(optimizer)
+        if not optimizers:
+            raise ValueError("`optimizer` must be a SlowMo or a sequence of them. Received an empty sequence.")
         for each in optimizers:
             if not isinstance(each, SlowMo):
                 raise TypeError(
                     f"`optimizer` must be a SlowMo or a sequence of them. Received: {type(each).__name__}. Other "
                     "optimizers' workers need hvd.elastic.TorchState."
                 )
-            _refuse_settings(each)
+            if elastic() and not each.worker.elastic:
+                raise ValueError("an elastic job trains over all of Horovod's ranks: construct SlowMo without comm=.")
         self.model, self.optimizer = model, optimizer
         super().__init__([_Elastic(each) for each in optimizers], values)
+
+    def notice(self) -> None:
+        super().notice()
+        for name in self._names:
+            value = getattr(self, name)
+            if isinstance(value, torch.amp.GradScaler):  # it waits for the end of a step that was broken off
+                value._per_optimizer_states.clear()
 
 
 class _Elastic:
@@ -100,16 +111,3 @@ class _Elastic:
     def agreed(self) -> bool:
         heard, agreed = self._worker.assembly.runtime.regrouping
         return bool(agreed.get() or (self._worker.comm.size == 1 and heard.get()))  # alone it may never meet anybody
-
-
-def _refuse_settings(optimizer: SlowMo) -> None:
-    config, given = optimizer.config, optimizer.worker.settings
-    reasons = {
-        "gossip": config.gossip is not None,
-        "shard=True": config.shards,
-        "gradients='node'": config.gradients == "node",
-        "a parameter_map": given.parameter_map is not None,
-    }
-    for what, used in reasons.items():
-        if used and elastic():
-            raise ValueError(f"an elastic job can't have {what} yet: leave it out, or start the job without elastic.")

@@ -26,8 +26,8 @@ class TorchMember(StartingTorchWorker):
         worker = self._worker
         if not worker.started:
             return Place()
-        written = tuple(sorted(self.machine.written))
-        return Place(True, int(worker.progress.step), worker.interrupted, written)
+        written = tuple(sorted(self.machine.written or ()))
+        return Place(True, int(worker.progress.step), worker.interrupted is not None, written)
 
     def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
         if not self._worker.started:
@@ -38,7 +38,12 @@ class TorchMember(StartingTorchWorker):
         return self._worker.progress
 
     def write_progress(self, progress: Progress, interrupted: bool = False) -> None:
-        self._worker.progress, self._worker.interrupted = progress, interrupted
+        worker = self._worker
+        worker.progress = progress
+        if not interrupted:
+            worker.interrupted = None
+        elif worker.interrupted is None:  # it has the leader's step
+            worker.interrupted = worker.presence.rates()
 
     def finish_step(self) -> None:
         self._worker.finish_step()
@@ -51,6 +56,7 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
         TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
     """
     worker.reassemble(comm)
+    worker.inner.zero_grad()  # the batch is taken once more, and its gradients may have been averaged in part
     member = TorchMember(worker)
     with torch.no_grad():
         reformed = come_together(member, worker.comm)

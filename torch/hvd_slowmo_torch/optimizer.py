@@ -27,7 +27,7 @@ from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
-from hvd_slowmo_torch.checks import refuse_without_model, try_configured
+from hvd_slowmo_torch.checks import refuse_in_elastic_job, refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
@@ -116,6 +116,8 @@ class SlowMo(Outermost, Optimizer):
         check_name(name)  # of the collectives: under another one this worker could not tell the others
         check_workers(config, comm, process_set=process_set, process_group=process_group, transport=transport)
         deferred = comm is None and elastic()  # until all workers come together, see elastic.py
+        if deferred:
+            refuse_in_elastic_job(config, parameter_map, process_set, process_group, transport)
         if comm is None:
             comm = connect(process_set, process_group, transport, node=config.gradients == "node")
         given = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
@@ -206,7 +208,12 @@ class SlowMo(Outermost, Optimizer):
                 )
             worker.hooks.average()  # they come from elsewhere, or from no_sync() alone
         preemption.tell(worker.roll)
-        result = worker.step(lambda: self._inner_step(closure))
+        try:
+            result = worker.step(lambda: self._inner_step(closure))
+        except Exception:  # the scaler takes them back only if all goes well
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
         preemption.save_and_end(worker.roll, self.steps, self.save)
         return result
 
@@ -214,11 +221,7 @@ class SlowMo(Outermost, Optimizer):
         if "found_inf" not in self.__dict__:  # hasattr would go through __getattr__ in every step
             step = self.inner_optimizer.step
             return step() if closure is None else step(self.worker.averaged(closure))
-        try:
-            return scaled_step(self.inner_optimizer, self.grad_scale, self.found_inf)
-        except Exception:
-            del self.found_inf, self.grad_scale  # the scaler does that only if all goes well
-            raise
+        return scaled_step(self.inner_optimizer, self.grad_scale, self.found_inf)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients: within it backward does not average gradients over the workers.

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_slowmo.checked_numbers import spell_value
+from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
@@ -87,8 +88,10 @@ class TorchWorker:
     Attributes:
         assembly: the core's parts; made in the start, and anew by add_param_group().
         progress: the scalar state.
+        elastic: other workers may take the place of these, in an elastic job.
         started: the workers have been brought to one start.
-        interrupted: an inner step has been made and is not counted, since the exchange behind it was broken off.
+        interrupted: learning rates of an inner step that has been made and is not counted, since the exchange behind it
+            was broken off; None else.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().
         evaluating: between eval() and train() of a schedule-free inner optimizer.
@@ -107,7 +110,9 @@ class TorchWorker:
         self._sent_before = 0  # bytes, to former workers
         self._meter = MeteredComm(comm)
         self.comm = ScopedComm(self._meter, self._name)
-        self.started = self.interrupted = False
+        self.elastic = elastic()
+        self.started = False
+        self.interrupted: NDArray[np.float64] | None = None
         self.presence = WorkerPresence(inner)
         self.mixed = False
         self.averaging = False
@@ -144,11 +149,11 @@ class TorchWorker:
         self.presence.left = ()
         if not self.started:
             return
-        assembly, hooks, written = self.assembly, self.hooks, self.assembly.machine.written
+        assembly, hooks, former = self.assembly, self.hooks, self.assembly.machine
         hooks.remove()
         self.store.divide(self._slices(assembly.layout))
         self._connect(assembly.layout, assembly.groups, assembly.graph)
-        self.assembly.machine.written, self.hooks.accumulating = written, hooks.accumulating
+        self.assembly.machine.written, self.hooks.accumulating = former.written, hooks.accumulating
 
     def _slices(self, layout: TorchLayout) -> OwnSlices:
         return OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
@@ -169,6 +174,7 @@ class TorchWorker:
             codec=TorchCodec(),
         )
         self.assembly = assemble(runtime, layout, groups, graph)
+        self.assembly.machine.tracks = self.elastic
         self.presence.groups = groups
         self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout, self.store.watch), self.presence)
 
@@ -223,7 +229,8 @@ class TorchWorker:
 
     def finish_step(self) -> None:
         """Take what follows an inner step and was broken off, with other workers."""
-        self._after_inner_step(self.presence.rates())
+        assert self.interrupted is not None, "else there is nothing to finish"
+        self._after_inner_step(self.interrupted)
 
     def _after_inner_step(self, rates: NDArray[np.float64]) -> None:
         try:
@@ -235,9 +242,9 @@ class TorchWorker:
                     catch_up_from=self.hooks.catch_up_from,
                 )
         except RuntimeError:  # of a transport; the verdict's is a ValueError
-            self.interrupted = True
+            self.interrupted = rates
             raise
-        self.interrupted = False
+        self.interrupted = None
 
     def _usable_rates(self, *, meets: bool) -> tuple[NDArray[np.float64], bool]:
         """Return the learning rates, and whether a step can be taken with them.
