@@ -84,7 +84,17 @@ def main() -> None:
         discover.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
         discover.chmod(0o700)
         script = Path(__file__).with_name("elastic_torch.py")
-        launch = ["horovodrun", "--network-interfaces", "lo", "-np", "3", "--min-np", "1", "--max-np", "4"]
+        launch = [
+            str(Path(sys.executable).with_name("horovodrun")),
+            "--network-interfaces",
+            "lo",
+            "-np",
+            "3",
+            "--min-np",
+            "1",
+            "--max-np",
+            "4",
+        ]
         launch += ["--host-discovery-script", str(discover), sys.executable, str(script)]
         job = subprocess.Popen([*launch, "--epochs", str(args.epochs), "--pause", "0.02", "--record", str(folder)])
         for line in events(folder, args.epochs):

@@ -27,7 +27,17 @@ def elastic(folder, names, steps, settings, victim="nobody", then=()):
     script.chmod(0o755)
     path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
     job = subprocess.run(
-        ["horovodrun", "--network-interfaces", "lo", "-np", str(len(names)), "--min-np", "1", "--max-np", "3"]
+        [
+            str(Path(sys.executable).with_name("horovodrun")),
+            "--network-interfaces",
+            "lo",
+            "-np",
+            str(len(names)),
+            "--min-np",
+            "1",
+            "--max-np",
+            "3",
+        ]
         + ["--host-discovery-script", str(script), sys.executable]
         + [str(ROOT / "tests" / "support" / "jobs" / "elastic_torch.py"), str(folder), str(steps), victim, "30"]
         + [f"{name}={json.dumps(value)}" for name, value in settings.items()],

@@ -44,7 +44,7 @@ def test_metrics_are_those_of_the_workers_parameters():
             norms = np.linalg.norm(delta) * np.linalg.norm(v)
             assert found.cosine == pytest.approx(delta @ v / norms if norms else 0.0)
             assert found.divergence == pytest.approx(divergence)  # of the previous block
-            assert found.bytes_sent == 8 * 15 + (3 * 14 + 4) * 8 + (8 * 15 if block == 0 else 0)
+            assert found.bytes_sent == 8 * 15 + (3 * 15 + 4) * 8 + (8 * 15 if block == 0 else 0)
             assert found.seconds_waited >= 0
         divergence = ((ends - mean) ** 2).sum(axis=1).mean() / (mean @ mean)
         held = results[0][2][3 * block + 2]

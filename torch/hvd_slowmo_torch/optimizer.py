@@ -27,7 +27,7 @@ from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
-from hvd_slowmo_torch.checks import refuse_in_elastic_job, refuse_without_model, try_configured
+from hvd_slowmo_torch.checks import check_types, refuse_in_elastic_job, refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
@@ -125,12 +125,14 @@ class SlowMo(Outermost, Optimizer):
         self.config = config
         self.worker = TorchWorker(inner_optimizer, model, given, comm)
         self.worker.optimizer = weakref.ref(self)
+        if deferred:
+            check_types(inner_optimizer, model, given)
+        else:
+            start(StartingTorchWorker(self.worker), self.worker.comm)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.
         super().__setstate__({})
-        if deferred:
-            return
-        start(StartingTorchWorker(self.worker), self.worker.comm)
-        self.worker.prepare()
+        if not deferred:
+            self.worker.prepare()
 
     # The inner optimizer's own, looked up at every use: load_state_dict replaces them.
 
