@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("localhost", "127.0.0.1", "127.1")  # of this machine, each a host to Horovod
 
 
-def elastic(folder, names, steps, settings, victim="nobody", then=()):
+def elastic(folder, names, steps, settings, victim="nobody", then=(), **variables):
     """Run an elastic job to its end, and return what each worker that reached it has seen, by its host."""
     (folder / "hosts").write_text("".join(f"{name}:1\n" for name in names), encoding="utf-8")
     if then:
@@ -41,7 +41,7 @@ def elastic(folder, names, steps, settings, victim="nobody", then=()):
         + ["--host-discovery-script", str(script), sys.executable]
         + [str(ROOT / "tests" / "support" / "jobs" / "elastic_torch.py"), str(folder), str(steps), victim, "30"]
         + [f"{name}={json.dumps(value)}" for name, value in settings.items()],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,6 +74,18 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
         assert seen["changes"][1]["newcomers"] == []
         assert seen["steps"] in (120, 121)  # the batch of the interrupted step is taken once more
         assert seen["size"] == 2
+    assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_the_others_go_on_without_a_worker_that_hangs(tmp_path):
+    found = elastic(tmp_path, NAMES, 120, {"tau": 12}, victim="127.1", HANGS="1", HVD_SLOWMO_TIMEOUT="5")
+    assert set(found) == {"localhost", "127.0.0.1"}
+    for seen in found.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        assert 30 <= seen["changes"][1]["step"] <= 41
+        assert seen["steps"] in (120, 121)
     assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
 
 

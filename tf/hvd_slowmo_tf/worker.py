@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from hvd_slowmo.comm.failure import tell_steps
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
@@ -417,7 +418,11 @@ class KerasWorker:
                     "SlowMoCallback(checkpoints=...)."
                 )
             self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
+            tell_steps(self._comm, self, KerasWorker._steps)
         return self._comm
+
+    def _steps(self) -> int | None:
+        return None if self.job is None else int(self.variables.now.step)
 
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)
@@ -434,7 +439,7 @@ class KerasWorker:
         assert comm is not None, "connected by now"
         names = [f"{name}.{each}" for each in within_step(layout.layout)]
         safe = GraphSafeComm(comm, names, timed=self.observe)
-        explain = comm.latch.explain if isinstance(comm, HorovodComm) else None
+        explain = comm.failures.explain if isinstance(comm, HorovodComm) else None
         self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
         if not self.variables.fit(layout.layout):
             raise ValueError(
