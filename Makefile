@@ -97,8 +97,9 @@ demo: setup  ## train a classifier with SlowMo on four local workers; FRAMEWORK=
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
 	@$(QUIET) $(BIN)/python examples/digits_mixed.py $(ARGS)
 
-demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (about two minutes)
-	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py $(ARGS)
+demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (two minutes; FRAMEWORK=tf too)
+	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py \
+		--framework $(FRAMEWORK) $(ARGS)
 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)

@@ -2,7 +2,7 @@
 
 With HANGS in the environment that worker hangs instead.
 
-usage: elastic_torch.py DIRECTORY STEPS VICTIM KILL_STEP [SETTING=VALUE ...]
+usage: train_torch.py DIRECTORY STEPS VICTIM KILL_STEP [SETTING=VALUE ...]
 """
 
 import json
