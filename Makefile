@@ -8,6 +8,7 @@
 PYTHON ?= python3
 ARGS ?=
 FRAMEWORK ?= torch
+MINUTES ?= 60
 DEMO_torch := examples/digits_torch.py
 DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
@@ -18,7 +19,7 @@ QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-mixed demo-elastic bench test test-all test-fast test-install lint clean
+.PHONY: help setup demo demo-mixed demo-elastic soak bench test test-all test-fast test-install lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -100,6 +101,9 @@ demo-mixed: setup  ## train one model with PyTorch and Keras workers together, a
 demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (two minutes; FRAMEWORK=tf too)
 	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py \
 		--framework $(FRAMEWORK) $(ARGS)
+
+soak: setup  ## train elastic jobs under random faults; MINUTES=60 for both frameworks together, and a report
+	@$(QUIET) PYTHONPATH=tests PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m soak --minutes $(MINUTES) $(ARGS)
 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)
