@@ -47,7 +47,7 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
                     due = time.monotonic() + pause
                     if line is not None:
                         done.append((time.time(), line))
-                        print(f"{(time.monotonic() - began) / 60:5.1f} min  {line}", flush=True)
+                        print(f"{framework} {(time.monotonic() - began) / 60:5.1f} min  {line}", flush=True)
             status = job.end(SECONDS_TO_END)
             lines = [line for _, line in done]
             found = report(job, framework, (time.monotonic() - began) / 60, status, lines, reference)
@@ -74,11 +74,10 @@ def main() -> int:
     parser.add_argument("--frameworks", nargs="+", choices=("torch", "keras"), default=["torch", "keras"])
     parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the figures")
     args = parser.parse_args()
-    reports = [
-        soak(each, args.minutes / len(args.frameworks), args.pause, args.seed, args.out) for each in args.frameworks
-    ]
-    for each in reports:
-        print("\n".join(each.lines()), flush=True)
+    reports = []
+    for framework in args.frameworks:
+        reports.append(soak(framework, args.minutes / len(args.frameworks), args.pause, args.seed, args.out))
+        print("\n".join(reports[-1].lines()), flush=True)
     return 0 if all(each.faultless for each in reports) else 1
 
 

@@ -79,4 +79,4 @@ def batches_of(epoch: int, rank: int) -> tuple[int, np.random.Generator]:
 
 def rate(epoch: int) -> float:
     """Return the learning rate of an epoch."""
-    return 0.02 + 0.02 * float(np.cos(epoch))
+    return 0.03 + 0.01 * float(np.cos(epoch))
