@@ -22,7 +22,8 @@ import json
 import sys
 
 rows = [json.loads(line) for line in open(sys.argv[1])]
-ratios = [row["predicted"] / row["measured"] for row in rows]
-within = sum(1 / 1.15 <= ratio <= 1.15 for ratio in ratios)
-print(f"{within} of {len(ratios)} within 15 %, from {min(ratios):.2f} to {max(ratios):.2f}")
+for kind in ("median", "least"):
+    ratios = [row[f"{kind} predicted"] / row[f"{kind} measured"] for row in rows]
+    within = sum(0.85 <= ratio <= 1.15 for ratio in ratios)
+    print(f"{kind}: {within} of {len(ratios)} within 15 %, ratios from {min(ratios):.2f} to {max(ratios):.2f}")
 PYTHON

@@ -123,10 +123,10 @@ def _averaged_gradients(job: Job) -> _Period:
     """Return a step of AR-SGD: all messages leave while backward makes the last ones."""
     training, link, host = job.training, job.link, job.host
     length, number = training.length, messages(training.length)
-    work = host.average.own * length
-    exchanging = link.sums.seconds(length, number) + host.elapsed(work)
+    work = host.average.own.seconds(length)
+    exchanging = link.sums.seconds(length, number) + work
     hidden = (1 - 1 / number) * min(training.backward, exchanging)
-    busy = training.work + work + link.sums.work * length
+    busy = training.work + host.processor(work) + link.sums.work * length
     seconds = max(training.seconds + exchanging - hidden, busy / host.cores)
     return _Period(seconds, exchanging, ring_bytes(length, link.workers))
 
@@ -162,17 +162,17 @@ def _late(config: SlowMoConfig, job: Job) -> _Period:
     number = messages(training.length, fragments)
     on_links = sum(line.seconds(length * config.bits / 32, number) for line in lines)
     transport = sum(line.work * length * config.bits / 32 for line in lines)
-    own, beside = work.own * length, work.beside * length
-    lasting = on_links + host.elapsed(beside)
-    exchanging = fragments * (lasting + host.elapsed(own))
-    busy = own + beside + transport
+    own, beside = work.own.seconds(length), work.beside.seconds(length)
+    lasting = on_links + beside
+    exchanging = fragments * (lasting + own)
+    busy = host.processor(own + beside) + transport
     if fragments * delay <= steps:  # one exchange at a time
-        window = max(delay * training.seconds + host.elapsed(own), lasting + host.elapsed(own))
+        window = max(delay * training.seconds, lasting) + own
         window = max(window, (delay * training.work + busy) / host.cores)
         seconds = fragments * window + (steps - fragments * delay) * training.seconds
     else:
         waiting = max(steps * training.seconds, fragments * on_links, steps * lasting / delay)
-        seconds = max(waiting + fragments * host.elapsed(own), (steps * training.work + fragments * busy) / host.cores)
+        seconds = max(waiting + fragments * own, (steps * training.work + fragments * busy) / host.cores)
     return _Period(seconds, exchanging, _sent(config, job))
 
 
@@ -187,10 +187,10 @@ def _in_messages(job: Job, lines: list[Line], work: Work, config: SlowMoConfig |
     number = messages(job.training.length, fragments)
     length = job.training.length / fragments / number
     travelling = sum(line.seconds(length * bits / 32) for line in lines)
-    working = (work.own + work.beside) * length
+    working = work.both.per_byte * length
     transport = sum(line.work * length * bits / 32 for line in lines)
     both = max(travelling, job.host.together(working, transport))
-    return travelling + (number - 1) * both + job.host.elapsed(working)
+    return travelling + (number - 1) * both + working + work.both.latency
 
 
 def _lines(config: SlowMoConfig, job: Job) -> list[Line]:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from hvd_slowmo.advice.link import Line
+
+NOTHING = Line(0.0, 0.0)
+
 
 class Work(NamedTuple):
-    """Processor seconds per byte of the parameters, without those of the transport.
+    """Time of the processors' part in an exchange over the bytes of the parameters, without the transport's part.
 
     Attributes:
         own: in the thread that trains.
         beside: in another one, during a late exchange.
     """
 
-    own: float = 0.0
-    beside: float = 0.0
+    own: Line = NOTHING
+    beside: Line = NOTHING
+
+    @property
+    def both(self) -> Line:
+        """The sum, where one thread does both."""
+        return Line(self.own.latency + self.beside.latency, self.own.per_byte + self.beside.per_byte)
 
 
 class Host(NamedTuple):
-    """A worker's share of its machine. Without arguments: exchanges cost no processor time.
+    """A worker's share of its machine, while all workers are busy. Without arguments: exchanges cost no time here.
 
     Attributes:
         cores: processor cores per worker.
@@ -28,8 +37,8 @@ class Host(NamedTuple):
         late: an outer step that is late, by bits.
 
     Example:
-        >>> Host(cores=0.5).elapsed(0.1), Host(cores=4).elapsed(0.1)
-        (0.2, 0.1)
+        >>> Host(cores=0.5).processor(0.2), Host(cores=4).processor(0.2)
+        (0.1, 0.2)
     """
 
     cores: float = math.inf
@@ -41,10 +50,11 @@ class Host(NamedTuple):
         """Return the work of a late outer step in so many bits."""
         return dict(self.late).get(bits, Work())
 
-    def elapsed(self, work: float) -> float:
-        """Return the time of so many processor seconds of one thread, while all workers of the machine are busy."""
-        return work / min(1.0, self.cores)
+    def processor(self, elapsed: float) -> float:
+        """Return the processor seconds of a thread's work that has taken so long."""
+        return elapsed * min(1.0, self.cores)
 
-    def together(self, first: float, second: float) -> float:
-        """Return the time of the processor seconds of two threads that run at once."""
-        return max(self.elapsed(first), self.elapsed(second), (first + second) / self.cores)
+    def together(self, elapsed: float, transport: float) -> float:
+        """Return the time of a thread's work while the transport needs so many processor seconds."""
+        alone = max(elapsed, transport / min(1.0, self.cores))
+        return max(alone, (self.processor(elapsed) + transport) / self.cores)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvd_slowmo.advice.cost import Job
-from hvd_slowmo.advice.host import Host
+from hvd_slowmo.advice.host import Host, Work
 from hvd_slowmo.advice.link import Link, link_of
 from hvd_slowmo.advice.measuring import Neighbours, measure_link
 from hvd_slowmo.advice.recommend import Advice, Row, advise, rows_of
@@ -134,12 +134,15 @@ def _measured(link: Link, neighbours: Neighbours, host: Host) -> str:
         f"  a message between neighbours takes {neighbours.spread:.2f} times as long on the slowest link, from rank "
         f"{slowest} to {(slowest + 1) % workers}, as on the fastest"
     )
-    average, slowmo, eight = (sum(work) for work in (host.average, host.slowmo, host.late_work(8)))
-    lines.append(
-        f"  a worker has {host.cores:g} processor cores; an average takes {_milliseconds(average)} of one per MB, "
-        f"SlowMo's step {_milliseconds(slowmo)}, in 8 bits {_milliseconds(eight)}"
-    )
+    lines.append(f"  {host.cores:g} processor cores per worker; their part in an outer step:")
+    works = ("average", host.average), ("SlowMo", host.slowmo), ("late", host.late_work(32)), *_few_bits(host)
+    for name, work in works:
+        lines.append(f"  {name:9}  {1e3 * work.both.latency:7.2f} ms + {_milliseconds(work.both.per_byte)} per MB")
     return "\n".join(lines)
+
+
+def _few_bits(host: Host) -> list[tuple[str, Work]]:
+    return [(f"{bits} bits", host.late_work(bits)) for bits in (8, 4)]
 
 
 def _milliseconds(per_byte: float) -> str:

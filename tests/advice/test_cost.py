@@ -34,10 +34,10 @@ def job(*, chunks=3, seconds=1.0, work=0.0, host=None, workers=2, per_chunk=0.1,
     return Job(training_of(chunks * CHUNK // 4, seconds, work), link, host or Host())
 
 
-def host(*, cores, average=0.0, slowmo=0.0, own=0.0, beside=0.0, bits=32):
-    """Return a host with this processor time per message."""
-    late = ((bits, Work(own / CHUNK, beside / CHUNK)),)
-    return Host(cores, Work(average / CHUNK), Work(slowmo / CHUNK), late)
+def host(*, cores, average=0.0, slowmo=0.0, own=0.0, beside=0.0, bits=32, each=0.0):
+    """Return a host with this time per message, and in the training's thread `each` per exchange."""
+    works = [Work(Line(each, seconds / CHUNK)) for seconds in (average, slowmo)]
+    return Host(cores, *works, ((bits, Work(Line(each, own / CHUNK), Line(0, beside / CHUNK))),))
 
 
 def test_a_link_on_paper_is_that_of_a_ring():
@@ -72,8 +72,16 @@ def test_messages_are_worked_on_while_the_next_one_travels():
     )
     half = host(cores=0.5, slowmo=0.06)  # two workers per core
     assert cost(SlowMoConfig(tau=1), job(host=half, transport=0.09)).seconds == pytest.approx(
-        1 + 0.11 + 2 * 2 * (0.06 + 0.09) + 2 * 0.06
+        1 + 0.11 + 2 * (0.06 + 2 * 0.09) + 0.06
     )
+
+
+def test_an_exchange_has_a_cost_of_its_own():
+    every = host(cores=4, each=0.5)
+    assert cost(SlowMoConfig(tau=2), job(host=every)).seconds == pytest.approx(1 + (0.33 + 0.5) / 2)
+    assert cost(SlowMoConfig.sgp(), job(host=every)).seconds == pytest.approx(1.33 + 0.5)
+    assert cost(SlowMoConfig.ar_sgd(), job(chunks=1, host=every)).seconds == pytest.approx(1.11 + 0.5)
+    assert cost(SlowMoConfig(tau=4, fragments=4, delay=1), job(host=every)).seconds == pytest.approx(1.5)
 
 
 def test_averaged_gradients_travel_during_backward():

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from hvd_slowmo.advice.host import Host, Work
+from hvd_slowmo.advice.link import Line
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.config import Bits, SlowMoConfig
+from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo_torch.optimizer import SlowMo
 
 T = TypeVar("T")
 
-_ROWS, _COLUMNS = 8192, 1024  # 32 MiB in float32, which no processor's cache holds beside anchor and momentum
+_ROWS = 16, 8192  # of 4 KiB: a short vector, and 32 MiB, which no processor's cache holds beside anchor and momentum
+_COLUMNS = 1024
 _REPEATS = 5
 _LATE: tuple[Bits, ...] = (32, 16, 8, 4)
 
@@ -32,18 +35,18 @@ class _Idle(torch.optim.SGD):
 
 
 class _TimedSolo(SoloComm):
-    """One worker on its own that counts the processor seconds of exchanges beside it, which it makes itself."""
+    """One worker on its own that counts the seconds of exchanges beside it, which it makes itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
 
     def start_beside(self, work: Callable[[Comm], T]) -> T:
-        started = time.process_time()
+        started = time.perf_counter()
         try:
             return work(self)
         finally:
-            self.seconds += time.process_time() - started
+            self.seconds += time.perf_counter() - started
 
 
 def measure_host(comm: Comm) -> Host:
@@ -51,7 +54,7 @@ def measure_host(comm: Comm) -> Host:
 
     Example:
         >>> host = measure_host(SoloComm())
-        >>> host.slowmo.own > 0, host.late_work(8).beside > 0
+        >>> host.slowmo.own.per_byte > 0, host.late_work(8).beside.per_byte > 0
         (True, True)
     """
     late = [SlowMoConfig(tau=1, delay=1, bits=bits) for bits in _LATE]
@@ -61,24 +64,34 @@ def measure_host(comm: Comm) -> Host:
     machines = comm.gather("advise.host", (socket.gethostname(), _cores(), own))
     names = [name for name, _, _ in machines]
     cores = min(count / names.count(name) for name, count, _ in machines)
-    slowest = [max(works, key=sum) for works in zip(*(works for _, _, works in machines), strict=True)]
+    slowest = [max(works, key=_total) for works in zip(*(works for _, _, works in machines), strict=True)]
     average, slowmo, *others = slowest
     return Host(cores, average, slowmo, tuple(zip(_LATE, others, strict=True)))
 
 
+def _total(work: Work) -> float:
+    return work.both.seconds(CHUNK_BYTES)
+
+
 def _work_of(config: SlowMoConfig) -> Work:
-    """Return the median work of an outer step."""
-    model = nn.ParameterList([nn.Parameter(torch.ones(_ROWS, _COLUMNS))])
+    """Return the work of an outer step: that of a short vector, and the slope from there to a long one."""
+    short, long = (_seconds_of(config, rows) for rows in _ROWS)
+    more = 4 * _COLUMNS * (_ROWS[1] - _ROWS[0])
+    return Work(*(Line(least, max(0.0, most - least) / more) for least, most in zip(short, long, strict=True)))
+
+
+def _seconds_of(config: SlowMoConfig, rows: int) -> tuple[float, float]:
+    """Return the median seconds of an outer step, in the thread that trains and beside it."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(rows, _COLUMNS))])
     comm = _TimedSolo()
     optimizer = SlowMo(_Idle(model.parameters(), lr=0.1), model, config, comm=comm, name="advise")
-    length = 4 * _ROWS * _COLUMNS
-    works = []
+    own, beside = [], []
     for _ in range(_REPEATS + 1):  # the first one warms up
-        comm.seconds, started = 0.0, time.process_time()
+        comm.seconds, started = 0.0, time.perf_counter()
         optimizer.step()
-        whole = time.process_time() - started
-        works.append(Work((whole - comm.seconds) / length, comm.seconds / length))
-    return Work(*(statistics.median(values) for values in zip(*works[1:], strict=True)))
+        own.append(time.perf_counter() - started - comm.seconds)
+        beside.append(comm.seconds)
+    return statistics.median(own[1:]), statistics.median(beside[1:])
 
 
 def _cores() -> int:
