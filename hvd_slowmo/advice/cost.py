@@ -67,8 +67,8 @@ def cost(config: SlowMoConfig, job: Job) -> Cost:
         >>> from hvd_slowmo.advice.link import link_of
         >>> from hvd_slowmo.advice.training import training_of
         >>> job = Job(training_of(parameters=25_000_000, seconds=0.2), link_of(125e6, 0.001, workers=2))
-        >>> round(cost(SlowMoConfig(tau=10), job).seconds, 4)  # 0.2 + (7 * 2 * 0.001 + 0.8) / 10
-        0.2814
+        >>> round(cost(SlowMoConfig(tau=10), job).seconds, 4)  # 0.2 + (6 * 2 * 0.001 + 0.8) / 10
+        0.2812
     """
     _refuse_unknown(config)
     if config.gradients == "all":

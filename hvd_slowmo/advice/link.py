@@ -58,7 +58,7 @@ def link_of(bandwidth: float, latency: float, workers: int) -> Link:
 
     Example:
         >>> link = link_of(bandwidth=125e6, latency=0.001, workers=4)
-        >>> link.sums.seconds(1_000_000)  # 6 messages in a row, 1.5 vectors
+        >>> round(link.sums.seconds(1_000_000), 6)  # 6 messages in a row, 1.5 vectors
         0.018
     """
     if workers < 2:

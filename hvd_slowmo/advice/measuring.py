@@ -51,8 +51,8 @@ class Neighbours(NamedTuple):
         """Ratio of the slowest message's time to the fastest's.
 
         Example:
-            >>> Neighbours((0.1, 0.15, 0.1)).spread
-            1.5
+            >>> Neighbours((0.1, 0.2, 0.1)).spread
+            2.0
         """
         return max(self.seconds) / min(self.seconds)
 
