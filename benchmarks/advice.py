@@ -1,6 +1,6 @@
 """Compare the step times that `hvd-slowmo advise` predicts with measured ones, in one job.
 
-    benchmarks/link.sh 1gbit horovodrun --network-interfaces lo -np 2 python benchmarks/advice.py --label 1gbit
+    benchmarks/link.sh 1gbit hvd-slowmo run --network-interfaces lo -np 2 python benchmarks/advice.py --label 1gbit
     benchmarks/advice.sh results/advice.jsonl     # loopback, 1 Gbit/s and 100 Mbit/s, 2 and 4 workers
 
 First it measures the links and the processors, as the command does; then the methods take turns, as in step_time.py,
