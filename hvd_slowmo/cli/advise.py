@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvd_slowmo.advice.cost import Job
-from hvd_slowmo.advice.host import Host, Work
+from hvd_slowmo.advice.host import Host
 from hvd_slowmo.advice.link import Link, link_of
 from hvd_slowmo.advice.measuring import Neighbours, measure_link
 from hvd_slowmo.advice.recommend import Advice, Row, advise, rows_of
@@ -96,7 +96,13 @@ def _training(arguments: argparse.Namespace) -> Training:
 
 def _measure(arguments: argparse.Namespace) -> int:
     """Measure the links between the workers, and print on rank 0. A collective."""
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise CommandError(
+            f"the links are measured with PyTorch, which cannot be imported ({error}). Install it, or give --bandwidth "
+            "and --workers."
+        ) from error
 
     from hvd_slowmo.torch import init
     from hvd_slowmo_torch.advice.host import measure_host
@@ -116,10 +122,12 @@ def _measure(arguments: argparse.Namespace) -> int:
         return 1
     link, neighbours = measure_link(comm, lambda size, dtype: torch.zeros(size, dtype=getattr(torch, dtype)))
     host = measure_host(comm)
-    if training is not None:
-        show(_measured(link, neighbours, host))
-        _tell(Job(training, link, host), arguments)
-    comm.gather("advise.end", None)  # no worker ends while another one still prints
+    try:
+        if training is not None:
+            show(_measured(link, neighbours, host))
+            _tell(Job(training, link, host), arguments)
+    finally:
+        comm.gather("advise.end", None)  # no worker ends while another one still prints
     return 0
 
 
@@ -135,14 +143,10 @@ def _measured(link: Link, neighbours: Neighbours, host: Host) -> str:
         f"{slowest} to {(slowest + 1) % workers}, as on the fastest"
     )
     lines.append(f"  {host.cores:g} processor cores per worker; their part in an outer step:")
-    works = ("average", host.average), ("SlowMo", host.slowmo), ("late", host.late_work(32)), *_few_bits(host)
-    for name, work in works:
+    works = {"average": host.average, "SlowMo": host.slowmo, "late": host.late_work(32)}
+    for name, work in {**works, **{f"{bits} bits": host.late_work(bits) for bits in (8, 4)}}.items():
         lines.append(f"  {name:9}  {1e3 * work.both.latency:7.2f} ms + {_milliseconds(work.both.per_byte)} per MB")
     return "\n".join(lines)
-
-
-def _few_bits(host: Host) -> list[tuple[str, Work]]:
-    return [(f"{bits} bits", host.late_work(bits)) for bits in (8, 4)]
 
 
 def _milliseconds(per_byte: float) -> str:

@@ -145,6 +145,12 @@ def test_bandwidths(text: str) -> None:
     assert units.bytes_per_second(text) == (125e9 if text == "125e6kB/s" else 125e6)
 
 
+def test_the_examples_of_units() -> None:
+    result = doctest.testmod(units)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
 def test_no_framework_is_needed_on_paper() -> None:
     code = (
         "import sys; from hvd_slowmo.cli.main import main; "
@@ -152,6 +158,14 @@ def test_no_framework_is_needed_on_paper() -> None:
         "sys.exit(bool({'torch', 'tensorflow', 'keras', 'horovod'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_measuring_needs_pytorch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    error = run(capsys, *STEP, status=1)
+    assert error.startswith("hvd-slowmo advise: the links are measured with PyTorch, which cannot be imported (")
+    assert error.endswith("Install it, or give --bandwidth and --workers.\n")
 
 
 @pytest.mark.slow
