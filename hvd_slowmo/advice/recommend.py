@@ -124,7 +124,15 @@ def advise(job: Job, share: float) -> Advice:
 
 
 def smallest_tau(form: Form, job: Job, share: float) -> int | None:
-    """Return the smallest tau >= 2 whose overhead is at most the share; None if none up to `MOST_TAU` is."""
+    """Return the smallest tau >= 2 whose overhead is at most the share; None if that of none up to `MOST_TAU` is.
+
+    Example:
+        >>> from hvd_slowmo.advice.link import link_of
+        >>> from hvd_slowmo.advice.training import training_of
+        >>> job = Job(training_of(parameters=25_000_000, seconds=0.2), link_of(125e6, 0.0, workers=2))
+        >>> smallest_tau(OUTER[0], job, share=0.06)  # 0.8 s for an outer step, and 0.012 s are allowed per step
+        67
+    """
 
     def suffices(tau: int) -> bool:
         return cost(form.make(tau), job).overhead <= share

@@ -53,6 +53,13 @@ def load_training(path: str | os.PathLike[str]) -> Training:
     Raises:
         ValueError: the file is none.
         OSError: it can't be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     training_of(parameters=1000, seconds=0.1).save(f"{directory}/step.json")
+        ...     load_training(f"{directory}/step.json").length
+        4000
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -110,15 +110,16 @@ def _measure(arguments: argparse.Namespace) -> int:
 
     init()
     comm = connect()
-    training, error = None, None
+    training: Training | None = None
+    failure: Exception | None = None
     if comm.rank == 0:  # the file need not be on other machines
         try:
             training = _training(arguments)
         except (CommandError, OSError) as caught:
-            error = caught
-    if any(comm.gather("advise.errors", None if error is None else spell_error(error))):
-        if error is not None:
-            raise error
+            failure = caught
+    if any(comm.gather("advise.errors", None if failure is None else spell_error(failure))):
+        if failure is not None:
+            raise failure
         return 1
     link, neighbours = measure_link(comm, lambda size, dtype: torch.zeros(size, dtype=getattr(torch, dtype)))
     host = measure_host(comm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import subprocess
 import sys
 from pathlib import Path

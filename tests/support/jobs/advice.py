@@ -13,8 +13,11 @@ from hvd_slowmo_torch.advice import host
 
 def advise(arguments: list[str]) -> tuple[int, str, str]:
     """Return exit status, stdout and stderr of the command on this worker, whose measurements are short."""
-    few = mock.patch.object(measuring, "REPEATS", 1), mock.patch.multiple(host, _REPEATS=1, _ROWS=(1, 1024))
-    streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with few[0], few[1], streams[0] as out, streams[1] as err:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("hvd_slowmo.torch.init"))  # the pool's workers are connected
+        stack.enter_context(mock.patch.object(measuring, "REPEATS", 1))
+        stack.enter_context(mock.patch.multiple(host, _REPEATS=1, _ROWS=(1, 1024)))
+        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         status = main(["advise", *arguments])
     return status, out.getvalue(), err.getvalue()
