@@ -75,6 +75,16 @@ def add_method_options(add: Add, *, methods: Sequence[str], seeds: int, tau: int
     add("--logdir", type=Path, help="write the metrics of every outer step to TensorBoard files in this directory")
 
 
+def add_resume_options(add: Add) -> None:
+    """Add the option of the examples that train for hours."""
+    add(
+        "--checkpoints",
+        type=Path,
+        help="directory of checkpoints: the job saves there after every epoch, and continues from there when the same "
+        "command starts it again",
+    )
+
+
 def make_parser(description: str | None) -> ArgumentParser:
     """Return a parser whose help says all defaults."""
     return ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
@@ -98,6 +108,13 @@ class Run:
     ms_per_step: float = 0.0  # training only, mean over the workers
     mb_sent: float = 0.0  # 10^6 bytes handed to the transport per worker, without start and evaluation
     ms_between: float = 0.0  # per step without an average, where measured
+
+    def add(self, step: int, *, loss: float, ms: float, mb: float) -> None:
+        """Add an epoch: its last step, the mean loss, the mean time of a step, and the traffic."""
+        self.steps.append(step)
+        self.loss.append(loss)
+        self.ms_per_step += (ms - self.ms_per_step) / len(self.steps)
+        self.mb_sent += mb
 
 
 def table(runs: Sequence[Run], measure: str) -> str:
