@@ -1,17 +1,13 @@
 """The ResNet-18 examples: data in the published forms, the paper's schedule, and a resume."""
 
-import json
-import re
 import struct
-from pathlib import Path
 
 import images_common as common
 import numpy as np
-import progress
 import pytest
 import schedules
+from running import run, run_and_stop
 
-PNG = b"\x89PNG\r\n\x1a\n"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
@@ -165,25 +161,6 @@ def test_mnist_is_read_from_the_package():
     assert data.train_images.max() == 255
 
 
-def run(module, monkeypatch, capsys, *arguments):
-    """Run an example in this process; return its results without times, and the number of steps that it has taken."""
-    arguments = [str(argument) for argument in arguments]
-    monkeypatch.setattr("sys.argv", [module.__file__, *arguments])
-    capsys.readouterr()
-    module.main()
-    out, err = capsys.readouterr()
-    written = Path(re.search(r"^Written: (.*\.json), .*\.png$", out, re.MULTILINE)[1])
-    assert written.with_suffix(".png").read_bytes().startswith(PNG)
-    results = json.loads(written.read_text())["runs"]
-    shown = re.search(r"^slowmo +(\d+\.\d) ", out, re.MULTILINE)[1]
-    assert shown == f"{results[0]['score'][-1]:.1f}"
-    for result in results:
-        del result["ms_per_step"]
-    first = re.search(r"(\d+) of \d+ steps, ", err)
-    total = re.search(r"(\d+) of \1 steps in ", err)
-    return results, int(total[1]) - int(first[1]) + 1 if first else 0
-
-
 def options(folder, out, *more):
     small = ["--data", folder, "--out", out, "--width", "2", "--batch-size", "6", "--lr", "0.1", "--tau", "2"]
     return [*small, "--methods", "slowmo", "--epochs", "3", "--statistics", "1", *more]
@@ -200,17 +177,6 @@ def test_a_resume_gives_the_same_result(name, tmp_path, monkeypatch, capsys):
     assert (wanted[0]["steps"], taken) == ([3, 6, 9], 9)
     assert list((log / "slowmo-0").iterdir()), "nothing for TensorBoard"
 
-    taken = 0
-
-    def update(self, steps=1):
-        nonlocal taken
-        taken += steps
-        if taken == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.Progress, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            run(module, patch, capsys, *options(tmp_path, tmp_path / "out", *checkpoints))
+    run_and_stop(module, monkeypatch, capsys, *options(tmp_path, tmp_path / "out", *checkpoints), after=8)
     for steps in (3, 0):  # the second time nothing is left
         assert run(module, monkeypatch, capsys, *options(tmp_path, tmp_path / "out", *checkpoints)) == (wanted, steps)
