@@ -5,12 +5,15 @@ Run it with: hvd-slowmo run -np 4 python examples/cifar10_keras.py --dataset mni
 """
 
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import comparison
 import horovod.tensorflow as hvd
 import images_common as common
 import keras
-from keras_common import Epochs, Rates, TensorBoard, choose_device, from_generator
+import tensorflow as tf
+from keras_common import Rates, TensorBoard, Watch, choose_device
 from progress import Progress
 
 import hvd_slowmo.tf as slowmo
@@ -38,6 +41,13 @@ def resnet18(shape: tuple[int, ...], classes: int, width: int) -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(classes)(keras.layers.GlobalAveragePooling2D()(x)))
 
 
+def dataset(make: Callable[[], Iterator[Any]], shape: tuple[int, ...], batches: int) -> tf.data.Dataset:
+    """Return a data set of images and classes from NumPy; each epoch calls `make` anew."""
+    shapes = (tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((None,), tf.int64))
+    data = tf.data.Dataset.from_generator(make, output_signature=shapes)
+    return data.apply(tf.data.experimental.assert_cardinality(batches)).prefetch(2)
+
+
 def train(args: Namespace, method: str, seed: int, data: common.Data, progress: Progress) -> comparison.Run:
     """Train one method with one seed, from the newest checkpoint if there is one."""
     batches = common.Batches(data, args, seed, hvd.rank(), hvd.size())
@@ -53,7 +63,7 @@ def train(args: Namespace, method: str, seed: int, data: common.Data, progress: 
     model.compile(optimizer, loss, metrics=["accuracy"])
 
     folder = None if args.checkpoints is None else args.checkpoints / f"{method}-{seed}"
-    epochs = Epochs(
+    watch = Watch(
         comparison.Run(method, seed),
         batches.steps,
         progress,
@@ -61,18 +71,18 @@ def train(args: Namespace, method: str, seed: int, data: common.Data, progress: 
         lambda epoch: (images for images, _ in batches.epoch(epoch, args.statistics)),
     )
     checkpoints = None if folder is None else slowmo.Checkpoints(folder)
-    callbacks = [slowmo.SlowMoCallback(checkpoints=checkpoints), epochs]
+    callbacks = [slowmo.SlowMoCallback(checkpoints=checkpoints), watch]
     if args.logdir is not None and hvd.rank() == 0:
         callbacks.append(TensorBoard(args.logdir / f"{method}-{seed}"))
     model.fit(
-        from_generator(lambda: batches.epoch(epochs.epoch), shape, batches.steps),
-        validation_data=from_generator(batches.test, shape, batches.test_batches),
+        dataset(lambda: batches.epoch(watch.epoch), shape, batches.steps),
+        validation_data=dataset(batches.test, shape, batches.test_batches),
         epochs=args.epochs,
         shuffle=False,  # the batches are drawn at random
         verbose=0,
         callbacks=callbacks,
     )
-    return epochs.run
+    return watch.run
 
 
 def main() -> None:
@@ -80,7 +90,7 @@ def main() -> None:
     args = common.parse(__doc__, hvd.rank())
     choose_device()
     data = common.load(args)
-    steps = args.epochs * common.steps_per_epoch(data, args, hvd.size())
+    steps = args.epochs * common.Batches(data, args, 0, hvd.rank(), hvd.size()).steps
     runs = []
     with Progress(steps * args.seeds * len(args.methods), hvd.rank()) as progress:
         for seed in range(args.first_seed, args.first_seed + args.seeds):

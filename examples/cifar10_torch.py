@@ -16,7 +16,7 @@ from progress import Progress
 from resnet_torch import resnet18
 from torch import nn
 from torch.nn import functional as F
-from torch_common import choose_device, logger
+from torch_common import Mean, choose_device, logger
 
 import hvd_slowmo.torch as slowmo
 
@@ -46,7 +46,7 @@ def train(
 
     for epoch in range(optimizer.steps // batches.steps, args.epochs):
         model.train()
-        begin, before, losses = time.perf_counter(), optimizer.bytes_sent, []
+        begin, before, losses = time.perf_counter(), optimizer.bytes_sent, Mean()
         for batch in batches.epoch(epoch):
             images, classes = tensors(*batch, device)
             for group in optimizer.param_groups:
@@ -55,10 +55,10 @@ def train(
             loss = F.cross_entropy(model(images), classes)
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.add(loss)
             log(optimizer)
             progress.update()
-        loss = torch.stack(losses).mean().item()  # waits for the GPU before the clock is read
+        loss = losses.take()  # waits for the GPU before the clock is read
         milliseconds = 1000 * (time.perf_counter() - begin) / batches.steps
         sent = optimizer.bytes_sent - before
 
@@ -92,7 +92,7 @@ def main() -> None:
     args = common.parse(__doc__, slowmo.rank())
     device = choose_device()
     data = common.load(args)
-    steps = args.epochs * common.steps_per_epoch(data, args, slowmo.size())
+    steps = args.epochs * common.Batches(data, args, 0, slowmo.rank(), slowmo.size()).steps
     runs = []
     with Progress(steps * args.seeds * len(args.methods), slowmo.rank()) as progress:
         for seed in range(args.first_seed, args.first_seed + args.seeds):

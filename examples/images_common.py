@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import comparison
 import numpy as np
+from epochs import Epochs
 from schedules import step_decay
 
 METHODS = ("local-sgd", "slowmo")
@@ -146,19 +147,6 @@ DATASETS = {
 }
 
 
-def steps_per_epoch(data: Data, args: Namespace, workers: int) -> int:
-    """Return the number of batches of an epoch; a partial one is left out."""
-    if args.batch_size % workers:
-        raise ValueError(
-            f"`--batch-size` counts the images of all workers. Received: {args.batch_size}, with {workers} workers. "
-            "Give a multiple of their number."
-        )
-    steps = len(data.train_classes) // args.batch_size
-    if steps == 0:
-        raise ValueError(f"{len(data.train_classes)} images are fewer than a batch of {args.batch_size}.")
-    return steps
-
-
 def learning_rate(step: int, total: int, args: Namespace) -> float:
     """Return the learning rate of a step."""
     return args.lr * step_decay(step, total, WARMUP, DECAYS)
@@ -175,19 +163,17 @@ class Batches:
     """
 
     def __init__(self, data: Data, args: Namespace, seed: int, rank: int, workers: int) -> None:
-        self._data, self._seed, self._rank = data, seed, rank
-        self._batch, self._workers = args.batch_size, workers
-        self._dataset = DATASETS[args.dataset]
-        self.steps = steps_per_epoch(data, args, workers)
-        self.test_batches = -(-len(data.test_classes[rank::workers]) // (self._batch // workers))
+        self._data, self._seed, self._rank, self._workers = data, seed, rank, workers
+        self._epochs = Epochs(len(data.train_classes), args.batch_size, seed, rank, workers)
+        self._dataset, self._size = DATASETS[args.dataset], args.batch_size // workers
+        self.steps = self._epochs.steps
+        self.test_batches = -(-len(data.test_classes[rank::workers]) // self._size)
         some = data.train_images[:: max(1, len(data.train_images) // 5000)]
         self._mean, self._deviation = (f(some, (0, 1, 2), np.float32) for f in (np.mean, np.std))
 
     def epoch(self, number: int, count: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield this worker's parts of the batches of an epoch, changed at random; `count`: only the first ones."""
-        order = np.random.default_rng([self._seed, number]).permutation(len(self._data.train_classes))
-        for step in range(self.steps if count is None else min(count, self.steps)):
-            chosen = order[step * self._batch : (step + 1) * self._batch][self._rank :: self._workers]
+        for step, chosen in enumerate(self._epochs.batches(number)[:count]):
             rng = np.random.default_rng([self._seed, number, step, self._rank])
             images = augment(self._data.train_images[chosen], rng, self._dataset.shift, self._dataset.flip)
             yield self.normalize(images), self._data.train_classes[chosen]
@@ -195,9 +181,9 @@ class Batches:
     def test(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield this worker's part of the test data, in batches as large as those of the training."""
         images, classes = (array[self._rank :: self._workers] for array in self._data[2:])
-        size = self._batch // self._workers
-        for start in range(0, len(classes), size):
-            yield self.normalize(images[start : start + size]), classes[start : start + size]
+        for start in range(0, len(classes), self._size):
+            part = slice(start, start + self._size)
+            yield self.normalize(images[part]), classes[part]
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """Return float32 images; over the training data every channel has mean 0 and deviation 1."""

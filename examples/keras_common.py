@@ -57,7 +57,7 @@ class Rates(keras.optimizers.schedules.LearningRateSchedule):
         return {"rates": self._rates}
 
 
-class Epochs(keras.callbacks.Callback):
+class Watch(keras.callbacks.Callback):
     """Callback that shows the progress, fills a `Run`, and tells the data which epoch it is.
 
     It comes behind SlowMoCallback, which joins the workers and averages Keras' metrics at the end of an epoch.
@@ -124,13 +124,3 @@ class Epochs(keras.callbacks.Callback):
 
     def _record(self, epochs: int) -> Path:
         return self._folder / f"epochs-{epochs}.json"
-
-
-def from_generator(make: Callable[[], Iterator[Any]], image_shape: tuple[int, ...], batches: int) -> tf.data.Dataset:
-    """Return a data set of batches of images and classes that NumPy makes; each epoch calls `make` anew."""
-    shapes = (
-        tf.TensorSpec((None, *image_shape), tf.float32),
-        tf.TensorSpec((None,), tf.int64),
-    )
-    data = tf.data.Dataset.from_generator(make, output_signature=shapes)
-    return data.apply(tf.data.experimental.assert_cardinality(batches)).prefetch(2)

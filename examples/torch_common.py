@@ -35,3 +35,30 @@ def logger(logdir: Path | None, name: str) -> Callable[[slowmo.SlowMo], None]:
                 writer.add_scalar(f"slowmo/{key}", value, metrics.step)
 
     return log
+
+
+class Mean:
+    """Mean of the losses since the last one was taken; it stays on the device, and goes into checkpoints."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add a loss."""
+        self._sum = self._sum + loss.detach().double()
+        self._count += 1
+
+    def take(self) -> float:
+        """Return the mean, and begin anew."""
+        mean = float(self._sum) / max(self._count, 1)
+        self._sum, self._count = 0.0, 0
+        return mean
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state for a checkpoint."""
+        return {"sum": float(self._sum), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a checkpoint."""
+        self._sum, self._count = state["sum"], int(state["count"])

@@ -26,7 +26,7 @@ from parallel_text import Batches, Pair, Text
 from progress import Progress
 from schedules import inverse_square_root
 from torch.nn import functional as F
-from torch_common import choose_device, logger
+from torch_common import Mean, choose_device, logger
 from transformer import PAD, Transformer
 
 import hvd_slowmo.torch as slowmo
@@ -89,7 +89,7 @@ def train(
     for epoch in range(optimizer.steps // batches.steps, args.epochs):
         model.train()
         torch.manual_seed(dropout_seed(seed, epoch))
-        begin, before, losses = time.perf_counter(), optimizer.bytes_sent, []
+        begin, before, losses = time.perf_counter(), optimizer.bytes_sent, Mean()
         for batch in batches.epoch(epoch):
             source, target = (torch.from_numpy(array).to(device) for array in batch)
             for group in optimizer.param_groups:
@@ -99,10 +99,10 @@ def train(
             loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PAD, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.add(loss)
             log(optimizer)
             progress.update()
-        loss = torch.stack(losses).mean().item()  # waits for the GPU before the clock is read
+        loss = losses.take()  # waits for the GPU before the clock is read
         milliseconds = 1000 * (time.perf_counter() - begin) / batches.steps
         sent = optimizer.bytes_sent - before
 

@@ -140,7 +140,7 @@ def test_workers_divide_an_epoch_and_see_it_again(data):
 def test_a_batch_that_the_workers_cannot_divide_is_refused(data):
     with pytest.raises(ValueError, match=r"Received: 10, with 4 workers\. Give a multiple"):
         common.Batches(data, parsed("--batch-size", "10"), 0, 0, 4)
-    with pytest.raises(ValueError, match="50 images are fewer than a batch of 64"):
+    with pytest.raises(ValueError, match=r"50 images are fewer than a batch of 64\."):
         common.Batches(data, parsed(), 0, 0, 4)
 
 

@@ -1,6 +1,5 @@
 """The progress of the examples: lines in a pipe or a file, a bar on a terminal, and the time left."""
 
-import doctest
 import io
 
 import progress
@@ -71,7 +70,3 @@ def test_a_terminal_gets_a_bar():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (90_061, "25:01:01")])
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text
-
-
-def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(progress, optionflags=doctest.ELLIPSIS) == (0, 2)
