@@ -85,6 +85,14 @@ def add_resume_options(add: Add) -> None:
     )
 
 
+def peek(option: str, arguments: Sequence[str] | None) -> str | None:
+    """Return the value of an option on which the defaults of others depend."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value")
+    value: str | None = parser.parse_known_args(arguments)[0].value
+    return value
+
+
 def make_parser(description: str | None) -> ArgumentParser:
     """Return a parser whose help says all defaults."""
     return ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)

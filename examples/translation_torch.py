@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +65,7 @@ def parse(rank: int = 0, arguments: Sequence[str] | None = None) -> Namespace:
     add("--layers", type=int, help="layers of the encoder, and of the decoder")
     add("--heads", type=int, help="heads of an attention")
     comparison.add_resume_options(add)
-    parser.set_defaults(**BIBLE)
-    if parser.parse_known_args(arguments)[0].source is not None:
-        parser.set_defaults(**PAPER)
+    parser.set_defaults(**(BIBLE if comparison.peek("--source", arguments) is None else PAPER))
     return comparison.parse(parser, rank, arguments)
 
 
@@ -141,7 +140,7 @@ def main() -> None:
     args = parse(slowmo.rank())
     device = choose_device()
     corpus = parallel_text.load(args)
-    wait = lambda: slowmo.mean(0.0)  # noqa: E731
+    wait = partial(slowmo.mean, 0.0)  # a collective
     pieces = parallel_text.make_pieces(corpus.train, args.vocabulary, args.out, slowmo.rank() == 0, wait)
     test = corpus.valid if args.evaluate == "valid" else corpus.test
     data = Data(pieces, parallel_text.encode(corpus.train, pieces), test)

@@ -99,7 +99,7 @@ def test_defaults_belong_to_the_data_set():
     paper = common.parse(None, arguments=[])
     assert (paper.epochs, paper.batch_size, paper.width, paper.lr) == (200, 4096, 64, 1.6)
     small = common.parse(None, arguments=["--dataset", "mnist5k", "--epochs", "3"])
-    assert (small.epochs, small.batch_size, small.width, small.lr) == (3, 64, 8, 0.025)
+    assert (small.epochs, small.batch_size, small.width, small.lr) == (3, 64, 8, 0.4)
 
 
 def test_the_help_says_the_defaults(capsys):

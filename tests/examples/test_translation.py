@@ -116,29 +116,38 @@ def test_defaults_belong_to_the_text():
     import translation_torch
 
     paper = translation_torch.parse(arguments=["--source", "a", "--target", "b"])
-    assert (paper.tokens, paper.epochs, paper.lr, paper.warmup, paper.inner_state) == (
-        200_000,
-        25,
-        5e-4,
-        4000,
-        "maintain",
-    )
+    found = (paper.tokens, paper.epochs, paper.lr, paper.warmup, paper.inner_state)
+    assert found == (200_000, 25, 5e-4, 4000, "maintain")
     assert translation_torch.parse(arguments=[]).tokens == 4000
+
+
+def test_the_help_is_printed_once(capsys):
+    import translation_torch
+
+    for rank in range(2):
+        with pytest.raises(SystemExit):
+            translation_torch.parse(rank, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("SlowMo against Local Adam") == 1
+    assert "pieces per step, all workers together (default: 4000)" in text
+
+
+def small(files, out):
+    options = ["--source", files[0], "--target", files[1], "--tokens", "120", "--vocabulary", "60", "--width", "16"]
+    options += ["--layers", "1", "--heads", "2", "--warmup", "5", "--lr", "0.01", "--epochs", "3", "--tau", "2"]
+    return [*options, "--methods", "slowmo", "--out", out]
 
 
 @pytest.mark.slow
 def test_a_resume_gives_the_same_result(tmp_path, monkeypatch, capsys):
     import translation_torch
 
-    source, target = write_lines(tmp_path)
-    small = ["--source", source, "--target", target, "--tokens", "120", "--vocabulary", "60", "--width", "16"]
-    small += ["--layers", "1", "--heads", "2", "--warmup", "5", "--lr", "0.01", "--epochs", "3", "--tau", "2"]
-    small += ["--methods", "slowmo", "--out", tmp_path / "out"]
-    wanted, steps = run(translation_torch, monkeypatch, capsys, *small)
+    arguments = small(write_lines(tmp_path), tmp_path / "out")
+    wanted, steps = run(translation_torch, monkeypatch, capsys, *arguments)
     assert steps == wanted[0]["steps"][-1] == 3 * wanted[0]["steps"][0]
     assert wanted[0]["loss"][-1] < wanted[0]["loss"][0]
-    small += ["--checkpoints", tmp_path / "checkpoints"]
+    arguments += ["--checkpoints", tmp_path / "checkpoints"]
     each = steps // 3
-    run_and_stop(translation_torch, monkeypatch, capsys, *small, after=2 * each + 1)
+    run_and_stop(translation_torch, monkeypatch, capsys, *arguments, after=2 * each + 1)
     for left in (each, 0):  # the second time nothing is left
-        assert run(translation_torch, monkeypatch, capsys, *small) == (wanted, left)
+        assert run(translation_torch, monkeypatch, capsys, *arguments) == (wanted, left)

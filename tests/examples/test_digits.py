@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import comparison
+import digits_common as common
 import numpy as np
 import pytest
+from running import EXAMPLES, PNG, horovodrun
 
 from hvd_slowmo import DPSGD, SGP
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import comparison  # noqa: E402 - it is found through that path
-import digits_common as common  # noqa: E402
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_options_make_the_methods() -> None:
@@ -104,34 +95,11 @@ def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: py
     assert [run["score"][-1] for run in results["runs"]] == [run.score[-1] for run in runs]
 
 
-def horovodrun(workers: int, *command: str | Path) -> str:
-    """What a job prints."""
-    launcher = shutil.which("horovodrun", path=Path(sys.executable).parent)
-    assert launcher, "horovodrun is not beside this Python"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), str(ROOT / "tf"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with subprocess.Popen(
-        [launcher, "-np", str(workers), sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-    ) as job:
-        try:
-            output, _ = job.communicate(timeout=600)
-        except subprocess.TimeoutExpired:
-            job.terminate()  # not kill: horovodrun then ends its workers
-            output, _ = job.communicate()
-    assert job.returncode == 0, output
-    return output
-
-
 @pytest.mark.slow
 @pytest.mark.workers
 @pytest.mark.parametrize("name", ["digits_torch", pytest.param("digits_keras", marks=pytest.mark.thorough)])
 def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
-    script = ROOT / "examples" / f"{name}.py"
+    script = EXAMPLES / f"{name}.py"
     output = horovodrun(2, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")
     line = re.search(r"slowmo +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
@@ -145,7 +113,7 @@ def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.workers
 def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
-    output = horovodrun(2, ROOT / "examples" / "digits_mixed.py", "--quick", "--out", tmp_path)
+    output = horovodrun(2, EXAMPLES / "digits_mixed.py", "--quick", "--out", tmp_path)
     line = re.search(r"slowmo, mixed +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
     assert float(line[1]) > 80
@@ -167,7 +135,7 @@ def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
     ],
 )
 def test_small_examples_learn_under_horovodrun(name: str) -> None:
-    output = horovodrun(2, ROOT / "examples" / f"{name}.py")
+    output = horovodrun(2, EXAMPLES / f"{name}.py")
     found = re.findall(r"test accuracy (\d+\.\d) %", output)
     found += [str(100 * float(x)) for x in re.findall(r"val_accuracy: (\d\.\d+)", output)]
     assert found, output
