@@ -128,9 +128,10 @@ def bleu(model: Transformer, pieces: Any, text: Text, device: torch.device, batc
     for start in range(0, len(own), batch):
         sources = [[*pieces.encode(source), parallel_text.END] for source, _ in own[start : start + batch]]
         translations += pieces.decode(model.translate(torch.from_numpy(parallel_text.pad(sources)).to(device)))
-    found = sacrebleu.corpus_bleu(translations, [[target for _, target in own]])
-    # All workers' matches and lengths, of which BLEU is a function.
-    counts = torch.tensor([*found.counts, *found.totals, found.sys_len, found.ref_len], dtype=torch.float64)
+    counts = torch.zeros(10, dtype=torch.float64)  # all workers' matches and lengths, of which BLEU is a function
+    if own:
+        found = sacrebleu.corpus_bleu(translations, [[target for _, target in own]])
+        counts = torch.tensor([*found.counts, *found.totals, found.sys_len, found.ref_len], dtype=torch.float64)
     *both, translated, reference = (slowmo.mean(counts) * slowmo.size()).round().long().tolist()
     return sacrebleu.BLEU.compute_bleu(both[:4], both[4:], translated, reference, smooth_method="exp").score
 

@@ -151,3 +151,25 @@ def test_a_resume_gives_the_same_result(tmp_path, monkeypatch, capsys):
     run_and_stop(translation_torch, monkeypatch, capsys, *arguments, after=2 * each + 1)
     for left in (each, 0):  # the second time nothing is left
         assert run(translation_torch, monkeypatch, capsys, *arguments) == (wanted, left)
+
+
+def test_bleu_is_that_of_sacrebleu(pieces, tmp_path):
+    import sacrebleu
+    import translation_torch
+
+    class Reverses(torch.nn.Module):
+        """Writes the words in the other order, as the targets are, except for sentences about rain."""
+
+        def translate(self, source):
+            lines = pieces.decode([[piece for piece in row if piece > END] for row in source.tolist()])
+            return [pieces.encode(self.written(line)) for line in lines]
+
+        @staticmethod
+        def written(line):
+            return line if "rain" in line else " ".join(reversed(line.split()))
+
+    text = parallel_text.read(tmp_path / "train.en", tmp_path / "train.xx")
+    score = translation_torch.bleu(Reverses(), pieces, text, torch.device("cpu"), batch=7)
+    expected = sacrebleu.corpus_bleu([Reverses.written(line) for line in text.sources], [text.targets]).score
+    assert 40 < score < 90
+    assert score == pytest.approx(expected)
