@@ -87,9 +87,6 @@ class Watch(keras.callbacks.Callback):
         self._statistics = statistics
         self._resumed = False
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        self._sent = self.model.optimizer.bytes_sent
-
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.epoch = epoch
         self._resume(epoch)
@@ -116,7 +113,7 @@ class Watch(keras.callbacks.Callback):
 
     def _resume(self, done: int) -> None:
         """Take the record of the epochs that an earlier run has done; rank 0 alone needs it, for the report."""
-        if done and not self._resumed and not self.run.steps:
+        if done and not self._resumed:
             self._progress.skip(done * self._steps)
             if hvd.rank() == 0:
                 self.run = comparison.Run(**json.loads(self._record(done).read_text(encoding="utf-8")))
