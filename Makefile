@@ -3,11 +3,13 @@
 #   make demo FRAMEWORK=tf         train with Keras instead of PyTorch
 #   make demo ARGS="--help"        pass options to the example
 #   make test-fast ARGS="-k ..."   pass options to pytest
+#   make docs                      needs PyPI the first time; the site itself needs no network
 #   make setup PYTHON=python3.12   make .venv anew with another Python
 
 PYTHON ?= python3
 ARGS ?=
 FRAMEWORK ?= torch
+MINUTES ?= 60
 DEMO_torch := examples/digits_torch.py
 DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
@@ -18,15 +20,15 @@ QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-mixed demo-elastic bench test test-all test-fast test-install lint clean
+.PHONY: help setup docs demo demo-mixed demo-elastic soak bench test test-all test-fast test-install lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
 
 # Steps of the set-up. The target of a step is a stamp in .venv, written after the step has succeeded: an up-to-date .venv
 # costs nothing, and a failed or interrupted step is repeated. A stamp has the time at which its step started, so that a
-# file edited meanwhile is newer. Two calls at once would write into one .venv, so `setup` locks the directory and builds
-# the stamps in a second make, which keeps the lock until it ends.
+# file edited meanwhile is newer. Two calls at once would write into one .venv, so `locked` locks the directory and
+# builds the stamps in a second make, which keeps the lock until it ends.
 
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Exists while pip writes into .venv. Killed, pip can leave a package that it later takes for complete.
@@ -35,16 +37,21 @@ IDENTITY = -S -c 'import sys; print("Python", *sys.version_info[:3], sys.base_pr
 # The Python that .venv must come from: the one that the command line or the environment names, else any.
 WANTED = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
+# $(call locked,STAMP): bring a stamp of .venv up to date, alone.
+define locked
+command -v flock >/dev/null || { \
+	echo "flock is missing, and two calls at once would damage .venv. Install util-linux, which has it." >&2; \
+	exit 1; }; \
+exec 9<. || exit 1; \
+flock -n 9 || { echo "Another make is setting up .venv; waiting for it"; flock 9 || exit 1; }; \
+if [ -e $(UNFINISHED) ] || [ "$$($(WANTED) $(IDENTITY) 2>&1)" != "$$(cat .venv/.python 2>&1)" ]; then \
+	rm -f .venv/.python; \
+fi; \
+exec $(MAKE) --silent --no-print-directory $(1)
+endef
+
 setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first time, then nothing)
-	@command -v flock >/dev/null || { \
-		echo "flock is missing, and two calls at once would damage .venv. Install util-linux, which has it." >&2; \
-		exit 1; }; \
-	exec 9<. || exit 1; \
-	flock -n 9 || { echo "Another make is setting up .venv; waiting for it"; flock 9 || exit 1; }; \
-	if [ -e $(UNFINISHED) ] || [ "$$($(WANTED) $(IDENTITY) 2>&1)" != "$$(cat .venv/.python 2>&1)" ]; then \
-		rm -f .venv/.python; \
-	fi; \
-	exec $(MAKE) --silent --no-print-directory .venv/.horovod
+	@+$(call locked,.venv/.horovod)
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -72,6 +79,11 @@ setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first tim
 	@[ ! -e $@.started ] || rm -rf .venv/lib/python*/site-packages/horovod*  # an interrupted pip can leave half of it
 	@rm -f $@; touch $@.started; $(BIN)/hvd-slowmo install-horovod && mv $@.started $@
 
+# The site needs none of the frameworks: the API reference is read from the sources.
+.venv/.docs: requirements-docs.txt .venv/.python
+	@echo "Installing the packages of requirements-docs.txt"
+	@$(start_clock); $(call pip_install,-r requirements-docs.txt)
+
 start_clock = started=$$(date +%s)
 read_clock = echo "  done in $$(($$(date +%s) - started)) s"
 
@@ -97,8 +109,18 @@ demo: setup  ## train a classifier with SlowMo on four local workers; FRAMEWORK=
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
 	@$(QUIET) $(BIN)/python examples/digits_mixed.py $(ARGS)
 
-demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (about two minutes)
-	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py $(ARGS)
+demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (two minutes; FRAMEWORK=tf too)
+	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py \
+		--framework $(FRAMEWORK) $(ARGS)
+
+soak: setup  ## train elastic jobs under random faults; MINUTES=60 for both frameworks together, and a report
+	@$(QUIET) PYTHONPATH=tests PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m soak --minutes $(MINUTES) $(ARGS)
+
+docs:  ## build the documentation as a site, build/site/index.html
+	@+$(call locked,.venv/.docs)
+	@$(BIN)/zensical build --clean --strict $(ARGS)
+	@echo "Open $(CURDIR)/build/site/index.html. The search needs a server:" \
+		"$(BIN)/python -m http.server -d build/site"
 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)
@@ -107,6 +129,7 @@ test: setup  ## run all tests
 	@$(BIN)/python -m pytest -m "not install and not thorough" $(PARALLEL) $(ARGS)
 
 test-all: setup  ## run all tests, with more sizes and settings
+	@+$(call locked,.venv/.docs)
 	@$(BIN)/python -m pytest -m "not install" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds
@@ -122,5 +145,5 @@ lint: setup  ## check style, format, layers and types
 	$(BIN)/mypy
 
 clean:  ## remove .venv and the tools' caches (the user's cache keeps Horovod's wheel)
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info .cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

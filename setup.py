@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-PARTS = ("checkpoint", "cli", "comm", "core", "installer", "interop", "topology", "wire")
+PARTS = ("advice", "checkpoint", "cli", "comm", "core", "installer", "interop", "topology", "wire")
 
 
 def read_version() -> str:
@@ -40,6 +40,7 @@ setup(
         "hvd_slowmo",
         *(f"hvd_slowmo.{part}" for part in PARTS),
         "hvd_slowmo_torch",
+        "hvd_slowmo_torch.advice",
         "hvd_slowmo_torch.comm",
         "hvd_slowmo_torch.interop",
         "hvd_slowmo_torch.simulator",

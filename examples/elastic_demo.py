@@ -1,4 +1,4 @@
-"""Run examples/elastic_torch.py on this machine: kill one of three workers, add another, and draw the loss.
+"""Run examples/elastic_torch.py or elastic_keras.py here: kill one of three workers, add another, and draw the loss.
 
 Run it with: python examples/elastic_demo.py
 """
@@ -75,6 +75,7 @@ def figure(folder: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--framework", choices=("torch", "tf"), default="torch", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the figure")
     args = parser.parse_args()
     with TemporaryDirectory() as name:
@@ -83,7 +84,7 @@ def main() -> None:
         discover = folder / "discover.sh"
         discover.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
         discover.chmod(0o700)
-        script = Path(__file__).with_name("elastic_torch.py")
+        script = Path(__file__).with_name("elastic_torch.py" if args.framework == "torch" else "elastic_keras.py")
         launch = [
             str(Path(sys.executable).with_name("horovodrun")),
             "--network-interfaces",
@@ -104,8 +105,9 @@ def main() -> None:
                 print(line, flush=True)
             time.sleep(0.2)
         status = job.wait()
-        figure(folder, args.out / "elastic.png")
-        print(f"figure: {args.out / 'elastic.png'}")
+        out = args.out / ("elastic.png" if args.framework == "torch" else "elastic_keras.png")
+        figure(folder, out)
+        print(f"figure: {out}")
     sys.exit(status)
 
 

@@ -16,6 +16,7 @@ from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.preemption import PREEMPTED
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo_tf import elastic
 from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.mean import mean
@@ -35,6 +36,7 @@ __all__ = [
     "SlowMo",
     "SlowMoCallback",
     "SlowMoConfig",
+    "elastic",
     "init",
     "join",
     "mean",

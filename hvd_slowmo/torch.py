@@ -9,6 +9,7 @@ from hvd_slowmo.core.preemption import PREEMPTED
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import elastic
+from hvd_slowmo_torch.advice.steps import measure
 from hvd_slowmo_torch.comm.workers import init, local_rank, rank, size
 from hvd_slowmo_torch.mean import mean
 from hvd_slowmo_torch.optimizer import SlowMo
@@ -33,6 +34,7 @@ __all__ = [
     "join",
     "local_rank",
     "mean",
+    "measure",
     "on_preemption",
     "rank",
     "recompute_statistics",

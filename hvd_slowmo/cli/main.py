@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from hvd_slowmo.cli.advise import add_advise
 from hvd_slowmo.cli.convert import add_convert
 from hvd_slowmo.cli.doctor import add_doctor
 from hvd_slowmo.cli.inspect import add_inspect
@@ -27,6 +28,7 @@ _SUBCOMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser
     add_run,
     add_topology,
     add_simulate,
+    add_advise,
     add_map,
     add_inspect,
     add_convert,

@@ -46,12 +46,14 @@ class Worker:
         process: its shell, the leader of a process group.
         error: the end of its stderr.
         status: exit status, 128 + n after signal n; None while it runs.
+        stopped: it was still running when the job was ended.
     """
 
     rank: int
     process: subprocess.Popen[bytes]
     error: LastError = field(default_factory=LastError)
     status: int | None = None
+    stopped: bool = False
 
     def send(self, number: int) -> None:
         """Send a signal to the process group, if it is there."""
@@ -87,8 +89,9 @@ class Job:
 
     @property
     def failure(self) -> Worker | None:
-        """The first worker that failed, of those whose error is not that another one is gone; None if all succeeded."""
+        """The first worker that failed by itself, and not because another one is gone; None if none."""
         failed = [worker for worker in self.ended if worker.status]
+        failed = [worker for worker in failed if not worker.stopped] or failed
         causes = [worker for worker in failed if not worker.error.consequence]
         return next(iter(causes or failed), None)
 
@@ -191,6 +194,7 @@ class Job:
         with self._lock:
             self._stopped = True
             for worker in self._running:
+                worker.stopped = True
                 worker.send(number)
             if number != signal.SIGKILL and self._running:
                 self._later(SECONDS_TO_END, signal.SIGKILL)

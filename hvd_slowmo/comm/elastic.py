@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.comm.time_limit import horovods_limit
+from hvd_slowmo.comm.watchdog import Watchdog, others_wait
 
 T = TypeVar("T")
 
@@ -185,19 +188,24 @@ def _run(hvd: Any, state: ElasticState, function: Callable[[], T]) -> T:
 
     notification_manager.init()
     notification_manager.register_listener(state)
+    watchdog = Watchdog(horovods_limit() or math.inf, others_wait)
+    watchdog.start()
     try:
         while True:
             try:
+                watchdog.training(True)
                 state.sync()
                 return function()
             except HorovodInternalError as error:
                 logger.warning("%s. The workers that are left come together again.", error)
             except HostsUpdatedInterrupt:
                 logger.info("workers were added or are about to go: all come together again.")
+            watchdog.training(False)
             state.notice()
             hvd.shutdown()
             state.forget_news()
             hvd.init()
             state.on_reset()
     finally:
+        watchdog.stop()
         notification_manager.remove_listener(state)

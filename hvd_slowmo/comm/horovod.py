@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvd_slowmo.comm.failure import FailureLatch
+from hvd_slowmo.comm.absence import absent_ranks
+from hvd_slowmo.comm.failure import FailureLatch, absence
 from hvd_slowmo.comm.launcher import alone_text, elastic, launched
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm, SoloComm
-from hvd_slowmo.comm.rendezvous import hosts_by_rendezvous
+from hvd_slowmo.comm.rendezvous import RendezvousBoard, hosts_by_rendezvous
+from hvd_slowmo.comm.time_limit import VARIABLE, horovods_limit, limit_horovod, time_limit
 
 MakeComm = Callable[[Any, Comm | None], Comm]
 """Makes a `Comm` of a Horovod process set and of the node's workers."""
@@ -82,18 +84,32 @@ class Workers:
             return self._alone(node)
         return self._make(members, self._connect_node() if node else None)
 
-    def init(self) -> None:
+    def init(self, timeout: float | None = None) -> None:
         """Call `hvd.init()`, with the workers of each node registered as a process set, for gradients="node".
 
         Static process sets, which Horovod takes at its start only: dynamic ones slow every collective down. Where the
         workers can't learn before that who is on which host, Horovod is started once for it, and once more with the
         sets.
 
+        Args:
+            timeout: seconds that the others wait in an exchange for a worker that does not come, before all of them
+                fail; longer than anything that one worker does alone, such as an evaluation. None for
+                HVD_SLOWMO_TIMEOUT from the environment, or else 300 in an elastic job and no limit in others.
+
         Raises:
+            TypeError, ValueError: `timeout` is no number of at least one second, or comes after `hvd.init()`.
             ImportError: Horovod is not installed for this framework.
             TimeoutError: a worker has not come.
         """
+        limit = time_limit(timeout)
         hvd = importlib.import_module(self._module)
+        if timeout is not None and hvd.is_initialized():
+            raise ValueError(
+                f"Horovod reads its limits when it is initialized: call {self._door}.init(timeout=...) in place of "
+                f"hvd.init(), or set {VARIABLE} for the job."
+            )
+        if limit is not None:
+            limit_horovod(limit)
         if elastic():  # workers that train already can't take part in more than Horovod's own start
             hvd.init()
             return
@@ -135,16 +151,34 @@ class HorovodFailures(FailureLatch):
 
     Args:
         rank: of this worker, for messages.
+        ranks: of all workers that fail together.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, ranks: Sequence[int] = ()) -> None:
         super().__init__("Horovod", rank, _internal_error)
+        self._ranks = ranks
 
-    def explain(self, error: Exception) -> Exception:
-        """Return the exception to raise in place of an error of a collective."""
+    def explain(self, error: Exception, name: str | None = None) -> Exception:
+        """Return the exception to raise in place of an error of a collective.
+
+        Args:
+            name: of the collective, where it is known.
+        """
         if "Mismatched" in str(error):
             return ValueError(f"the workers do not exchange the same: {error}")
-        return self.again() if self.failed else self.lost(str(error))
+        if self.failed:
+            return self.again()
+        return self.lost(str(error), name, absence(self._absent(), horovods_limit()))
+
+    def _absent(self) -> Sequence[int]:
+        """Return the ranks that have not failed too; nothing where that can't be told."""
+        if len(self._ranks) < 2 or elastic():  # there the launcher knows, and its store has gone on to the next workers
+            return ()
+        try:
+            board = RendezvousBoard()
+        except LookupError:
+            return ()
+        return absent_ranks(self._ranks, self._ranks.index(self._rank), board)
 
 
 def _internal_error(text: str) -> Exception:

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return the launcher that says the most workers.
+    """Return the launcher that says the most workers; among several, torchrun, which others may start once per node.
 
     horovodrun decides alone where it has started this process: other variables are those of the shell in which it runs.
     SLURM_NTASKS is not looked at, because it describes an allocation, and also stands where a batch script calls a
@@ -51,10 +51,10 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     in_srun = "SLURM_STEP_ID" in environment and count("SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
     found = [
         nothing,
+        Launch("torchrun or a launcher like it", count("WORLD_SIZE"), "torch"),
         Launch("mpirun", count("OMPI_COMM_WORLD_SIZE"), "horovod"),
         Launch("mpirun or srun", count("PMI_SIZE"), "horovod"),
         Launch("srun", count("SLURM_STEP_NUM_TASKS") if in_srun else 1, "horovod"),
-        Launch("torchrun or a launcher like it", count("WORLD_SIZE"), "torch"),
     ]
     return max(found, key=lambda launch: launch.workers)
 

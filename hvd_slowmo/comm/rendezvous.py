@@ -1,4 +1,4 @@
-"""Exchange of the workers' host names before Horovod starts."""
+"""horovodrun's store, in which the workers of a job leave each other small messages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,69 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 _PAUSE_S = 0.05
 _open = build_opener(ProxyHandler({})).open  # the server belongs to this job and is not behind a proxy
+
+
+class Rendezvous:
+    """The store. It lives as long as the launcher, whatever becomes of the workers.
+
+    Args:
+        environment: variables of horovodrun.
+
+    Raises:
+        LookupError: the job has no such store (under MPI).
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        names = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
+        if any(name not in environment for name in names):
+            raise LookupError("this job has no rendezvous server: horovodrun has not started it over gloo.")
+        address, port = (environment[name] for name in names)
+        self._url = f"http://{address}:{port}"
+        self.limit_s = float(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "30"))
+
+    def put(self, path: str, value: bytes) -> None:
+        """Leave a message.
+
+        Raises:
+            OSError: the server can't be reached.
+        """
+        with _open(_signed(f"{self._url}/{path}", "PUT", value), timeout=self.limit_s):
+            pass
+
+    def get(self, path: str) -> bytes | None:
+        """Return a message; None while there is none.
+
+        Raises:
+            OSError: the server can't be reached.
+        """
+        try:
+            with _open(_signed(f"{self._url}/{path}", "GET"), timeout=self.limit_s) as answer:
+                found: bytes = answer.read()
+                return found
+        except HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+
+
+class RendezvousBoard:
+    """`hvd_slowmo.comm.absence.Board` in horovodrun's store.
+
+    Args:
+        environment: variables of horovodrun.
+
+    Raises:
+        LookupError: the job has no store.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._rendezvous = Rendezvous(environment)
+
+    def mark(self, key: str) -> None:
+        self._rendezvous.put(f"slowmo.failed.{key}", b"1")
+
+    def marked(self, key: str) -> bool:
+        return self._rendezvous.get(f"slowmo.failed.{key}") is not None
 
 
 def hosts_by_rendezvous(host: str, environment: Mapping[str, str] = os.environ) -> list[str] | None:
@@ -30,28 +93,27 @@ def hosts_by_rendezvous(host: str, environment: Mapping[str, str] = os.environ) 
         TimeoutError: a worker has not called init() within HOROVOD_GLOO_TIMEOUT_SECONDS (default 30).
         OSError: the server cannot be reached.
     """
-    names = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT", "HOROVOD_RANK", "HOROVOD_SIZE")
-    if any(name not in environment for name in names) or environment.get("HOROVOD_ELASTIC") == "1":
+    if any(name not in environment for name in ("HOROVOD_RANK", "HOROVOD_SIZE")):
         return None
-    address, port, rank, size = (environment[name] for name in names)
-    folder = f"http://{address}:{port}/slowmo.hosts"
-    limit = float(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "30"))
-    deadline = time.monotonic() + limit
-    with _open(_signed(f"{folder}/{rank}", "PUT", host.encode()), timeout=limit):
-        pass
+    if environment.get("HOROVOD_ELASTIC") == "1":
+        return None
+    try:
+        rendezvous = Rendezvous(environment)
+    except LookupError:
+        return None
+    deadline = time.monotonic() + rendezvous.limit_s
+    rendezvous.put(f"slowmo.hosts/{environment['HOROVOD_RANK']}", host.encode())
     found: list[str] = []
-    while len(found) < int(size):
-        try:
-            with _open(_signed(f"{folder}/{len(found)}", "GET"), timeout=limit) as answer:
-                found.append(answer.read().decode())
-        except HTTPError as error:
-            if error.code != 404:
-                raise
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"rank {len(found)} has not called init() within {limit:.0f} s. Start all workers together, or "
-                    "increase HOROVOD_GLOO_TIMEOUT_SECONDS."
-                ) from None
+    while len(found) < int(environment["HOROVOD_SIZE"]):
+        name = rendezvous.get(f"slowmo.hosts/{len(found)}")
+        if name is not None:
+            found.append(name.decode())
+        elif time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank {len(found)} has not called init() within {rendezvous.limit_s:.0f} s. Start all workers "
+                "together, or increase HOROVOD_GLOO_TIMEOUT_SECONDS."
+            )
+        else:
             time.sleep(_PAUSE_S)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import ITEMSIZE, Chunk, Layout
-from hvd_slowmo.core.whole import divided_vectors
+from hvd_slowmo.core.memory import bytes_beside_model
 from hvd_slowmo.gossip import SGP
 
 
@@ -35,11 +35,8 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
         traffic.append(f"{_size(parameters)} per gossip message")
     if config.tau is not None and config.average:
         traffic.append(f"{_size(sum(map(sent, layout.chunks)))} per outer step")
-    vectors = len(config.vectors) + (0 if graph is None else len(graph.vectors))
-    in_flight = -(-config.delay * config.fragments // (config.tau or 1))  # fragments, at most
-    kept = vectors * parameters + in_flight * parameters // config.fragments
     sliced = sum(length(chunk) for chunk in layout.chunks if layout.segments[chunk.segment].sliced)
-    kept += len(config.sliced_vectors) * sliced // workers - len(divided_vectors(config)) * sliced
+    kept = bytes_beside_model(config, parameters, sliced, workers, 0 if graph is None else len(graph.vectors))
     memory = f"{_size(kept)} of memory beside the model"
     if workers == 1:
         return f"{method(config)}, 1 worker; {memory}"

@@ -121,6 +121,30 @@ def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
         )
 
 
+def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, **given: object) -> None:
+    """Refuse arguments with which workers can't come and go yet.
+
+    Args:
+        divides_anew: the adapter can divide what is kept in slices among other workers.
+        given: the constructor's other arguments that can't be given, None where they are not.
+
+    Raises:
+        ValueError: it names the argument.
+    """
+    reasons = {
+        "gossip": config.gossip is not None,
+        "delay": config.delay > 0,
+        "shard=True": config.shards,
+        "gradients='node'": config.gradients == "node",
+        "bits of less than 32 in Keras": bool(config.sliced_vectors) and not divides_anew,
+        "tau=None with local gradients": config.tau is None and config.gradients == "local",
+        **{f"a {name}": value is not None for name, value in given.items()},
+    }
+    for what, used in reasons.items():
+        if used:
+            raise ValueError(f"an elastic job can't have {what} yet: leave it out, or start the job without elastic.")
+
+
 def refuse_both(comm: Comm | None, **given: object) -> None:
     """Refuse workers that are given twice with a ValueError."""
     for name, value in given.items():

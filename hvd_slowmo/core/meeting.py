@@ -237,6 +237,13 @@ class Meetings:
 
         Chunks that travel in slices come in parts; if the outer state is divided, with the new anchor for the sum.
         """
+        found = self._sums(meeting, roles)
+        if not self._runtime.whole:
+            return found
+        chunks, totals, divisors = zip(*found, strict=True)
+        return zip(chunks, self._ops.together(totals), divisors, strict=True)
+
+    def _sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
         chunks = [chunk for chunk in self._left(meeting.exchange.purpose.fragment) if chunk.role in roles]
         if self.tracks and self.written is None:
             self.written = set()

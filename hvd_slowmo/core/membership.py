@@ -77,8 +77,10 @@ class Reformed(NamedTuple):
         leader: rank of the worker from which newcomers have their state.
         newcomers: ranks without a state before.
         behind: ranks whose last block was over elsewhere; their steps since then are lost.
+        job: the workers.
     """
 
+    job: Job
     leader: int
     newcomers: tuple[int, ...]
     behind: tuple[int, ...]
@@ -93,8 +95,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     # Under the common prefix: names have not been compared yet.
     places = [Place(*each) for each in comm.handshake.gather("members", tuple(member.place()))]
     if not any(place.started for place in places):
-        start(member, comm)
-        return Reformed(0, (), ())
+        return Reformed(start(member, comm), 0, (), ())
     config, own = member.config, places[comm.rank]
     description = agree(member, comm)
     leader = max(range(comm.size), key=lambda rank: (*places[rank].ahead, -rank))
@@ -135,7 +136,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
             len(newcomers),
             len(behind),
         )
-    return Reformed(leader, newcomers, behind)
+    return Reformed(job, leader, newcomers, behind)
 
 
 def in_block_of(config: SlowMoConfig, place: Place, lead: Place) -> bool:

@@ -110,6 +110,9 @@ class Ops(Protocol):
     def after(self, scalar: Scalar, work: Callable[[], T]) -> T:
         """Return the result of `work`, no part of which runs before `scalar` is known."""
 
+    def together(self, tensors: Sequence[T]) -> Sequence[T]:
+        """Return these tensors; none of them can be used before all of them are there."""
+
     def detached(self, work: Callable[[C], T]) -> Callable[[C], T]:
         """Return the same work for another thread; what it returns goes through `attached`."""
 
@@ -233,6 +236,9 @@ class EagerOps:
 
     def after(self, scalar: Scalar, work: Callable[[], T]) -> T:
         return work()
+
+    def together(self, tensors: Sequence[T]) -> Sequence[T]:
+        return tensors
 
     def detached(self, work: Callable[[C], T]) -> Callable[[C], T]:
         return work

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("localhost", "127.0.0.1", "127.1")  # of this machine, each a host to Horovod
 
 
-def elastic(folder, names, steps, settings, victim="nobody", then=()):
+def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train_torch", **variables):
     """Run an elastic job to its end, and return what each worker that reached it has seen, by its host."""
     (folder / "hosts").write_text("".join(f"{name}:1\n" for name in names), encoding="utf-8")
     if then:
@@ -25,7 +25,7 @@ def elastic(folder, names, steps, settings, victim="nobody", then=()):
     script = folder / "discover.sh"
     script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n", encoding="utf-8")
     script.chmod(0o755)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), str(ROOT / "tf"), os.environ.get("PYTHONPATH", "")])
     job = subprocess.run(
         [
             str(Path(sys.executable).with_name("horovodrun")),
@@ -39,9 +39,9 @@ def elastic(folder, names, steps, settings, victim="nobody", then=()):
             "3",
         ]
         + ["--host-discovery-script", str(script), sys.executable]
-        + [str(ROOT / "tests" / "support" / "jobs" / "elastic_torch.py"), str(folder), str(steps), victim, "30"]
+        + [str(ROOT / "tests" / "support" / "elastic_jobs" / f"{job}.py"), str(folder), str(steps), victim, "30"]
         + [f"{name}={json.dumps(value)}" for name, value in settings.items()],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,6 +74,58 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
         assert seen["changes"][1]["newcomers"] == []
         assert seen["steps"] in (120, 121)  # the batch of the interrupted step is taken once more
         assert seen["size"] == 2
+    assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tau": 12},
+        pytest.param({"tau": 12, "fragments": 4}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "warmup_steps": 60}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "inner_state": "average"}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_keras_survivors_go_on_where_they_were(tmp_path, settings):
+    found = elastic(tmp_path, NAMES, 4, settings, victim="127.1", job="train_keras")
+    assert set(found) == {"localhost", "127.0.0.1"}
+    for seen in found.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        went_on = seen["changes"][1]["step"]
+        assert 29 <= went_on <= 42
+        # The step that was broken off is completed, and the epoch taken once more.
+        (_, _), (epoch, step) = seen["calls"]
+        assert step in (went_on, went_on + 1)
+        assert seen["steps"] == step + 30 * (4 - epoch)
+        assert (seen["size"], seen["epoch"]) == (2, 4)
+    assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_a_new_keras_worker_takes_part(tmp_path):
+    found = elastic(tmp_path, NAMES[:2], 40, {"tau": 12}, then=NAMES, job="train_keras")
+    assert set(found) == set(NAMES)
+    for name, seen in found.items():
+        assert seen["changes"][-1]["workers"] == seen["size"] == 3
+        assert seen["changes"][-1]["newcomers"] == [2]
+        assert seen["epoch"] == 40
+        assert seen["parameters"] == found["localhost"]["parameters"]
+        assert len(seen["changes"]) == (1 if name == "127.1" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.workers
+def test_the_others_go_on_without_a_worker_that_hangs(tmp_path):
+    found = elastic(tmp_path, NAMES, 120, {"tau": 12}, victim="127.1", HANGS="1", HVD_SLOWMO_TIMEOUT="5")
+    assert set(found) == {"localhost", "127.0.0.1"}
+    for seen in found.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        assert 30 <= seen["changes"][1]["step"] <= 41
+        assert seen["steps"] in (120, 121)
     assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
 
 
@@ -148,7 +200,7 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
         ({"gradients": "node"}, "gradients='node'"),
         ({"tau": None}, "tau=None with local gradients"),
         ({"parameter_map": slowmo.ParameterMap()}, "a parameter_map"),
-        ({"transport": "torch"}, "transport='torch'"),
+        ({"transport": "torch"}, "a transport"),
     ],
 )
 def test_settings_that_can_not_be_elastic_yet_are_refused(monkeypatch, settings, words):
@@ -205,11 +257,31 @@ def test_a_scaler_begins_a_new_step_after_one_that_was_broken_off():
     assert torch.allclose(before - model.weight, torch.full_like(before, 0.1), atol=1e-6)
 
 
-def test_keras_workers_are_refused_under_the_elastic_launcher(monkeypatch):
+def test_keras_workers_that_have_not_come_together_are_told_how(monkeypatch):
     keras = pytest.importorskip("keras")
     import hvd_slowmo.tf as slowmo_tf
 
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
     optimizer = slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2)
-    with pytest.raises(ValueError, match="Keras workers can't come and go yet"):
-        optimizer.broadcast([keras.Variable([1.0])])
+    variable = keras.Variable([1.0])
+    for call in (lambda: optimizer.broadcast([variable]), lambda: optimizer.apply([variable.value], [variable])):
+        with pytest.raises(RuntimeError, match=r"in the function that slowmo\.elastic\.run decorates"):
+            call()
+    with pytest.raises(ValueError, match="an elastic job can't have delay yet"):
+        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1)
+    with pytest.raises(ValueError, match="an elastic job can't have bits of less than 32 in Keras yet"):
+        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, bits=8)
+
+
+def test_what_is_no_state_of_a_keras_job_is_refused():
+    keras = pytest.importorskip("keras")
+    import hvd_slowmo.tf as slowmo_tf
+
+    with pytest.raises(TypeError, match=r"`model` must be a keras.Model. Received: int"):
+        slowmo_tf.elastic.State(3)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(slowmo_tf.SlowMo("sgd", tau=2), "mse")
+    with pytest.raises(ValueError, match="has no variables yet"):
+        slowmo_tf.elastic.State(model)
+    with pytest.raises(TypeError, match=r"`state` must be a slowmo.elastic.State. Received: int"):
+        slowmo_tf.SlowMoCallback(state=1)

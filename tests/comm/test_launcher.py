@@ -21,6 +21,7 @@ SLURM_STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID":
         ({"OMPI_COMM_WORLD_SIZE": "3"}, "mpirun", 3),
         ({"PMI_SIZE": "3"}, "mpirun or srun", 3),
         (SLURM_STEP, "srun", 4),
+        ({**SLURM_STEP, "WORLD_SIZE": "4"}, "torchrun or a launcher like it", 4),  # torchrun per node, one worker each
         ({"SLURM_NTASKS": "4"}, "no launcher", 1),  # a batch script
         ({**SLURM_STEP, "SLURM_STEP_ID": "4294967291"}, "no launcher", 1),  # a batch script, too
         ({**SLURM_STEP, "SLURM_STEP_ID": "4294967290"}, "no launcher", 1),  # salloc's interactive shell

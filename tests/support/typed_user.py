@@ -15,6 +15,8 @@ def train() -> float:
     assert plain.config.tau == 4
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
     assert isinstance(optimizer, slowmo.SlowMo)
+    with slowmo.measure(optimizer, steps=5) as measured:
+        finished: bool = measured.done
     with optimizer.no_sync():
         model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
@@ -29,4 +31,5 @@ def train() -> float:
     with optimizer.averaged_parameters():
         state: dict[str, object] = optimizer.state_dict()
     optimizer.load_state_dict(state)
-    return behind + optimizer.steps + optimizer.bytes_sent + (0.0 if metrics is None else metrics.divergence)
+    seconds: float = measured.training().seconds if finished else 0.0
+    return behind + seconds + optimizer.steps + optimizer.bytes_sent + (0.0 if metrics is None else metrics.divergence)

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from hvd_slowmo.checkpoint.periodic import Checkpoints
+from hvd_slowmo.comm.elastic import ElasticState
 from hvd_slowmo.core import preemption
 from hvd_slowmo.core.join import join
 from hvd_slowmo_tf.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
@@ -44,6 +45,9 @@ class SlowMoCallback(keras.callbacks.Callback):
     - With `checkpoints`, the newest one is resumed before the first batch: model, optimizer and epoch. Saves
       follow between epochs, and with `Checkpoints(..., every=n)` within an epoch too, which a resume then begins again.
     - After a signal (`on_preemption`) all workers save and end after a batch.
+    - With the `state` of an elastic job: `commit` after each batch. `state.epoch`, where the state has this value,
+      becomes the epoch to begin with. One in which the workers change is taken once more, by the parameters that the
+      survivors have.
     - XLA, which can't compile the exchange, is switched off for this model's training.
 
     It goes to the front of the list of callbacks by itself.
@@ -52,6 +56,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         *optimizers: the SlowMo optimizers of a model with a custom `train_step`. Without any: all among the model's
             attributes, and in its lists and dicts.
         checkpoints: saves and resumes the job, for a model with one SlowMo optimizer.
+        state: of an elastic job (`slowmo.elastic.State`).
 
     Raises:
         TypeError: no optimizer of the model is SlowMo, or an argument has another type.
@@ -68,14 +73,19 @@ class SlowMoCallback(keras.callbacks.Callback):
         6
     """
 
-    def __init__(self, *optimizers: SlowMo, checkpoints: Checkpoints | None = None) -> None:
+    def __init__(
+        self, *optimizers: SlowMo, checkpoints: Checkpoints | None = None, state: ElasticState | None = None
+    ) -> None:
         super().__init__()
         for optimizer in optimizers:
             if not isinstance(optimizer, SlowMo):
                 raise TypeError(f"SlowMoCallback takes SlowMo optimizers. Received: {type(optimizer).__name__}")
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             raise TypeError(f"`checkpoints` must be Checkpoints. Received: {type(checkpoints).__name__}")
+        if state is not None and not isinstance(state, ElasticState):
+            raise TypeError(f"`state` must be a slowmo.elastic.State. Received: {type(state).__name__}")
         self._given = optimizers
+        self._state = state
         self._fit_checkpoints = None if checkpoints is None else FitCheckpoints(checkpoints)
         self._optimizers: Sequence[SlowMo] = ()
         self._place_known = self._begun = self._in_epoch = self._left = False
@@ -151,6 +161,8 @@ class SlowMoCallback(keras.callbacks.Callback):
         job = self._first.worker.job
         if logs is not None and not self._left and job is not None and not job.mixed:
             self._average(logs)
+        if hasattr(self._state, "epoch"):
+            setattr(self._state, "epoch", epoch + 1)  # noqa: B010 - a value that the user has named
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         if self._begun and not self._left:
@@ -164,7 +176,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         With a hook that is not the default in any callback, Keras waits for every batch; and in this thread, which
         collectives need. A job that saves nothing keeps the default and its speed.
         """
-        return self._after_batch if self._saves else super().on_train_batch_end
+        return self._after_batch if self._saves or self._state is not None else super().on_train_batch_end
 
     @property
     def _saves(self) -> bool:
@@ -177,6 +189,8 @@ class SlowMoCallback(keras.callbacks.Callback):
         if self._fit_checkpoints is not None:
             self._fit_checkpoints.after_batch(self._epoch)
         self._end_if_asked()
+        if self._state is not None:
+            self._state.commit()
 
     def _between_epochs(self, epoch: int) -> None:
         """Save where all workers have come out of the join: at the begin of this epoch, or where they end with it.

@@ -39,7 +39,7 @@ class HorovodComm:
         self.ranks: Sequence[int] = tuple(process_set.ranks or range(self.size))
         self.node = node
         self.family = family("horovod", self.ranks)
-        self.latch = HorovodFailures(hvd.rank())
+        self.failures = HorovodFailures(hvd.rank(), self.ranks)
         self._gathers: dict[str, Any] = {}  # per name, the traced function that gathers under it
 
     def start_sum(self, name: str, x: tf.Tensor) -> tf.Tensor:
@@ -80,7 +80,7 @@ class HorovodComm:
         return handle
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        self.latch.refuse_after_failure()
+        self.failures.refuse_after_failure()
         sent = np.frombuffer(pickle.dumps(item), dtype=np.uint8)
         lengths = self._gathered(f"{name}.length", np.array([len(sent)], dtype=np.int64))
         everything = self._gathered(name, sent)
@@ -99,7 +99,7 @@ class HorovodComm:
         try:
             result: NDArray[Any] = self._gathers[name](tf.constant(values)).numpy()
         except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
-            raise self.latch.explain(error) from error
+            raise self.failures.explain(error, name) from error
         return result
 
 

@@ -141,6 +141,10 @@ class TracedOps:
         with tf.control_dependencies([scalar]):
             return work()
 
+    def together(self, tensors: Sequence[T]) -> Sequence[T]:
+        with tf.control_dependencies(list(tensors)):
+            return [tf.identity(tensor) for tensor in tensors]
+
     def detached(self, work: Callable[[C], T]) -> Callable[[C], T]:
         return work  # it is in the trace: TensorFlow has threads of its own
 

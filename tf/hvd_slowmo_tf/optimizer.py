@@ -15,9 +15,17 @@ from numpy.typing import NDArray
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.checkpoint.facts import parse, parse_config
 from hvd_slowmo.checkpoint.job import AnyPath
+from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
-from hvd_slowmo.core.arguments import Outermost, check_name, check_parameter_map, check_workers, configured
+from hvd_slowmo.core.arguments import (
+    Outermost,
+    check_name,
+    check_parameter_map,
+    check_workers,
+    configured,
+    refuse_in_elastic_job,
+)
 from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
@@ -108,6 +116,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         **settings: Unpack[SlowMoSettings],
     ) -> None:
         config = configured(SlowMo, config, settings)
+        if comm is None and elastic():
+            refuse_in_elastic_job(config, divides_anew=False, parameter_map=parameter_map, process_set=process_set)
         check_name(name)
         check_parameter_map(parameter_map)
         check_workers(config, comm, process_set=process_set)
@@ -251,7 +261,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
     @property
     def bytes_sent(self) -> int:
         """Bytes that this worker has handed to Horovod for sums since it started; a ring sends up to twice as many."""
-        return 0 if self.worker.step is None else self.worker.step.comm.bytes_sent
+        return self.worker.bytes_sent
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.

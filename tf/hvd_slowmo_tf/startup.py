@@ -40,6 +40,9 @@ def start_together(
     Raises:
         TypeError, ValueError: on every rank, if settings, variables or steps differ.
     """
+    worker.refuse_before_elastic_start()
+    if worker.elastic:
+        return  # in `slowmo.elastic.State.sync`
     worker.take_name()
     worker.remember(model, variables)
     worker.job = start(StartingKerasWorker(worker, variables, statistics, model), worker.comm)

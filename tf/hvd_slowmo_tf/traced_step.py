@@ -9,11 +9,12 @@ import tensorflow as tf
 
 from hvd_slowmo.core.assembly import Assembly
 from hvd_slowmo.core.gradient_average import GradientAverage, Presence
+from hvd_slowmo.core.progress import Progress
 from hvd_slowmo.core.schedule import StepPlan
 from hvd_slowmo_tf.gradients import VariableGradients
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
-from hvd_slowmo_tf.layout import VariableRef
+from hvd_slowmo_tf.layout import VariableRef, native
 from hvd_slowmo_tf.variables import OptimizerVariables
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -36,6 +37,7 @@ class TracedStep:
         variables: SlowMo's state.
         assembly: the core's parts.
         comm: the workers, as the core has them.
+        elastic: after an exchange that fails the state tells how far the step has come.
 
     Attributes:
         function: the traced step, of the gradients and of the result of `exchange_pending`.
@@ -49,6 +51,7 @@ class TracedStep:
         variables: OptimizerVariables,
         assembly: Assembly[VariableRef],
         comm: GraphSafeComm,
+        elastic: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.variables = variables
@@ -57,6 +60,7 @@ class TracedStep:
         self.trained: list[keras.Variable] = list(optimizer._trainable_variables)
         self.traces = 0
         self._inner = inner
+        self._elastic = elastic
         self._machine, self._ops = assembly.machine, assembly.runtime.ops
         # The rows of an embedding's gradient are as many as the batch has: one trace for all numbers of them.
         self.function = tf.function(self._step, autograph=False, reduce_retracing=True)
@@ -175,8 +179,7 @@ class TracedStep:
 
     def _update(self, grads: Gradients, arrivals: Sequence[tf.Tensor] | None = None) -> None:
         machine, variables, averages = self._machine, self.variables, self.assembly.averages
-        rate = keras.ops.cast(self.optimizer._get_current_learning_rate(), "float64")
-        rates = tf.fill([machine.layout.group_count], rate)  # one group here, whatever others have
+        rates = self._rates()
         before = variables.read()  # the inner step leaves it as it is
         if machine.runtime.comm.size == 1:  # no start has taken the first anchor
             tf.cond(tf.equal(before.step, 0), machine.outer_steps.take_anchor, lambda: None)
@@ -190,11 +193,40 @@ class TracedStep:
             means, counts, first = self._averaged(own, rates, plan, due)
             averages.level()
             self.averaged_step(own, means, counts, rates)
+        with tf.control_dependencies([self._note_made(before.step + 1)] if self._elastic else []):
+            self._after_inner_step(before, rates, first, arrivals)
+
+    def _note_made(self, step: tf.Tensor) -> tf.Operation:
+        """Count the inner step once all that it changes is written."""
+        written = [native(v).value() for v in (*self.trained, *self._inner.optimizer.variables)]
+        with tf.control_dependencies(written):
+            made: tf.Operation = tf.group(self.variables.made.assign(step))
+            return made
+
+    def _after_inner_step(
+        self, before: Progress, rates: tf.Tensor, first: tf.Tensor | int, arrivals: Sequence[tf.Tensor] | None
+    ) -> None:
+        machine = self._machine
+        plan = machine.plan(before)
         progress = machine.after_inner_step(before, rates, catch_up_from=first, arrivals=arrivals)
-        variables.write(progress)
+        # Which comes after an outer step's writes: a trace orders operations by the variables that they share.
+        with tf.control_dependencies([native(self.trained[0]).value()] if self._elastic else []):
+            self.variables.write(progress)
         if self.acts_after_outer_step:
             changed = plan.lands if machine.config.delay else plan.outer
             self._ops.cond(changed, self.after_outer_step, lambda: None)
+
+    def finish(self) -> None:
+        """Take what follows an inner step and was broken off, with other workers; without a trace."""
+        self._after_inner_step(self.variables.read(), self._rates(), 0, None)
+        if self.optimizer.use_ema:
+            self.move_average()
+        self.optimizer._iterations.assign_add(self.optimizer.gradient_accumulation_steps or 1)
+
+    def _rates(self) -> tf.Tensor:
+        """Return the learning rate of the coming step, for each group: one here, whatever others have."""
+        rate = keras.ops.cast(self.optimizer._get_current_learning_rate(), "float64")
+        return tf.fill([self._machine.layout.group_count], rate)
 
     def _averaged(
         self, own: Sequence[tf.Tensor | None], rates: tf.Tensor, plan: StepPlan, due: tf.Tensor | bool

@@ -29,6 +29,8 @@ class OptimizerVariables:
         scalars: `Progress.flat()`, a variable per name.
         workers: number of workers of the job; 0 before it has started.
         rank: place of the worker among them, whose slices these are.
+        made: inner steps that this worker has made, in an elastic job: one more than `step` while the exchange behind
+            the last one is not over. No part of a saved state.
         vectors: per name, a flat variable for each chunk of parameters, by its number.
         slices: per name, one for the worker's slice of each chunk of which it keeps that alone.
     """
@@ -64,6 +66,7 @@ class OptimizerVariables:
         }
         self.workers = add_variable(shape=(), dtype="int64", name="workers")
         self.rank = add_variable(shape=(), dtype="int64", name="rank")
+        self.made = tf.Variable(0, dtype=tf.int64, trainable=False)
         own = {} if slices is None else slices.allocations()
 
         def flat(name: str, chunk: Chunk, length: int) -> keras.Variable:

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from hvd_slowmo.comm.failure import tell_steps
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
@@ -81,6 +82,7 @@ class KerasWorker:
         job: once all workers have been brought to one start.
         step: traced; made for one layout.
         left: ranks that have left for good.
+        elastic: other workers may take the place of these, in an elastic job.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
@@ -102,7 +104,9 @@ class KerasWorker:
         self.job: Job | None = None
         self.step: TracedStep | None = None
         self.left: tuple[int, ...] = ()
+        self.elastic = comm is None and elastic()
         self.averaging = self.only_builds = False
+        self._sent_before = 0  # bytes, to former workers
         self._process_set = process_set
         self._comm = comm
         self._name: str | None = None
@@ -221,6 +225,8 @@ class KerasWorker:
         """
         refuse_strategies()
         with tf.init_scope():
+            if not self.only_builds:
+                self.refuse_before_elastic_start()
             if self.only_builds or self.comm.size == 1:
                 return
         if self.job is None or self.step is None:
@@ -411,13 +417,31 @@ class KerasWorker:
 
     def _connected(self) -> Comm:
         if self._comm is None:
-            if elastic():
-                raise ValueError(
-                    "Keras workers can't come and go yet: start the job without elastic, and resume it from "
-                    "SlowMoCallback(checkpoints=...)."
-                )
             self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
+            tell_steps(self._comm, self, KerasWorker._steps)
         return self._comm
+
+    def reassemble(self, comm: Comm) -> None:
+        """Go on with other workers: all variables stay."""
+        self._sent_before = self.bytes_sent
+        self._comm, self.step, self.left, self._joined = comm, None, (), None
+        tell_steps(comm, self, KerasWorker._steps)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed over for sums and messages."""
+        return self._sent_before + (0 if self.step is None else self.step.comm.bytes_sent)
+
+    def refuse_before_elastic_start(self) -> None:
+        """Raise RuntimeError in an elastic job whose workers have not come together."""
+        if self.elastic and self.job is None:
+            raise RuntimeError(
+                "this optimizer has not been started: under an elastic launcher the workers come together in the "
+                "function that slowmo.elastic.run decorates, with a slowmo.elastic.State of the model."
+            )
+
+    def _steps(self) -> int | None:
+        return None if self.job is None else int(self.variables.now.step)
 
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)
@@ -434,7 +458,7 @@ class KerasWorker:
         assert comm is not None, "connected by now"
         names = [f"{name}.{each}" for each in within_step(layout.layout)]
         safe = GraphSafeComm(comm, names, timed=self.observe)
-        explain = comm.latch.explain if isinstance(comm, HorovodComm) else None
+        explain = comm.failures.explain if isinstance(comm, HorovodComm) else None
         self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
         if not self.variables.fit(layout.layout):
             raise ValueError(
@@ -453,9 +477,10 @@ class KerasWorker:
             observe=self.observe,
             watches=watches,
             codec=KerasCodec(),
+            whole=self.elastic,
         )
         assembly = assemble(runtime, layout, groups, graph)
-        return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe)
+        return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe, self.elastic)
 
 
 def _alike(before: Assembly[VariableRef], layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> bool:

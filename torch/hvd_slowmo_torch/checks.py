@@ -113,27 +113,3 @@ def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:
             "LBFGS evaluates its closure as often as its own losses tell it, on every worker differently: "
             "gradients can't be averaged with it. Use gradients='local' without warm-up."
         )
-
-
-def refuse_in_elastic_job(
-    config: SlowMoConfig, parameter_map: object, process_set: object, process_group: object, transport: object
-) -> None:
-    """Refuse arguments with which workers can't come and go yet.
-
-    Raises:
-        ValueError: it names the argument.
-    """
-    reasons = {
-        "gossip": config.gossip is not None,
-        "delay": config.delay > 0,
-        "shard=True": config.shards,
-        "gradients='node'": config.gradients == "node",
-        "a parameter_map": parameter_map is not None,
-        "a process_set": process_set is not None,
-        "a process_group": process_group is not None,
-        "transport='torch'": transport == "torch",
-        "tau=None with local gradients": config.tau is None and config.gradients == "local",
-    }
-    for what, used in reasons.items():
-        if used:
-            raise ValueError(f"an elastic job can't have {what} yet: leave it out, or start the job without elastic.")

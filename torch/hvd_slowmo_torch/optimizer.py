@@ -17,7 +17,7 @@ from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
 from hvd_slowmo.core import preemption
-from hvd_slowmo.core.arguments import Outermost, check_name, check_workers
+from hvd_slowmo.core.arguments import Outermost, check_name, check_workers, refuse_in_elastic_job
 from hvd_slowmo.core.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.join import JoinResult, take_part
 from hvd_slowmo.core.layout import CHUNK_BYTES
@@ -27,7 +27,7 @@ from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
-from hvd_slowmo_torch.checks import check_types, refuse_in_elastic_job, refuse_without_model, try_configured
+from hvd_slowmo_torch.checks import check_types, refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
@@ -117,16 +117,18 @@ class SlowMo(Outermost, Optimizer):
         check_workers(config, comm, process_set=process_set, process_group=process_group, transport=transport)
         deferred = comm is None and elastic()  # until all workers come together, see elastic.py
         if deferred:
-            refuse_in_elastic_job(config, parameter_map, process_set, process_group, transport)
+            given = {"parameter_map": parameter_map, "process_set": process_set, "process_group": process_group}
+            given["transport"] = None if transport == "horovod" else transport
+            refuse_in_elastic_job(config, divides_anew=True, **given)
         if comm is None:
             comm = connect(process_set, process_group, transport, node=config.gradients == "node")
-        given = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
+        others = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
         self.inner_optimizer = inner_optimizer
         self.config = config
-        self.worker = TorchWorker(inner_optimizer, model, given, comm)
+        self.worker = TorchWorker(inner_optimizer, model, others, comm)
         self.worker.optimizer = weakref.ref(self)
         if deferred:
-            check_types(inner_optimizer, model, given)
+            check_types(inner_optimizer, model, others)
         else:
             start(StartingTorchWorker(self.worker), self.worker.comm)
         # Not Optimizer.__init__, which would make param_groups of its own: this is how unpickling sets one up.

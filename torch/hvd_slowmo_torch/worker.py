@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_slowmo.checked_numbers import spell_value
+from hvd_slowmo.comm.failure import tell_steps
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
@@ -114,6 +115,7 @@ class TorchWorker:
         self.started = False
         self.interrupted: NDArray[np.float64] | None = None
         self.presence = WorkerPresence(inner)
+        tell_steps(comm, self, TorchWorker._steps)
         self.mixed = False
         self.averaging = False
         self.evaluating = False
@@ -146,6 +148,7 @@ class TorchWorker:
         self._sent_before += self._meter.bytes_sent
         self._meter, self._metered = MeteredComm(comm), (0.0, 0.0, self._sent_before)
         self.comm = ScopedComm(self._meter, self._name)
+        tell_steps(comm, self, TorchWorker._steps)
         self.presence.left = ()
         if not self.started:
             return
@@ -154,6 +157,9 @@ class TorchWorker:
         self.store.divide(self._slices(assembly.layout))
         self._connect(assembly.layout, assembly.groups, assembly.graph)
         self.assembly.machine.written, self.hooks.accumulating = former.written, hooks.accumulating
+
+    def _steps(self) -> int | None:
+        return int(self.progress.step) if self.started else None
 
     def _slices(self, layout: TorchLayout) -> OwnSlices:
         return OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)

@@ -18,15 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from hvd_slowmo.comm.failure import FailureLatch
+from hvd_slowmo.comm.absence import absent_ranks
+from hvd_slowmo.comm.failure import FailureLatch, absence
 from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo_torch.comm.beside import Beside
 from hvd_slowmo_torch.comm.groups import GLOO_AND_NCCL, OpenGroups, own_group, timeout_of
 from hvd_slowmo_torch.comm.host_staging import CudaCopies, Outbox, Sum
-from hvd_slowmo_torch.comm.lost import lost_ranks
 from hvd_slowmo_torch.comm.messages import shared
+from hvd_slowmo_torch.comm.store_board import StoreBoard
 
 T = TypeVar("T")
 
@@ -89,8 +90,10 @@ class DistributedComm:
         self.timeout = timeout_of(group)
         self._host_only = self.backend == "gloo"
         self._outbox = Outbox(self._submit, CudaCopies() if self._host_only else None)
-        latch = None if main is None else main._latch
-        self._latch: FailureLatch = latch or FailureLatch("torch.distributed", dist.get_rank(), dist.DistNetworkError)
+        failures = None if main is None else main.failures
+        self.failures: FailureLatch = failures or FailureLatch(
+            "torch.distributed", dist.get_rank(), dist.DistNetworkError
+        )
         self._in_flight: set[str] = set()  # names
         self._started: set[str] = set()  # names, since the last comparison
         self._kind = ""  # of the last one started
@@ -101,7 +104,7 @@ class DistributedComm:
         return self._outbox.put(name, x)
 
     def start_push(self, name: str, x: torch.Tensor, shares: Any) -> Push:
-        self._latch.refuse_after_failure()
+        self.failures.refuse_after_failure()
         if self._push_group is None:
             # Its own, because a push may stay in flight while the workers meet.
             self._push_group = self._open.add(own_group(self._group))
@@ -138,14 +141,14 @@ class DistributedComm:
             self._there = DistributedComm(self._open.add(own_group(self._group, host_only=True)), main=self)
 
     def start_beside(self, work: Callable[[Comm], T]) -> InTurn[T]:
-        self._latch.refuse_after_failure()
+        self.failures.refuse_after_failure()
         there = self._there
         assert there is not None, "open_beside() comes first"
         return self._beside.start(lambda: work(there))
 
     def _announce(self, name: str, what: str) -> None:
         """Note what is about to be started, and compare it with the others' where an exchange begins."""
-        self._latch.refuse_after_failure()
+        self.failures.refuse_after_failure()
         if name in self._in_flight:
             raise RuntimeError(
                 f"{name} is in flight already: a step has failed in the middle of an exchange, and the other workers "
@@ -182,7 +185,7 @@ class DistributedComm:
         return self._outbox.take(handle)
 
     def gather(self, name: str, item: Any) -> list[Any]:
-        self._latch.refuse_after_failure()
+        self.failures.refuse_after_failure()
         own = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         # Lengths differ, which an allgather can't have, and often one worker alone sends much.
         lengths = self._compare(f"gather {name}", len(own))
@@ -233,11 +236,11 @@ class DistributedComm:
         )
 
     def _begin(self, group: Any, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
-        self._latch.refuse_after_failure()
+        self.failures.refuse_after_failure()
         try:
             return collective(*tensors, group=group, async_op=True, **options)
         except (RuntimeError, ValueError) as error:  # ValueError: an error in another thread has closed the group
-            if isinstance(error, ValueError) and not self._latch.failed:
+            if isinstance(error, ValueError) and not self.failures.failed:
                 raise
             raise self._explained(error, collective.__name__) from error
 
@@ -251,16 +254,12 @@ class DistributedComm:
         """Return the exception to raise in place of an error of a collective, which ends the exchange for all."""
         text = f"{what}: {str(error).splitlines()[0]}"
         with self._open.closing:
-            if self._latch.failed:  # in another thread; this error follows from that one
-                return self._latch.again()
-            if "imed out" in text:
-                return self._latch.lost(text, "another worker has not come within the process group's timeout")
+            if self.failures.failed:  # in another thread; this error follows from that one
+                return self.failures.again()
             self._open.close()
-            lost = lost_ranks(self.ranks, self.rank)
-            if not lost:
-                return self._latch.lost(text)
-            who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
-            return self._latch.lost(text, f"{who} ended or was killed; look at the output there")
+            absent = absent_ranks(self.ranks, self.rank, StoreBoard())
+            limit = self.timeout.total_seconds() if "imed out" in text else None
+            return self.failures.lost(text, cause=absence(absent, limit))
 
 
 def kind_of(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from datetime import timedelta
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from hvd_slowmo.comm.horovod import Workers
 from hvd_slowmo.comm.launcher import alone_text, launched
 from hvd_slowmo.comm.protocol import Comm, SoloComm
+from hvd_slowmo.comm.time_limit import time_limit
 from hvd_slowmo_torch.comm.distributed import DistributedComm
 from hvd_slowmo_torch.comm.groups import own_group
 from hvd_slowmo_torch.comm.horovod import HorovodComm
@@ -24,24 +26,36 @@ horovod = Workers("horovod.torch", "PyTorch", "hvd_slowmo.torch", HorovodComm)
 _shared: WeakKeyDictionary[Any, Comm] = WeakKeyDictionary()  # per process group, for what is no optimizer's
 
 
-def init(transport: Transport | None = None) -> None:
+def init(transport: Transport | None = None, timeout: float | None = None) -> None:
     """Connect the workers: `hvd.init()` under horovodrun, `torch.distributed.init_process_group()` under torchrun.
 
     It does nothing where torch.distributed is initialized already, and prepares gradients="node" in any case.
 
     Args:
         transport: "horovod" or "torch" where the launcher does not tell.
+        timeout: seconds that the others wait in an exchange for a worker that does not come, before all of them fail;
+            longer than anything that one worker does alone, such as an evaluation. None for HVD_SLOWMO_TIMEOUT from
+            the environment, or else PyTorch's 30 minutes, Horovod's none, and 300 seconds in an elastic job.
 
     Raises:
-        ValueError: `transport` is another word, or both are initialized and it is not given.
+        TypeError: `timeout` is no number.
+        ValueError: `transport` is another word, or both are initialized and it is not given;
+            `timeout` is less than a second, or the workers are connected already.
         ImportError: Horovod is asked for, and not installed for PyTorch.
         TimeoutError: a worker has not come.
     """
     if chosen(transport=transport) == "horovod":
         if transport is not None or launched().workers > 1 or _installed():
-            horovod.init()
-    elif not dist.is_initialized():
-        dist.init_process_group()
+            horovod.init(timeout)
+        return
+    limit = time_limit(timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(timeout=None if limit is None else timedelta(seconds=limit))
+    elif timeout is not None:
+        raise ValueError(
+            "a process group has its time limit from the start: give timeout= to init_process_group(), or call "
+            "hvd_slowmo.torch.init(timeout=...) in place of it."
+        )
 
 
 def rank() -> int:

@@ -1,6 +1,8 @@
 """A worker of an elastic job: it trains, and one or another is killed. Each writes what it has seen to a file.
 
-usage: elastic_torch.py DIRECTORY STEPS VICTIM KILL_STEP [SETTING=VALUE ...]
+With HANGS in the environment that worker hangs instead.
+
+usage: train_torch.py DIRECTORY STEPS VICTIM KILL_STEP [SETTING=VALUE ...]
 """
 
 import json
@@ -31,6 +33,8 @@ def train(state):
     while state.batch < steps:
         if host == victim and state.batch == kill_step and not (directory / "killed").exists():
             (directory / "killed").touch()
+            if "HANGS" in os.environ:
+                time.sleep(600)
             os.kill(os.getpid(), signal.SIGKILL)
         if slowmo.rank() == 0 and state.batch >= kill_step and (directory / "hosts.next").exists():
             (directory / "hosts.next").rename(directory / "hosts")

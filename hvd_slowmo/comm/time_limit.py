@@ -1,0 +1,87 @@
+"""The time limit of an exchange, which the transport itself keeps."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, MutableMapping
+
+from hvd_slowmo.checked_numbers import spell_value
+from hvd_slowmo.comm.launcher import elastic
+
+VARIABLE = "HVD_SLOWMO_TIMEOUT"
+"""Environment variable: seconds that the others wait for a worker; 0 for no limit."""
+
+ELASTIC_S = 300.0
+"""The limit of elastic jobs, which go on without the worker, where none is given."""
+
+_GLOO_S = 30.0  # Horovod's limit for the replies of a worker's communication thread
+_LONGEST_CHECK_S = 60.0
+_SHUTDOWN = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
+
+
+def time_limit(timeout: float | None = None, environment: Mapping[str, str] = os.environ) -> float | None:
+    """Return the seconds that the others wait for a worker; None for as long as it takes.
+
+    Args:
+        timeout: the user's; None for that of the environment.
+
+    Raises:
+        TypeError, ValueError: it is no number of at least one second.
+
+    Example:
+        >>> time_limit(30), time_limit(None, {"HVD_SLOWMO_TIMEOUT": "600"}), time_limit(None, {})
+        (30.0, 600.0, None)
+    """
+    if timeout is None:
+        given = environment.get(VARIABLE)
+        if given is None:
+            return ELASTIC_S if elastic(environment) else None
+        try:
+            seconds = float(given)
+        except ValueError:
+            raise ValueError(f"{VARIABLE} must be a number of seconds. Received: {spell_value(given)}") from None
+        if seconds == 0:
+            return None
+        name, received = VARIABLE, given
+    else:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"`timeout` must be a number of seconds, or None. Received: {spell_value(timeout)}")
+        seconds, name, received = float(timeout), "`timeout`", spell_value(timeout)
+    if not (math.isfinite(seconds) and seconds >= 1):
+        raise ValueError(f"{name} must be at least 1 second. Received: {received}")
+    return seconds
+
+
+def limit_horovod(limit: float, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables from which Horovod takes the limit when it is initialized.
+
+    Its coordinator looks from time to time for tensors that some ranks have submitted and others have not. Longer than
+    the limit, it shuts all ranks down. The communication threads of all ranks answer each other meanwhile, except on a
+    machine that swaps or a process that is stopped: their limit is no shorter.
+
+    Args:
+        limit: seconds.
+
+    Example:
+        >>> environment = {}
+        >>> limit_horovod(120, environment)
+        >>> environment["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"], environment["HOROVOD_STALL_CHECK_TIME_SECONDS"]
+        ('120', '30')
+    """
+    check = max(1, min(_LONGEST_CHECK_S, limit // 4))
+    gloo = max(_GLOO_S, limit, float(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS") or 0))
+    environment["HOROVOD_STALL_CHECK_DISABLE"] = "0"
+    environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(int(check))
+    environment[_SHUTDOWN] = str(math.ceil(limit))
+    environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(math.ceil(gloo))
+
+
+def horovods_limit(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Return the seconds after which Horovod, as it was initialized, shuts all ranks down; None for never.
+
+    Example:
+        >>> horovods_limit({"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "120"}), horovods_limit({})
+        (120.0, None)
+    """
+    return float(environment.get(_SHUTDOWN) or 0) or None

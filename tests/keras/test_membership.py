@@ -1,0 +1,183 @@
+"""Keras workers that come and go: nothing of an outer step is written before all of its messages are there."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_slowmo.comm.threads import ThreadWorld, WorldError
+from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo_tf.membership import reform
+from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, outer
+from support.trainings.keras import GraphComm
+
+pytestmark = [pytest.mark.slow]
+tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
+
+
+class Short(SlowMo):
+    _chunk_bytes = 8 * LENGTH // CHUNKS
+
+
+class Member:
+    """One worker: a variable and its optimizer, which has not been started."""
+
+    def __init__(self, rank, comm, **settings):
+        settings = {"tau": TAU, "beta": BETA, **settings}
+        self.number = rank
+        self.weight = keras.Variable(np.random.default_rng(rank).standard_normal(LENGTH), dtype="float64")
+        inner = keras.optimizers.SGD(LR, momentum=settings.pop("momentum", 0.0))
+        self.optimizer = Short(inner, SlowMoConfig(**settings), comm=GraphComm(comm))
+        self.optimizer.worker.elastic = True
+
+    def reform(self, comm):
+        return reform(self.optimizer.worker, GraphComm(comm), [self.weight], [], None)
+
+    def train(self, steps):
+        gradient = tf.constant(GRADIENTS[self.number])
+        for _ in range(steps):
+            self.optimizer.apply([gradient], [self.weight])
+
+    def values(self):
+        return self.weight.numpy().copy()
+
+    def vector(self, name):
+        return np.concatenate([v.numpy() for v in self.optimizer.worker.variables.vectors[name].values()])
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 2), (CHUNKS, CHUNKS - 1), (CHUNKS - 1, CHUNKS)])
+def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(first, second):
+    """The survivors have received `first` and `second` chunks of the outer step when they notice."""
+    reached = [first, second, max(first, second)]
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        member = Member(comm.rank, broken)
+        member.reform(broken)
+        start = member.values()
+        member.train(TAU)
+        between = member.values()
+        broken.left = 1 + reached[comm.rank]  # the ledger, and so many chunks
+        try:
+            member.train(TAU)
+        except tf.errors.OpError:
+            assert reached[comm.rank] < CHUNKS
+        return member, start, between
+
+    everyone = ThreadWorld(3).run(before)
+    start = everyone[0][1]
+
+    def after(comm):
+        member = everyone[comm.rank][0]
+        kept = member.values()
+        reformed = member.reform(comm)
+        resumed, v, steps = member.values(), member.vector("v"), member.optimizer.steps
+        member.train(TAU)
+        return kept, resumed, v, steps, member.values(), member.optimizer.steps, reformed
+
+    found = ThreadWorld(2).run(after)
+    anchor, v = outer(start, np.zeros(LENGTH), [start - LR * TAU * GRADIENTS[n] for n in range(3)], [1, 1, 1])
+    np.testing.assert_allclose(everyone[0][2], anchor, atol=1e-14)
+    models = [anchor - LR * TAU * GRADIENTS[n] for n in range(3)]
+    done = CHUNKS in (first, second)
+    for n in range(2):
+        if reached[n] < CHUNKS:  # the inner step is made, and nothing else
+            np.testing.assert_allclose(found[n][0], models[n], atol=1e-13)
+    anchor, v = outer(anchor, v, models, [1, 1, 1]) if done else outer(anchor, v, models[:2], [1, 1])
+    last = outer(anchor, v, [anchor - LR * TAU * GRADIENTS[n] for n in range(2)], [1, 1])[0]
+    for n, (_, resumed, held, steps, end, end_steps, reformed) in enumerate(found):
+        np.testing.assert_allclose(resumed, anchor, atol=1e-13)
+        np.testing.assert_allclose(held, LR * v, atol=1e-13)  # kept in units of the parameters
+        np.testing.assert_allclose(end, last, atol=1e-13)
+        assert (steps, end_steps) == (2 * TAU, 3 * TAU)
+        assert reformed.newcomers == ()
+        assert (n in reformed.behind) == (done and reached[n] < CHUNKS)
+        assert int(found[n][5]) == int(everyone[n][0].optimizer.iterations.numpy())
+    assert np.array_equal(found[0][1], found[1][1])
+    assert np.array_equal(found[0][4], found[1][4])
+
+
+def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
+    """It has the leader's inner state too: momentum, kept across outer steps here."""
+    world = ThreadWorld(2)
+
+    def before(comm):
+        member = Member(comm.rank, comm, momentum=0.5)
+        member.reform(comm)
+        member.train(TAU + 1)  # one step into the second block
+        return member
+
+    everyone = world.run(before)
+    anchor = everyone[0].vector("anchor")
+
+    def after(comm):
+        member = everyone[comm.rank] if comm.rank < 2 else Member(2, comm, momentum=0.5)
+        kept = member.values()
+        reformed = member.reform(comm)
+        began, inner = member.values(), member.optimizer.inner_optimizer.variables[-1].numpy().copy()
+        assert comm.rank == 2 or np.array_equal(kept, began)
+        member.train(TAU - 2)
+        before_outer = member.values()
+        member.train(1)
+        return began, inner, before_outer, member.values(), member.optimizer.steps, reformed, member
+
+    found = ThreadWorld(3).run(after)
+    assert np.array_equal(found[2][0], anchor)
+    assert np.array_equal(found[2][1], found[0][1])
+    for began, _, _, last, steps, reformed, _ in found:
+        assert steps == 2 * TAU
+        assert (reformed.newcomers, reformed.leader, reformed.behind) == ((2,), 0, ())
+        assert np.array_equal(last, found[0][3])
+        assert began.shape == last.shape
+    # The mean, by hand: each worker's last inner step from what it had before, momentum included.
+    ends = []
+    for _, _, before_outer, *_rest, member in found:
+        momentum = member.optimizer.inner_optimizer.variables[-1].numpy()  # after that step; not reset by default
+        assert momentum.shape == (LENGTH,)
+        ends.append(before_outer + momentum)
+    mean = np.average(ends, axis=0, weights=[TAU, TAU, TAU - 1])
+    v = everyone[0].vector("v")  # now after the outer step
+    np.testing.assert_allclose(found[0][3], anchor - v, atol=1e-13)
+    previous = outer_v_before(everyone)
+    np.testing.assert_allclose(v, BETA * previous + anchor - mean, atol=1e-13)
+
+
+def outer_v_before(everyone):
+    """Return v before the last outer step: beta times the zeros of the start, and the first block's gradient."""
+    start = np.random.default_rng(0).standard_normal(LENGTH)
+    models = []
+    for n in range(2):
+        x, m = start.copy(), np.zeros(LENGTH)
+        for _ in range(TAU):
+            m = 0.5 * m - LR * GRADIENTS[n]
+            x = x + m
+        models.append(x)
+    return start - np.mean(models, axis=0)
+
+
+def test_averaged_gradients_leave_all_with_the_leaders_state():
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        member = Member(comm.rank, broken, warmup_steps=6)
+        member.reform(broken)
+        member.train(2)
+        broken.left = 1  # the exchange of gradients is broken off behind its attendance
+        with pytest.raises(tf.errors.OpError):
+            member.train(1)
+        return member
+
+    everyone = ThreadWorld(3).run(before)
+
+    def after(comm):
+        member = everyone[comm.rank]
+        kept = member.values()
+        member.reform(comm)
+        assert np.array_equal(member.values(), everyone[0].values())
+        member.train(1)
+        return kept, member.values(), member.optimizer.steps
+
+    (first, one, steps), (second, other, other_steps) = ThreadWorld(2).run(after)
+    assert np.array_equal(first, second)
+    np.testing.assert_allclose(one, first - LR * GRADIENTS[:2].mean(axis=0), atol=1e-13)
+    assert np.array_equal(one, other)
+    assert steps == other_steps == 3

@@ -1,0 +1,85 @@
+"""Run an elastic job under random faults, and report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from soak.diary import entries
+from soak.faults import HOSTS, Faults
+from soak.job import Job
+from soak.report import Report, accuracy, figure, report
+
+SECONDS_TO_END = 180.0
+
+
+def undisturbed(framework: str, seconds: float) -> float:
+    """Return the accuracy of a job to which nothing is done."""
+    with TemporaryDirectory() as name:
+        job = Job(Path(name), framework, HOSTS[:3])
+        try:
+            _trains(job)
+            time.sleep(seconds)
+            job.end(SECONDS_TO_END)
+            return accuracy(list(entries(job.folder)))
+        finally:
+            job.kill()
+
+
+def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> Report:
+    """Train for so long, do something every so many seconds, and return the report."""
+    reference = undisturbed(framework, min(90.0, 30.0 * minutes))
+    with TemporaryDirectory() as name:
+        job = Job(Path(name), framework, HOSTS[:3])
+        faults, done = Faults(job, seed), []
+        began = time.monotonic()
+        try:
+            _trains(job)
+            due = time.monotonic() + pause
+            while time.monotonic() - began < 60 * minutes and job.process.poll() is None:
+                time.sleep(1)
+                job.sample()
+                if time.monotonic() >= due:
+                    line = faults.next()
+                    due = time.monotonic() + pause
+                    if line is not None:
+                        done.append((time.time(), line))
+                        print(f"{framework} {(time.monotonic() - began) / 60:5.1f} min  {line}", flush=True)
+            status = job.end(SECONDS_TO_END)
+            lines = [line for _, line in done]
+            found = report(job, framework, (time.monotonic() - began) / 60, status, lines, reference)
+            figure(job, done, out / f"soak_{framework}.png")
+            if not found.faultless:
+                (out / f"soak_{framework}.log").write_text((job.folder / "log").read_text(encoding="utf-8"))
+            return found
+        finally:
+            job.kill()
+
+
+def _trains(job: Job) -> None:
+    """Wait until the workers have come together."""
+    end = time.monotonic() + 180
+    while not job.training() and time.monotonic() < end and job.process.poll() is None:
+        time.sleep(0.5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="of each framework's job (default: %(default)s)")
+    parser.add_argument("--pause", type=float, default=15, help="seconds between two faults (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (default: %(default)s)")
+    parser.add_argument("--frameworks", nargs="+", choices=("torch", "keras"), default=["torch", "keras"])
+    parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the figures")
+    args = parser.parse_args()
+    reports = []
+    for framework in args.frameworks:
+        reports.append(soak(framework, args.minutes / len(args.frameworks), args.pause, args.seed, args.out))
+        print("\n".join(reports[-1].lines()), flush=True)
+    return 0 if all(each.faultless for each in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The faults of the soak, drawn at random: each does something to a worker or to the list of hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from soak.job import Job
+
+HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1", "0x7f.1", "0177.1", "0x7f.0.1", "0177.0.1", "2130706433")
+"""Names of this machine, each a host to Horovod, which blocks that of a killed worker for a while."""
+
+FEWEST, MOST = 2, 4
+STOPPED_LONG_S = 45  # beyond gloo's limit of 30 s
+
+
+class Faults:
+    """Does what a seed says.
+
+    Args:
+        job: to which it does it.
+        seed: of the faults.
+    """
+
+    def __init__(self, job: Job, seed: int) -> None:
+        self._job = job
+        self._rng = np.random.default_rng(seed)
+        self._kinds: tuple[Callable[[], str | None], ...] = (
+            self.kill,
+            self.kill,
+            self.add,
+            self.add,
+            self.add_slowly,
+            self.take_away,
+            self.stop_shortly,
+            self.stop_for_long,
+            self.spoil,
+            self.spoil,
+            self.fill_the_disk,
+        )
+
+    def next(self) -> str | None:
+        """Do something, and return it in words; None where it can't be done now."""
+        return self._kinds[self._rng.integers(len(self._kinds))]()
+
+    def kill(self) -> str | None:
+        """SIGKILL, at a random moment of a step."""
+        victim = self._victim(FEWEST + 1)
+        if victim is None:
+            return None
+        time.sleep(float(self._rng.uniform(0, 0.2)))
+        self._signal(victim, signal.SIGKILL)
+        self._job.set_hosts([host for host in self._job.hosts if host != victim])
+        return f"killed {victim}"
+
+    def add(self) -> str | None:
+        """A new host."""
+        free = [host for host in HOSTS if host not in self._job.hosts and self._job.rested(host)]
+        if len(self._job.hosts) >= MOST or not free:
+            return None
+        host = str(self._rng.choice(free))
+        self._job.set_hosts([*self._job.hosts, host])
+        return f"added {host}"
+
+    def add_slowly(self) -> str | None:
+        """A new host whose worker takes 20 s longer to start."""
+        for host in HOSTS:
+            if host not in self._job.hosts:
+                self._job.order("slow", host)
+        done = self.add()
+        return None if done is None else f"{done}, slowly"
+
+    def take_away(self) -> str | None:
+        """A host that is announced to go."""
+        victim = self._victim(FEWEST + 1)
+        if victim is None:
+            return None
+        self._job.set_hosts([host for host in self._job.hosts if host != victim])
+        return f"took {victim} away"
+
+    def stop_shortly(self) -> str | None:
+        """SIGSTOP for less than anybody's time limit."""
+        victim = self._victim(FEWEST)
+        if victim is None:
+            return None
+        self._signal(victim, signal.SIGSTOP)
+        time.sleep(float(self._rng.uniform(1, 5)))
+        self._signal(victim, signal.SIGCONT)
+        return f"stopped {victim} for a moment"
+
+    def stop_for_long(self) -> str | None:
+        """SIGSTOP for longer than gloo waits; then whoever minds the machine kills it."""
+        victim = self._victim(FEWEST + 1)
+        if victim is None:
+            return None
+        self._signal(victim, signal.SIGSTOP)
+        time.sleep(STOPPED_LONG_S)
+        self._signal(victim, signal.SIGKILL)
+        self._job.set_hosts([host for host in self._job.hosts if host != victim])
+        return f"stopped {victim} for {STOPPED_LONG_S} s, then killed it"
+
+    def spoil(self) -> str | None:
+        """Gradients that are NaN."""
+        return self._ordered("nan")
+
+    def fill_the_disk(self) -> str | None:
+        """A save that finds no room."""
+        return self._ordered("full")
+
+    def _ordered(self, what: str) -> str | None:
+        victim = self._victim(FEWEST)
+        if victim is None:
+            return None
+        self._job.order(what, victim)
+        return f"{what} on {victim}"
+
+    def _victim(self, fewest: int) -> str | None:
+        """Return a worker that trains, where as many do."""
+        alive = self._job.training()
+        return str(self._rng.choice(sorted(alive))) if len(alive) >= fewest else None
+
+    def _signal(self, host: str, number: int) -> None:
+        process = self._job.training().get(host)
+        if process is not None:
+            os.kill(process, number)

@@ -1,0 +1,112 @@
+"""The elastic job of the soak: its launcher, its hosts, and what its processes hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from soak.diary import STOP
+from support.installation import ROOT
+
+REST_S = 25.0
+"""Time after which the launcher takes a blocked host again, and more."""
+
+
+class Job:
+    """The job.
+
+    Args:
+        folder: empty.
+        framework: "torch" or "keras".
+        hosts: of the workers at the start.
+    """
+
+    def __init__(self, folder: Path, framework: str, hosts: Sequence[str]) -> None:
+        self.folder = folder
+        self.hosts: list[str] = []
+        self.samples: list[dict[str, float]] = []
+        self._left: dict[str, float] = {}
+        self.set_hosts(hosts)
+        discover = folder / "discover.sh"
+        discover.write_text(f"#!/bin/sh\ncat {folder}/hosts\n", encoding="utf-8")
+        discover.chmod(0o700)
+        paths = os.pathsep.join(map(str, (ROOT, ROOT / "torch", ROOT / "tf", ROOT / "tests")))
+        options = ["--network-interfaces", "lo", "-np", str(len(hosts)), "--min-np", "1", "--max-np", "4"]
+        options += ["--blacklist-cooldown-range", "5", "20", "--host-discovery-script", str(discover)]
+        self._log = (folder / "log").open("w", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "hvd_slowmo.cli.main", "run", *options),
+                *(sys.executable, "-m", f"soak.train_{framework}", str(folder)),
+            ],
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
+
+    def set_hosts(self, hosts: Sequence[str]) -> None:
+        """Announce these hosts."""
+        for host in self.hosts:
+            if host not in hosts:
+                self._left[host] = time.monotonic()
+        self.hosts = list(hosts)
+        incoming = self.folder / "hosts.new"
+        incoming.write_text("".join(f"{host}:1\n" for host in hosts), encoding="utf-8")
+        incoming.replace(self.folder / "hosts")
+
+    def rested(self, host: str) -> bool:
+        """Return whether a host that has left can be announced again."""
+        return time.monotonic() - self._left.get(host, -REST_S) >= REST_S
+
+    def order(self, what: str, host: str) -> None:
+        """Give a worker an order; see `soak.diary.Diary.ordered`."""
+        (self.folder / f"{what}.{host}").touch()
+
+    def training(self) -> dict[str, int]:
+        """Return the processes that have come to the others and live, by their hosts."""
+        found = {}
+        for host in self.hosts:
+            file = self.folder / f"process.{host}"
+            number = file.read_text(encoding="utf-8") if file.exists() else ""
+            if number and psutil.pid_exists(int(number)):
+                found[host] = int(number)
+        return found
+
+    def sample(self) -> None:
+        """Note what each worker holds."""
+        for number in self.training().values():
+            try:
+                process = psutil.Process(number)
+                with process.oneshot():
+                    memory, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+            except psutil.Error:
+                continue
+            self.samples.append(
+                {"time": time.time(), "process": number, "memory": memory, "files": files, "threads": threads}
+            )
+
+    def end(self, seconds: float) -> int | None:
+        """Ask the job to end, and return its status; None if it had to be killed: it hangs."""
+        (self.folder / STOP).touch()
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End all processes of the job."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
+            self.process.kill()
+            self.process.wait()
+        self._log.close()

@@ -1,0 +1,98 @@
+"""A Keras worker's part when survivors and new workers come together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.machine import Machine
+from hvd_slowmo.core.membership import Place, Reformed, come_together
+from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.startup import Description, Job
+from hvd_slowmo_tf.horovod import HorovodComm
+from hvd_slowmo_tf.layout import VariableRef
+from hvd_slowmo_tf.startup import StartingKerasWorker
+from hvd_slowmo_tf.traced_step import TracedStep
+from hvd_slowmo_tf.worker import KerasWorker
+
+
+class KerasMember(StartingKerasWorker):
+    """`hvd_slowmo.core.membership.Member` of a Keras optimizer. Nothing here is traced."""
+
+    @property
+    def machine(self) -> Machine:
+        return self._assembled_step.assembly.machine
+
+    def place(self) -> Place:
+        if self._worker.job is None:
+            return Place()
+        variables = self._worker.variables
+        step = int(variables.now.step)
+        # Of an outer step that was broken off nothing is written: `Runtime.whole`.
+        return Place(True, step, int(variables.made.numpy()) > step)
+
+    def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
+        self.assemble(description, graph)
+        if self._worker.job is None:
+            self.write_progress(self.machine.initial())
+
+    def read_progress(self) -> Progress:
+        return self._worker.variables.read()
+
+    def write_progress(self, progress: Progress, interrupted: bool = False) -> None:
+        variables, optimizer = self._worker.variables, self._worker.optimizer
+        variables.write(progress)
+        step = int(variables.now.step)
+        variables.made.assign(step + interrupted)
+        optimizer._iterations.assign(step * (optimizer.gradient_accumulation_steps or 1))
+        if optimizer.gradient_accumulation_steps:  # the batches since the last update are taken once more
+            for accumulator in optimizer._accumulated_gradients:
+                accumulator.assign(tf.zeros(accumulator.shape, accumulator.dtype))
+
+    def finish_step(self) -> None:
+        self._assembled_step.finish()
+
+    def _own(self, job: Job) -> list[keras.Variable]:
+        """Return the variables that the chunks do not carry; those of the vectors are handed out as such."""
+        vectors = {id(v) for chunks in self._worker.variables.vectors.values() for v in chunks.values()}
+        return [v for v in super()._own(job) if id(v) not in vectors]
+
+    @property
+    def _assembled_step(self) -> TracedStep:
+        assert self._step is not None, "assembled before"
+        return self._step
+
+
+def reform(
+    worker: KerasWorker,
+    comm: Comm,
+    variables: list[keras.Variable],
+    statistics: Sequence[keras.Variable],
+    model: keras.Model | None,
+) -> Reformed:
+    """Bring an optimizer's worker together with the present workers. A collective of all of them.
+
+    Args:
+        worker: of the optimizer.
+        comm: the present workers.
+        variables, statistics, model: as in `hvd_slowmo_tf.startup.start_together`.
+
+    Raises:
+        TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
+    """
+    worker.reassemble(comm)
+    worker.take_name()
+    worker.remember(model, variables)
+    try:
+        reformed = come_together(KerasMember(worker, variables, statistics, model), worker.comm)
+    except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
+        if isinstance(comm, HorovodComm):
+            raise comm.failures.explain(error) from error
+        raise
+    worker.job = reformed.job
+    worker.variables.belong_to(worker.comm.rank, worker.comm.size)
+    return reformed

@@ -1,0 +1,1 @@
+"""Measurements for `hvd_slowmo.advice` that need PyTorch: the workers' processors, and the steps of a training run."""
