@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import test_imagenet as imagenet
 from running import EXAMPLES, PNG, horovodrun, torchrun
 from test_images import options, write_binary
 from test_translation import small, write_lines
@@ -38,3 +39,10 @@ def test_images_on_two_workers(name, launcher, tmp_path):
 def test_translation_on_two_workers(tmp_path):
     out = tmp_path / "out"
     check(horovodrun(2, EXAMPLES / "translation_torch.py", *small(write_lines(tmp_path), out)), out)
+
+
+@pytest.mark.thorough
+def test_a_directory_of_images_on_a_node_of_two_workers(tmp_path):
+    imagenet.write_images(tmp_path, 12)
+    more = ("--width", "4", "--checkpoints", tmp_path / "checkpoints", "--save-every", "2")
+    check(torchrun(2, EXAMPLES / "imagenet_torch.py", *imagenet.options(tmp_path, *more)), tmp_path / "out")
