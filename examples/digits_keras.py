@@ -7,13 +7,14 @@ Run it with: horovodrun -np 4 python examples/digits_keras.py
 """
 
 import time
-from pathlib import Path
 
+import comparison
 import digits_common as common
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
-from tqdm import tqdm
+from keras_common import TensorBoard, choose_device
+from progress import Progress
 
 import hvd_slowmo.tf as slowmo
 
@@ -38,10 +39,10 @@ def network() -> keras.Model:
 class Watch(keras.callbacks.Callback):
     """Callback that fills a `Run`, after SlowMoCallback has joined the workers and averaged Keras' metrics."""
 
-    def __init__(self, run: common.Run, bar: tqdm) -> None:
+    def __init__(self, run: comparison.Run, progress: Progress) -> None:
         super().__init__()
         self._run = run
-        self._bar = bar
+        self._progress = progress
         self._timed = self._seconds = 0.0
         self._sent = 0
 
@@ -57,11 +58,11 @@ class Watch(keras.callbacks.Callback):
         if before or self.params["epochs"] == 1:  # TensorFlow traces in the first epoch
             self._seconds += time.perf_counter() - self._begin
             self._timed += self._run.steps[-1] - before
-        self._bar.update(self._run.steps[-1] - before)
+        self._progress.update(self._run.steps[-1] - before)
 
     def on_epoch_end(self, epoch: int, logs: dict) -> None:
         self._run.loss.append(logs["loss"])
-        self._run.accuracy.append(100 * logs["val_accuracy"])
+        self._run.score.append(100 * logs["val_accuracy"])
 
     def on_train_end(self, logs: dict | None = None) -> None:
         milliseconds = tf.constant(1000 * self._seconds / self._timed)
@@ -69,35 +70,20 @@ class Watch(keras.callbacks.Callback):
         self._run.mb_sent = (self.model.optimizer.bytes_sent - self._sent) / 1e6
 
 
-class TensorBoard(keras.callbacks.Callback):
-    """Callback that writes the optimizer's metrics to TensorBoard after each outer step."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._writer = tf.summary.create_file_writer(str(folder))
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        metrics = self.model.optimizer.metrics()
-        if metrics is not None and metrics.step == self.model.optimizer.steps:
-            with self._writer.as_default():
-                for key, value in metrics._asdict().items():
-                    tf.summary.scalar(f"slowmo/{key}", value, metrics.step)
-
-
 def compiled(args, method: str) -> keras.Model:
     """Return the network, compiled with SlowMo."""
     model = network()
     inner = keras.optimizers.SGD(args.lr, momentum=0.9, nesterov=True)
-    optimizer = slowmo.SlowMo(inner, common.METHODS[method](args), metrics=args.logdir is not None)
+    optimizer = slowmo.SlowMo(inner, comparison.METHODS[method](args), metrics=args.logdir is not None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     optimizer.build(model.trainable_variables)
     return model
 
 
-def train(args, model: keras.Model, method: str, seed: int, data: common.Data, bar: tqdm) -> common.Run:
+def train(args, model: keras.Model, method: str, seed: int, data: common.Data, progress: Progress) -> comparison.Run:
     """Train one method from scratch. All runs of a method reuse the model's traced functions."""
-    run = common.Run(method, seed)
+    run = comparison.Run(method, seed)
     keras.utils.set_random_seed(seed)
     model.set_weights(network().get_weights())
     for variable in model.optimizer.variables:
@@ -112,7 +98,7 @@ def train(args, model: keras.Model, method: str, seed: int, data: common.Data, b
     callbacks = [
         slowmo.SlowMoCallback(),
         keras.callbacks.LearningRateScheduler(lambda epoch, _: args.lr * (0.1 if epoch >= late else 1)),
-        Watch(run, bar),
+        Watch(run, progress),
     ]
     if args.logdir is not None and hvd.rank() == 0:
         callbacks.append(TensorBoard(args.logdir / f"{method}-{seed}"))
@@ -126,22 +112,18 @@ def train(args, model: keras.Model, method: str, seed: int, data: common.Data, b
 def main() -> None:
     hvd.init()
     args = common.parse(__doc__, hvd.rank(), seeds=5)  # a step takes longer than PyTorch's
-    tf.config.threading.set_intra_op_parallelism_threads(1)  # several workers share this machine's cores
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    devices = tf.config.list_physical_devices("GPU")
-    if devices:
-        tf.config.set_visible_devices(devices[hvd.local_rank() % len(devices)], "GPU")
+    choose_device()
     data = common.load()
 
     models = {method: compiled(args, method) for method in args.methods}
     runs = []
     steps = args.epochs * common.steps_per_epoch(data, args.batch_size, hvd.size())
     total = steps * args.seeds * len(args.methods)
-    with tqdm(total=total, unit="step", mininterval=0.5, disable=hvd.rank() != 0) as bar:
+    with Progress(total, hvd.rank()) as progress:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for method in args.methods:
-                bar.set_description(f"{method}, seed {seed}")
-                runs.append(train(args, models[method], method, seed, data, bar))
+                progress.describe(f"{method}, seed {seed}")
+                runs.append(train(args, models[method], method, seed, data, progress))
     if hvd.rank() == 0:
         common.report("digits_keras", args, runs, hvd.size())
 

@@ -18,9 +18,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import comparison
 import digits_common as common
 import numpy as np
-from tqdm import tqdm
+from progress import Progress
 
 KINDS = ("mixed", "torch", "keras")
 FILES = {"mixed": "digits_mixed", "torch": "digits_torch_alone", "keras": "digits_keras_alone"}
@@ -49,7 +50,7 @@ class Torch:
         self._torch.manual_seed(seed)
         self.model = digits_torch.network()
         inner = self._torch.optim.SGD(self.model.parameters(), lr=self._args.lr, momentum=0.9, nesterov=True)
-        config = common.METHODS[method](self._args)
+        config = comparison.METHODS[method](self._args)
         # The Keras network has the same layers in the same order, so the map needs no entries.
         self.optimizer = slowmo.SlowMo(inner, self.model, config, parameter_map=slowmo.ParameterMap())
 
@@ -113,7 +114,7 @@ class Keras:
 
         tf, model = self._tf, digits_keras.network()
         inner = self._keras.optimizers.SGD(self._args.lr, momentum=0.9, nesterov=True)
-        config = common.METHODS[method](self._args)
+        config = comparison.METHODS[method](self._args)
         optimizer = slowmo.SlowMo(inner, config, parameter_map=slowmo.ParameterMap())
         optimizer.build(model.trainable_variables)
         criterion = self._keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -139,9 +140,11 @@ class Keras:
         return self._total(self._tf.constant(values)).numpy()
 
 
-def train(args: Namespace, worker: Torch | Keras, method: str, seed: int, data: common.Data, bar: tqdm) -> common.Run:
+def train(
+    args: Namespace, worker: Torch | Keras, method: str, seed: int, data: common.Data, progress: Progress
+) -> comparison.Run:
     """Train one method with one seed, in either framework."""
-    run = common.Run(method, seed)
+    run = comparison.Run(method, seed)
     worker.begin(method, seed)
     optimizer = worker.optimizer
     mine = common.shard(data.train_classes, args.shards, worker.rank, worker.size, seed)
@@ -159,18 +162,18 @@ def train(args: Namespace, worker: Torch | Keras, method: str, seed: int, data: 
                 clock.append(time.perf_counter() - begin)
                 if optimizer.steps % args.tau:
                     between.append(clock[-1])
-            bar.update()
+            progress.update()
         run.mb_sent = (optimizer.bytes_sent - sent) / 1e6
         run.steps.append(optimizer.steps)
         optimizer.join()  # all workers hold the mean
         run.loss.append(float(worker.total(np.array([np.mean(losses)]))[0]) / worker.size)
         right = worker.predict(data.test_images) == data.test_classes
-        run.accuracy.append(100 * float(np.mean(right)))
+        run.score.append(100 * float(np.mean(right)))
     run.ms_per_step, run.ms_between = 1000 * float(np.mean(clock)), 1000 * float(np.mean(between))
     return run
 
 
-def compare(args: Namespace, worker: Torch | Keras, runs: list[common.Run], data: common.Data) -> None:
+def compare(args: Namespace, worker: Torch | Keras, runs: list[comparison.Run], data: common.Data) -> None:
     """Print each worker's test results with the common model of the last run, and its time per step."""
     table = np.zeros((worker.size, len(data.test_classes) + 2))
     table[worker.rank, :-2] = worker.predict(data.test_images)
@@ -201,22 +204,22 @@ def work(args: Namespace, rank: int) -> None:
     steps = args.epochs * common.steps_per_epoch(data, args.batch_size, worker.size)
     total = steps * args.seeds * len(args.methods)
     runs = []
-    with tqdm(total=total, unit="step", mininterval=0.5, disable=rank != 0) as bar:
+    with Progress(total, rank) as progress:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for method in args.methods:
-                bar.set_description(f"{args.frameworks}, {method}, seed {seed}")
-                runs.append(train(args, worker, method, seed, data, bar))
+                progress.describe(f"{args.frameworks}, {method}, seed {seed}")
+                runs.append(train(args, worker, method, seed, data, progress))
     compare(args, worker, runs, data)
     if rank == 0:
         report(args, runs, worker.size, FILES[args.frameworks])
 
 
-def report(args: Namespace, runs: list[common.Run], workers: int, name: str) -> None:
+def report(args: Namespace, runs: list[comparison.Run], workers: int, name: str) -> None:
     """Report a line and a curve for each method and kind of workers."""
     for run in runs:
         if "," not in run.method:
             run.method = f"{run.method}, {args.frameworks}"
-        common.STYLES[run.method] = COLOURS[run.method.rpartition(", ")[2]]
+        comparison.STYLES[run.method] = COLOURS[run.method.rpartition(", ")[2]]
     common.report(name, args, runs, workers)
 
 
@@ -231,8 +234,8 @@ def launch(args: Namespace) -> None:
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"the {kind} job failed")
         found = json.loads((args.out / f"{FILES[kind]}.json").read_text(encoding="utf-8"))
-        runs += [common.Run(**run) for run in found["runs"]]
-    if len(common.by_method(runs)) > 1:
+        runs += [comparison.Run(**run) for run in found["runs"]]
+    if len(comparison.by_method(runs)) > 1:
         report(args, runs, args.workers, FILES["mixed"])
 
 

@@ -5,15 +5,15 @@ Or over Horovod: hvd-slowmo run -np 4 python examples/digits_torch.py
 """
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 
+import comparison
 import digits_common as common
 import numpy as np
 import torch
+from progress import Progress
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from torch_common import choose_device, logger
 
 import hvd_slowmo.torch as slowmo
 
@@ -33,11 +33,11 @@ def network() -> nn.Module:
     )
 
 
-def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> common.Run:
+def train(args, method: str, seed: int, data: list[torch.Tensor], progress: Progress) -> comparison.Run:
     """Train one method with one seed."""
     images, classes, test_images, test_classes = data
-    run = common.Run(method, seed)
-    config = common.METHODS[method](args)
+    run = comparison.Run(method, seed)
+    config = comparison.METHODS[method](args)
     torch.manual_seed(seed)
     model = network().to(images.device)
     inner = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
@@ -58,7 +58,7 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
             optimizer.step()
             losses.append(loss.detach())
             log(optimizer)
-            bar.update()
+            progress.update()
         loss = torch.stack(losses).mean().cpu()  # waits for the GPU before the clock is read
         seconds += time.perf_counter() - begin
         sent += optimizer.bytes_sent - before
@@ -70,27 +70,10 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], bar: tqdm) -> 
             optimizer.join()  # at the end all workers keep the mean
         with optimizer.averaged_parameters():  # a collective: every worker enters, although only rank 0 evaluates
             if slowmo.rank() == 0:
-                run.accuracy.append(accuracy(model, test_images, test_classes))
+                run.score.append(accuracy(model, test_images, test_classes))
     run.ms_per_step = slowmo.mean(1000 * seconds / optimizer.steps)
     run.mb_sent = sent / 1e6
     return run
-
-
-def logger(logdir: Path | None, name: str) -> Callable[[slowmo.SlowMo], None]:
-    """Return a function that writes the optimizer's metrics to TensorBoard after each outer step, on rank 0 only."""
-    if logdir is None or slowmo.rank() != 0:
-        return lambda optimizer: None
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(logdir / name))
-
-    def log(optimizer: slowmo.SlowMo) -> None:
-        metrics = optimizer.metrics()
-        if metrics is not None and metrics.step == optimizer.steps:
-            for key, value in metrics._asdict().items():
-                writer.add_scalar(f"slowmo/{key}", value, metrics.step)
-
-    return log
 
 
 @torch.no_grad()
@@ -103,22 +86,18 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
 def main() -> None:
     slowmo.init()
     args = common.parse(__doc__, slowmo.rank())
-    torch.set_num_threads(1)  # several workers share this machine's cores
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", slowmo.local_rank() % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = choose_device()
     arrays = common.load()
     data = [torch.from_numpy(array).to(device) for array in arrays]
 
     runs = []
     steps = args.epochs * common.steps_per_epoch(arrays, args.batch_size, slowmo.size())
     total = steps * args.seeds * len(args.methods)
-    with tqdm(total=total, unit="step", mininterval=0.5, disable=slowmo.rank() != 0) as bar:
+    with Progress(total, slowmo.rank()) as progress:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for method in args.methods:
-                bar.set_description(f"{method}, seed {seed}")
-                runs.append(train(args, method, seed, data, bar))
+                progress.describe(f"{method}, seed {seed}")
+                runs.append(train(args, method, seed, data, progress))
     if slowmo.rank() == 0:
         common.report("digits_torch", args, runs, slowmo.size())
 

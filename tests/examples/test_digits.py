@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import comparison
+import digits_common as common
 import numpy as np
 import pytest
+from running import EXAMPLES, PNG, horovodrun
 
 from hvd_slowmo import DPSGD, SGP
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import digits_common as common  # noqa: E402 - it is found through that path
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_options_make_the_methods() -> None:
     args = common.parse(None, arguments=["--tau", "5", "--alpha", "0.9", "--beta", "0.3", "--inner-state", "average"])
-    slowmo, local, ar = (common.METHODS[name](args) for name in ("slowmo", "local-sgd", "ar-sgd"))
+    slowmo, local, ar = (comparison.METHODS[name](args) for name in ("slowmo", "local-sgd", "ar-sgd"))
     assert (slowmo.tau, slowmo.alpha, slowmo.beta, slowmo.inner_state) == (5, 0.9, 0.3, "average")
     assert (local.tau, local.alpha, local.beta, local.inner_state) == (5, 1, 0, "average")
     assert (ar.tau, ar.gradients) == (None, "all")
@@ -33,7 +25,7 @@ def test_the_options_make_the_methods() -> None:
 
 def test_the_options_make_the_gossip_methods() -> None:
     args = common.parse(None, arguments=["--tau", "5", "--beta", "0.3"])
-    made = {name: method(args) for name, method in common.METHODS.items()}
+    made = {name: method(args) for name, method in comparison.METHODS.items()}
     assert [made[name].tau for name in ("d-psgd", "sgp", "osgp")] == [None] * 3
     for name, gossip in (("d-psgd", DPSGD()), ("sgp", SGP()), ("osgp", SGP(overlap=True))):
         for config in (made[name], made[f"slowmo-{name}"]):
@@ -44,8 +36,8 @@ def test_the_options_make_the_gossip_methods() -> None:
 
 
 def test_every_method_can_be_drawn_and_told_apart() -> None:
-    assert set(common.STYLES) == set(common.METHODS)
-    assert len(set(common.STYLES.values())) == len(common.STYLES)
+    assert set(comparison.STYLES) == set(comparison.METHODS)
+    assert len(set(comparison.STYLES.values())) == len(comparison.STYLES)
 
 
 def test_the_default_is_three_methods_and_quick_is_one_run_of_slowmo() -> None:
@@ -89,7 +81,7 @@ def test_more_workers_than_batches_is_an_error() -> None:
 def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = common.parse(None, arguments=["--seeds", "3", "--out", str(tmp_path / "new" / "results")])
     runs = [
-        common.Run(method, seed, [10, 20], [1.0, 0.5 + seed / 10], [50.0, 90.0 + seed], 1.5 + seed, 0.25)
+        comparison.Run(method, seed, [10, 20], [1.0, 0.5 + seed / 10], [50.0, 90.0 + seed], 1.5 + seed, 0.25)
         for seed in range(args.seeds)
         for method in args.methods
     ]
@@ -100,37 +92,14 @@ def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: py
     assert len(image) > 20_000
     results = json.loads((args.out / "digits.json").read_text(encoding="utf-8"))
     assert results["settings"]["tau"] == args.tau
-    assert [run["accuracy"][-1] for run in results["runs"]] == [run.accuracy[-1] for run in runs]
-
-
-def horovodrun(workers: int, *command: str | Path) -> str:
-    """What a job prints."""
-    launcher = shutil.which("horovodrun", path=Path(sys.executable).parent)
-    assert launcher, "horovodrun is not beside this Python"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "torch"), str(ROOT / "tf"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with subprocess.Popen(
-        [launcher, "-np", str(workers), sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-    ) as job:
-        try:
-            output, _ = job.communicate(timeout=600)
-        except subprocess.TimeoutExpired:
-            job.terminate()  # not kill: horovodrun then ends its workers
-            output, _ = job.communicate()
-    assert job.returncode == 0, output
-    return output
+    assert [run["score"][-1] for run in results["runs"]] == [run.score[-1] for run in runs]
 
 
 @pytest.mark.slow
 @pytest.mark.workers
 @pytest.mark.parametrize("name", ["digits_torch", pytest.param("digits_keras", marks=pytest.mark.thorough)])
 def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
-    script = ROOT / "examples" / f"{name}.py"
+    script = EXAMPLES / f"{name}.py"
     output = horovodrun(2, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")
     line = re.search(r"slowmo +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
@@ -144,7 +113,7 @@ def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.workers
 def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
-    output = horovodrun(2, ROOT / "examples" / "digits_mixed.py", "--quick", "--out", tmp_path)
+    output = horovodrun(2, EXAMPLES / "digits_mixed.py", "--quick", "--out", tmp_path)
     line = re.search(r"slowmo, mixed +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
     assert float(line[1]) > 80
@@ -166,7 +135,7 @@ def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
     ],
 )
 def test_small_examples_learn_under_horovodrun(name: str) -> None:
-    output = horovodrun(2, ROOT / "examples" / f"{name}.py")
+    output = horovodrun(2, EXAMPLES / f"{name}.py")
     found = re.findall(r"test accuracy (\d+\.\d) %", output)
     found += [str(100 * float(x)) for x in re.findall(r"val_accuracy: (\d\.\d+)", output)]
     assert found, output
