@@ -17,10 +17,11 @@ BIN := .venv/bin
 PARALLEL := -n auto --maxprocesses 2 --dist loadfile
 # Where TensorFlow is installed, the launcher imports it, and TensorFlow logs a lot.
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
+EVIDENCE := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup docs demo demo-mixed demo-elastic soak bench test test-all test-fast test-install lint clean
+.PHONY: help setup docs demo demo-mixed demo-elastic soak evidence evidence-quick bench test test-all test-fast test-install lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -121,6 +122,12 @@ docs:  ## build the documentation as a site, build/site/index.html
 	@$(BIN)/zensical build --clean --strict $(ARGS)
 	@echo "Open $(CURDIR)/build/site/index.html. The search needs a server:" \
 		"$(BIN)/python -m http.server -d build/site"
+
+evidence: setup  ## write docs/evidence.md: the paper's questions at a small scale (hours; goes on where it was stopped)
+	@$(EVIDENCE) --size full $(ARGS)
+
+evidence-quick: setup  ## the same with fewer seeds, workers and steps (about ten minutes)
+	@$(EVIDENCE) --size quick $(ARGS)
 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)
