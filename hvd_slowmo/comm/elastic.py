@@ -137,6 +137,11 @@ class ElasticState:
         """Take all news for known: the workers that come now are those that it was about."""
         self._news.clear()
 
+    @property
+    def steps(self) -> int:
+        """Inner steps of all optimizers together."""
+        return sum(optimizer.steps for optimizer in self._optimizers)
+
     def _tell(self) -> None:
         for optimizer in self._optimizers:
             optimizer.hear()
@@ -157,11 +162,14 @@ def _has_state(value: Any) -> bool:
     return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
-def run_with(module: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def run_with(
+    module: str, lost: Callable[[Exception], bool] = lambda _: False
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Return the decorator for functions that train in an elastic job.
 
     Args:
         module: Horovod's for a framework, "horovod.torch" say.
+        lost: returns whether an error is one of Horovod's in the framework's own words.
     """
 
     def run(function: Callable[..., T]) -> Callable[..., T]:
@@ -175,20 +183,20 @@ def run_with(module: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
             if not elastic():  # a loss ends the job; its last checkpoint resumes it
                 state.sync()
                 return function(state, *args, **kwargs)
-            return _run(importlib.import_module(module), state, lambda: function(state, *args, **kwargs))
+            return _run(importlib.import_module(module), state, lambda: function(state, *args, **kwargs), lost)
 
         return wrapper
 
     return run
 
 
-def _run(hvd: Any, state: ElasticState, function: Callable[[], T]) -> T:
+def _run(hvd: Any, state: ElasticState, function: Callable[[], T], lost: Callable[[Exception], bool]) -> T:
     from horovod.common.elastic import notification_manager
     from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
     notification_manager.init()
     notification_manager.register_listener(state)
-    watchdog = Watchdog(horovods_limit() or math.inf, others_wait)
+    watchdog = Watchdog(horovods_limit() or math.inf, others_wait, lambda: state.steps)
     watchdog.start()
     try:
         while True:
@@ -196,10 +204,12 @@ def _run(hvd: Any, state: ElasticState, function: Callable[[], T]) -> T:
                 watchdog.training(True)
                 state.sync()
                 return function()
-            except HorovodInternalError as error:
-                logger.warning("%s. The workers that are left come together again.", error)
             except HostsUpdatedInterrupt:
                 logger.info("workers were added or are about to go: all come together again.")
+            except Exception as error:
+                if not isinstance(error, HorovodInternalError) and not lost(error):
+                    raise
+                logger.warning("%s. The workers that are left come together again.", error)
             watchdog.training(False)
             state.notice()
             hvd.shutdown()

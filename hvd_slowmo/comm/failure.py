@@ -85,7 +85,7 @@ def absence(absent: Sequence[int], limit: float | None) -> str | None:
 
     Example:
         >>> absence((1,), None)
-        'rank 1 ended or was killed; look at the output there'
+        'rank 1 ended, was killed or has not come to this exchange; look at the output there'
         >>> absence((1, 3), 30.0)
         'ranks 1, 3 ended, were killed or have not come within 30 s; look at the output there'
     """
@@ -94,9 +94,8 @@ def absence(absent: Sequence[int], limit: float | None) -> str | None:
     several = len(absent) > 1
     who = f"rank{'s' * several} {', '.join(map(str, absent))}"
     were, have = ("were", "have") if several else ("was", "has")
-    if limit is None:
-        return f"{who} ended or {were} killed; look at the output there"
-    return f"{who} ended, {were} killed or {have} not come within {limit:g} s; look at the output there"
+    where = "to this exchange" if limit is None else f"within {limit:g} s"
+    return f"{who} ended, {were} killed or {have} not come {where}; look at the output there"
 
 
 def tell_steps(comm: Comm, owner: T, steps: Callable[[T], int | None]) -> None:

@@ -18,6 +18,7 @@ ELASTIC_S = 300.0
 _GLOO_S = 30.0  # Horovod's limit for the replies of a worker's communication thread
 _LONGEST_CHECK_S = 60.0
 _SHUTDOWN = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
+_DISABLE = "HOROVOD_STALL_CHECK_DISABLE"
 
 
 def time_limit(timeout: float | None = None, environment: Mapping[str, str] = os.environ) -> float | None:
@@ -36,7 +37,8 @@ def time_limit(timeout: float | None = None, environment: Mapping[str, str] = os
     if timeout is None:
         given = environment.get(VARIABLE)
         if given is None:
-            return ELASTIC_S if elastic(environment) else None
+            own = any(name in environment for name in (_SHUTDOWN, _DISABLE))  # the user's for Horovod
+            return ELASTIC_S if elastic(environment) and not own else None
         try:
             seconds = float(given)
         except ValueError:
@@ -71,7 +73,7 @@ def limit_horovod(limit: float, environment: MutableMapping[str, str] = os.envir
     """
     check = max(1, min(_LONGEST_CHECK_S, limit // 4))
     gloo = max(_GLOO_S, limit, float(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS") or 0))
-    environment["HOROVOD_STALL_CHECK_DISABLE"] = "0"
+    environment[_DISABLE] = "0"
     environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(int(check))
     environment[_SHUTDOWN] = str(math.ceil(limit))
     environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(math.ceil(gloo))

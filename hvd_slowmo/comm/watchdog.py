@@ -19,14 +19,15 @@ logger = logging.getLogger("hvd_slowmo")
 
 
 class Watchdog:
-    """Ends this process once the others have asked for new assignments, and have waited for it as long as they may.
+    """Ends this process once the others do without it, and have waited as long as they may for its next step.
 
     The launcher gives nobody an assignment before each worker has asked for one or has ended, and one that hangs does
-    neither.
+    neither. One that takes steps will come to an exchange, and find the others gone.
 
     Args:
         limit: seconds that the others wait.
         others_wait: returns whether they do.
+        steps: returns how many steps this worker has made.
         end: ends the process.
         pause: seconds between two looks.
     """
@@ -35,10 +36,12 @@ class Watchdog:
         self,
         limit: float,
         others_wait: Callable[[], bool],
+        steps: Callable[[], int],
         end: Callable[[], None] | None = None,
         pause: float = _PAUSE_S,
     ) -> None:
-        self._limit, self._others_wait, self._end, self._pause = limit, others_wait, end or _end, pause
+        self._limit, self._others_wait, self._steps = limit, others_wait, steps
+        self._end, self._pause = end or _end, pause
         self._training = threading.Event()
         self._over = threading.Event()
 
@@ -58,16 +61,16 @@ class Watchdog:
             self._training.clear()
 
     def _watch(self) -> None:
-        since = None
+        since, before = None, -1
         while not self._over.wait(self._pause):
+            steps = self._steps()
             if not (self._training.is_set() and self._others_wait()):
                 since = None
-            elif since is None:
-                since = time.monotonic()
+            elif since is None or steps != before:
+                since, before = time.monotonic(), steps
             elif time.monotonic() - since > self._limit and self._training.is_set():
                 logger.critical(
-                    "this worker has not come to an exchange, and the others have waited %.0f s to go on without it: "
-                    "it ends.",
+                    "this worker has made no step for %.0f s, while the others wait to go on without it: it ends.",
                     self._limit,
                 )
                 self._end()
@@ -75,7 +78,7 @@ class Watchdog:
 
 
 def others_wait() -> bool:
-    """Return whether other workers of the elastic job have asked for new assignments."""
+    """Return whether other workers of the elastic job have asked for new assignments, or have ended."""
     try:
         Rendezvous().get("slowmo/present")
     except HTTPError as error:

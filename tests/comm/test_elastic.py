@@ -105,6 +105,19 @@ def test_keras_survivors_go_on_where_they_were(tmp_path, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.workers
+def test_a_keras_loop_with_a_function_of_its_own(tmp_path):
+    """Its errors are TensorFlow's own."""
+    found = elastic(tmp_path, NAMES, 90, {"tau": 12}, victim="127.1", job="loop_keras")
+    assert set(found) == {"localhost", "127.0.0.1"}
+    for seen in found.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        assert seen["steps"] in (90, 91)  # the batch of the interrupted step is taken once more
+    assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
+
+
+@pytest.mark.slow
 @pytest.mark.workers
 def test_a_new_keras_worker_takes_part(tmp_path):
     found = elastic(tmp_path, NAMES[:2], 40, {"tau": 12}, then=NAMES, job="train_keras")
@@ -283,5 +296,14 @@ def test_what_is_no_state_of_a_keras_job_is_refused():
     model.compile(slowmo_tf.SlowMo("sgd", tau=2), "mse")
     with pytest.raises(ValueError, match="has no variables yet"):
         slowmo_tf.elastic.State(model)
+    state = slowmo_tf.elastic.State(_built(keras, slowmo_tf))
+    with pytest.raises(ValueError, match="`checkpoints` and `state` can't be given together yet"):
+        slowmo_tf.SlowMoCallback(checkpoints=slowmo_tf.Checkpoints("folder"), state=state)
     with pytest.raises(TypeError, match=r"`state` must be a slowmo.elastic.State. Received: int"):
         slowmo_tf.SlowMoCallback(state=1)
+
+
+def _built(keras, slowmo_tf):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(slowmo_tf.SlowMo("sgd", tau=2), "mse")
+    return model

@@ -51,6 +51,8 @@ CAUSE = r"most likely because rank 1 ended, was killed or has not come within 4 
         (None, {}, None),
         (None, {"HOROVOD_ELASTIC": "1"}, 300.0),
         (None, {"HOROVOD_ELASTIC": "1", "HVD_SLOWMO_TIMEOUT": "0"}, None),
+        (None, {"HOROVOD_ELASTIC": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3600"}, None),
+        (None, {"HOROVOD_ELASTIC": "1", "HOROVOD_STALL_CHECK_DISABLE": "1"}, None),
         (None, {"HVD_SLOWMO_TIMEOUT": "12.5"}, 12.5),
         (7, {"HVD_SLOWMO_TIMEOUT": "12.5"}, 7.0),
     ],

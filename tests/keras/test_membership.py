@@ -26,7 +26,9 @@ class Member:
         settings = {"tau": TAU, "beta": BETA, **settings}
         self.number = rank
         self.weight = keras.Variable(np.random.default_rng(rank).standard_normal(LENGTH), dtype="float64")
-        inner = keras.optimizers.SGD(LR, momentum=settings.pop("momentum", 0.0))
+        inner = keras.optimizers.SGD(
+            LR, momentum=settings.pop("momentum", 0.0), weight_decay=settings.pop("decay", None)
+        )
         self.optimizer = Short(inner, SlowMoConfig(**settings), comm=GraphComm(comm))
         self.optimizer.worker.elastic = True
 
@@ -158,12 +160,15 @@ def outer_v_before(everyone):
 def test_averaged_gradients_leave_all_with_the_leaders_state():
     def before(comm):
         broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
-        member = Member(comm.rank, broken, warmup_steps=6)
+        member = Member(comm.rank, broken, warmup_steps=6, decay=0.1)
         member.reform(broken)
         member.train(2)
+        made = member.values(), int(member.optimizer.inner_optimizer.iterations.numpy())
         broken.left = 1  # the exchange of gradients is broken off behind its attendance
         with pytest.raises(tf.errors.OpError):
             member.train(1)
+        assert np.array_equal(member.values(), made[0])  # weight decay does not depend on gradients
+        assert int(member.optimizer.inner_optimizer.iterations.numpy()) == made[1] == 2
         return member
 
     everyone = ThreadWorld(3).run(before)
@@ -178,6 +183,6 @@ def test_averaged_gradients_leave_all_with_the_leaders_state():
 
     (first, one, steps), (second, other, other_steps) = ThreadWorld(2).run(after)
     assert np.array_equal(first, second)
-    np.testing.assert_allclose(one, first - LR * GRADIENTS[:2].mean(axis=0), atol=1e-13)
+    np.testing.assert_allclose(one, first * (1 - 0.1 * LR) - LR * GRADIENTS[:2].mean(axis=0), atol=1e-13)
     assert np.array_equal(one, other)
     assert steps == other_steps == 3

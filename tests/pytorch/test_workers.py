@@ -11,7 +11,8 @@ pytestmark = pytest.mark.workers
 
 LOST = re.compile(
     "HorovodInternalError: .* because another worker ended or was killed.*after Horovod's error|"
-    "DistNetworkError: .* because rank 1 ended or was killed.*after torch.distributed's error"
+    "DistNetworkError: .* because rank 1 ended, was killed or has not come to this exchange.*"
+    "after torch.distributed's error"
 )
 MISUSE = {
     "tau": "ValueError: slowmo: rank 1 differs from rank 0: config: tau: it has 4 where 3 is expected",

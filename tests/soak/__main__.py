@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from soak.diary import entries
-from soak.faults import HOSTS, Faults
+from soak.faults import HOSTS, TIMEOUT_S, Faults
 from soak.job import Job
 from soak.report import Report, accuracy, figure, report
 
@@ -19,11 +19,12 @@ SECONDS_TO_END = 180.0
 def undisturbed(framework: str, seconds: float) -> float:
     """Return the accuracy of a job to which nothing is done."""
     with TemporaryDirectory() as name:
-        job = Job(Path(name), framework, HOSTS[:3])
+        job = Job(Path(name), framework, HOSTS[:3], TIMEOUT_S)
         try:
             _trains(job)
             time.sleep(seconds)
-            job.end(SECONDS_TO_END)
+            if job.end(SECONDS_TO_END) != 0:
+                raise RuntimeError("a job to which nothing was done has failed")
             return accuracy(list(entries(job.folder)))
         finally:
             job.kill()
@@ -33,7 +34,7 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
     """Train for so long, do something every so many seconds, and return the report."""
     reference = undisturbed(framework, min(90.0, 30.0 * minutes))
     with TemporaryDirectory() as name:
-        job = Job(Path(name), framework, HOSTS[:3])
+        job = Job(Path(name), framework, HOSTS[:3], TIMEOUT_S)
         faults, done = Faults(job, seed), []
         began = time.monotonic()
         try:
@@ -62,7 +63,9 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
 def _trains(job: Job) -> None:
     """Wait until the workers have come together."""
     end = time.monotonic() + 180
-    while not job.training() and time.monotonic() < end and job.process.poll() is None:
+    while not job.training():
+        if time.monotonic() > end or job.process.poll() is not None:
+            raise RuntimeError(f"the job has not begun: {(job.folder / 'log').read_text(encoding='utf-8')[-2000:]}")
         time.sleep(0.5)
 
 

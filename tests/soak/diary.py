@@ -52,6 +52,11 @@ class Diary:
         order.unlink(missing_ok=True)
         return True
 
+    def hang_if_ordered(self) -> None:
+        """Come to no exchange any more, if so ordered."""
+        if self.ordered("hang"):
+            time.sleep(3600)
+
     @property
     def stopping(self) -> bool:
         """Whether the job is to end."""

@@ -17,7 +17,8 @@ HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1", "0x7f.1", "0177.1", "0x7f
 """Names of this machine, each a host to Horovod, which blocks that of a killed worker for a while."""
 
 FEWEST, MOST = 2, 4
-STOPPED_LONG_S = 45  # beyond gloo's limit of 30 s
+TIMEOUT_S = 20  # of an exchange
+STOPPED_LONG_S = 45  # longer than that, and than gloo's 30 s
 
 
 class Faults:
@@ -40,6 +41,7 @@ class Faults:
             self.take_away,
             self.stop_shortly,
             self.stop_for_long,
+            self.hang,
             self.spoil,
             self.spoil,
             self.fill_the_disk,
@@ -104,6 +106,16 @@ class Faults:
         self._signal(victim, signal.SIGKILL)
         self._job.set_hosts([host for host in self._job.hosts if host != victim])
         return f"stopped {victim} for {STOPPED_LONG_S} s, then killed it"
+
+    def hang(self) -> str | None:
+        """A worker that comes to no exchange: the others go on without it, and it ends itself."""
+        victim = self._victim(FEWEST + 1)
+        if victim is None:
+            return None
+        self._job.order("hang", victim)
+        time.sleep(3 * TIMEOUT_S)
+        self._job.set_hosts([host for host in self._job.hosts if host != victim])
+        return f"let {victim} hang"
 
     def spoil(self) -> str | None:
         """Gradients that are NaN."""

@@ -25,9 +25,10 @@ class Job:
         folder: empty.
         framework: "torch" or "keras".
         hosts: of the workers at the start.
+        timeout: seconds that an exchange may take.
     """
 
-    def __init__(self, folder: Path, framework: str, hosts: Sequence[str]) -> None:
+    def __init__(self, folder: Path, framework: str, hosts: Sequence[str], timeout: float) -> None:
         self.folder = folder
         self.hosts: list[str] = []
         self.samples: list[dict[str, float]] = []
@@ -45,7 +46,13 @@ class Job:
                 *(sys.executable, "-m", "hvd_slowmo.cli.main", "run", *options),
                 *(sys.executable, "-m", f"soak.train_{framework}", str(folder)),
             ],
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env={
+                **os.environ,
+                "PYTHONPATH": paths,
+                "OMP_NUM_THREADS": "1",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "HVD_SLOWMO_TIMEOUT": str(timeout),
+            },
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=folder,

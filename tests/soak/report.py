@@ -10,6 +10,12 @@ from typing import Any, NamedTuple
 from soak.diary import entries
 from soak.job import Job
 
+MOST_GROWTH = 1.5
+"""Of what a process holds, from its second third to its last: connections come with workers, memory with a trace."""
+
+WORST_LOSS = 0.05
+"""Accuracy below that of an undisturbed job, which trains for a shorter time."""
+
 
 class Report(NamedTuple):
     """The outcome of one job."""
@@ -26,12 +32,16 @@ class Report(NamedTuple):
     undisturbed: float
     growth: dict[str, float]  # of what a process holds, its last third by its second third; the worst process
     ends: int  # workers that came to the end together
+    last: int  # workers that came together last
     saves: dict[str, int]
 
     @property
     def faultless(self) -> bool:
-        """True if nothing was lost but what must be."""
-        return self.status == 0 and not self.unequal and self.ends > 0
+        """True if nothing was lost but what must be, and there was something to lose."""
+        bounded = all(value < MOST_GROWTH for value in self.growth.values())
+        as_good = self.accuracy > self.undisturbed - WORST_LOSS
+        happened = self.compared > 0 and bool(self.faults) and self.ends == self.last
+        return self.status == 0 and happened and not self.unequal and bounded and as_good
 
     def lines(self) -> list[str]:
         """Return the report in words."""
@@ -43,7 +53,7 @@ class Report(NamedTuple):
             f"{self.framework}: {self.minutes:.1f} minutes, status {self.status}; {self.ends} workers at the end",
             f"  faults: {faults or 'none'}",
             f"  the workers came together {self.changes} times; after a loss they went on in: {came}",
-            f"  outer steps and joins compared: {self.compared}; not bitwise equal: {len(self.unequal)}",
+            f"  outer steps, joins and changes compared: {self.compared}; not bitwise equal: {len(self.unequal)}",
             *(f"    {each}" for each in self.unequal[:5]),
             f"  saves and loads: {saves}",
             f"  test accuracy {100 * self.accuracy:.1f} %, undisturbed {100 * self.undisturbed:.1f} %",
@@ -79,6 +89,7 @@ def report(job: Job, framework: str, minutes: float, status: int | None, done: l
         undisturbed,
         growth(job.samples),
         sum(entry["kind"] == "end" for entry in everything),
+        max(changes, key=lambda change: change["time"])["workers"] if changes else 0,
         dict(saves),
     )
 
@@ -95,7 +106,7 @@ def compare(everything: list[dict[str, Any]]) -> tuple[int, list[str]]:
     """
     places: dict[tuple[Any, ...], dict[str, str]] = defaultdict(dict)
     for entry in everything:
-        if entry["kind"] in ("outer", "join"):
+        if entry["kind"] in ("outer", "join", "common"):
             key = repr(entry["since"]), entry["kind"], entry["step"]
             places[key].setdefault(f"{entry['host']}/{entry['process']}", entry["digest"])
     several = {key: digests for key, digests in places.items() if len(digests) > 1}

@@ -31,6 +31,7 @@ class Writer(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._diary.hang_if_ordered()
         steps = self.model.optimizer.steps
         if steps % TAU == 0:
             self._diary.note("outer", step=steps, digest=self._values(), since=[*self._since, self._epoch])
@@ -86,6 +87,9 @@ def main() -> None:
 
         signature = (tf.TensorSpec((16, 8, 8), tf.float32), tf.TensorSpec((16,), tf.int64))
         since = [change.step, change.workers, list(change.newcomers)]
+        kept = model.optimizer.worker.variables.vectors
+        common = digest(v.numpy() for name in ("anchor", "v") for v in kept[name].values())
+        diary.note("common", step=0, digest=common, since=since)
         state.model.fit(
             tf.data.Dataset.from_generator(batches, output_signature=signature),
             initial_epoch=epoch,

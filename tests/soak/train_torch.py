@@ -54,6 +54,7 @@ def main() -> None:
             loss = F.cross_entropy(model(images[batch]), classes[batch])
             (loss * float("nan") if diary.ordered("nan") else loss).backward()
             optimizer.step()
+            diary.hang_if_ordered()
             if optimizer.steps % TAU == 0:
                 diary.note("outer", step=optimizer.steps, digest=values(), since=[*since, state.epoch])
             time.sleep(0.005)
@@ -72,6 +73,9 @@ def main() -> None:
         change = state.changes[-1]
         since = [change.step, change.workers, list(change.newcomers)]
         diary.note_change(rank=slowmo.rank(), **change._asdict())
+        kept = optimizer.worker.store.vectors
+        common = digest(x.detach().numpy() for name in ("anchor", "v") for x in kept[name] if x is not None)
+        diary.note("common", step=0, digest=common, since=since)
         while True:
             train_epoch(state, since)
             optimizer.join()

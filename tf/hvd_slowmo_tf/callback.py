@@ -56,7 +56,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         *optimizers: the SlowMo optimizers of a model with a custom `train_step`. Without any: all among the model's
             attributes, and in its lists and dicts.
         checkpoints: saves and resumes the job, for a model with one SlowMo optimizer.
-        state: of an elastic job (`slowmo.elastic.State`).
+        state: of an elastic job (`slowmo.elastic.State`), which can't have `checkpoints`.
 
     Raises:
         TypeError: no optimizer of the model is SlowMo, or an argument has another type.
@@ -84,6 +84,11 @@ class SlowMoCallback(keras.callbacks.Callback):
             raise TypeError(f"`checkpoints` must be Checkpoints. Received: {type(checkpoints).__name__}")
         if state is not None and not isinstance(state, ElasticState):
             raise TypeError(f"`state` must be a slowmo.elastic.State. Received: {type(state).__name__}")
+        if state is not None and checkpoints is not None:
+            raise ValueError(
+                "`checkpoints` and `state` can't be given together yet: whoever comes to an elastic job would load the "
+                "newest checkpoint. Call optimizer.save() in a callback of your own."
+            )
         self._given = optimizers
         self._state = state
         self._fit_checkpoints = None if checkpoints is None else FitCheckpoints(checkpoints)

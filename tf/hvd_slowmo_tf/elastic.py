@@ -10,7 +10,7 @@ import keras
 from hvd_slowmo.comm.elastic import Change, ElasticState, run_with
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo_tf.horovod import workers
+from hvd_slowmo_tf.horovod import lost_worker, workers
 from hvd_slowmo_tf.layout import parts_of
 from hvd_slowmo_tf.membership import reform
 from hvd_slowmo_tf.model_parts import ModelPart, find_optimizers, split_model
@@ -18,7 +18,7 @@ from hvd_slowmo_tf.optimizer import SlowMo
 
 __all__ = ["Change", "State", "run"]
 
-run = run_with("horovod.tensorflow")
+run = run_with("horovod.tensorflow", lost_worker)
 """Decorate the function that trains: it is called again whenever workers were lost or added.
 
 Its first argument is a `State`. Nothing before its call may communicate.
@@ -99,6 +99,7 @@ class _Elastic:
         if not elastic():  # SlowMoCallback or `broadcast` brings the workers to one start
             return worker.comm, 0, (), ()
         self._model.train_function = None  # a trace has the number of workers in it
+        self._model._eval_epoch_iterator = None  # of a fit() that has not come to its end
         alone = len(self._optimizers) == 1
         part = ModelPart(*parts_of(self._model)) if alone else split_model(self._model, self._optimizers)[self._number]
         reformed = reform(worker, workers.connect(), *part, self._model if alone else None)

@@ -7,6 +7,7 @@ has names in a tf.function only: a collective's is its node's, without the scope
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,23 @@ from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
 
 T = TypeVar("T")
+
+
+_COLLECTIVE = re.compile(r"Horovod has been shut down|\{\{node [^}]*(allreduce|allgather|alltoall|broadcast|Horovod)")
+
+
+def lost_worker(error: Exception) -> bool:
+    """Return whether an error of TensorFlow's is that of a collective of Horovod.
+
+    Example:
+        >>> lost_worker(tf.errors.UnknownError(None, None, "[[{{node allreduce.slowmo.ledger}}]]"))
+        True
+        >>> lost_worker(tf.errors.UnknownError(None, None, "train_horovod.py [[{{node PyFunc}}]]"))
+        False
+    """
+    if not isinstance(error, (tf.errors.UnknownError, tf.errors.FailedPreconditionError)):
+        return False
+    return _COLLECTIVE.search(error.message) is not None
 
 
 class HorovodComm:

@@ -33,7 +33,7 @@ class KerasMember(StartingKerasWorker):
         variables = self._worker.variables
         step = int(variables.now.step)
         # Of an outer step that was broken off nothing is written: `Runtime.whole`.
-        return Place(True, step, int(variables.made.numpy()) > step)
+        return Place(True, step, int(variables.made.numpy()) == step + 1)
 
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self.assemble(description, graph)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.core.ops import TOPICS, Cell, Topic
+from hvd_slowmo_tf.horovod import lost_worker
 from hvd_slowmo_tf.pieces import joined
 
 C = TypeVar("C")
@@ -170,7 +171,7 @@ class TracedOps:
                 raise
             raise ValueError(words) from error
         except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:
-            if self._explain is None or "orovod" not in error.message:
+            if self._explain is None or not lost_worker(error):
                 raise
             raise self._explain(error) from error
         for note in self._notes.values():

@@ -192,7 +192,9 @@ class TracedStep:
             own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
             means, counts, first = self._averaged(own, rates, plan, due)
             averages.level()
-            self.averaged_step(own, means, counts, rates)
+            # Weight decay and counts do not depend on the means, and must not be there if these never come.
+            with tf.control_dependencies([*means, counts] if self._elastic else []):
+                self.averaged_step(own, means, counts, rates)
         with tf.control_dependencies([self._note_made(before.step + 1)] if self._elastic else []):
             self._after_inner_step(before, rates, first, arrivals)
 
