@@ -118,6 +118,7 @@ def test_a_keras_loop_with_a_function_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.workers
 def test_a_new_keras_worker_takes_part(tmp_path):
     found = elastic(tmp_path, NAMES[:2], 40, {"tau": 12}, then=NAMES, job="train_keras")

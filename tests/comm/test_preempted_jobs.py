@@ -105,7 +105,7 @@ def pid_of(folder, rank):
     [
         ("horovodrun", "worker"),
         pytest.param("horovodrun", "launcher", marks=pytest.mark.thorough),
-        ("torchrun", "launcher"),
+        pytest.param("torchrun", "launcher", marks=pytest.mark.thorough),
         pytest.param("torchrun", "worker", marks=pytest.mark.thorough),
     ],
 )

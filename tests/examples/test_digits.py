@@ -97,7 +97,8 @@ def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: py
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("name", ["digits_torch", pytest.param("digits_keras", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["digits_torch", "digits_keras"])
 def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
     script = EXAMPLES / f"{name}.py"
     output = horovodrun(2, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")

@@ -36,6 +36,7 @@ def test_images_on_two_workers(name, launcher, tmp_path):
     check(LAUNCHERS[launcher](2, script, *options(tmp_path, out), *checkpoints), out)
 
 
+@pytest.mark.thorough
 def test_translation_on_two_workers(tmp_path):
     out = tmp_path / "out"
     check(horovodrun(2, EXAMPLES / "translation_torch.py", *small(write_lines(tmp_path), out)), out)

@@ -108,7 +108,11 @@ def test_a_resume_is_bitwise_the_run_without_a_stop(settings, stop, kind, tmp_pa
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("settings", [{}, {"fragments": 4, "delay": 2, "bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"fragments": 4, "delay": 2, "bits": 4}, marks=pytest.mark.thorough)],
+    ids=str,
+)
 def test_real_workers_compute_what_threads_do(keras_workers, settings):
     found = keras_workers(2).run("support.trainings.keras_few_bits:trained", settings=settings)
     expected = ThreadWorld(2).run(lambda comm: trained(settings, comm))

@@ -15,7 +15,8 @@ OSGP = {"gossip": "sgp", "overlap": True, "topology": "star", "tau": 4}
 pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("size", [2, 3])
 def test_equal_to_the_oracle(keras_workers, size):
     """All on two workers; on three what differs there, since each problem is traced anew."""
     three = ("osgp, star, slowmo, Adam", "dpsgd, slowmo", "sgp, complete, slowmo", "osgp, star, slowmo, noaverage")

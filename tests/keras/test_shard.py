@@ -66,6 +66,7 @@ def test_a_resume_is_bitwise_the_run_without_a_stop(settings, kind, tmp_path):
     assert ThreadWorld(2).run(work) == [[], []]
 
 
+@pytest.mark.thorough
 @pytest.mark.workers
 def test_real_workers_compute_what_threads_do(keras_workers):
     settings = {"bits": 32, "shard": True, "fragments": 4, "delay": 1}

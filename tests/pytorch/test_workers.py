@@ -10,7 +10,7 @@ from support.pool import DISTRIBUTED, Pool
 pytestmark = pytest.mark.workers
 
 LOST = re.compile(
-    "HorovodInternalError: .* because another worker ended or was killed.*after Horovod's error|"
+    "HorovodInternalError: .* because rank 1 ended, was killed or has not come .*after Horovod's error|"
     "DistNetworkError: .* because rank 1 ended, was killed or has not come to this exchange.*"
     "after torch.distributed's error"
 )

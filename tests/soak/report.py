@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from soak.diary import entries
 from soak.job import Job
 
-MOST_GROWTH = 1.5
+MOST_GROWTH = {"memory": 1.5, "files": 3.0, "threads": 3.0}
 """Of what a process holds, from its second third to its last: connections come with workers, memory with a trace."""
 
 WORST_LOSS = 0.05
@@ -38,7 +38,7 @@ class Report(NamedTuple):
     @property
     def faultless(self) -> bool:
         """True if nothing was lost but what must be, and there was something to lose."""
-        bounded = all(value < MOST_GROWTH for value in self.growth.values())
+        bounded = all(value < MOST_GROWTH[what] for what, value in self.growth.items())
         as_good = self.accuracy > self.undisturbed - WORST_LOSS
         happened = self.compared > 0 and bool(self.faults) and self.ends == self.last
         return self.status == 0 and happened and not self.unequal and bounded and as_good
