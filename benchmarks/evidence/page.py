@@ -142,7 +142,8 @@ def write(found: dict[str, Results], plan: Plan, rates: dict[tuple[str, int], fl
         "with momentum 0.9, the rate at a tenth in the last fifth, τ = 12 and β = 0.5 unless a table says otherwise. "
         "This says nothing about large models.\n",
         f"The learning rate of each method was chosen among {', '.join(f'{rate:g}' for rate in plan.rates)} by "
-        f"{len(plan.tuning_seeds)} runs each, of other seeds, the same budget for all: {tuned}.\n",
+        f"the validation images, with other seeds ({len(plan.tuning_seeds)}), the same budget for all: "
+        f"{tuned}.\n",
         *questions_section(found["methods"], found["buffers"], plan),
         *methods_section(found["methods"], plan),
         *theorem_section(found["theorem"]),

@@ -56,6 +56,16 @@ class Results:
         self._append([*key, *(f"{value:.6g}" for value in values)])
         self.rows[key] = Row(key, tuple(values))
 
+    def keep(self, keys: Sequence[Key]) -> None:
+        """Drop all other runs, of other rates or lengths, and write the file in this order."""
+        self.rows = {key: self.rows[key] for key in keys}
+        incoming = self.path.with_suffix(".new")
+        with incoming.open("w", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow((*Key._fields, *self._columns))
+            lines.writerows([*key, *(f"{value:.6g}" for value in row.values)] for key, row in self.rows.items())
+        incoming.replace(self.path)
+
     def of(self, cell: str, workers: int, lr: float | None = None) -> list[tuple[float, ...]]:
         """Return the values of the runs of a cell, in the order of the seeds."""
         found = [

@@ -21,7 +21,7 @@ Task = tuple[Results, Key, Callable[..., Sequence[float]], tuple[object, ...]]
 
 
 def run_tasks(tasks: Sequence[Task], processes: int, report: Callable[[str], None]) -> None:
-    """Run what has no result yet, and report each end."""
+    """Run what has no result yet, report each end, and drop the results of other plans."""
     missing = [task for task in tasks if task[1] not in task[0].rows]
     with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = {pool.submit(work, *given): (results, key) for results, key, work, given in missing}
@@ -30,6 +30,8 @@ def run_tasks(tasks: Sequence[Task], processes: int, report: Callable[[str], Non
             results.add(key, future.result())
             values = ", ".join(f"{value:.4g}" for value in results.rows[key].values)
             report(f"{results.path.stem} {number}/{len(missing)}: {key.cell}, {key.workers} workers: {values}")
+    for results in {id(task[0]): task[0] for task in tasks}.values():
+        results.keep([task[1] for task in tasks if task[0] is results])
 
 
 def tune(folder: Path, plan: Plan, processes: int, report: Callable[[str], None]) -> dict[tuple[str, int], float]:

@@ -67,9 +67,9 @@ FULL = Plan(
     steps=480,
 )
 QUICK = Plan(
-    seeds=2,
+    seeds=4,
     tuning_seeds=(1000,),
-    rates=(0.05, 0.1),
+    rates=(0.05, 0.1, 0.2),
     workers=(8,),
     taus=(1, 4, 12, 48),
     betas=(0.0, 0.5),

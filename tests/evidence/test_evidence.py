@@ -42,6 +42,10 @@ def test_results_that_are_there_are_not_repeated(tmp_path):
     again = Results(tmp_path / "a.csv", ("accuracy",))
     assert again.rows == results.rows
     assert again.of("Local SGD", 8) == [(97.25,)]
+    other = key._replace(lr=0.2)
+    again.add(other, [90.0])
+    again.keep([other])  # another tuning has found another rate
+    assert Results(tmp_path / "a.csv", ("accuracy",)).of("Local SGD", 8) == [(90.0,)]
     with pytest.raises(ValueError, match="other columns"):
         Results(tmp_path / "a.csv", ("loss",))
 
