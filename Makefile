@@ -21,7 +21,7 @@ EVIDENCE := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python -m ev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup docs demo demo-mixed demo-elastic soak evidence evidence-quick bench test test-all test-fast test-install lint clean
+.PHONY: help setup setup-demo docs demo demo-mixed demo-elastic soak evidence evidence-quick bench test test-all test-fast test-install lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -30,6 +30,15 @@ help:  ## list the targets
 # costs nothing, and a failed or interrupted step is repeated. A stamp has the time at which its step started, so that a
 # file edited meanwhile is newer. Two calls at once would write into one .venv, so `locked` locks the directory and
 # builds the stamps in a second make, which keeps the lock until it ends.
+#
+# A demo needs one framework, and Horovod for one framework is compiled in half the time. KIND is "-torch" or "-tf" where
+# .venv is made for one only, and empty where it is made for both, with the tools of development.
+KIND :=
+PACKAGES := .venv/.packages$(KIND)
+HOROVOD := .venv/.horovod$(KIND)
+REQUIREMENTS := requirements$(or $(KIND),-dev).txt
+# Once .venv has been made for both, it stays so.
+ONE_FRAMEWORK = $(if $(wildcard .venv/.packages),,-$(FRAMEWORK))
 
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Exists while pip writes into .venv. Killed, pip can leave a package that it later takes for complete.
@@ -38,7 +47,7 @@ IDENTITY = -S -c 'import sys; print("Python", *sys.version_info[:3], sys.base_pr
 # The Python that .venv must come from: the one that the command line or the environment names, else any.
 WANTED = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
-# $(call locked,STAMP): bring a stamp of .venv up to date, alone.
+# $(call locked,STAMP [KIND=...]): bring a stamp of .venv up to date, alone.
 define locked
 command -v flock >/dev/null || { \
 	echo "flock is missing, and two calls at once would damage .venv. Install util-linux, which has it." >&2; \
@@ -51,8 +60,15 @@ fi; \
 exec $(MAKE) --silent --no-print-directory $(1)
 endef
 
+# At the start of a recipe: FRAMEWORK is one that there is.
+check_framework = $(if $(DEMO_$(FRAMEWORK)),,$(error FRAMEWORK is "$(FRAMEWORK)"; it must be torch or tf))
+
 setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first time, then nothing)
 	@+$(call locked,.venv/.horovod)
+
+setup-demo:
+	$(check_framework)
+	@+$(call locked,.venv/.horovod$(ONE_FRAMEWORK) KIND=$(ONE_FRAMEWORK))
 
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -63,20 +79,20 @@ setup:  ## set up .venv: packages, this checkout, Horovod (minutes the first tim
 			"make setup PYTHON=python3.12" >&2; exit 1; }; \
 	$(read_clock); $(PYTHON) $(IDENTITY) >$@
 
-.venv/.packages: requirements-dev.txt .venv/.python
-	@echo "Installing the packages of requirements-dev.txt (one to a few minutes)"
+$(PACKAGES): $(foreach kind,demo torch tf dev,requirements-$(kind).txt) .venv/.python
+	@echo "Installing the packages of $(REQUIREMENTS) (one to a few minutes)"
 	@$(start_clock); index=; \
 	if timeout 5 $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=4)' 2>&- >&-; \
 	then index="--extra-index-url $(CPU_INDEX)"; echo "  PyTorch: CPU build from $(CPU_INDEX)"; \
 	else echo "  PyTorch: from pip's own indexes, since $(CPU_INDEX) does not answer (PyPI has a CUDA build of several GB)"; fi; \
-	$(call pip_install,$$index -r requirements-dev.txt)
+	$(call pip_install,$$index -r $(REQUIREMENTS))
 
-.venv/.checkout: setup.py pyproject.toml hvd_slowmo/version.py .venv/.packages
+.venv/.checkout: setup.py pyproject.toml hvd_slowmo/version.py $(PACKAGES)
 	@echo "Installing this checkout into .venv, editable"
 	@$(start_clock); $(call pip_install,--no-deps --no-build-isolation --editable .)
 
-.venv/.horovod: $(wildcard hvd_slowmo/installer/*.py) .venv/.packages | .venv/.checkout
-	@echo "Installing Horovod (2 to 6 minutes to build it, once; seconds from your cache)"
+$(HOROVOD): $(wildcard hvd_slowmo/installer/*.py) $(PACKAGES) | .venv/.checkout
+	@echo "Installing Horovod (some minutes to build it, once; seconds from your cache)"
 	@[ ! -e $@.started ] || rm -rf .venv/lib/python*/site-packages/horovod*  # an interrupted pip can leave half of it
 	@rm -f $@; touch $@.started; $(BIN)/hvd-slowmo install-horovod && mv $@.started $@
 
@@ -103,14 +119,13 @@ log=$(subst /.,/,$@).log; rm -f $@; touch $(UNFINISHED); trap 'exit 130' INT; \
 	$(read_clock); mv $(UNFINISHED) $@
 endef
 
-demo: setup  ## train a classifier with SlowMo on four local workers; FRAMEWORK=tf: with Keras
-	$(if $(DEMO_$(FRAMEWORK)),,$(error FRAMEWORK is "$(FRAMEWORK)"; it must be torch or tf))
+demo: setup-demo  ## train a classifier with SlowMo on four local workers; FRAMEWORK=tf: with Keras
 	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python $(DEMO_$(FRAMEWORK)) $(ARGS)
 
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
 	@$(QUIET) $(BIN)/python examples/digits_mixed.py $(ARGS)
 
-demo-elastic: setup  ## kill a worker of an elastic job and add another, and draw the loss (two minutes; FRAMEWORK=tf too)
+demo-elastic: setup-demo  ## kill a worker of an elastic job and add another, and draw the loss (two minutes; FRAMEWORK=tf too)
 	@$(QUIET) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/elastic_demo.py \
 		--framework $(FRAMEWORK) $(ARGS)
 

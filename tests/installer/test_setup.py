@@ -1,4 +1,4 @@
-"""`make setup` with stubs for Python, pip and the installer: each step runs once, and again after a failure."""
+"""The set-up by make with stubs for Python, pip and the installer: each step runs once, and again after a failure."""
 
 import os
 import shutil
@@ -31,8 +31,9 @@ case "$*" in
         step checkout
         cp "$0" .venv/bin/hvd-slowmo
         ;;
-    *requirements-dev.txt)
+    *requirements-*.txt)
         step packages
+        echo "$*" | sed 's/.* //' >> installed
         [ ! -e slow ] || { touch installing; sleep 1; }
         ;;
     *urlopen*) exit 1 ;;
@@ -52,7 +53,8 @@ class Checkout:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("Makefile", "requirements-dev.txt", "setup.py", "pyproject.toml", "hvd_slowmo/version.py"):
+        requirements = [path.name for path in ROOT.glob("requirements-*.txt")]
+        for name in ("Makefile", *requirements, "setup.py", "pyproject.toml", "hvd_slowmo/version.py"):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
             os.utime(folder / name, (0, 0))
@@ -65,13 +67,13 @@ class Checkout:
             stub.write_text(STUB.replace("IDENTITY", f"Stub {name}"))
             stub.chmod(0o755)
 
-    def start(self, *arguments, path=os.environ["PATH"]):
+    def start(self, *arguments, target="setup", path=os.environ["PATH"]):
         # Hide the make that may run these tests, and the Python that it was told to use.
         dropped = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")
         environment = {key: value for key, value in os.environ.items() if key not in dropped}
         environment["PATH"] = f"{self.folder / 'stubs'}:{path}"
         return subprocess.Popen(
-            ["make", "setup", *arguments],
+            ["make", target, *arguments],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -82,12 +84,18 @@ class Checkout:
         )
 
     def setup(self, *arguments, status=0, **options):
-        """Run `make setup` and return its steps and its output."""
+        """Run make and return the steps and the output."""
         (self.folder / "ran").write_text("")
         process = self.start(*arguments, **options)
         said, _ = process.communicate(timeout=60)
         assert (process.returncode != 0) == (status != 0), said
         return self.ran(), said
+
+    def demo(self, framework):
+        """Prepare a demo; return the steps, and the file of requirements that was installed, if any."""
+        (self.folder / "installed").write_text("")
+        ran, _ = self.setup(f"FRAMEWORK={framework}", target="setup-demo")
+        return ran, (self.folder / "installed").read_text().strip()
 
     def ran(self):
         return (self.folder / "ran").read_text().split()
@@ -244,3 +252,20 @@ def test_a_moved_or_broken_environment_is_recreated(checkout):
     moved = checkout.folder.with_name("moved")
     checkout.folder = checkout.folder.rename(moved)
     assert checkout.setup()[0] == STEPS
+
+
+def test_a_demo_installs_its_framework_alone_and_the_tests_add_the_other(checkout):
+    assert checkout.demo("torch") == (STEPS, "requirements-torch.txt")
+    assert checkout.demo("torch") == ([], "")
+    assert checkout.demo("tf") == (["packages", "checkout", "horovod"], "requirements-tf.txt")
+    assert checkout.demo("torch") == ([], "")
+    assert checkout.setup()[0] == ["packages", "checkout", "horovod"]
+    assert checkout.demo("tf") == ([], "")
+    checkout.change("requirements-tf.txt")
+    assert checkout.demo("torch") == (["packages", "checkout", "horovod"], "requirements-dev.txt")
+
+
+def test_a_demo_with_an_unknown_framework_installs_nothing(checkout):
+    ran, said = checkout.setup("FRAMEWORK=jax", target="setup-demo", status=2)
+    assert ran == []
+    assert 'FRAMEWORK is "jax"; it must be torch or tf' in said
