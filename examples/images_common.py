@@ -37,7 +37,7 @@ class Data(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """How to load a data set and change its images, and the defaults of its options."""
+    """A data set: functions that load it and change its images, and the defaults of its options."""
 
     load: Callable[[Path], Data]
     shift: int  # largest shift of a crop, in pixels

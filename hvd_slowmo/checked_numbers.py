@@ -99,3 +99,40 @@ def spell_value(value: Any) -> str:
     if own:
         return f"an object of type {type(value).__name__}"
     return reprlib.repr(value) if isinstance(value, (list, tuple, dict, set, frozenset)) else repr(value)
+
+
+def flag(name: str, value: object) -> None:
+    """Refuse anything but True and False.
+
+    Raises:
+        TypeError: the value is neither.
+
+    Example:
+        >>> flag("nesterov", 1)
+        Traceback (most recent call last):
+            ...
+        TypeError: `nesterov` must be True or False. Received: nesterov=1
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={spell_value(value)}")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is none of some words.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is another string.
+
+    Example:
+        >>> one_of("gradients", "none", ("local", "node", "all"))
+        Traceback (most recent call last):
+            ...
+        ValueError: `gradients` must be one of 'local', 'node', 'all'. Received: gradients='none'
+    """
+    if not isinstance(value, str):
+        raise TypeError(
+            f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={spell_value(value)}"
+        )
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}")

@@ -7,55 +7,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
-from hvd_slowmo.checked_numbers import integer, number_or_nan, real, spell_value
+from hvd_slowmo.checked_numbers import flag, integer, number_or_nan, one_of, real, spell_value
 from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip, Topology
 from hvd_slowmo.keywords import refuse_unknown
+from hvd_slowmo.settings import OTHER_NAMES, Bits, Gradients, InnerState, Nonfinite, SlowMoSettings, SlowState
 
 Preset = TypeVar("Preset", bound=Callable[..., "SlowMoConfig"])
 
-InnerState = Literal["maintain", "reset", "average"]
-Gradients = Literal["local", "node", "all"]
-Nonfinite = Literal["raise", "exclude"]
-Bits = Literal[32, 16, 8, 4]
-SlowState = Literal["device", "host"]
-
-_OTHER_NAMES = {
-    "base": "gossip=SGP(...) or gossip=DPSGD(...)",
-    "topology": "gossip=SGP(topology=...) or gossip=DPSGD(topology=...)",
-    "overlap": "gossip=SGP(overlap=True)",
-    "buffers": "inner_state",
-    **dict.fromkeys(("period", "sync_every", "local_steps", "slowmo_frequency", "slowmo_freq", "H", "k"), "tau"),
-    **dict.fromkeys(("lr", "slow_lr", "outer_lr", "slowmo_lr", "block_lr"), "alpha"),
-    **dict.fromkeys(("momentum", "slow_momentum", "slowmo_factor", "slowmo_momentum", "block_momentum"), "beta"),
-    "start_localSGD_iter": "warmup_steps",
-}
-OTHER_NAMES = {name: f"Use {here}." for name, here in _OTHER_NAMES.items()}
-"""Names under which users of other libraries may look for a setting, with the replacement in a sentence."""
-
 _OWN_CHOICE = ("slow_state",)  # settings in which workers may differ
-
-
-class SlowMoSettings(TypedDict, total=False):
-    """Types of the fields of `SlowMoConfig`, for functions that take them as keywords."""
-
-    tau: int | None
-    alpha: float
-    beta: float
-    nesterov: bool
-    scale_by_lr: bool
-    inner_state: InnerState
-    gossip: Gossip | None
-    average: bool
-    gradients: Gradients
-    warmup_steps: int
-    nonfinite: Nonfinite
-    fragments: int
-    delay: int
-    bits: Bits
-    shard: bool
-    slow_state: SlowState
 
 
 def _preset(make: Preset) -> Preset:
@@ -147,11 +108,11 @@ class SlowMoConfig:
         self._set("alpha", real("alpha", self.alpha, lambda a: a > 0, "a finite number > 0"))
         self._set("beta", real("beta", self.beta, lambda b: 0 <= b < 1, "a number in [0, 1)"))
         for name in ("nesterov", "scale_by_lr", "average", "shard"):
-            _check_flag(name, getattr(self, name))
-        _one_of("inner_state", self.inner_state, get_args(InnerState))
-        _one_of("gradients", self.gradients, get_args(Gradients))
-        _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
-        _one_of("slow_state", self.slow_state, get_args(SlowState))
+            flag(name, getattr(self, name))
+        one_of("inner_state", self.inner_state, get_args(InnerState))
+        one_of("gradients", self.gradients, get_args(Gradients))
+        one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
+        one_of("slow_state", self.slow_state, get_args(SlowState))
         self._set("warmup_steps", integer("warmup_steps", self.warmup_steps, 0, "an integer >= 0"))
         self._set("fragments", integer("fragments", self.fragments, 1, "an integer from 1 to tau"))
         self._set("delay", integer("delay", self.delay, 0, "an integer from 0 to tau"))
@@ -459,17 +420,3 @@ class SlowMoConfig:
 
 def _streamed(tau: int) -> dict[str, Any]:
     return {"fragments": tau, "delay": 1, "bits": 8}
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False. Received: {name}={spell_value(value)}")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(
-            f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={spell_value(value)}"
-        )
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}")

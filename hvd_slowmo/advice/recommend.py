@@ -7,7 +7,8 @@ from functools import partial
 from typing import NamedTuple
 
 from hvd_slowmo.advice.cost import Cost, Job, cost
-from hvd_slowmo.config import Bits, SlowMoConfig
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.settings import Bits
 
 MOST_TAU = 10_000
 """Greatest tau that is recommended."""

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from hvd_slowmo.config import Bits, Gradients, InnerState, Nonfinite, SlowMoConfig, SlowState
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.errors import CheckpointError
+from hvd_slowmo.settings import Bits, Gradients, InnerState, Nonfinite, SlowState
 from hvd_slowmo.wire.tensors import Role
 
 T = TypeVar("T")

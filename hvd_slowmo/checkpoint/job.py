@@ -16,15 +16,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_slowmo.checkpoint.compatibility import KINDS, check_model, check_training
 from hvd_slowmo.checkpoint.facts import (
-    Kind,
     ModelFacts,
-    TensorFacts,
     TrainingFacts,
     WeightsFacts,
     WorkerFacts,
     parse,
-    plain,
 )
 from hvd_slowmo.checkpoint.file import Arrays, checksum, identity, read, write
 from hvd_slowmo.checkpoint.leftovers import remove_leftovers, writing
@@ -49,28 +47,10 @@ from hvd_slowmo.wire.tensors import describe
 AnyPath: TypeAlias = str | os.PathLike[str]
 T = TypeVar("T")
 
-KINDS: dict[Kind, str] = {
-    "model": "parameters and statistics",
-    "anchor": "anchor",
-    "v": "slow momentum",
-    "residual": "residual of few bits",
-    "slice_residual": "residual of a slice",
-    "average": "moving average of the weights",
-    "push": "push-sum weights and numerators",
-    "sent": "messages in flight",
-    "in_flight": "values in flight",
-    "progress": "position",
-    "optimizer_state": "inner optimizer state",
-}
-"""The first parts of the arrays' names, in words."""
-
 EXTRA = "extra/"
 """Begins the names of arrays that `load` leaves out: state of the script, see `hvd_slowmo.checkpoint.periodic`."""
 
 _RATES = (LEARNING_RATE, "progress/rate_sums")
-
-_SAVE_LATER = "Save right after join(), or an outer step without fragments and delay, with average=True."
-_SHARE_STATE = "Inner state is common with inner_state='reset' or 'average', right after an outer step."
 
 
 class Contents(NamedTuple):
@@ -171,7 +151,7 @@ def load(make: Callable[[], WorkerState], comm: ScopedComm, path: AnyPath) -> No
             check_model(state.tensors, facts)
             arrays, kind = first_state(state, model_arrays(facts, contents.common)), ""
         else:
-            _check(state, comm, facts)
+            check_training(state, comm, facts)
             arrays = {name: x for name, x in {**contents.common, **contents.own}.items() if not name.startswith(EXTRA)}
             kind = facts.inner_optimizer
             if facts.workers != comm.size:
@@ -253,30 +233,6 @@ def model_arrays(facts: ModelFacts, arrays: Arrays) -> Arrays:
             )
         model[name] = arrays[name]
     return model
-
-
-def check_model(tensors: NamedTensors, saved: ModelFacts) -> None:
-    """Refuse a checkpoint of another model, by its facts.
-
-    Raises:
-        CheckpointError: the message has the first tensor that differs.
-    """
-    if saved.naming != tensors.naming:
-        raise CheckpointError(
-            f"the checkpoint has its tensors by {_spell_naming(saved.naming)}, here they are by "
-            f"{_spell_naming(tensors.naming)}: {saved.reason or tensors.reason} A ParameterMap for both makes the "
-            "names the same."
-        )
-    specs = parse(describe(tensors.specs), tuple[TensorFacts, ...], "this model")
-    for number, (a, b) in enumerate(zip(saved.tensors, specs, strict=False)):
-        if a != b:
-            raise CheckpointError(
-                f"the checkpoint is of another model: its tensor {number} is {_spell(a)}, here it is {_spell(b)}."
-            )
-    if len(saved.tensors) != len(specs):
-        raise CheckpointError(
-            f"the checkpoint is of another model: it has {len(saved.tensors)} tensors, here there are {len(specs)}."
-        )
 
 
 def _agreed_on_files(comm: ScopedComm, make: Callable[[], tuple[T, Mapping[str, Any]]]) -> T:
@@ -370,30 +326,6 @@ def _per_worker(worker: Collected, all_sums: Sequence[Mapping[str, str]], common
     return [kind for kind in KINDS if kind in kinds]
 
 
-def _check(state: WorkerState, comm: ScopedComm, saved: TrainingFacts) -> None:
-    """Refuse a checkpoint of another training, or one that another number of workers can't continue."""
-    facts, config = facts_of(state), plain(saved.config)
-    for key, value in facts["config"].items():
-        if config[key] != value:
-            raise CheckpointError(
-                f"the checkpoint was saved with {key}={config[key]!r}, this optimizer has {key}={value!r}. Resume with "
-                "the settings of the run that is resumed."
-            )
-    check_model(state.tensors, saved)
-    if list(saved.trained) != facts["trained"]:
-        odd = sorted(set(saved.trained) ^ set(facts["trained"]))
-        raise CheckpointError(f"not the same tensors are trained as in the checkpoint: {', '.join(odd[:3])}.")
-    if list(saved.vectors) != facts["vectors"]:
-        raise CheckpointError(
-            f"the checkpoint has {', '.join(saved.vectors) or 'nothing'} beside the model, this optimizer keeps "
-            f"{', '.join(facts['vectors']) or 'nothing'}."
-        )
-    if saved.workers != comm.size:
-        _check_resize(comm, saved)
-    elif "push" in saved.per_worker and saved.graph != facts["graph"]:
-        raise CheckpointError("the checkpoint was saved with another topology: its function gives another graph now.")
-
-
 def _mean_residuals(path: Path, facts: TrainingFacts) -> Arrays:
     """Return the mean of the workers' residuals, with which another number of workers owes as much."""
     sums: Arrays = {}
@@ -405,23 +337,3 @@ def _mean_residuals(path: Path, facts: TrainingFacts) -> Arrays:
                     raise CheckpointError(f"the workers' files of the checkpoint have {name!r} of different shapes.")
                 sums[name] = same + value
     return {name: (value / facts.workers).astype(value.dtype) for name, value in sums.items()}
-
-
-def _check_resize(comm: ScopedComm, saved: TrainingFacts) -> None:
-    kinds = [kind for kind in saved.per_worker if kind not in ("residual", "slice_residual")]
-    if kinds:
-        fixes = [_SAVE_LATER] if kinds != ["optimizer_state"] else []
-        fixes += [_SHARE_STATE] if "optimizer_state" in kinds else []
-        raise CheckpointError(
-            f"the checkpoint is one of {saved.workers} workers, this job has {comm.size}, and each of those has its "
-            f"own {', '.join(KINDS[kind] for kind in kinds)}, which would be lost. {' '.join(fixes)}"
-        )
-
-
-def _spell_naming(naming: str) -> str:
-    return "the names of a ParameterMap" if naming == "wire" else f"the names of {naming} alone"
-
-
-def _spell(tensor: TensorFacts) -> str:
-    note = f", {tensor.note}" if tensor.note else ""
-    return f"{tensor.name} ({tensor.role}, {tensor.dtype}, shape {tensor.shape}{note})"

@@ -41,7 +41,7 @@ class SavedWorker(Protocol):
 
     @property
     def roll(self) -> RollCall:
-        """What the exchanges tell about all workers, once they have started."""
+        """The knowledge about all workers, once they have started."""
 
     def state_maker(self) -> Callable[[], WorkerState]:
         """Return a function that returns this worker's state. A collective."""

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hvd_slowmo.checkpoint.compatibility import check_model
 from hvd_slowmo.checkpoint.facts import WorkerFacts
 from hvd_slowmo.checkpoint.file import Arrays, is_checkpoint, is_training, read, read_plain, write_plain
-from hvd_slowmo.checkpoint.job import check_model, model_arrays, write_weights
+from hvd_slowmo.checkpoint.job import model_arrays, write_weights
 from hvd_slowmo.checkpoint.leftovers import remove_leftovers, writing
 from hvd_slowmo.checkpoint.naming import NamedTensors
 from hvd_slowmo.cli.arguments import importing_from_here, model_named, parameter_map_named, refusals

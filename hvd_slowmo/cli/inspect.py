@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from hvd_slowmo.checkpoint import file, job
+from hvd_slowmo.checkpoint import compatibility, file, job
 from hvd_slowmo.checkpoint.facts import Facts, ModelFacts, TrainingFacts, WeightsFacts, WorkerFacts, plain
 from hvd_slowmo.checkpoint.file import Arrays
 from hvd_slowmo.checkpoint.leftovers import clean
@@ -99,7 +99,7 @@ def _describe(name: str, value: NDArray[Any]) -> Row:
 def _show_files(path: Path, facts: ModelFacts) -> None:
     files = [path, *(worker_file(path, rank, id_) for rank, id_ in facts.files.items())]
     show("\n" + table(("file", "bytes"), [(part.name, str(part.stat().st_size)) for part in files]))
-    own = ", ".join(job.KINDS[kind] for kind in facts.per_worker)
+    own = ", ".join(compatibility.KINDS[kind] for kind in facts.per_worker)
     if own:
         show(f"\nResumes on {facts.workers} workers only: each has its own {own}.")
     else:

@@ -9,8 +9,9 @@ from typing import Any
 
 from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.config import OTHER_NAMES, SlowMoConfig, SlowMoSettings
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.keywords import refuse_unknown
+from hvd_slowmo.settings import OTHER_NAMES, SlowMoSettings
 from hvd_slowmo.wire.parameter_map import ParameterMap
 
 _UNSCALED = "SlowMo averages without further factors: leave it out."

@@ -57,7 +57,7 @@ class Machine:
 
     @property
     def tracks(self) -> bool:
-        """Whether it notes what it has written, so that an outer step that is broken off can be completed."""
+        """True if it notes what it has written, so that an outer step that is broken off can be completed."""
         return self._meetings.tracks
 
     @tracks.setter

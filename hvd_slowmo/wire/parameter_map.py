@@ -21,7 +21,7 @@ Orientation: TypeAlias = View | str | tuple[int, ...]
 """The way from a Keras variable to PyTorch's tensor: see `ParameterMap`."""
 
 Fix: TypeAlias = Literal["", "pair", "orient"]
-"""What lets a refused tensor travel: nothing; an explicit pair, with `orient` where the view is a guess; `orient`."""
+"""The remedy for a refused tensor: none; an explicit pair, with `orient` where the view is a guess; `orient`."""
 
 
 @dataclass(frozen=True)

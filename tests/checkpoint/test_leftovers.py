@@ -1,4 +1,4 @@
-"""What killed saves leave is removed by the next save or by `inspect --clean`; a running save keeps its files."""
+"""Leftovers of killed saves are removed by the next save or by `inspect --clean`; a running save keeps its files."""
 
 import errno
 import fcntl

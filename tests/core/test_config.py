@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hvd_slowmo import SlowMoConfig
-from hvd_slowmo.config import SlowMoSettings
 from hvd_slowmo.gossip import DPSGD, SGP, TopologyName
+from hvd_slowmo.settings import SlowMoSettings
 from hvd_slowmo.topology.graphs import NAMED, ring
 
 

@@ -1,4 +1,4 @@
-"""What a job of both frameworks rests on, without workers: stores that read and write one wire, and the start."""
+"""The foundations of a job of both frameworks, without workers: stores that read and write one wire, and the start."""
 
 import numpy as np
 import pytest

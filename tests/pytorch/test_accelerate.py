@@ -19,7 +19,7 @@ PARTS = 2  # batches whose gradients a step accumulates
 
 @dataclass
 class Accumulation:
-    """Whether this batch is the last one of a step."""
+    """True in the last batch of a step."""
 
     complete: bool = True
 

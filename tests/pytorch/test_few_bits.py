@@ -123,7 +123,7 @@ def test_all_workers_hold_the_same_after_a_join_and_are_near_to_more_bits(bits, 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_constant_gradient_drives_the_parameters_to_the_same_place(bits):
-    """What rounding withholds is owed and comes later: the distance does not grow with the steps."""
+    """The remainder of rounding is owed and comes later: the distance does not grow with the steps."""
 
     def work(comm, bits):
         model, optimizer = build(comm, bits=bits, beta=0.5)

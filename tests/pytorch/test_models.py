@@ -12,7 +12,7 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.config import InnerState
+from hvd_slowmo.settings import InnerState
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import Two, assert_all_same, assert_same, batch, filled, held, matrices, net, sgd, train
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.config import InnerState
+from hvd_slowmo.settings import InnerState
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import BARE, assert_all_same, assert_same, batch, filled, held, matrices, net
 

@@ -1,4 +1,4 @@
-"""What a worker writes for the soak, and what the soak asks of it: files in the job's directory."""
+"""Messages between the soak and a worker: files in the job's directory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Diary:
 
     @property
     def stopping(self) -> bool:
-        """Whether the job is to end."""
+        """True if the job is to end."""
         return (self.folder / STOP).exists()
 
     def start_slowly(self) -> None:

@@ -1,4 +1,4 @@
-"""What the soak has shown, as numbers and as a figure."""
+"""The results of the soak, as numbers and as a figure."""
 
 from __future__ import annotations
 

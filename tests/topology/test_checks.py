@@ -1,4 +1,4 @@
-"""Which topology a name or an array is, and what is refused."""
+"""Topologies by name and as arrays, and those that are refused."""
 
 from __future__ import annotations
 

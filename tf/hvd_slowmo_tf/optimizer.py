@@ -17,7 +17,7 @@ from hvd_slowmo.checkpoint.facts import parse, parse_config
 from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.arguments import (
     Outermost,
     check_name,
@@ -31,6 +31,7 @@ from hvd_slowmo.core.join import JoinResult
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.errors import CheckpointError, spell_error
+from hvd_slowmo.settings import SlowMoSettings
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.callers import refuse_foreign_broadcasts
 from hvd_slowmo_tf.checks import (

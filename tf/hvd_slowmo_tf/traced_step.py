@@ -126,7 +126,7 @@ class TracedStep:
 
     @property
     def acts_after_outer_step(self) -> bool:
-        """Whether `after_outer_step` does anything."""
+        """True if `after_outer_step` does anything."""
         return self._machine.runtime.observe or bool(self._constrained)
 
     def after_outer_step(self) -> None:

@@ -362,7 +362,7 @@ class KerasWorker:
 
     @property
     def roll(self) -> RollCall:
-        """What the exchanges tell about all workers, once they have started."""
+        """The knowledge about all workers, once they have started."""
         return self.ready().assembly.runtime.roll
 
     def state_maker(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.config import SlowMoConfig, SlowMoSettings
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core import preemption
 from hvd_slowmo.core.arguments import Outermost, check_name, check_workers, refuse_in_elastic_job
 from hvd_slowmo.core.handshake import RESTART_FACT, agree
@@ -23,6 +23,7 @@ from hvd_slowmo.core.join import JoinResult, take_part
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.metrics import Metrics
 from hvd_slowmo.core.startup import start
+from hvd_slowmo.settings import SlowMoSettings
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state
 from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoints

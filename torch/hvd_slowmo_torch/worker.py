@@ -364,7 +364,7 @@ class TorchWorker:
 
     @property
     def roll(self) -> RollCall:
-        """What the exchanges tell about all workers."""
+        """The knowledge about all workers."""
         return self.assembly.runtime.roll
 
     def state_maker(self, parameter_map: ParameterMap | None = None) -> Callable[[], TorchWorkerState]:
