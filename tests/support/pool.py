@@ -3,49 +3,37 @@
 A job is a function "support.module:name", called on every worker with the same arguments. A job that takes
 too long fails with the report of Horovod's stall check, or of torch.distributed's timeout, and the next one gets new
 workers. Between two jobs the processes are stopped: Horovod's background threads would take a third of a core for four
-idle workers.
+idle workers. Workers are forked from a server that has imported both frameworks, which takes as much time as many jobs.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import pickle
-import selectors
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hvd_slowmo.installer.local import environments
+from support.pool_worker import DISTRIBUTED, STALL_SHUTDOWN_S, STALL_WARNING_S, Failed, main
 
 TESTS = Path(__file__).resolve().parents[1]
-STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 90  # a trace can take half a minute on a busy machine
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["support.preloaded"])
 ENDS = ("HorovodInternalError", "DistNetworkError")
 """Errors after which the workers can exchange nothing more."""
 
-DISTRIBUTED = "torch.distributed"
-"""The transport that is not Horovod's."""
 START_LIMIT_S = 120
 JOB_LIMIT_S = (
     240  # a hang is found by the stall check long before; a job of many traces takes minutes on a busy machine
 )
-
-
-class Failed(Exception):
-    """Error that a job raised on one worker: type name and text."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(kind, text)
-        self.kind = kind
-        self.text = text
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.text}"
 
 
 class Pool:
@@ -58,7 +46,8 @@ class Pool:
         self.size = size
         self._transports = [transport] * size if isinstance(transport, str) else transport
         self._variables = variables
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[ForkServerProcess] = []
+        self._connections: list[Connection] = []
         self._stack = ExitStack()
 
     def run(self, job: str, *, limit: float = JOB_LIMIT_S, **arguments: Any) -> list[Any]:
@@ -81,10 +70,8 @@ class Pool:
             self._start()
             limit += START_LIMIT_S
         self._signal(signal.SIGCONT)
-        for worker in self._workers:
-            assert worker.stdin is not None
-            pickle.dump((job, arguments, fatal), worker.stdin)
-            worker.stdin.flush()
+        for connection in self._connections:
+            connection.send((job, arguments, fatal))
         results = [None] * self.size
         try:
             self._collect(results, time.monotonic() + limit, limit, job)
@@ -93,7 +80,7 @@ class Pool:
             raise
         if fatal:
             self.close()
-        elif any(worker.poll() is not None for worker in self._workers):
+        elif not all(worker.is_alive() for worker in self._workers):
             tails = self._tails()
             self.close()
             raise AssertionError(f"a worker ended during {job}\n{tails}")
@@ -102,7 +89,8 @@ class Pool:
 
     def _signal(self, number: signal.Signals) -> None:
         for worker in self._workers:
-            with suppress(ProcessLookupError):  # it has ended; the job tells
+            assert worker.pid is not None
+            with suppress(ProcessLookupError):  # it has ended, which the job tells, or has no group of its own yet
                 os.killpg(worker.pid, number)
 
     def _start(self) -> None:
@@ -119,32 +107,27 @@ class Pool:
                 "HOROVOD_STALL_CHECK_TIME_SECONDS": str(STALL_WARNING_S),
                 "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(STALL_SHUTDOWN_S),
                 "HOROVOD_GLOO_TIMEOUT_SECONDS": "3600",  # its clock goes on while the processes are stopped
-                "OMP_NUM_THREADS": "1",
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
                 **self._variables,
             }
-            command = [sys.executable, "-m", "support.pool_worker"]
-            with log.open("wb") as sink:
-                worker = subprocess.Popen(
-                    command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True
-                )
+            ours, theirs = FORKING.Pipe()
+            worker = FORKING.Process(target=main, args=(theirs, env, log), daemon=True)
+            _start(worker)
+            theirs.close()
             self._workers.append(worker)
+            self._connections.append(ours)
 
     def _collect(self, results: list[Any], deadline: float, limit: float, job: str) -> None:
-        waiting = selectors.DefaultSelector()
-        for rank, worker in enumerate(self._workers):
-            assert worker.stdout is not None
-            waiting.register(worker.stdout, selectors.EVENT_READ, rank)
-        while waiting.get_map():
-            ready = waiting.select(max(0.0, deadline - time.monotonic()))
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                late = [key.data for key in waiting.get_map().values()]
+                late = sorted(waiting.values())
                 raise AssertionError(f"{job}: no answer from ranks {late} within {limit:.0f} s\n{self._tails()}")
-            for key, _ in ready:
-                with suppress(EOFError):  # the worker has ended: its result stays None
-                    results[key.data] = pickle.load(key.fileobj)
-                waiting.unregister(key.fileobj)
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                with suppress(EOFError, ConnectionResetError):  # the worker has ended: its result stays None
+                    results[waiting[connection]] = connection.recv()
+                del waiting[connection]
 
     def _tails(self) -> str:
         """Return the last lines of the workers' output, in which Horovod's stall check names tensors and ranks."""
@@ -154,16 +137,21 @@ class Pool:
         )
 
     def close(self) -> None:
-        for worker in self._workers:
-            if worker.poll() is None:
-                os.killpg(worker.pid, 9)
-            worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
-                if pipe is not None:
-                    with suppress(BrokenPipeError):  # a job was still buffered for a worker that has ended
-                        pipe.close()
-        self._workers = []
+        self._signal(signal.SIGKILL)
+        for worker, connection in zip(self._workers, self._connections, strict=True):
+            worker.kill()
+            worker.join()
+            worker.close()
+            connection.close()
+        self._workers, self._connections = [], []
         self._stack.close()
+
+
+def _start(worker: ForkServerProcess) -> None:
+    """Start a worker; the first one starts the server, whose frameworks read these variables when it imports them."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    with patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3"):
+        worker.start()
 
 
 PoolOf = Callable[[int], Pool]

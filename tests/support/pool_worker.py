@@ -1,39 +1,65 @@
-"""One worker of `Pool`: jobs come on standard input, results go to standard output, everything else to stderr."""
+"""One worker of `Pool`."""
+
+from __future__ import annotations
 
 import importlib
 import os
-import pickle
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 from hvd_slowmo.comm import naming
-from support.pool import DISTRIBUTED, STALL_SHUTDOWN_S, Failed
 
-TRANSPORT = os.environ["POOL_TRANSPORT"]
+DISTRIBUTED = "torch.distributed"
+"""The transport that is not Horovod's."""
+STALL_WARNING_S, STALL_SHUTDOWN_S = 5, 90  # a trace can take half a minute on a busy machine
 
 
-def main() -> None:
-    jobs = os.fdopen(os.dup(0), "rb")
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keeps library output out of the results
-    if TRANSPORT != DISTRIBUTED:
+class Failed(Exception):
+    """Error that a job raised on one worker: type name and text."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(kind, text)
+        self.kind = kind
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+def main(connection: Connection, env: Mapping[str, str], log: Path) -> None:
+    """Run jobs until there are no more; they come through `connection`, and their results go back.
+
+    Args:
+        env: environment variables of this worker.
+        log: file for all output.
+    """
+    os.setsid()  # a signal to the worker reaches the processes that a job starts
+    os.environ.clear()
+    os.environ.update(env)
+    with log.open("wb") as sink, open(os.devnull, "rb") as nothing:
+        for descriptor, file in ((0, nothing), (1, sink), (2, sink)):
+            os.dup2(file.fileno(), descriptor)
+    transport = env["POOL_TRANSPORT"]
+    if transport != DISTRIBUTED:
         # Each framework has its own Horovod, and the tests of one framework do not need the other's.
-        importlib.import_module(TRANSPORT).init()
+        importlib.import_module(transport).init()
     number = 0
     while True:
         try:
-            job, arguments, fatal = pickle.load(jobs)
+            job, arguments, fatal = connection.recv()
         except EOFError:
             break
         module, name = job.split(":")
         naming.forget()  # every job is a training of its own
-        if TRANSPORT == DISTRIBUTED:
+        if transport == DISTRIBUTED:
             number += 1
             initialize(number)
         try:
             result = getattr(importlib.import_module(module), name)(**arguments)
         except Exception as error:
             result = Failed(type(error).__name__, str(error))
-        pickle.dump(result, results)
-        results.flush()
+        connection.send(result)
         if fatal:
             os._exit(1)
     os._exit(0)
@@ -54,7 +80,3 @@ def initialize(number: int) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=STALL_SHUTDOWN_S),
     )
-
-
-if __name__ == "__main__":
-    main()
