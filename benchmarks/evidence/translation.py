@@ -26,7 +26,7 @@ from hvd_slowmo_torch.simulator.simulation import DivergedError
 WORDS = 20  # of the longest verses
 PIECES, WIDTH, LAYERS, HEADS = 1000, 64, 1, 4
 SENTENCES = 3  # per worker and step
-WARMUP = 300  # steps
+WARMUP = 200  # steps
 
 
 class Data(NamedTuple):
