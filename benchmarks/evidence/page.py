@@ -227,7 +227,7 @@ def figures(found: dict[str, Results], plan: Plan, folder: Path) -> None:
     plt.close()
 
     workers = plan.workers[0]
-    _, axes = plt.subplots(3, 1, figsize=(7, 7), sharex=True, layout="constrained")
+    _, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
     for name, style in (("Local SGD", "--"), ("SlowMo", "-")):
         cells = [found["tau"].of(f"{name}, τ = {tau}", workers) for tau in plan.taus]
         for axis, column in zip(axes, (0, 2), strict=False):
@@ -244,8 +244,11 @@ def figures(found: dict[str, Results], plan: Plan, folder: Path) -> None:
         axes[2].plot(plan.taus, [milliseconds(tau, workers, rate) for tau in plan.taus], label=link)
     axes[0].set(ylabel="test accuracy, %")
     axes[1].set(ylabel="drift before an outer step")
-    axes[2].set(xscale="log", xlabel="τ", ylabel="ms per step (model)")
+    axes[2].set(ylabel="ms per step (model)")
     for axis in axes:
+        axis.set(xscale="log", xlabel="τ")
+        axis.set_xticks(plan.taus, [str(tau) for tau in plan.taus])
+        axis.minorticks_off()
         axis.legend()
         axis.grid(alpha=0.3)
     plt.savefig(folder / "evidence_tau.png", dpi=120)
