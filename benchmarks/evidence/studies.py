@@ -80,7 +80,7 @@ FULL = Plan(
     betas=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8),
     beta_workers=(4, 8, 16, 32),
     steps=480,
-    translation=Translation(seeds=3, tuning_seeds=(1000,), rates=(0.004, 0.008), workers=8, steps=800),
+    translation=Translation(seeds=3, tuning_seeds=(1000,), rates=(0.002, 0.004, 0.008, 0.016), workers=8, steps=800),
 )
 QUICK = Plan(
     seeds=4,
