@@ -33,6 +33,8 @@ METHODS = (
     "ours: Local SGD",
     "ours: SlowMo",
     "ours: SGP",
+    "ours: OSGP",
+    "ours: D-PSGD",
     "ours: SlowMo, streamed",
     "ours: SlowMo, streamed, 8 bits, 1 late",
 )

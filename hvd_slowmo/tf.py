@@ -22,6 +22,7 @@ from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.mean import mean
 from hvd_slowmo_tf.optimizer import SlowMo
 from hvd_slowmo_tf.recompute import recompute_statistics
+from hvd_slowmo_tf.steps import measure
 
 init = workers.init
 
@@ -40,6 +41,7 @@ __all__ = [
     "init",
     "join",
     "mean",
+    "measure",
     "on_preemption",
     "recompute_statistics",
 ]

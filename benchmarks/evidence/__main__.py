@@ -21,6 +21,11 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full", help="(default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="directory of the page (default: %(default)s)")
+    parser.add_argument(
+        "--translation-alone",
+        action="store_true",
+        help="run the translation alone, which has files of its own; no page",
+    )
     args = parser.parse_args()
     plan, longest, theorem_seeds = SIZES[args.size]
     folder, began = args.out / "evidence", monotonic()
@@ -28,12 +33,17 @@ def main() -> int:
     def report(line: str) -> None:
         print(f"{(monotonic() - began) / 60:5.1f} min  {line}", flush=True)
 
+    translated = None
+    if plan.translation is not None:
+        translated = runs.translate(folder, plan.translation, args.processes, report)
+    if args.translation_alone:
+        return 0
     found = {"theorem": runs.prove(folder, longest, theorem_seeds, args.processes, report)}
     rates = runs.tune(folder, plan, args.processes, report)
     for name in STUDIES:
         found[name] = runs.study(name, folder, plan, rates, args.processes, report)
     page.figures(found, plan, args.out)
-    page.write(found, plan, rates, COMMANDS[args.size], args.out / "evidence.md")
+    page.write(found, plan, rates, translated, COMMANDS[args.size], args.out / "evidence.md")
     print(f"{args.out / 'evidence.md'}, {args.out / 'evidence_theorem.png'}, {args.out / 'evidence_tau.png'}")
     return 0
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from evidence import images, theorem
+from evidence import images, theorem, translation
 from evidence.results import Key, Results
-from evidence.studies import STUDIES, Cell, Plan, methods
+from evidence.studies import STUDIES, Cell, Plan, Translation, methods, translators
 
 IMAGE_COLUMNS = ("accuracy", "loss", "drift")
+TRANSLATION_COLUMNS = ("bleu", "loss")
 THEOREM_COLUMNS = ("squared_norm",)
 
 Task = tuple[Results, Key, Callable[..., Sequence[float]], tuple[object, ...]]
@@ -49,7 +50,7 @@ def tune(folder: Path, plan: Plan, processes: int, report: Callable[[str], None]
 
 
 def _best(results: Results, cell: Cell, rates: Sequence[float]) -> float:
-    """Return the rate with the highest mean accuracy; one that diverges is none."""
+    """Return the rate with the highest mean of the first column; one that diverges is none."""
 
     def score(rate: float) -> float:
         mean = statistics.mean(values[0] for values in results.of(cell.name, cell.workers, rate))
@@ -86,6 +87,35 @@ def rate_of(cell: Cell, plan: Plan, rates: dict[tuple[str, int], float]) -> floa
 def _image_task(results: Results, cell: Cell, rate: float, seed: int, steps: int, held_out: str) -> Task:
     key = Key(cell.name, cell.workers, rate, seed, steps)
     return results, key, images.train, (cell.config, cell.workers, rate, seed, steps, cell.shards, held_out)
+
+
+def translate(
+    folder: Path, plan: Translation, processes: int, report: Callable[[str], None]
+) -> tuple[Results, dict[str, float]]:
+    """Tune and run the translation; return its results, and the learning rate of each method."""
+    cells = list(translators(plan))
+    tuning = Results(folder / "translation_tuning.csv", TRANSLATION_COLUMNS)
+    tasks = [
+        _translation_task(tuning, cell, rate, seed, plan.steps, "validation")
+        for seed in plan.tuning_seeds
+        for cell in cells
+        for rate in plan.rates
+    ]
+    run_tasks(tasks, processes, report)
+    rates = {cell.name: _best(tuning, cell, plan.rates) for cell in cells}
+    results = Results(folder / "translation.csv", TRANSLATION_COLUMNS)
+    tasks = [
+        _translation_task(results, cell, rates[cell.name], seed, plan.steps, "test")
+        for seed in range(plan.seeds)
+        for cell in cells
+    ]
+    run_tasks(tasks, processes, report)
+    return results, rates
+
+
+def _translation_task(results: Results, cell: Cell, rate: float, seed: int, steps: int, held_out: str) -> Task:
+    key = Key(cell.name, cell.workers, rate, seed, steps)
+    return results, key, translation.train, (cell.config, cell.workers, rate, seed, steps, held_out)
 
 
 def prove(folder: Path, longest: int, seeds: int, processes: int, report: Callable[[str], None]) -> Results:

@@ -1,4 +1,4 @@
-"""The studies on images: the cells of each table, and the runs that they need."""
+"""The studies: the cells of each table, and the runs that they need."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ METHODS: dict[str, tuple[SlowMoConfig, SlowMoConfig]] = {
     "D-PSGD": (SlowMoConfig.dpsgd(), SlowMoConfig(tau=TAU, beta=TUNED_BETA, gossip=DPSGD())),
 }
 
+TRANSLATION_METHODS = {"Local Adam": "Local SGD", "SGP with Adam": "SGP", "AR-Adam": "AR-SGD"}
+"""Methods of the translation, and those of `METHODS` with the same settings."""
+
 
 class Cell(NamedTuple):
     """A cell of a table: settings on so many workers.
@@ -36,6 +39,16 @@ class Cell(NamedTuple):
     shards: Shards = "alike"
 
 
+class Translation(NamedTuple):
+    """The size of the translation study; see `Plan`."""
+
+    seeds: int
+    tuning_seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    workers: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """The size of the evidence.
@@ -44,6 +57,7 @@ class Plan:
         seeds: of each cell; tuning has seeds of its own.
         rates: learning rates of the tuning.
         workers: of the table of methods; the first one in the other tables.
+        translation: None to leave it out.
     """
 
     seeds: int
@@ -54,6 +68,7 @@ class Plan:
     betas: tuple[float, ...]
     beta_workers: tuple[int, ...]
     steps: int
+    translation: Translation | None
 
 
 FULL = Plan(
@@ -65,6 +80,7 @@ FULL = Plan(
     betas=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8),
     beta_workers=(4, 8, 16, 32),
     steps=480,
+    translation=Translation(seeds=3, tuning_seeds=(1000,), rates=(0.002, 0.004, 0.008, 0.016), workers=8, steps=800),
 )
 QUICK = Plan(
     seeds=4,
@@ -75,6 +91,7 @@ QUICK = Plan(
     betas=(0.0, 0.5),
     beta_workers=(4, 8),
     steps=192,
+    translation=None,
 )
 SMOKE = Plan(
     seeds=1,
@@ -85,6 +102,7 @@ SMOKE = Plan(
     betas=(0.5,),
     beta_workers=(2,),
     steps=24,
+    translation=Translation(seeds=1, tuning_seeds=(1000,), rates=(0.003,), workers=2, steps=12),
 )
 
 
@@ -99,6 +117,14 @@ def methods(plan: Plan) -> Iterator[Cell]:
         for method, (alone, slow) in METHODS.items():
             yield Cell(method, alone, workers, method)
             yield Cell(with_slowmo(method), slow, workers, with_slowmo(method))
+
+
+def translators(plan: Translation) -> Iterator[Cell]:
+    """Yield the cells of translation, whose inner optimizer is Adam with its state maintained."""
+    for name, method in TRANSLATION_METHODS.items():
+        alone, slow = METHODS[method]
+        yield Cell(name, alone, plan.workers, name)
+        yield Cell(with_slowmo(name), slow, plan.workers, with_slowmo(name))
 
 
 def over_tau(plan: Plan) -> Iterator[Cell]:

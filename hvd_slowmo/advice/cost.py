@@ -15,6 +15,9 @@ from hvd_slowmo.core.codec import payload_bytes
 from hvd_slowmo.core.layout import CHUNK_BYTES
 from hvd_slowmo.core.memory import bytes_beside_model
 from hvd_slowmo.core.slices import BLOCK
+from hvd_slowmo.gossip import DPSGD, SGP
+
+_SGP, _OSGP, _DPSGD = SGP(), SGP(overlap=True), DPSGD()
 
 
 class Job(NamedTuple):
@@ -57,8 +60,8 @@ def cost(config: SlowMoConfig, job: Job) -> Cost:
     The warm-up is not considered. Parameters count as matrices in one parameter group; statistics are left out.
 
     Args:
-        config: averages gradients over all workers (AR-SGD), or mixes by SGP on its default topology, or neither, with
-            any tau, fragments, delay and bits.
+        config: averages gradients over all workers (AR-SGD), or mixes by SGP, OSGP or D-PSGD on their default topology,
+            or neither, with any tau, fragments, delay and bits.
 
     Raises:
         ValueError: other settings, of which the model knows nothing.
@@ -71,8 +74,11 @@ def cost(config: SlowMoConfig, job: Job) -> Cost:
         0.2812
     """
     _refuse_unknown(config)
+    gossip_vectors = 0
     if config.gradients == "all":
         period = _averaged_gradients(job)
+    elif config.gossip == _OSGP:
+        period, gossip_vectors = _late_gossip(config, job), 2  # the numerators, and the messages that are under way
     elif config.gossip is not None:
         period = _gossip(config, job)
     elif config.delay:
@@ -86,7 +92,7 @@ def cost(config: SlowMoConfig, job: Job) -> Cost:
         seconds=period.seconds / steps,
         overhead=period.seconds / (steps * training.seconds) - 1,
         sent=period.sent / steps,
-        memory=bytes_beside_model(config, training.length, sliced, job.link.workers),
+        memory=bytes_beside_model(config, training.length, sliced, job.link.workers, gossip_vectors),
         hidden=max(0.0, 1 - added / period.exchanging) if period.exchanging else 0.0,
     )
 
@@ -113,9 +119,9 @@ def ring_bytes(length: float, workers: int) -> float:
 
 def _refuse_unknown(config: SlowMoConfig) -> None:
     nothing = config.tau is None and config.gossip is None and config.gradients != "all"
-    overlaps = config.gossip is not None and config.gossip != SlowMoConfig.sgp().gossip
+    other = config.gossip not in (None, _SGP, _OSGP, _DPSGD)
     both = config.gradients == "all" and config.tau is not None
-    if nothing or overlaps or both or config.shard or config.gradients == "node" or not config.average:
+    if nothing or other or both or config.shard or config.gradients == "node" or not config.average:
         raise ValueError(f"the cost model knows nothing of these settings. Received: {config}")
 
 
@@ -132,15 +138,39 @@ def _averaged_gradients(job: Job) -> _Period:
 
 
 def _gossip(config: SlowMoConfig, job: Job) -> _Period:
-    """Return a block of SGP: a message per step, and the outer step in the place of the last one."""
-    training, link, steps = job.training, job.link, config.tau or 1
-    mixing = _in_messages(job, [link.pushes], job.host.average)
+    """Return a block of SGP or D-PSGD: the messages of each step, and the outer step in the place of the last ones."""
+    training, steps = job.training, config.tau or 1
+    receivers = _receivers(config, job.link.workers)
+    mixing = _in_messages(job, receivers * [job.link.pushes], job.host.average)
     mixes = steps if config.tau is None else steps - 1
-    exchanging, sent = mixes * mixing, float(mixes * training.length)
+    exchanging, sent = mixes * mixing, float(mixes * receivers * training.length)
     if config.tau is not None:
         outer = _blocking(config, job)
         exchanging, sent = exchanging + outer.exchanging, sent + outer.sent
     return _Period(steps * training.seconds + exchanging, exchanging, sent)
+
+
+def _receivers(config: SlowMoConfig, workers: int) -> int:
+    """Return the number of workers to which each one sends at a step: D-PSGD has both neighbours where m is odd."""
+    return 2 if config.gossip == _DPSGD and workers % 2 else 1
+
+
+def _late_gossip(config: SlowMoConfig, job: Job) -> _Period:
+    """Return a block of OSGP: each message travels beside the next step.
+
+    A block's last step mixes nothing, and the average counts the messages of the step before where they are.
+    """
+    training, length = job.training, job.training.length
+    steps, mixing = config.tau or 1, job.host.average.own.seconds(length)
+    mixes = steps if config.tau is None else steps - 1
+    beside = mixes if config.tau is None else max(0, mixes - 1)
+    exchange = _Exchange(job.link.pushes.seconds(length, messages(length)), mixing, 0.0, job.link.pushes.work * length)
+    seconds = beside * exchange.window(1, job) + (steps - beside) * training.seconds + (mixes - beside) * mixing
+    exchanging, sent = beside * exchange.links + mixes * mixing, float(beside * length)
+    if config.tau is not None:
+        outer = _blocking(config, job)
+        seconds, exchanging, sent = seconds + outer.exchanging, exchanging + outer.exchanging, sent + outer.sent
+    return _Period(seconds, exchanging, sent)
 
 
 def _blocking(config: SlowMoConfig, job: Job) -> _Period:
@@ -148,6 +178,30 @@ def _blocking(config: SlowMoConfig, job: Job) -> _Period:
     exchanging = config.fragments * _in_messages(job, _lines(config, job), _work(config, job), config)
     steps = config.tau or 1
     return _Period(steps * job.training.seconds + exchanging, exchanging, _sent(config, job))
+
+
+class _Exchange(NamedTuple):
+    """An exchange beside steps: seconds of the links and of the work in both threads, and the transport's processor."""
+
+    links: float
+    own: float
+    beside: float
+    transport: float
+
+    @property
+    def lasting(self) -> float:
+        """Seconds from its start until its result can be applied."""
+        return self.links + self.beside
+
+    def busy(self, job: Job) -> float:
+        """Return its processor seconds."""
+        return job.host.processor(self.own + self.beside) + self.transport
+
+    def window(self, steps: int, job: Job) -> float:
+        """Return the time of so many steps and the exchange beside them, for which the training waits then."""
+        training = job.training
+        elapsed = max(steps * training.seconds, self.lasting) + self.own
+        return max(elapsed, (steps * training.work + self.busy(job)) / job.host.cores)
 
 
 def _late(config: SlowMoConfig, job: Job) -> _Period:
@@ -160,20 +214,19 @@ def _late(config: SlowMoConfig, job: Job) -> _Period:
     length = training.length / fragments
     work, lines = _work(config, job), _lines(config, job)
     number = messages(training.length, fragments)
-    on_links = sum(line.seconds(length * config.bits / 32, number) for line in lines)
-    transport = sum(line.work * length * config.bits / 32 for line in lines)
-    own, beside = work.own.seconds(length), work.beside.seconds(length)
-    lasting = on_links + beside
-    exchanging = fragments * (lasting + own)
-    busy = host.processor(own + beside) + transport
+    exchange = _Exchange(
+        links=sum(line.seconds(length * config.bits / 32, number) for line in lines),
+        own=work.own.seconds(length),
+        beside=work.beside.seconds(length),
+        transport=sum(line.work * length * config.bits / 32 for line in lines),
+    )
     if fragments * delay <= steps:  # one exchange at a time
-        window = max(delay * training.seconds, lasting) + own
-        window = max(window, (delay * training.work + busy) / host.cores)
-        seconds = fragments * window + (steps - fragments * delay) * training.seconds
+        seconds = fragments * exchange.window(delay, job) + (steps - fragments * delay) * training.seconds
     else:
-        waiting = max(steps * training.seconds, fragments * on_links, steps * lasting / delay)
-        seconds = max(waiting + fragments * own, (steps * training.work + fragments * busy) / host.cores)
-    return _Period(seconds, exchanging, _sent(config, job))
+        waiting = max(steps * training.seconds, fragments * exchange.links, steps * exchange.lasting / delay)
+        busy = steps * training.work + fragments * exchange.busy(job)
+        seconds = max(waiting + fragments * exchange.own, busy / host.cores)
+    return _Period(seconds, fragments * (exchange.lasting + exchange.own), _sent(config, job))
 
 
 def _in_messages(job: Job, lines: list[Line], work: Work, config: SlowMoConfig | None = None) -> float:

@@ -37,7 +37,11 @@ def _streaming(tau: int, bits: Bits) -> SlowMoConfig:
 
 
 AR_SGD = Form("AR-SGD", "SlowMoConfig.ar_sgd()", lambda _: SlowMoConfig.ar_sgd())
-SGP = Form("SGP", "SlowMoConfig.sgp()", lambda _: SlowMoConfig.sgp())
+GOSSIP = (
+    Form("SGP", "SlowMoConfig.sgp()", lambda _: SlowMoConfig.sgp()),
+    Form("OSGP", "SlowMoConfig.osgp()", lambda _: SlowMoConfig.osgp()),
+    Form("D-PSGD", "SlowMoConfig.dpsgd()", lambda _: SlowMoConfig.dpsgd()),
+)
 
 OUTER = (
     Form("SlowMo", "SlowMoConfig(tau={tau})", lambda tau: SlowMoConfig(tau=tau)),
@@ -51,6 +55,14 @@ OUTER = (
 BLOCKS = (
     Form("Local SGD", "SlowMoConfig.local_sgd(tau={tau})", lambda tau: SlowMoConfig.local_sgd(tau)),
     Form("SlowMo over SGP", "SlowMoConfig.sgp(tau={tau}, beta=0.5)", lambda tau: SlowMoConfig.sgp(tau=tau, beta=0.5)),
+    Form(
+        "SlowMo over OSGP", "SlowMoConfig.osgp(tau={tau}, beta=0.5)", lambda tau: SlowMoConfig.osgp(tau=tau, beta=0.5)
+    ),
+    Form(
+        "SlowMo over D-PSGD",
+        "SlowMoConfig.dpsgd(tau={tau}, beta=0.5)",
+        lambda tau: SlowMoConfig.dpsgd(tau=tau, beta=0.5),
+    ),
     *OUTER,
 )
 """Methods with blocks of tau steps."""
@@ -98,10 +110,10 @@ def rows_of(job: Job, taus: Sequence[int]) -> list[Row]:
         >>> from hvd_slowmo.advice.link import link_of
         >>> from hvd_slowmo.advice.training import training_of
         >>> job = Job(training_of(parameters=25_000_000, seconds=0.2), link_of(125e6, 0.001, workers=2))
-        >>> [row.form.name for row in rows_of(job, [12])][:4]
-        ['AR-SGD', 'SGP', 'Local SGD', 'SlowMo over SGP']
+        >>> [row.form.name for row in rows_of(job, [12])][:6]
+        ['AR-SGD', 'SGP', 'OSGP', 'D-PSGD', 'Local SGD', 'SlowMo over SGP']
     """
-    forms = [(AR_SGD, 1), (SGP, 1), *((form, tau) for tau in taus for form in BLOCKS)]
+    forms = [*((form, 1) for form in (AR_SGD, *GOSSIP)), *((form, tau) for tau in taus for form in BLOCKS)]
     configs = [(form, form.make(tau)) for form, tau in forms]
     return [Row(form, config, cost(config, job)) for form, config in configs]
 

@@ -18,7 +18,7 @@ from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups, lay_out
-from hvd_slowmo.gossip import DPSGD, SGP
+from hvd_slowmo.gossip import SGP
 from hvd_slowmo.topology.analysis import out_degree
 from hvd_slowmo.torch import SlowMo
 from hvd_slowmo.wire.tensors import TensorSpec
@@ -104,11 +104,43 @@ def test_gossip_sends_a_message_per_step():
     assert over.memory == 2 * 3 * CHUNK
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4, 8, 64])
-def test_the_default_topology_of_sgp_is_the_one_of_the_model(workers):
-    graph = Graph(SlowMoConfig.sgp(), workers)
-    assert graph.vectors == ()
-    assert (out_degree(graph.array) == 1).all()
+def test_dpsgd_has_a_partner_or_two_neighbours():
+    assert cost(SlowMoConfig.dpsgd(), job(workers=4)) == cost(SlowMoConfig.sgp(), job(workers=4))
+    found = cost(SlowMoConfig.dpsgd(), job(workers=5))
+    assert found.seconds == pytest.approx(1 + 3 * 2 * 0.11)
+    assert found.sent == 2 * 3 * CHUNK
+    assert found.memory == 0
+
+
+def test_late_messages_travel_beside_the_next_step():
+    fits = cost(SlowMoConfig.osgp(), job(host=host(cores=4, average=0.02)))
+    assert fits.seconds == pytest.approx(1 + 3 * 0.02)
+    assert fits.hidden == pytest.approx(0.33 / 0.39)
+    assert fits.sent == 3 * CHUNK
+    assert fits.memory == 2 * 3 * CHUNK
+    waits = cost(SlowMoConfig.osgp(), job(seconds=0.1))
+    assert waits.seconds == pytest.approx(0.33)
+    busy = job(work=1.0, host=host(cores=1, average=0.02), transport=0.1)
+    assert cost(SlowMoConfig.osgp(), busy).seconds == pytest.approx(1 + 3 * (0.1 + 0.02))
+
+
+def test_a_block_of_late_messages_begins_and_ends_without_one():
+    found = cost(SlowMoConfig.osgp(tau=10, beta=0.5), job(seconds=0.1, workers=4, host=host(cores=4, average=0.02)))
+    # Two steps without a message, eight that wait for one, nine that mix, and the outer step.
+    assert found.seconds == pytest.approx((2 * 0.1 + 8 * 0.33 + 9 * 0.06 + 0.33) / 10)
+    assert found.sent == pytest.approx((8 + 1.5) / 10 * 3 * CHUNK)
+    assert found.memory == 4 * 3 * CHUNK
+    assert cost(SlowMoConfig.osgp(tau=1), job()) == cost(SlowMoConfig(tau=1), job())._replace(memory=4 * 3 * CHUNK)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 5, 8, 64])
+@pytest.mark.parametrize("config", [SlowMoConfig.sgp(), SlowMoConfig.osgp(), SlowMoConfig.dpsgd()], ids=str)
+def test_the_default_topologies_are_those_of_the_model(config, workers):
+    graph = Graph(config, workers)
+    found = cost(config, job(workers=workers))
+    assert found.memory == len(graph.vectors) * 3 * CHUNK
+    assert found.sent == out_degree(graph.array).mean() * 3 * CHUNK
+    assert (out_degree(graph.array) == out_degree(graph.array).mean()).all()
 
 
 def test_a_late_exchange_is_hidden_where_it_fits_into_its_steps():
@@ -167,6 +199,10 @@ def test_messages_are_those_of_the_layout(rows, fragments):
         SlowMoConfig.sgp(),
         SlowMoConfig.streaming(2),
         SlowMoConfig.sgp(tau=2),
+        SlowMoConfig.dpsgd(),
+        SlowMoConfig.dpsgd(tau=4),
+        SlowMoConfig.osgp(),
+        SlowMoConfig.osgp(tau=4),
     ],
     ids=str,
 )
@@ -193,11 +229,10 @@ def test_traffic_is_what_an_optimizer_hands_over(config):
         SlowMoConfig(gradients="node"),
         SlowMoConfig(gradients="all"),
         SlowMoConfig(shard=True),
-        SlowMoConfig.osgp(),
-        SlowMoConfig.dpsgd(),
+        SlowMoConfig.osgp(topology="ring"),
+        SlowMoConfig.dpsgd(topology="complete"),
         SlowMoConfig.sgp(topology="ring"),
         SlowMoConfig(gossip=SGP(), average=False),
-        SlowMoConfig(gossip=DPSGD()),
     ],
     ids=str,
 )

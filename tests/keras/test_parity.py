@@ -74,5 +74,5 @@ def test_the_adapters_have_the_same_settings_and_methods_but_for_a_table():
             assert extra <= {"variables", "scaler", *(("model",) if name in ("save", "load") else ())}, name
     doors = set(hvd_slowmo.tf.__all__) ^ set(hvd_slowmo.torch.__all__)
     # A script for PyTorch runs on either transport; Keras has Horovod's own rank and size.
-    only_pytorch = {"rank", "size", "local_rank", "measure", "Simulation", "SimulationTask"}
+    only_pytorch = {"rank", "size", "local_rank", "Simulation", "SimulationTask"}
     assert doors == {"SlowMoCallback", *only_pytorch}

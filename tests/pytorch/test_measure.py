@@ -17,7 +17,7 @@ STEP, EXCHANGE = 0.25, 1.5  # seconds of a step, and of an exchange
 @pytest.fixture
 def clock(monkeypatch):
     own = OwnTime()
-    monkeypatch.setattr("hvd_slowmo_torch.advice.steps.time", own)
+    monkeypatch.setattr("hvd_slowmo.advice.steps.time", own)
     return own
 
 

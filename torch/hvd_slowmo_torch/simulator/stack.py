@@ -39,10 +39,9 @@ class StackCodec:
         self._codec = TorchCodec(tile=None)
 
     def encode(self, pieces: Iterable[torch.Tensor], blocks: int, bits: int) -> torch.Tensor:
-        g = torch.cat(list(pieces))
-        workers = g.shape[1]
+        g = torch.cat([piece.T for piece in pieces], dim=1)  # in the order of the memory
         # Blocks are encoded one by one, so those of all workers may stand behind each other.
-        return self._codec.encode([g.T.reshape(-1)], blocks * workers, bits).view(workers, -1)
+        return self._codec.encode([g.reshape(-1)], blocks * len(g), bits).view(len(g), -1)
 
     def decode(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> torch.Tensor:
         if not message.is_floating_point():
@@ -50,7 +49,7 @@ class StackCodec:
         return message[first * BLOCK : None if last is None else last * BLOCK]
 
     def padded(self, g: torch.Tensor, elements: int) -> torch.Tensor:
-        return torch.nn.functional.pad(g, (0, 0, 0, elements - len(g)))
+        return torch.nn.functional.pad(g.T, (0, elements - len(g))).T
 
 
 class StackComm:
