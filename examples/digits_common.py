@@ -54,6 +54,7 @@ def parse(
         default="sorted",
         help="each worker's shard of the training data: drawn at random, or sorted by class (2 to 4 classes each)",
     )
+    add("--metrics", action="store_true", help="measure at every outer step, and show a table of some for each run")
     add("--quick", action="store_true", help="a single run of SlowMo")
     more(add)
     args = comparison.parse(parser, rank, arguments)
@@ -105,5 +106,10 @@ def steps_per_epoch(data: Data, batch_size: int, size: int) -> int:
 
 
 def report(name: str, args: Namespace, runs: Sequence[comparison.Run], workers: int) -> None:
-    """Print the table, and write NAME.json and NAME.png to the directory `args.out`."""
+    """Print the tables, and write NAME.json and NAME.png to the directory `args.out`."""
+    for run in runs if args.metrics else ():
+        from metrics_table import metrics_table  # needs rich
+        from rich.console import Console
+
+        Console().print(metrics_table(run.metrics, f"{run.method}, seed {run.seed}"))
     comparison.report(name, args, runs, workers, task=f"Digits, shards {args.shards},")

@@ -70,11 +70,24 @@ class Watch(keras.callbacks.Callback):
         self._run.mb_sent = (self.model.optimizer.bytes_sent - self._sent) / 1e6
 
 
+class Measure(keras.callbacks.Callback):
+    """Callback that collects the metrics of every outer step in a `Run`."""
+
+    def __init__(self, run: comparison.Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        seen = self.model.optimizer.metrics()
+        if seen is not None and seen.step == self.model.optimizer.steps:
+            self._run.metrics.append(seen)
+
+
 def compiled(args, method: str) -> keras.Model:
     """Return the network, compiled with SlowMo."""
     model = network()
     inner = keras.optimizers.SGD(args.lr, momentum=0.9, nesterov=True)
-    optimizer = slowmo.SlowMo(inner, comparison.METHODS[method](args), metrics=args.logdir is not None)
+    optimizer = slowmo.SlowMo(inner, comparison.METHODS[method](args), metrics=args.metrics or args.logdir is not None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     optimizer.build(model.trainable_variables)
@@ -100,6 +113,8 @@ def train(args, model: keras.Model, method: str, seed: int, data: common.Data, p
         keras.callbacks.LearningRateScheduler(lambda epoch, _: args.lr * (0.1 if epoch >= late else 1)),
         Watch(run, progress),
     ]
+    if args.metrics:
+        callbacks.append(Measure(run))
     if args.logdir is not None and hvd.rank() == 0:
         callbacks.append(TensorBoard(args.logdir / f"{method}-{seed}"))
     # Validation follows the epoch's join: all workers hold the mean, and each evaluates a part of the test data.

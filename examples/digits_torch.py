@@ -41,7 +41,7 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], progress: Prog
     torch.manual_seed(seed)
     model = network().to(images.device)
     inner = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
-    optimizer = slowmo.SlowMo(inner, model, config, metrics=args.logdir is not None)
+    optimizer = slowmo.SlowMo(inner, model, config, metrics=args.metrics or args.logdir is not None)
     log = logger(args.logdir, f"{method}-{seed}")
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs - args.epochs // 5])
 
@@ -58,6 +58,8 @@ def train(args, method: str, seed: int, data: list[torch.Tensor], progress: Prog
             optimizer.step()
             losses.append(loss.detach())
             log(optimizer)
+            if args.metrics and (seen := optimizer.metrics()) is not None and seen.step == optimizer.steps:
+                run.metrics.append(seen)
             progress.update()
         loss = torch.stack(losses).mean().cpu()  # waits for the GPU before the clock is read
         seconds += time.perf_counter() - begin

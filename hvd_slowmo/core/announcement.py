@@ -30,14 +30,14 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
     parameters = sum(map(length, layout.parameter_chunks))
     traffic = []
     if config.gradients != "local":
-        traffic.append(f"{_size(parameters)} of gradients per step")
+        traffic.append(f"{size_in_words(parameters)} of gradients per step")
     if graph is not None:
-        traffic.append(f"{_size(parameters)} per gossip message")
+        traffic.append(f"{size_in_words(parameters)} per gossip message")
     if config.tau is not None and config.average:
-        traffic.append(f"{_size(sum(map(sent, layout.chunks)))} per outer step")
+        traffic.append(f"{size_in_words(sum(map(sent, layout.chunks)))} per outer step")
     sliced = sum(length(chunk) for chunk in layout.chunks if layout.segments[chunk.segment].sliced)
     kept = bytes_beside_model(config, parameters, sliced, workers, 0 if graph is None else len(graph.vectors))
-    memory = f"{_size(kept)} of memory beside the model"
+    memory = f"{size_in_words(kept)} of memory beside the model"
     if workers == 1:
         return f"{method(config)}, 1 worker; {memory}"
     return f"{method(config)}, {workers} workers; on each {', '.join([*traffic, memory])}"
@@ -87,13 +87,16 @@ def _inner_method(config: SlowMoConfig) -> str:
     return f"{words} between nodes" if config.gradients == "node" else words
 
 
-def _size(size: int) -> str:
+def size_in_words(size: int) -> str:
     """Return a number of bytes in words.
 
     Example:
-        >>> _size(120), _size(4_500), _size(100_663_296)
-        ('120 bytes', '4.5 kB', '100.7 MB')
+        >>> size_in_words(120), size_in_words(4_500), size_in_words(100_663_296), size_in_words(2_500_000_000)
+        ('120 bytes', '4.5 kB', '100.7 MB', '2.5 GB')
     """
     if size < 1000:
         return f"{size} bytes"
-    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
+    for unit, name in ((1e3, "kB"), (1e6, "MB")):
+        if size < 1000 * unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e9:.1f} GB"

@@ -101,7 +101,8 @@ def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: py
 @pytest.mark.parametrize("name", ["digits_torch", "digits_keras"])
 def test_quick_run_under_horovodrun(name: str, tmp_path: Path) -> None:
     script = EXAMPLES / f"{name}.py"
-    output = horovodrun(2, script, "--quick", "--out", tmp_path, "--logdir", tmp_path / "logs")
+    output = horovodrun(2, script, "--quick", "--metrics", "--out", tmp_path, "--logdir", tmp_path / "logs")
+    assert re.search(r"┃ step ┃ divergence ┃", output)
     line = re.search(r"slowmo +(\d+\.\d) +\d+\.\d\d +\d+\.\d\d$", output, re.MULTILINE)
     assert line, output
     assert float(line[1]) > 80

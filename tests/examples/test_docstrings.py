@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["epochs", "parallel_text", "progress", "schedules"])
+@pytest.mark.parametrize("name", ["epochs", "metrics_table", "parallel_text", "progress", "schedules"])
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(name)
     failed, tried = doctest.testmod(module, optionflags=doctest.ELLIPSIS)

@@ -257,7 +257,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
     @property
     def steps(self) -> int:
         """Inner steps (updates) completed since construction, or since the run that was resumed began."""
-        return int(self.worker.variables.now.step) if self.built else 0
+        return self.worker.variables.steps() if self.built else 0
 
     @property
     def bytes_sent(self) -> int:
@@ -272,8 +272,6 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         Raises:
             RuntimeError: constructed without metrics=True.
         """
-        if not self.worker.observe:
-            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
         return self.worker.metrics()
 
     def broadcast(self, variables: keras.Model | Sequence[keras.Variable]) -> None:

@@ -121,6 +121,10 @@ class OptimizerVariables:
         for field, value in progress.flat().items():
             self.scalars[field].assign(value)
 
+    def steps(self) -> int:
+        """Return the inner steps completed; not in a trace."""
+        return int(self.scalars["step"].numpy())
+
     @property
     def now(self) -> Progress:
         """The scalar state as NumPy values."""

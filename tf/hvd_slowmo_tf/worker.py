@@ -26,6 +26,7 @@ from hvd_slowmo.core.layout import ParameterGroups, lay_out
 from hvd_slowmo.core.ledger import RATES
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.names import within_step
+from hvd_slowmo.core.outer_log import OuterStepLog
 from hvd_slowmo.core.progress import Observed
 from hvd_slowmo.core.roll_call import RollCall
 from hvd_slowmo.core.runtime import Runtime
@@ -109,6 +110,7 @@ class KerasWorker:
         self._sent_before = 0  # bytes, to former workers
         self._process_set = process_set
         self._comm = comm
+        self._log = OuterStepLog(self.config)
         self._name: str | None = None
         self._joined: tuple[int, list[float]] | None = None  # the fingerprint that the last join left
         self._graph: Graph | None = None
@@ -257,10 +259,12 @@ class KerasWorker:
         assert self._ops is not None, "the workers have started"
         assert self._store is not None, "made with _ops"
         try:
-            return self._ops.call(traced, *arguments)
+            result = self._ops.call(traced, *arguments)
         except BaseException:
             self._store.forget_unfinished()  # without a trace, what is half-written would be found by the next call
             raise
+        self._log.look(self.comm, self.variables.steps, lambda: (self.bytes_sent, self._measured()))
+        return result
 
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
@@ -317,7 +321,7 @@ class KerasWorker:
     def _fingerprint(self) -> tuple[int, list[float]]:
         """Return the number of steps, and a number for each variable, which other values would change."""
         trained = self.optimizer._trainable_variables
-        return int(self.variables.now.step), [float(tf.norm(tf.cast(v, tf.float64))) for v in trained]
+        return self.variables.steps(), [float(tf.norm(tf.cast(v, tf.float64))) for v in trained]
 
     def resend_statistics(self) -> None:
         """Let an exchange in flight take statistics as they are: a state that has been loaded holds no others."""
@@ -392,7 +396,16 @@ class KerasWorker:
         return KerasWorkerState(self.optimizer, self.parts(), found, parameter_map or self.parameter_map, whole)
 
     def metrics(self) -> Metrics | None:
-        """Return the measurements of the last outer step; None before the first one."""
+        """Return the measurements of the last outer step; None before the first one.
+
+        Raises:
+            RuntimeError: nothing is measured.
+        """
+        if not self.observe:
+            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
+        return self._measured()
+
+    def _measured(self) -> Metrics | None:
         step, sent, seconds = (0, 0, 0.0) if self.step is None else self.step.comm.last_lap
         seen = Observed(*self.variables.now.observed.tolist())
         return metrics_of(seen, step, seconds, seconds, sent) if step else None
@@ -441,7 +454,7 @@ class KerasWorker:
             )
 
     def _steps(self) -> int | None:
-        return None if self.job is None else int(self.variables.now.step)
+        return None if self.job is None else self.variables.steps()
 
     def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
         parameters = sum(ref.spec.role == "parameter" for ref in refs)

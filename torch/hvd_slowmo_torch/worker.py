@@ -30,6 +30,7 @@ from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.handshake import agree
 from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.metrics import Metrics, metrics_of
+from hvd_slowmo.core.outer_log import OuterStepLog
 from hvd_slowmo.core.outer_update import Kernels
 from hvd_slowmo.core.progress import Observed, Progress, Scalar
 from hvd_slowmo.core.roll_call import RollCall
@@ -121,6 +122,7 @@ class TorchWorker:
         self.evaluating = False
         self._usable: NDArray[np.float64] | None = None  # rates that were found so
         self._metrics: Metrics | None = None
+        self._log = OuterStepLog(self.config)
         self._metered = (0.0, 0.0, 0)  # seconds waited and exchanging, bytes sent, up to the last outer step
 
     if not TYPE_CHECKING:  # which would take every name for an attribute
@@ -231,6 +233,8 @@ class TorchWorker:
             self.prepare()
         if self.settings.metrics and self.progress.observed is not before:  # an outer step has been applied
             self._measure()
+        if plan.outer or plan.lands:
+            self._log.look(self.comm, lambda: int(self.progress.step), lambda: (self.bytes_sent, self._metrics))
         return result
 
     def finish_step(self) -> None:
