@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_slowmo.comm.absence import absent_ranks
+from hvd_slowmo.comm.autotune import warn_of_autotuning
 from hvd_slowmo.comm.failure import FailureLatch, absence
 from hvd_slowmo.comm.launcher import alone_text, elastic, launched
 from hvd_slowmo.comm.naming import family
@@ -82,6 +83,7 @@ class Workers:
             )
         if members.size() == 1:
             return self._alone(node)
+        warn_of_autotuning(hvd.rank())
         return self._make(members, self._connect_node() if node else None)
 
     def init(self, timeout: float | None = None) -> None:

@@ -53,7 +53,10 @@ def connect(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         horovod = types.SimpleNamespace(
-            is_initialized=lambda: size is not None, size=lambda: size, global_process_set=Set(size or 1)
+            is_initialized=lambda: size is not None,
+            size=lambda: size,
+            rank=lambda: 0,
+            global_process_set=Set(size or 1),
         )
         monkeypatch.setitem(sys.modules, "horovod_of_this_test", horovod)
         made = Workers("horovod_of_this_test", "PyTorch", "hvd_slowmo.torch", lambda members, node: members)
