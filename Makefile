@@ -13,6 +13,7 @@ MINUTES ?= 60
 DEMO_torch := examples/digits_torch.py
 DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
+INTEGRATIONS := .venv-integrations
 # Processes of pytest; a test with workers starts more. The tests of a file stay together, and so do the workers they share.
 PARALLEL := -n auto --maxprocesses 2 --dist loadfile
 # Where TensorFlow is installed, the launcher imports it, and TensorFlow logs a lot.
@@ -21,7 +22,7 @@ EVIDENCE := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python -m ev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-demo docs demo demo-mixed demo-elastic soak evidence evidence-quick bench test test-all test-fast test-install lint clean
+.PHONY: help setup setup-demo docs demo demo-mixed demo-elastic soak evidence evidence-quick bench test test-all test-fast test-install test-integrations lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -81,10 +82,7 @@ setup-demo:
 
 $(PACKAGES): $(foreach kind,demo torch tf dev,requirements-$(kind).txt) .venv/.python
 	@echo "Installing the packages of $(REQUIREMENTS) (one to a few minutes)"
-	@$(start_clock); index=; \
-	if timeout 5 $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=4)' 2>&- >&-; \
-	then index="--extra-index-url $(CPU_INDEX)"; echo "  PyTorch: CPU build from $(CPU_INDEX)"; \
-	else echo "  PyTorch: from pip's own indexes, since $(CPU_INDEX) does not answer (PyPI has a CUDA build of several GB)"; fi; \
+	@$(start_clock); $(find_index); \
 	$(call pip_install,$$index -r $(REQUIREMENTS))
 
 .venv/.checkout: setup.py pyproject.toml hvd_slowmo/version.py $(PACKAGES)
@@ -100,6 +98,26 @@ $(HOROVOD): $(wildcard hvd_slowmo/installer/*.py) $(PACKAGES) | .venv/.checkout
 .venv/.docs: requirements-docs.txt .venv/.python
 	@echo "Installing the packages of requirements-docs.txt"
 	@$(start_clock); $(call pip_install,-r requirements-docs.txt)
+
+# $(find_index): set index to pip's option for PyTorch's CPU builds, where they can be had.
+define find_index
+index=; \
+	if timeout 5 $(PYTHON) -c 'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=4)' 2>&- >&-; \
+	then index="--extra-index-url $(CPU_INDEX)"; echo "  PyTorch: CPU build from $(CPU_INDEX)"; \
+	else echo "  PyTorch: from pip's own indexes, since $(CPU_INDEX) does not answer (PyPI has a CUDA build of several GB)"; fi
+endef
+
+# Ray, Spark, Lightning and accelerate want other versions of packages that the rest has too.
+$(INTEGRATIONS)/.horovod: $(foreach kind,integrations torch tf demo,requirements-$(kind).txt) $(wildcard hvd_slowmo/installer/*.py)
+	@command -v java >/dev/null || [ -n "$$JAVA_HOME" ] || { \
+		echo "Spark needs Java 17 or later (Debian, Ubuntu: apt install default-jre-headless)." >&2; exit 1; }
+	@echo "Setting up $(INTEGRATIONS) with Ray, Spark, Lightning, accelerate and Horovod (minutes, once)"
+	@$(start_clock); rm -rf $(INTEGRATIONS); $(PYTHON) -m venv $(INTEGRATIONS) && $(find_index) && \
+	pip="$(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check --no-input --quiet" && \
+	$$pip install $$index -r requirements-integrations.txt && \
+	$$pip install --no-deps --no-build-isolation --editable . && \
+	$(INTEGRATIONS)/bin/hvd-slowmo install-horovod && $(read_clock)
+	@touch $@
 
 start_clock = started=$$(date +%s)
 read_clock = echo "  done in $$(($$(date +%s) - started)) s"
@@ -148,17 +166,22 @@ bench: setup  ## compare the time of a step with the alternatives, on loopback a
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest -m "not install and not thorough" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not install and not integration and not thorough" $(PARALLEL) $(ARGS)
 
 test-all: setup  ## run all tests, with more sizes and settings
 	@+$(call locked,.venv/.docs)
-	@$(BIN)/python -m pytest -m "not install" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds
-	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not integration" $(PARALLEL) $(ARGS)
 
 test-install: setup  ## install each framework alone into a new environment and train (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)
+
+test-integrations:  ## train under Ray and Spark, and in loops of Lightning and accelerate, in .venv-integrations (needs Java)
+	@+$(call locked,$(INTEGRATIONS)/.horovod)
+	@$(QUIET) PATH="$(abspath $(INTEGRATIONS)/bin):$$PATH" $(INTEGRATIONS)/bin/python -m pytest -m integration \
+		tests/examples/test_integrations.py $(ARGS)
 
 lint: setup  ## check style, format, layers and types
 	$(BIN)/ruff check .
@@ -167,5 +190,5 @@ lint: setup  ## check style, format, layers and types
 	$(BIN)/mypy
 
 clean:  ## remove .venv and the tools' caches (the user's cache keeps Horovod's wheel)
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info .cache build dist
+	rm -rf .venv $(INTEGRATIONS) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info .cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

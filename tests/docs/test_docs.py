@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,18 @@ def test_the_readme_adds_the_same_lines_as_the_example(framework):
     code = next(code for _, code in python_blocks(README) if marked(code) and import_line in code)
     example = (ROOT / "examples" / f"minimal_{framework}.py").read_text("utf-8")
     assert marked(code) == marked(example)
+
+
+def test_the_page_of_loops_has_the_code_of_the_examples():
+    examples = "".join(
+        (ROOT / "examples" / f"{name}_torch.py").read_text("utf-8") for name in ("lightning", "fabric", "accelerate")
+    )
+    examples = re.sub(r'    """A classifier of points\."""\n\n', "", examples)
+    code = [code for _, _, code in blocks((ROOT / "docs" / "loops.md").read_text("utf-8"))]
+    assert len(code) == 4
+    for each in code:
+        lines = each.partition("\n")[2]
+        assert lines in examples or textwrap.indent(lines, "    ") in examples
 
 
 TORCH_ALONE = {
