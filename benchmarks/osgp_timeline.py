@@ -15,32 +15,25 @@ import statistics
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import horovod.torch as hvd
 import torch
+from timelines import COMPUTATION, Lane, Panel, Span, batch_of, draw, perceptron
 from torch import nn
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.comm.horovod import HorovodComm, Push
 
 LOOK_S = 0.002
-LANES = {"forward": "#56B4E9", "backward": "#0072B2", "step(), waits included": "#009E73", "message": "#D55E00"}
-
-
-class Span(NamedTuple):
-    """An activity of a worker; times in seconds."""
-
-    what: str
-    begin: float
-    end: float
+LANES = {"message": Lane("message", "#D55E00"), **COMPUTATION}
 
 
 class WatchedComm(HorovodComm):
     """HorovodComm that records when each message begins and ends."""
 
     def __init__(self, spans: list[Span]) -> None:
-        super().__init__(hvd.global_process_set)
+        super().__init__(hvd.global_process_set, None)
         self._spans = spans
         self._open: dict[int, float] = {}
         self._lock = threading.Lock()
@@ -82,11 +75,11 @@ class WatchedComm(HorovodComm):
 def record(config: SlowMoConfig, name: str, steps: int, batch: int) -> tuple[list[Span], list[float]]:
     """Train; return this worker's activities, and the time at which each step began."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2016), nn.ReLU(), nn.Linear(2016, 74))
+    model = perceptron()
     inner = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     spans: list[Span] = []
     optimizer = SlowMo(inner, model, config, comm=WatchedComm(spans), name=name)
-    x, y = torch.randn(batch, 1024), torch.randint(74, (batch,))
+    x, y = batch_of(batch)
     begins = []
     for _ in range(steps):
         times = [time.perf_counter()]
@@ -98,45 +91,18 @@ def record(config: SlowMoConfig, name: str, steps: int, batch: int) -> tuple[lis
         optimizer.zero_grad()
         times.append(time.perf_counter())
         begins.append(times[0])
-        spans += [Span(what, *times[i : i + 2]) for i, what in enumerate(list(LANES)[:3])]
+        spans += [Span(what, *times[i : i + 2]) for i, what in enumerate(COMPUTATION)]
     optimizer.join()
     return spans, begins
 
 
-def draw(recorded: dict[str, tuple[list[Span], list[float]]], shown: int, title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
-
-    figure, axes = plt.subplots(len(recorded), 1, figsize=(10, 4.4), sharex=True, layout="constrained")
-    for axis, (name, (spans, begins)) in zip(axes, recorded.items(), strict=True):
-        lengths = [after - before for before, after in itertools.pairwise(begins)]
-        usual = statistics.median(lengths)
-        first = min(range(len(lengths) - shown + 1), key=lambda i: sum(abs(x - usual) for x in lengths[i : i + shown]))
-        begins = begins[first : first + shown + 1]
-        zero, last = begins[0], begins[-1]
-        for span in spans:
-            if span.end > zero and span.begin < last:
-                begin, end = max(span.begin, zero), min(span.end, last)
-                lane = 0 if span.what == "message" else 1
-                axis.broken_barh(
-                    [(begin - zero, end - begin)], (lane + 0.1, 0.8), color=LANES[span.what], edgecolor="white"
-                )
-        for begin in begins:
-            axis.axvline(begin - zero, color="black", linewidth=0.8, linestyle=":")
-        axis.set(
-            title=f"{name}: {1e3 * usual:.0f} ms per step (median of {len(lengths)})", yticks=[0.5, 1.5], ylim=(0, 2)
-        )
-        axis.set_yticklabels(["message", "computation"])
-    axes[-1].set_xlabel("seconds; dotted: a step begins")
-    figure.legend(
-        handles=[Patch(color=colour, label=what) for what, colour in LANES.items()], loc="outside right upper"
-    )
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def usual(name: str, spans: list[Span], begins: list[float], shown: int) -> Panel:
+    """Return the consecutive steps whose times are closest to the median."""
+    lengths = [after - before for before, after in itertools.pairwise(begins)]
+    median = statistics.median(lengths)
+    first = min(range(len(lengths) - shown + 1), key=lambda i: sum(abs(x - median) for x in lengths[i : i + shown]))
+    title = f"{name}: {1e3 * median:.0f} ms per step (median of {len(lengths)})"
+    return Panel(title, spans, begins[first : first + shown + 1])
 
 
 def main() -> None:
@@ -162,7 +128,8 @@ def main() -> None:
                 f"forward and backward {1e3 * sum(means):.0f}"
             )
         title = f"{hvd.size()} workers, {args.label}: computation and messages of rank 0"
-        draw(recorded, args.shown, title, args.out)
+        panels = [usual(name, *parts, args.shown) for name, parts in recorded.items()]
+        draw(panels, LANES, title, args.out)
         print(f"written: {args.out}")
 
 

@@ -45,6 +45,7 @@ def main() -> None:
         enable_progress_bar=first,
         enable_checkpointing=first,
         logger=first,
+        default_root_dir="results",
     )
     module = Circle()
     trainer.fit(module, circle.shard(slowmo.rank(), slowmo.size()))
