@@ -121,11 +121,12 @@ def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
         )
 
 
-def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, **given: object) -> None:
+def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, keeps_handles: bool, **given: object) -> None:
     """Refuse arguments with which workers can't come and go yet.
 
     Args:
         divides_anew: the adapter can divide what is kept in slices among other workers.
+        keeps_handles: an exchange can be in flight between two of the adapter's calls.
         given: the constructor's other arguments that can't be given, None where they are not.
 
     Raises:
@@ -133,7 +134,7 @@ def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, **given: 
     """
     reasons = {
         "gossip": config.gossip is not None,
-        "delay": config.delay > 0,
+        "delay in Keras": config.delay > 0 and not keeps_handles,
         "shard=True": config.shards,
         "gradients='node'": config.gradients == "node",
         "bits of less than 32 in Keras": bool(config.sliced_vectors) and not divides_anew,

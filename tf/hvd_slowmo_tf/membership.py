@@ -33,7 +33,15 @@ class KerasMember(StartingKerasWorker):
         variables = self._worker.variables
         step = int(variables.now.step)
         # Of an outer step that was broken off nothing is written: `Runtime.whole`.
-        return Place(True, step, int(variables.made.numpy()) == step + 1)
+        return Place(True, step, int(variables.made.numpy()) == step + 1, torn=self._worker.torn)
+
+    @property
+    def torn(self) -> bool:
+        return self._worker.torn
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._worker.torn = value
 
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self.assemble(description, graph)
@@ -52,6 +60,9 @@ class KerasMember(StartingKerasWorker):
         if optimizer.gradient_accumulation_steps:  # the batches since the last update are taken once more
             for accumulator in optimizer._accumulated_gradients:
                 accumulator.assign(tf.zeros(accumulator.shape, accumulator.dtype))
+
+    def count_step(self) -> None:
+        raise AssertionError("late exchanges are refused in elastic jobs")
 
     def finish_step(self) -> None:
         self._assembled_step.finish()

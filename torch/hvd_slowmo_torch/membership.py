@@ -26,8 +26,17 @@ class TorchMember(StartingTorchWorker):
         worker = self._worker
         if not worker.started:
             return Place()
-        written = tuple(sorted(self.machine.written or ()))
-        return Place(True, int(worker.progress.step), worker.interrupted is not None, written)
+        progress, written = worker.progress, tuple(sorted(self.machine.written or ()))
+        launched = tuple(progress.flight.launched.tolist())
+        return Place(True, int(progress.step), worker.interrupted is not None, written, launched, worker.torn)
+
+    @property
+    def torn(self) -> bool:
+        return self._worker.torn
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._worker.torn = value
 
     def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
         if not self._worker.started:
@@ -44,6 +53,12 @@ class TorchMember(StartingTorchWorker):
             worker.interrupted = None
         elif worker.interrupted is None:  # it has the leader's step
             worker.interrupted = worker.presence.rates()
+
+    def count_step(self) -> None:
+        worker = self._worker
+        assert worker.interrupted is not None, "else there is nothing to count"
+        worker.progress = self.machine.count(worker.progress, worker.interrupted)
+        worker.interrupted = None
 
     def finish_step(self) -> None:
         self._worker.finish_step()

@@ -150,14 +150,13 @@ class TorchStore:
             # Of one in host memory a copy, for which the host does not wait.
             return self._flat(vector, stretch).to(self.layout.segments[stretch.segment].device, non_blocking=True)
         if vector == "in_flight":
-            start = stretch.start - self.layout.chunks[stretch.index].start
-            return self.in_flight[stretch.index][start : start + stretch.size]
+            return self._flat(vector, stretch)
         if not self.watch.fits:
             return self._stage(stretch).zero_()
         return self._pieces.gather(stretch, self._stage(stretch), torch.Tensor.detach)
 
     def write(self, vector: str, stretch: Stretch, value: torch.Tensor) -> None:
-        if vector in self.vectors:
+        if vector != "model":
             flat = self._flat(vector, stretch)
             if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
                 flat.copy_(value)
@@ -296,6 +295,9 @@ class TorchStore:
                 flat[start : start + len(values)] = values if name == "anchor" else 0
 
     def _flat(self, vector: str, stretch: Stretch) -> torch.Tensor:
+        if vector == "in_flight":
+            start = stretch.start - self.layout.chunks[stretch.index].start
+            return self.in_flight[stretch.index][start : start + stretch.size]
         whole = self.vectors[vector][stretch.segment]
         assert whole is not None, "only segments of parameters have vectors"
         return whole[stretch.start : stretch.stop]

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class TorchWorker:
         started: the workers have been brought to one start.
         interrupted: learning rates of an inner step that has been made and is not counted, since the exchange behind it
             was broken off; None else.
+        torn: other workers were lost while this one took their state.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().
         evaluating: between eval() and train() of a schedule-free inner optimizer.
@@ -114,6 +116,7 @@ class TorchWorker:
         self.elastic = elastic()
         self.started = False
         self.interrupted: NDArray[np.float64] | None = None
+        self.torn = False
         self.presence = WorkerPresence(inner)
         tell_steps(comm, self, TorchWorker._steps)
         self.mixed = False
@@ -181,6 +184,14 @@ class TorchWorker:
         )
         self.assembly = assemble(runtime, layout, groups, graph)
         self.assembly.machine.tracks = self.elastic
+        me = weakref.ref(self)  # the machine must not keep its owner alive
+
+        def keep(progress: Progress) -> None:
+            worker = me()
+            if worker is not None:
+                worker.progress = progress
+
+        self.assembly.machine.keep = keep
         self.presence.groups = groups
         self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout, self.store.watch), self.presence)
 
@@ -239,6 +250,7 @@ class TorchWorker:
         self._after_inner_step(self.interrupted)
 
     def _after_inner_step(self, rates: NDArray[np.float64]) -> None:
+        before = self.progress.step
         try:
             with torch.no_grad():
                 self.progress = self.assembly.machine.after_inner_step(
@@ -248,7 +260,7 @@ class TorchWorker:
                     catch_up_from=self.hooks.catch_up_from,
                 )
         except RuntimeError:  # of a transport; the verdict's is a ValueError
-            self.interrupted = rates
+            self.interrupted = rates if self.progress.step == before else None
             raise
         self.interrupted = None
 
