@@ -133,12 +133,12 @@ def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, keeps_han
         ValueError: it names the argument.
     """
     reasons = {
-        "gossip": config.gossip is not None,
+        "gossip in Keras": config.gossip is not None and not keeps_handles,
         "delay in Keras": config.delay > 0 and not keeps_handles,
         "shard=True": config.shards,
         "gradients='node'": config.gradients == "node",
         "bits of less than 32 in Keras": bool(config.sliced_vectors) and not divides_anew,
-        "tau=None with local gradients": config.tau is None and config.gradients == "local",
+        "tau=None with local gradients": config.tau is None and config.gossip is None and config.gradients == "local",
         **{f"a {name}": value is not None for name, value in given.items()},
     }
     for what, used in reasons.items():

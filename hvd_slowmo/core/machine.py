@@ -71,6 +71,7 @@ class Machine:
     def abandon(self) -> None:
         """Wait for what is in flight, whatever becomes of it: other workers take the place of these."""
         self.mixing.discard_in_flight()
+        self.mixing.abandon()
         self.flights.discard()
         self._meetings.abandon()
 
@@ -203,6 +204,7 @@ class Machine:
             done = ops.cond(flying, lambda: self._of_fragment(now.landing, land), lambda: done)
         done = ops.cond(now.outer, lambda: self._of_fragment(now.fragment, outer), lambda: done)
         done = ops.cond(now.check, check, lambda: done)
+        self.keep(done)
         return self._send_ahead(done, done.step)
 
     def complete(self, progress: Progress) -> Progress:

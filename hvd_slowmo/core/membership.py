@@ -1,12 +1,13 @@
 """Coming together again after workers were lost, or with new ones: one sequence of collectives for every framework.
 
-members → digest → progress → handed-out state → chunks → the interrupted step
+members → digest → graph → progress → handed-out state → chunks → mean of what gossips → the interrupted step
 
 All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A survivor
 that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught it: what the
 leader has written of an outer step that was broken off is handed to those that have not, and the rest of the outer step
 is taken again. A newcomer, and a survivor whose last block is over elsewhere, starts from the anchor with no steps of
-its own.
+its own. Between gossiping workers no mass of a lost one is kept: one mean of the parameters that the models show leaves
+all weights at 1 and nothing in flight.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.broadcast import take_chunks
+from hvd_slowmo.core.broadcast import average_chunks, take_chunks
 from hvd_slowmo.core.bulk import Parcel, give
-from hvd_slowmo.core.graph import Graph
+from hvd_slowmo.core.graph import Graph, agreed_graph
 from hvd_slowmo.core.late_members import (
     LateWorker,
     applied,
@@ -32,7 +33,7 @@ from hvd_slowmo.core.late_members import (
     state_of_leader,
     take_applied,
 )
-from hvd_slowmo.core.layout import Ref
+from hvd_slowmo.core.layout import Chunk, Ref
 from hvd_slowmo.core.machine import Machine
 from hvd_slowmo.core.progress import Progress
 from hvd_slowmo.core.schedule import meetings_so_far
@@ -126,7 +127,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     copies = _equal(config, lead.step)
     within = [in_block_of(config, place, lead) for place in places]
     stays = [rank == leader or (each and not copies) for rank, each in enumerate(within)]
-    member.reassemble(description, None)
+    member.reassemble(description, agreed_graph(config, comm))
     if config.delay:
         comm.open_beside()
     machine = member.machine
@@ -147,12 +148,17 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     written = _roll_forward(member, places, stays, comm.rank) if lead.interrupted and not late else None
     if not all(stays):
         _start_at(member, leader, progress, lead, not stays[comm.rank])
+    together = stays[comm.rank] and _at_step_of(own, lead)
     if stays[comm.rank] and not late:
-        member.write_progress(member.read_progress()._replace(step=lead.step), own.interrupted)
+        if own.interrupted and not together:
+            member.count_step()
+        member.write_progress(member.read_progress()._replace(step=lead.step), together)
+    if config.gossip is not None and not copies:
+        average_chunks(machine.runtime, _unwritten(machine, written), stays)
     machine.written = written
-    if lead.interrupted and (copies or (stays[comm.rank] and _at_step_of(own, lead))):
+    if lead.interrupted and (copies or together):
         member.finish_step()
-    elif lead.interrupted and late:
+    elif lead.interrupted and (late or config.gossip is not None):
         member.write_progress(machine.pass_step(member.read_progress()))
     elif lead.interrupted:
         followed, _, _ = machine.follow(member.read_progress())
@@ -210,6 +216,11 @@ def _applied(config: SlowMoConfig, place: Place) -> tuple[int, ...]:
 def _equal(config: SlowMoConfig, step: int) -> bool:
     """Return whether all workers hold the same model after each step, since gradients are averaged."""
     return config.gradients == "all" or step < config.warmup_steps
+
+
+def _unwritten(machine: Machine, written: set[int] | None) -> list[Chunk]:
+    """Return the chunks of parameters without those of an outer step that have been written, which are equal."""
+    return [chunk for chunk in machine.layout.parameter_chunks if chunk.index not in (written or ())]
 
 
 def _plain(progress: Progress) -> dict[str, Any]:

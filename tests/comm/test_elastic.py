@@ -63,6 +63,8 @@ def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train
         pytest.param({"tau": 12, "gradients": "all"}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "warmup_steps": 40}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "beta": 0, "alpha": 1}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "gossip": "SGP"}, marks=pytest.mark.thorough),
+        pytest.param({"tau": None, "gossip": "OSGP", "beta": 0}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -210,7 +212,6 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"gossip": slowmo.SGP()}, "gossip"),
         ({"shard": True}, "shard=True"),
         ({"gradients": "node"}, "gradients='node'"),
         ({"tau": None}, "tau=None with local gradients"),
@@ -284,6 +285,8 @@ def test_keras_workers_that_have_not_come_together_are_told_how(monkeypatch):
             call()
     with pytest.raises(ValueError, match="an elastic job can't have delay in Keras yet"):
         slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1)
+    with pytest.raises(ValueError, match="an elastic job can't have gossip in Keras yet"):
+        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, gossip=slowmo.SGP())
     with pytest.raises(ValueError, match="an elastic job can't have bits of less than 32 in Keras yet"):
         slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, bits=8)
 

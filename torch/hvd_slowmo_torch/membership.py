@@ -39,9 +39,11 @@ class TorchMember(StartingTorchWorker):
         self._worker.torn = value
 
     def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
-        if not self._worker.started:
-            self.assemble(description, graph)
-            self._worker.progress = self.machine.initial()
+        if self._worker.started:
+            self._worker.reassemble(graph)
+            return
+        self.assemble(description, graph)
+        self._worker.progress = self.machine.initial()
 
     def read_progress(self) -> Progress:
         return self._worker.progress
@@ -70,7 +72,7 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     Raises:
         TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
     """
-    worker.reassemble(comm)
+    worker.connect(comm)
     worker.inner.zero_grad()  # the batch is taken once more, and its gradients may have been averaged in part
     member = TorchMember(worker)
     with torch.no_grad():

@@ -117,15 +117,8 @@ class TorchStore:
         self._refs = layout.refs
         self._on_host = on_host
         self.divide(own)
-        self.vectors: dict[str, list[torch.Tensor | None]] = {
-            name: [
-                zeros_of(s, s.size, on_host and name in ("anchor", "v", "residual"))
-                if s.role == "parameter" and not (s.sliced and name in self.slices)
-                else None
-                for s in self.layout.segments
-            ]
-            for name in names
-        }
+        self.vectors: dict[str, list[torch.Tensor | None]] = {}
+        self.keep(names)
         self.in_flight: dict[int, torch.Tensor] = {}
         self._turns = {chunk.index: turn for turn, chunk in enumerate(self.layout.in_turn)}
         self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
@@ -144,6 +137,17 @@ class TorchStore:
             name: {chunk: zeros_of(self.segment_of(chunk), length, self._on_host) for chunk, length in lengths.items()}
             for name, lengths in ({} if own is None else own.allocations()).items()
         }
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Keep the vectors with these names, zeros where they are new."""
+        self.vectors = {name: self.vectors.get(name) or self._zeros_of(name) for name in names}
+
+    def _zeros_of(self, name: str) -> list[torch.Tensor | None]:
+        on_host = self._on_host and name in ("anchor", "v", "residual")
+        return [
+            zeros_of(s, s.size, on_host) if s.role == "parameter" and not (s.sliced and name in self.slices) else None
+            for s in self.layout.segments
+        ]
 
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:

@@ -139,30 +139,39 @@ class TorchWorker:
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
-        names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
         buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
         on_host = self.config.slow_state == "host"
-        self.store = TorchStore(layout, self.inner, names, buffers, self._slices(layout), on_host)
+        self.store = TorchStore(layout, self.inner, self._vectors(graph), buffers, self._slices(layout), on_host)
         self._connect(layout, groups, graph)
 
-    def reassemble(self, comm: Comm) -> None:
-        """Go on with other workers: the tensors, vectors and the position stay, but what is kept in slices is zero."""
+    def connect(self, comm: Comm) -> None:
+        """Go on with other workers."""
         self._sent_before += self._meter.bytes_sent
         self._meter, self._metered = MeteredComm(comm), (0.0, 0.0, self._sent_before)
         self.comm = ScopedComm(self._meter, self._name)
         tell_steps(comm, self, TorchWorker._steps)
         self.presence.left = ()
-        if not self.started:
-            return
+
+    def reassemble(self, graph: Graph | None) -> None:
+        """Make everything anew that a step needs with other workers.
+
+        The tensors, vectors and the position stay, but what is kept in slices is zero, and of gossip nothing is left.
+        """
         assembly, hooks, former = self.assembly, self.hooks, self.assembly.machine
         hooks.remove()
         self.store.divide(self._slices(assembly.layout))
-        self._connect(assembly.layout, assembly.groups, assembly.graph)
-        self.assembly.machine.written, self.hooks.accumulating = former.written, hooks.accumulating
+        self.store.keep(self._vectors(graph))
+        self._connect(assembly.layout, assembly.groups, graph)
+        machine = self.assembly.machine
+        machine.written, self.hooks.accumulating = former.written, hooks.accumulating
+        self.progress = self.progress._replace(mixing=machine.mixing.initial())
 
     def _steps(self) -> int | None:
         return int(self.progress.step) if self.started else None
+
+    def _vectors(self, graph: Graph | None) -> tuple[str, ...]:
+        return (*self.config.vectors, *(() if graph is None else graph.vectors))
 
     def _slices(self, layout: TorchLayout) -> OwnSlices:
         return OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
