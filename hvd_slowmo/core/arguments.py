@@ -135,7 +135,8 @@ def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, keeps_han
     reasons = {
         "gossip in Keras": config.gossip is not None and not keeps_handles,
         "delay in Keras": config.delay > 0 and not keeps_handles,
-        "shard=True": config.shards,
+        "shard=True in Keras": config.shards and not divides_anew,
+        "delay with shard=True": config.shards and config.delay > 0,
         "gradients='node'": config.gradients == "node",
         "bits of less than 32 in Keras": bool(config.sliced_vectors) and not divides_anew,
         "tau=None with local gradients": config.tau is None and config.gossip is None and config.gradients == "local",

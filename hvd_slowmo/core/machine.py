@@ -60,6 +60,11 @@ class Machine:
         self._meetings.written = chunks
 
     @property
+    def unanswered(self) -> dict[int, Sequence[Any]]:
+        """By chunk, this worker's new slices of an exchange whose result has not come; others may have it."""
+        return self._meetings.unanswered
+
+    @property
     def tracks(self) -> bool:
         """Whether it notes what it has written, so that an outer step that is broken off can be completed."""
         return self._meetings.tracks

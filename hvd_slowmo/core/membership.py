@@ -22,6 +22,7 @@ from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.broadcast import average_chunks, take_chunks
 from hvd_slowmo.core.bulk import Parcel, give
+from hvd_slowmo.core.dealing import FormerSlices, Owner, deal_anew
 from hvd_slowmo.core.graph import Graph, agreed_graph
 from hvd_slowmo.core.late_members import (
     LateWorker,
@@ -52,6 +53,7 @@ class Place(NamedTuple):
     interrupted: bool = False  # it has made the next one too, and the exchange behind it was broken off
     written: tuple[int, ...] = ()  # numbers of the chunks that it has written of that exchange
     launched: tuple[int, ...] = ()  # `Flight.launched` of its state
+    owner: Owner | None = None  # whose slices it has, of vectors of which each worker keeps its own slice alone
     torn: bool = False  # others were lost while it took their state: it has parts of two
 
     def ahead(self, config: SlowMoConfig) -> tuple[bool, bool, int, int, bool, int]:
@@ -80,6 +82,12 @@ class Member(StartingWorker[R], Protocol):
 
     def reassemble(self, description: Description[R], graph: Graph | None) -> None:
         """Make everything that a step needs with the present workers; model, vectors and position stay."""
+
+    def former_slices(self) -> FormerSlices | None:
+        """Return what this worker has kept in slices so far; None if there is nothing."""
+
+    def forget_former_slices(self) -> None:
+        """Free them: they have been dealt anew."""
 
     def read_progress(self) -> Progress:
         """Return the scalar state."""
@@ -142,10 +150,19 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         if takes[comm.rank]:
             member.take(values)
     progress = Progress.from_flat(everyone[leader])
+    written: set[int] | None = None
+    elsewhere = set(machine.unanswered) if not within[comm.rank] else set()  # others have applied these
     if late:
         states = [None if each is None else Progress.from_flat(each) for each in everyone]
-        progress = _fly_together(member, comm.rank, leader, places, stays, states)
-    written = _roll_forward(member, places, stays, comm.rank) if lead.interrupted and not late else None
+        progress, missed = _fly_together(member, comm.rank, leader, places, stays, states)
+        elsewhere |= missed
+    elif lead.interrupted:
+        written = _roll_forward(member, places, stays, comm.rank)
+        elsewhere |= written
+    if config.sliced_vectors:
+        former = None if own.owner is None else _with_relayed(member, elsewhere)
+        deal_anew(machine.runtime, former, [place.owner for place in places], stays)
+        member.forget_former_slices()
     if not all(stays):
         _start_at(member, leader, progress, lead, not stays[comm.rank])
     together = stays[comm.rank] and _at_step_of(own, lead)
@@ -234,8 +251,12 @@ def _fly_together(
     places: Sequence[Place],
     stays: Sequence[bool],
     states: Sequence[Progress | None],
-) -> Progress:
-    """Bring the late exchanges of all that stay to one place; return the leader's state there."""
+) -> tuple[Progress, set[int]]:
+    """Bring the late exchanges of all that stay to one place.
+
+    Returns:
+        The leader's state there, and the chunks that others had applied and this worker had not.
+    """
     machine, own, lead = member.machine, places[rank], places[leader]
     workers = [
         LateWorker(state or machine.initial(), stay, place.torn)
@@ -251,7 +272,25 @@ def _fly_together(
         progress = catch_up(machine, member.read_progress(), flying, rank, workers)
         member.write_progress(progress._replace(step=lead.step), together)
         member.torn = False
-    return state_of_leader(workers, leader, flying)
+    missed = [fragment for fragment, lack in enumerate(flying.lack) if rank in lack]
+    chunks = {chunk.index for fragment in missed for chunk in machine.layout.of_fragment(fragment)}
+    return state_of_leader(workers, leader, flying), chunks
+
+
+def _with_relayed(member: Member[R], elsewhere: set[int]) -> FormerSlices:
+    """Return this worker's slices, the new ones of exchanges that others have applied.
+
+    Their results have not come here, but this worker's part of them, its slice, has gone to all others.
+    """
+    former, unanswered, vectors = member.former_slices(), member.machine.unanswered, member.config.sliced_vectors
+    assert former is not None, "it has slices"
+
+    def read(vector: str, chunk: int) -> Any:
+        if chunk in elsewhere and chunk in unanswered:
+            return unanswered[chunk][vectors.index(vector)]
+        return former.read(vector, chunk)
+
+    return FormerSlices(former.owner, read)
 
 
 def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bool], rank: int) -> set[int]:
@@ -262,6 +301,7 @@ def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bo
     machine = member.machine
     config, store = machine.config, machine.runtime.store
     vectors = ("model", *(name for name in ("anchor", "v") if name in config.vectors))
+    keeps = machine.runtime.slices.keeps
     written = set()
     for chunk in machine.layout.chunks:
         having = [n for n, place in enumerate(places) if stays[n] and chunk.index in place.written]
@@ -271,6 +311,8 @@ def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bo
         member.torn = member.torn or takes
         if len(having) < sum(stays):
             for vector in vectors if chunk.role == "parameter" else vectors[:1]:
+                if keeps(vector, chunk.index):
+                    continue
                 take_chunks(machine.runtime, having[0], [chunk], vector, takes)
             if takes and chunk.role == "parameter" and "residual" in config.vectors:
                 store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
@@ -289,9 +331,11 @@ def _start_at(member: Member[R], leader: int, progress: Progress, lead: Place, t
     parameters = runtime.layout.parameter_chunks
     former, launched = member.read_progress().flight.launched, progress.flight.launched.tolist()
     member.torn = member.torn or takes
+    keeps = runtime.slices.keeps
     for vector in config.vectors:
         if vector != "residual":
-            take_chunks(runtime, leader, parameters, vector, takes)
+            whole = [chunk for chunk in parameters if not keeps(vector, chunk.index)]
+            take_chunks(runtime, leader, whole, vector, takes)
     roles = ("statistic", "optimizer_state") if config.vectors and not copies else None
     given = [chunk for chunk in runtime.layout.chunks if roles is None or chunk.role in roles]
     take_chunks(runtime, leader, given, "model", takes)
@@ -301,7 +345,8 @@ def _start_at(member: Member[R], leader: int, progress: Progress, lead: Place, t
         return
     if roles is not None:
         for chunk in parameters:
-            store.write("model", chunk, store.read("anchor", chunk))
+            if not keeps("anchor", chunk.index):  # else it has been written when the slices were dealt
+                store.write("model", chunk, store.read("anchor", chunk))
     store.settle()
     if copies:
         member.write_progress(progress, lead.interrupted)

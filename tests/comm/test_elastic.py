@@ -63,6 +63,7 @@ def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train
         pytest.param({"tau": 12, "gradients": "all"}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "warmup_steps": 40}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "beta": 0, "alpha": 1}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "shard": True, "fragments": 3}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "gossip": "SGP"}, marks=pytest.mark.thorough),
         pytest.param({"tau": None, "gossip": "OSGP", "beta": 0}, marks=pytest.mark.thorough),
     ],
@@ -212,7 +213,7 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"shard": True}, "shard=True"),
+        ({"shard": True, "delay": 1}, "delay with shard=True"),
         ({"gradients": "node"}, "gradients='node'"),
         ({"tau": None}, "tau=None with local gradients"),
         ({"parameter_map": slowmo.ParameterMap()}, "a parameter_map"),

@@ -310,13 +310,13 @@ def test_in_few_bits_what_was_set_aside_is_rounded_again(one_has_it):
     found = ThreadWorld(2).run(after)
     start = everyone[0][2]
     sent = [start - LR * g - LR * g for g in gradients]
-    owed, rests = [np.zeros_like(start)] * 3, [np.zeros(1024, np.float32)] * 2
+    owed, nothing = [np.zeros_like(start)] * 3, np.zeros(1024, np.float32)
+    rests = [nothing, nothing]
     if one_has_it:
-        thirds = [np.zeros(1024 * n, np.float32) for n in (0, 1, 1)]
-        delta, owed, rests = mean_of_differences(start, sent, owed, thirds, [1.0] * 3, 8)
+        delta, owed, rests = mean_of_differences(start, sent, owed, [nothing[:0], nothing, nothing], [1.0] * 3, 8)
         anchor, v = start - delta, delta
-        owed[1] *= 0  # dropped where it was given by another
-        rests = [np.zeros(1024, np.float32)] * 2  # the slices are dealt anew
+        owed[1] *= 0  # dropped where the anchor was given by another
+        rests = [rests[1], nothing]  # worker 1 had the first block and worker 2 the second: they are dealt anew
         again = [anchor - LR * gradients[0] - LR * gradients[0], anchor - LR * gradients[1]]
         weights, steps = [1.0, 0.5], 5
     else:

@@ -48,6 +48,12 @@ class KerasMember(StartingKerasWorker):
         if self._worker.job is None:
             self.write_progress(self.machine.initial())
 
+    def former_slices(self) -> None:
+        return None  # they are refused in elastic jobs
+
+    def forget_former_slices(self) -> None:
+        """Do nothing: there are none."""
+
     def read_progress(self) -> Progress:
         return self._worker.variables.read()
 

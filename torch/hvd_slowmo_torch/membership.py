@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.dealing import FormerSlices
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.machine import Machine
 from hvd_slowmo.core.membership import Place, Reformed, come_together
@@ -28,7 +29,8 @@ class TorchMember(StartingTorchWorker):
             return Place()
         progress, written = worker.progress, tuple(sorted(self.machine.written or ()))
         launched = tuple(progress.flight.launched.tolist())
-        return Place(True, int(progress.step), worker.interrupted is not None, written, launched, worker.torn)
+        owner = worker.store.owner if self.config.sliced_vectors else None
+        return Place(True, int(progress.step), worker.interrupted is not None, written, launched, owner, worker.torn)
 
     @property
     def torn(self) -> bool:
@@ -44,6 +46,17 @@ class TorchMember(StartingTorchWorker):
             return
         self.assemble(description, graph)
         self._worker.progress = self.machine.initial()
+
+    def former_slices(self) -> FormerSlices | None:
+        store = self._worker.store
+        if store.former_slices is None:
+            return None
+        _, slices = store.former_slices
+        return FormerSlices(store.owner, lambda vector, chunk: slices[vector][chunk].to(store.segment_of(chunk).device))
+
+    def forget_former_slices(self) -> None:
+        self._worker.store.former_slices = None
+        self.machine.unanswered.clear()
 
     def read_progress(self) -> Progress:
         return self._worker.progress

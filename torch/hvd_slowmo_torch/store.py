@@ -94,6 +94,7 @@ class TorchStore:
         watch: of the model.
         vectors: per name, a flat tensor for each segment of parameters; None for the others, and where `slices` has it.
         slices: per name and chunk, this worker's slice of a vector.
+        former_slices: those of former workers, until they have been dealt anew; None else.
         in_flight: by chunk, the values that were sent and whose mean has not been applied.
     """
 
@@ -116,6 +117,8 @@ class TorchStore:
         ]
         self._refs = layout.refs
         self._on_host = on_host
+        self._own: OwnSlices | None = None
+        self.former_slices: tuple[OwnSlices, dict[str, dict[int, torch.Tensor]]] | None = None
         self.divide(own)
         self.vectors: dict[str, list[torch.Tensor | None]] = {}
         self.keep(names)
@@ -131,12 +134,21 @@ class TorchStore:
         self._noise: list[Estimate] = []  # of the pairs whose mean has to be replaced
 
     def divide(self, own: OwnSlices | None) -> None:
-        """Make room for the worker's slices, with zeros."""
+        """Make room for the worker's slices, with zeros. Those that it had are kept until they are forgotten."""
+        if self._own is not None and self.former_slices is None:
+            self.former_slices = self._own, self.slices
         self._own = own
         self.slices: dict[str, dict[int, torch.Tensor]] = {
             name: {chunk: zeros_of(self.segment_of(chunk), length, self._on_host) for chunk, length in lengths.items()}
             for name, lengths in ({} if own is None else own.allocations()).items()
         }
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """Rank and number of workers to which the slices belong, or belonged before they are dealt anew."""
+        own = self._own if self.former_slices is None else self.former_slices[0]
+        assert own is not None, "made with slices"
+        return own.rank, own.size
 
     def keep(self, names: Sequence[str]) -> None:
         """Keep the vectors with these names, zeros where they are new."""

@@ -156,7 +156,7 @@ class TorchWorker:
     def reassemble(self, graph: Graph | None) -> None:
         """Make everything anew that a step needs with other workers.
 
-        The tensors, vectors and the position stay, but what is kept in slices is zero, and of gossip nothing is left.
+        The tensors, vectors and the position stay; slices wait to be dealt anew, and of gossip nothing is left.
         """
         assembly, hooks, former = self.assembly, self.hooks, self.assembly.machine
         hooks.remove()
@@ -165,6 +165,7 @@ class TorchWorker:
         self._connect(assembly.layout, assembly.groups, graph)
         machine = self.assembly.machine
         machine.written, self.hooks.accumulating = former.written, hooks.accumulating
+        machine.unanswered.update(former.unanswered)
         self.progress = self.progress._replace(mixing=machine.mixing.initial())
 
     def _steps(self) -> int | None:
