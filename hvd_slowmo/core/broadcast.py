@@ -61,6 +61,21 @@ def take_chunks(
             store.write(vector, chunk, total)
 
 
+def average_chunks(runtime: Runtime, chunks: Sequence[Chunk], counts: Sequence[bool]) -> None:
+    """Set the model to the plain mean of some workers, on all of them, bitwise identical. A collective.
+
+    Args:
+        counts: by rank, whether the worker's values count.
+    """
+    comm, store = runtime.comm, runtime.store
+    store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters too
+    for chunk in chunks:
+        own = store.read("model", chunk) if counts[comm.rank] else store.zeros(chunk)
+        total = comm.wait(comm.start_sum(names.values(chunk.index), own))
+        store.write("model", chunk, total / sum(counts))
+    store.settle()
+
+
 def average_statistics(runtime: Runtime) -> None:
     """Set the model's statistics to the workers' plain mean. A collective."""
     comm, store = runtime.comm, runtime.store

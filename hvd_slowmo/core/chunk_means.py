@@ -23,6 +23,9 @@ class ChunkMeans:
     Args:
         runtime: of this worker.
         mixing: of this worker.
+
+    Attributes:
+        unanswered: see `hvd_slowmo.core.two_phase.TwoPhase`.
     """
 
     def __init__(self, runtime: Runtime, mixing: Mixing) -> None:
@@ -30,6 +33,7 @@ class ChunkMeans:
         self._layout, self._ops, self._store = runtime.layout, runtime.ops, runtime.store
         self._mixing = mixing
         self._two_phase = TwoPhase(runtime)
+        self.unanswered = self._two_phase.unanswered
 
     def start(self, comm: ScopedComm, chunk: Chunk, exchange: Exchange, fits: Scalar, own: Any = None) -> Any:
         """Start a chunk's exchange.

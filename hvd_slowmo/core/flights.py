@@ -10,12 +10,12 @@ may be saved at any step without communication, and a resume sends y again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_slowmo.core.exchange import Exchange, Purpose
 from hvd_slowmo.core.meeting import Meeting, Meetings
-from hvd_slowmo.core.progress import Flight, Progress, Scalar
+from hvd_slowmo.core.progress import Flight, Progress, Scalar, Vector
 from hvd_slowmo.core.runtime import Runtime
 from hvd_slowmo.core.store import Condition
 
@@ -56,8 +56,22 @@ class Flights:
         table = ops.reshape(ops.vector([x for f in range(fragments) for x in (flying[f], f)]), (fragments, 2))
         return ops.to_int(ops.argmax_row(table, 0)[1])
 
-    def launch(self, progress: Progress, fragment: int, training: int) -> Progress:
-        """Set the fragment aside, begin its exchange where it can outlive a call, and begin its next block."""
+    def launch(
+        self, progress: Progress, fragment: int, training: int, keep: Callable[[Progress], None] = lambda _: None
+    ) -> Progress:
+        """Set the fragment aside, begin its exchange where it can outlive a call, and begin its next block.
+
+        Args:
+            keep: takes the state before the exchange begins, which fails where a worker was lost.
+        """
+        launched, condition = self.set_aside(progress, fragment, training)
+        keep(launched)
+        if self._ops.keeps_handles:
+            self._begun[fragment] = self._begin(launched, fragment, training, condition=condition)
+        return launched
+
+    def set_aside(self, progress: Progress, fragment: int, training: int = 1) -> tuple[Progress, Condition]:
+        """Do all of a launch but begin the exchange; return also the condition in which the fragment is sent."""
         ops, store = self._ops, self._store
         condition = store.condition(fragment)
         store.cut(fragment)
@@ -77,9 +91,7 @@ class Flights:
             rate_sums=ops.put(progress.rate_sums, fragment, progress.rate_sums[fragment] * 0),
             flight=flight,
         )
-        if ops.keeps_handles:
-            self._begun[fragment] = self._begin(launched, fragment, training, condition=condition)
-        return launched
+        return launched, condition
 
     def resume(self, progress: Progress) -> None:
         """Begin the exchanges again that a loaded state has in flight, where an exchange can outlive a call.
@@ -132,6 +144,23 @@ class Flights:
         begun = self._begun.pop(fragment, None) or self._begin(progress, fragment, training=1)
         self._meetings.exchanged(begun)
         return self.landed(progress, fragment)
+
+    def overtake(self, progress: Progress, fragment: int, gamma: Vector) -> Progress:
+        """Apply a fragment in flight by the anchor to which its exchange has led elsewhere, and which is here by now.
+
+        Statistics keep this worker's values, since nobody has their mean any more.
+
+        Args:
+            gamma: the exchange's mean learning rate, per parameter group.
+        """
+        store = self._store
+        for chunk in self._runtime.layout.of_fragment(fragment):
+            if chunk.role == "parameter":
+                trained = store.read("model", chunk) - store.read("in_flight", chunk)
+                store.write("model", chunk, store.read("anchor", chunk) + trained)
+        store.settle(fragment)
+        done = self.landed(progress, fragment)
+        return done._replace(gamma=self._ops.put(done.gamma, fragment, gamma))
 
     @property
     def in_flight(self) -> bool:

@@ -34,6 +34,9 @@ class Machine:
     Args:
         runtime: of this worker.
         graph: of the gossip between outer steps; None without.
+
+    Attributes:
+        keep: takes the state in the middle of a transition, where a loss may break off the rest.
     """
 
     def __init__(self, runtime: Runtime, graph: Graph | None = None) -> None:
@@ -45,6 +48,7 @@ class Machine:
         self.outer_steps = OuterSteps(runtime, self._meetings, self.mixing)
         self.flights = Flights(runtime, self._meetings)
         self._fragments = range(runtime.layout.fragments)
+        self.keep: Callable[[Progress], None] = lambda _: None
 
     @property
     def written(self) -> set[int] | None:
@@ -54,6 +58,11 @@ class Machine:
     @written.setter
     def written(self, chunks: set[int] | None) -> None:
         self._meetings.written = chunks
+
+    @property
+    def unanswered(self) -> dict[int, Sequence[Any]]:
+        """By chunk, this worker's new slices of an exchange whose result has not come; others may have it."""
+        return self._meetings.unanswered
 
     @property
     def tracks(self) -> bool:
@@ -67,6 +76,7 @@ class Machine:
     def abandon(self) -> None:
         """Wait for what is in flight, whatever becomes of it: other workers take the place of these."""
         self.mixing.discard_in_flight()
+        self.mixing.abandon()
         self.flights.discard()
         self._meetings.abandon()
 
@@ -148,17 +158,37 @@ class Machine:
             catch_up_from: at the end of the warm-up, the worker whose parameters count.
             arrivals: result of `exchange_pending`.
         """
+        return self._after(progress, self.count(progress, rates), training, catch_up_from, arrivals)
+
+    def pass_step(self, progress: Progress) -> Progress:
+        """Take what follows an inner step that other workers have made and this one has not: it can't be made later."""
+        return self._after(progress, progress._replace(step=progress.step + 1))
+
+    def _after(
+        self,
+        before: Progress,
+        done: Progress,
+        training: int = 1,
+        catch_up_from: Scalar = 0,
+        arrivals: Sequence[Any] | None = None,
+    ) -> Progress:
+        """Take what follows a step.
+
+        Args:
+            before: the state before the step.
+            done: the same with the step counted.
+            training, catch_up_from, arrivals: as in `after_inner_step`.
+        """
         ops = self._ops
-        now = self.plan(progress)
-        done = self.count(progress, rates)
+        now = self.plan(before)
         done = ops.cond(now.begin, lambda: self._end_warmup(done, catch_up_from), lambda: done)
         # Where no meeting follows, nothing in this step can take back a message: it may leave at once.
         at_once = ops.keeps_handles and not (now.outer or now.check) and self.plan(done).mix
-        done = self._mix(done, now, progress.step, arrivals, at_once)
+        done = self._mix(done, now, before.step, arrivals, at_once)
 
         def outer(fragment: int) -> Progress:
             if self.config.delay:
-                return self.flights.launch(done, fragment, training)
+                return self.flights.launch(done, fragment, training, self.keep)
             purpose = Purpose(
                 training=training, counts=training, ledger_alone=not self.config.average, fragment=fragment
             )
@@ -172,13 +202,14 @@ class Machine:
             return meeting.exchange.progress
 
         if self.config.delay and ops.keeps_handles:
-            self.flights.resume(progress)
+            self.flights.resume(before)
         if self.config.delay:
             land = partial(self._land, done, arrived=arrivals)
             flying = now.lands & (done.flight.launched[now.landing] > 0)  # after a join there may be none
             done = ops.cond(flying, lambda: self._of_fragment(now.landing, land), lambda: done)
         done = ops.cond(now.outer, lambda: self._of_fragment(now.fragment, outer), lambda: done)
         done = ops.cond(now.check, check, lambda: done)
+        self.keep(done)
         return self._send_ahead(done, done.step)
 
     def complete(self, progress: Progress) -> Progress:
@@ -198,6 +229,7 @@ class Machine:
 
             flying = ops.sum(ops.where(progress.flight.launched > 0, 1.0, 0.0)) > 0
             progress = ops.cond(flying, first, lambda progress=progress: progress)  # type: ignore[misc]
+            self.keep(progress)
         return progress
 
     def count(self, progress: Progress, rates: Vector) -> Progress:

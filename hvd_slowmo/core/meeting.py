@@ -63,6 +63,7 @@ class Meetings:
         tracks: note what has been written, so that a mean that is broken off can be completed.
         written: numbers of the chunks that have been written of a mean that is under way; None where none is. Where it
             is broken off, by a worker that is lost, the survivors take the other chunks again.
+        unanswered: see `hvd_slowmo.core.two_phase.TwoPhase`.
     """
 
     def __init__(self, runtime: Runtime, mixing: Mixing) -> None:
@@ -73,6 +74,7 @@ class Meetings:
         self.tracks = False
         self.written: set[int] | None = None
         self._means = ChunkMeans(runtime, mixing)
+        self.unanswered = self._means.unanswered
         layout = runtime.layout
         self._chunks = {None: layout.in_turn} | {f: tuple(layout.of_fragment(f)) for f in range(layout.fragments)}
 

@@ -17,6 +17,7 @@ kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from hvd_slowmo.core import names
@@ -69,6 +70,9 @@ class Mixing(Protocol):
     def discard_in_flight(self) -> None:
         """Never mix the messages in flight: another state takes the place of this one. Waits for nothing."""
 
+    def abandon(self) -> None:
+        """Wait for the messages that were given up, failed or not: other workers take the place of these."""
+
     @property
     def in_flight(self) -> bool:
         """True while messages have been started whose result has not been taken, so that others must send theirs."""
@@ -110,6 +114,9 @@ class NoMixing:
         pass
 
     def discard_in_flight(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def follow_outer_step(self, tile: Tile, z: Any, state: PushSum) -> None:
@@ -171,6 +178,11 @@ class Gossip:
     def discard_in_flight(self) -> None:
         self._discarded += self._handles or []
         self._handles = None
+
+    def abandon(self) -> None:
+        while self._discarded:
+            with suppress(Exception):  # a worker was lost
+                self._comm.wait(self._discarded.pop())
 
     @property
     def in_flight(self) -> bool:

@@ -58,13 +58,14 @@ class OwnSlices:
         rank, size: of the worker, and number of workers.
 
     Attributes:
+        rank, size: as given.
         chunks: those that travel in slices.
         lengths: of this worker's slice of each, filled up to whole blocks, by the chunk's number.
     """
 
     def __init__(self, config: SlowMoConfig, layout: Layout, rank: int, size: int) -> None:
         self._names = config.sliced_vectors
-        self._rank, self._size = rank, size
+        self.rank, self.size = rank, size
         self.chunks = [chunk for chunk in layout.chunks if layout.segments[chunk.segment].sliced]
         self.lengths = {chunk.index: Slices(chunk.size, size).elements(rank) for chunk in self.chunks}
 
@@ -74,7 +75,7 @@ class OwnSlices:
 
     def part(self, chunk: Chunk) -> Chunk | None:
         """Return the elements of a chunk in this worker's slice; None if there are none."""
-        first, last = Slices(chunk.size, self._size).span(self._rank)
+        first, last = Slices(chunk.size, self.size).span(self.rank)
         start, stop = chunk.start + first * BLOCK, min(chunk.start + last * BLOCK, chunk.stop)
         return chunk.part(start, stop) if start < stop else None
 

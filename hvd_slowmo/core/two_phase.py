@@ -51,9 +51,14 @@ class TwoPhase:
 
     Args:
         runtime: of this worker.
+
+    Attributes:
+        unanswered: by chunk, the new slices of an exchange whose second phase has begun and whose result has not come:
+            if it never does, others may have it. Nothing in a trace.
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        self.unanswered: dict[int, Sequence[Any]] = {}
         self._ops, self._store, self._codec = runtime.ops, runtime.store, runtime.codec
         self._config, self._layout, self._own = runtime.config, runtime.layout, runtime.slices
         self._few_bits = runtime.config.bits < 32
@@ -107,6 +112,7 @@ class TwoPhase:
             outer_step: of a slice.
         """
         chunk, bits = sliced.chunk, self._bits(sliced.chunk)
+        self.unanswered.pop(chunk.index, None)
         blocks = self._own.lengths[chunk.index] // BLOCK
         means = self._means(sliced, weights, total, blocks)
         values, kept = self._stepped(chunk, means, outer_step) if self._config.shards else (list(means), [])
@@ -127,6 +133,8 @@ class TwoPhase:
                 for value, (start, stop) in zip(values, spans, strict=True)
             ]
             kept.append(self._ops.joined(rests))
+        if self._ops.keeps_handles:
+            self.unanswered[chunk.index] = kept
         return sliced._replace(handle=handle, received=(), relayed=True, kept=kept)
 
     def _means(self, sliced: SlicedChunk, weights: Any, total: Scalar, blocks: int) -> Iterator[Any]:
@@ -172,6 +180,7 @@ class TwoPhase:
                 values were not finite.
         """
         chunk, store = sliced.chunk, self._store
+        self.unanswered.pop(chunk.index, None)
         for name, value in zip(self._config.sliced_vectors, sliced.kept, strict=True):
             store.write_slice(name, chunk.index, value)
 

@@ -58,9 +58,14 @@ def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train
     [
         {"tau": 12},
         pytest.param({"tau": 12, "fragments": 12, "bits": 8}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "fragments": 4, "delay": 7}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "fragments": 12, "delay": 2, "bits": 8}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "gradients": "all"}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "warmup_steps": 40}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "beta": 0, "alpha": 1}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "shard": True, "fragments": 3}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "gossip": "SGP"}, marks=pytest.mark.thorough),
+        pytest.param({"tau": None, "gossip": "OSGP", "beta": 0}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -70,7 +75,7 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
     for seen in found.values():
         assert [change["workers"] for change in seen["changes"]] == [3, 2]
         # Nothing is lost: they go on at the step at which the third was missed, at the end of its block at the latest.
-        assert 30 <= seen["changes"][1]["step"] <= 41
+        assert 30 <= seen["changes"][1]["step"] <= 41 + settings.get("delay", 0)
         assert seen["changes"][1]["newcomers"] == []
         assert seen["steps"] in (120, 121)  # the batch of the interrupted step is taken once more
         assert seen["size"] == 2
@@ -208,9 +213,7 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"gossip": slowmo.SGP()}, "gossip"),
-        ({"delay": 1}, "delay"),
-        ({"shard": True}, "shard=True"),
+        ({"shard": True, "delay": 1}, "delay with shard=True"),
         ({"gradients": "node"}, "gradients='node'"),
         ({"tau": None}, "tau=None with local gradients"),
         ({"parameter_map": slowmo.ParameterMap()}, "a parameter_map"),
@@ -281,8 +284,10 @@ def test_keras_workers_that_have_not_come_together_are_told_how(monkeypatch):
     for call in (lambda: optimizer.broadcast([variable]), lambda: optimizer.apply([variable.value], [variable])):
         with pytest.raises(RuntimeError, match=r"in the function that slowmo\.elastic\.run decorates"):
             call()
-    with pytest.raises(ValueError, match="an elastic job can't have delay yet"):
+    with pytest.raises(ValueError, match="an elastic job can't have delay in Keras yet"):
         slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1)
+    with pytest.raises(ValueError, match="an elastic job can't have gossip in Keras yet"):
+        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, gossip=slowmo.SGP())
     with pytest.raises(ValueError, match="an elastic job can't have bits of less than 32 in Keras yet"):
         slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, bits=8)
 

@@ -33,12 +33,26 @@ class KerasMember(StartingKerasWorker):
         variables = self._worker.variables
         step = int(variables.now.step)
         # Of an outer step that was broken off nothing is written: `Runtime.whole`.
-        return Place(True, step, int(variables.made.numpy()) == step + 1)
+        return Place(True, step, int(variables.made.numpy()) == step + 1, torn=self._worker.torn)
+
+    @property
+    def torn(self) -> bool:
+        return self._worker.torn
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._worker.torn = value
 
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self.assemble(description, graph)
         if self._worker.job is None:
             self.write_progress(self.machine.initial())
+
+    def former_slices(self) -> None:
+        return None  # they are refused in elastic jobs
+
+    def forget_former_slices(self) -> None:
+        """Do nothing: there are none."""
 
     def read_progress(self) -> Progress:
         return self._worker.variables.read()
@@ -52,6 +66,9 @@ class KerasMember(StartingKerasWorker):
         if optimizer.gradient_accumulation_steps:  # the batches since the last update are taken once more
             for accumulator in optimizer._accumulated_gradients:
                 accumulator.assign(tf.zeros(accumulator.shape, accumulator.dtype))
+
+    def count_step(self) -> None:
+        raise AssertionError("late exchanges are refused in elastic jobs")
 
     def finish_step(self) -> None:
         self._assembled_step.finish()

@@ -84,6 +84,7 @@ class KerasWorker:
         step: traced; made for one layout.
         left: ranks that have left for good.
         elastic: other workers may take the place of these, in an elastic job.
+        torn: other workers were lost while this one took their state.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
@@ -106,7 +107,7 @@ class KerasWorker:
         self.step: TracedStep | None = None
         self.left: tuple[int, ...] = ()
         self.elastic = comm is None and elastic()
-        self.averaging = self.only_builds = False
+        self.torn = self.averaging = self.only_builds = False
         self._sent_before = 0  # bytes, to former workers
         self._process_set = process_set
         self._comm = comm

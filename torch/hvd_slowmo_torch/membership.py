@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.dealing import FormerSlices
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.machine import Machine
 from hvd_slowmo.core.membership import Place, Reformed, come_together
@@ -26,13 +27,36 @@ class TorchMember(StartingTorchWorker):
         worker = self._worker
         if not worker.started:
             return Place()
-        written = tuple(sorted(self.machine.written or ()))
-        return Place(True, int(worker.progress.step), worker.interrupted is not None, written)
+        progress, written = worker.progress, tuple(sorted(self.machine.written or ()))
+        launched = tuple(progress.flight.launched.tolist())
+        owner = worker.store.owner if self.config.sliced_vectors else None
+        return Place(True, int(progress.step), worker.interrupted is not None, written, launched, owner, worker.torn)
+
+    @property
+    def torn(self) -> bool:
+        return self._worker.torn
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._worker.torn = value
 
     def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
-        if not self._worker.started:
-            self.assemble(description, graph)
-            self._worker.progress = self.machine.initial()
+        if self._worker.started:
+            self._worker.reassemble(graph)
+            return
+        self.assemble(description, graph)
+        self._worker.progress = self.machine.initial()
+
+    def former_slices(self) -> FormerSlices | None:
+        store = self._worker.store
+        if store.former_slices is None:
+            return None
+        _, slices = store.former_slices
+        return FormerSlices(store.owner, lambda vector, chunk: slices[vector][chunk].to(store.segment_of(chunk).device))
+
+    def forget_former_slices(self) -> None:
+        self._worker.store.former_slices = None
+        self.machine.unanswered.clear()
 
     def read_progress(self) -> Progress:
         return self._worker.progress
@@ -45,6 +69,12 @@ class TorchMember(StartingTorchWorker):
         elif worker.interrupted is None:  # it has the leader's step
             worker.interrupted = worker.presence.rates()
 
+    def count_step(self) -> None:
+        worker = self._worker
+        assert worker.interrupted is not None, "else there is nothing to count"
+        worker.progress = self.machine.count(worker.progress, worker.interrupted)
+        worker.interrupted = None
+
     def finish_step(self) -> None:
         self._worker.finish_step()
 
@@ -55,7 +85,7 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     Raises:
         TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
     """
-    worker.reassemble(comm)
+    worker.connect(comm)
     worker.inner.zero_grad()  # the batch is taken once more, and its gradients may have been averaged in part
     member = TorchMember(worker)
     with torch.no_grad():

@@ -94,6 +94,7 @@ class TorchStore:
         watch: of the model.
         vectors: per name, a flat tensor for each segment of parameters; None for the others, and where `slices` has it.
         slices: per name and chunk, this worker's slice of a vector.
+        former_slices: those of former workers, until they have been dealt anew; None else.
         in_flight: by chunk, the values that were sent and whose mean has not been applied.
     """
 
@@ -116,16 +117,11 @@ class TorchStore:
         ]
         self._refs = layout.refs
         self._on_host = on_host
+        self._own: OwnSlices | None = None
+        self.former_slices: tuple[OwnSlices, dict[str, dict[int, torch.Tensor]]] | None = None
         self.divide(own)
-        self.vectors: dict[str, list[torch.Tensor | None]] = {
-            name: [
-                zeros_of(s, s.size, on_host and name in ("anchor", "v", "residual"))
-                if s.role == "parameter" and not (s.sliced and name in self.slices)
-                else None
-                for s in self.layout.segments
-            ]
-            for name in names
-        }
+        self.vectors: dict[str, list[torch.Tensor | None]] = {}
+        self.keep(names)
         self.in_flight: dict[int, torch.Tensor] = {}
         self._turns = {chunk.index: turn for turn, chunk in enumerate(self.layout.in_turn)}
         self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
@@ -138,26 +134,45 @@ class TorchStore:
         self._noise: list[Estimate] = []  # of the pairs whose mean has to be replaced
 
     def divide(self, own: OwnSlices | None) -> None:
-        """Make room for the worker's slices, with zeros."""
+        """Make room for the worker's slices, with zeros. Those that it had are kept until they are forgotten."""
+        if self._own is not None and self.former_slices is None:
+            self.former_slices = self._own, self.slices
         self._own = own
         self.slices: dict[str, dict[int, torch.Tensor]] = {
             name: {chunk: zeros_of(self.segment_of(chunk), length, self._on_host) for chunk, length in lengths.items()}
             for name, lengths in ({} if own is None else own.allocations()).items()
         }
 
+    @property
+    def owner(self) -> tuple[int, int]:
+        """Rank and number of workers to which the slices belong, or belonged before they are dealt anew."""
+        own = self._own if self.former_slices is None else self.former_slices[0]
+        assert own is not None, "made with slices"
+        return own.rank, own.size
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Keep the vectors with these names, zeros where they are new."""
+        self.vectors = {name: self.vectors.get(name) or self._zeros_of(name) for name in names}
+
+    def _zeros_of(self, name: str) -> list[torch.Tensor | None]:
+        on_host = self._on_host and name in ("anchor", "v", "residual")
+        return [
+            zeros_of(s, s.size, on_host) if s.role == "parameter" and not (s.sliced and name in self.slices) else None
+            for s in self.layout.segments
+        ]
+
     def read(self, vector: str, stretch: Stretch) -> torch.Tensor:
         if vector in self.vectors:
             # Of one in host memory a copy, for which the host does not wait.
             return self._flat(vector, stretch).to(self.layout.segments[stretch.segment].device, non_blocking=True)
         if vector == "in_flight":
-            start = stretch.start - self.layout.chunks[stretch.index].start
-            return self.in_flight[stretch.index][start : start + stretch.size]
+            return self._flat(vector, stretch)
         if not self.watch.fits:
             return self._stage(stretch).zero_()
         return self._pieces.gather(stretch, self._stage(stretch), torch.Tensor.detach)
 
     def write(self, vector: str, stretch: Stretch, value: torch.Tensor) -> None:
-        if vector in self.vectors:
+        if vector != "model":
             flat = self._flat(vector, stretch)
             if flat.data_ptr() != value.data_ptr():  # updated in place otherwise
                 flat.copy_(value)
@@ -296,6 +311,9 @@ class TorchStore:
                 flat[start : start + len(values)] = values if name == "anchor" else 0
 
     def _flat(self, vector: str, stretch: Stretch) -> torch.Tensor:
+        if vector == "in_flight":
+            start = stretch.start - self.layout.chunks[stretch.index].start
+            return self.in_flight[stretch.index][start : start + stretch.size]
         whole = self.vectors[vector][stretch.segment]
         assert whole is not None, "only segments of parameters have vectors"
         return whole[stretch.start : stretch.stop]

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class TorchWorker:
         started: the workers have been brought to one start.
         interrupted: learning rates of an inner step that has been made and is not counted, since the exchange behind it
             was broken off; None else.
+        torn: other workers were lost while this one took their state.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().
         evaluating: between eval() and train() of a schedule-free inner optimizer.
@@ -115,6 +117,7 @@ class TorchWorker:
         self.elastic = elastic()
         self.started = False
         self.interrupted: NDArray[np.float64] | None = None
+        self.torn = False
         self.presence = WorkerPresence(inner)
         tell_steps(comm, self, TorchWorker._steps)
         self.mixed = False
@@ -138,30 +141,40 @@ class TorchWorker:
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that a step needs; the vectors are zeros."""
-        names = (*self.config.vectors, *(() if graph is None else graph.vectors))
         # No method: the store would keep its owner alive, and with it the hooks of an optimizer that is dropped.
         buffers = partial(floating_buffers, self.model, self.settings.statistics or {})
         on_host = self.config.slow_state == "host"
-        self.store = TorchStore(layout, self.inner, names, buffers, self._slices(layout), on_host)
+        self.store = TorchStore(layout, self.inner, self._vectors(graph), buffers, self._slices(layout), on_host)
         self._connect(layout, groups, graph)
 
-    def reassemble(self, comm: Comm) -> None:
-        """Go on with other workers: the tensors, vectors and the position stay, but what is kept in slices is zero."""
+    def connect(self, comm: Comm) -> None:
+        """Go on with other workers."""
         self._sent_before += self._meter.bytes_sent
         self._meter, self._metered = MeteredComm(comm), (0.0, 0.0, self._sent_before)
         self.comm = ScopedComm(self._meter, self._name)
         tell_steps(comm, self, TorchWorker._steps)
         self.presence.left = ()
-        if not self.started:
-            return
+
+    def reassemble(self, graph: Graph | None) -> None:
+        """Make everything anew that a step needs with other workers.
+
+        The tensors, vectors and the position stay; slices wait to be dealt anew, and of gossip nothing is left.
+        """
         assembly, hooks, former = self.assembly, self.hooks, self.assembly.machine
         hooks.remove()
         self.store.divide(self._slices(assembly.layout))
-        self._connect(assembly.layout, assembly.groups, assembly.graph)
-        self.assembly.machine.written, self.hooks.accumulating = former.written, hooks.accumulating
+        self.store.keep(self._vectors(graph))
+        self._connect(assembly.layout, assembly.groups, graph)
+        machine = self.assembly.machine
+        machine.written, self.hooks.accumulating = former.written, hooks.accumulating
+        machine.unanswered.update(former.unanswered)
+        self.progress = self.progress._replace(mixing=machine.mixing.initial())
 
     def _steps(self) -> int | None:
         return int(self.progress.step) if self.started else None
+
+    def _vectors(self, graph: Graph | None) -> tuple[str, ...]:
+        return (*self.config.vectors, *(() if graph is None else graph.vectors))
 
     def _slices(self, layout: TorchLayout) -> OwnSlices:
         return OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
@@ -183,6 +196,14 @@ class TorchWorker:
         )
         self.assembly = assemble(runtime, layout, groups, graph)
         self.assembly.machine.tracks = self.elastic
+        me = weakref.ref(self)  # the machine must not keep its owner alive
+
+        def keep(progress: Progress) -> None:
+            worker = me()
+            if worker is not None:
+                worker.progress = progress
+
+        self.assembly.machine.keep = keep
         self.presence.groups = groups
         self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout, self.store.watch), self.presence)
 
@@ -243,6 +264,7 @@ class TorchWorker:
         self._after_inner_step(self.interrupted)
 
     def _after_inner_step(self, rates: NDArray[np.float64]) -> None:
+        before = self.progress.step
         try:
             with torch.no_grad():
                 self.progress = self.assembly.machine.after_inner_step(
@@ -252,7 +274,7 @@ class TorchWorker:
                     catch_up_from=self.hooks.catch_up_from,
                 )
         except RuntimeError:  # of a transport; the verdict's is a ValueError
-            self.interrupted = rates
+            self.interrupted = rates if self.progress.step == before else None
             raise
         self.interrupted = None
 

@@ -18,6 +18,8 @@ import hvd_slowmo.torch as slowmo
 
 directory, steps, victim, kill_step = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 settings = {name: json.loads(value) for name, value in (pair.split("=") for pair in sys.argv[5:])}
+if "gossip" in settings:
+    settings["gossip"] = {"SGP": slowmo.SGP(), "OSGP": slowmo.SGP(overlap=True)}[settings["gossip"]]
 slowmo.init()
 host = os.environ["HOROVOD_HOSTNAME"]
 torch.manual_seed(slowmo.rank())
