@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import threading
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -149,6 +150,10 @@ ModelFacts: TypeAlias = WeightsFacts | TrainingFacts
 Facts: TypeAlias = WorkerFacts | ModelFacts
 
 
+# msgspec looks at a type when it first meets it, and crashes where two threads do so at once.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def parse(value: Any, kind: type[T], owner: str) -> T:
     """Return JSON types as a record of this kind.
 
@@ -167,7 +172,8 @@ def parse(value: Any, kind: type[T], owner: str) -> T:
         hvd_slowmo.errors.CheckpointError: job.rank0 is not as SlowMo writes it: Expected `int`, got `str` - at `$.workers`. Received: '2'. Use another checkpoint, or a copy of this one.
     """  # noqa: E501 - an error is one line
     try:
-        return msgspec.convert(value, kind, str_keys=True)
+        with _ONE_AT_A_TIME:
+            return msgspec.convert(value, kind, str_keys=True)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
         raise CheckpointError(
             f"{owner} is not as SlowMo writes it: {error}.{_spell_received(value, str(error))} Use another checkpoint, "

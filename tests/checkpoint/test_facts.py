@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
+import textwrap
 
 import msgspec
 import numpy as np
@@ -31,6 +34,34 @@ def forge(path, change):
 
 def test_the_record_of_the_settings_has_their_fields():
     assert [f.name for f in dataclasses.fields(SlowMoConfig)] == [f.name for f in msgspec.structs.fields(ConfigFacts)]
+
+
+def test_threads_that_parse_a_new_type_at_once_do_not_crash():
+    code = """
+        import sys, threading
+        from msgspec import defstruct
+        from hvd_slowmo.checkpoint.facts import parse
+
+        sys.setswitchinterval(1e-6)
+        fields = {f"field{i}": i for i in range(20)}
+        for number in range(50):
+            inner = defstruct("Inner", [(name, "int | None") for name in fields], module=__name__)
+            outer = defstruct("Outer", [("one", inner), ("more", tuple[inner, ...])], module=__name__)
+            start, found = threading.Barrier(4), []
+
+            def work():
+                start.wait()
+                found.append(parse({"one": fields, "more": [fields]}, outer, "this").more[0].field19)
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == [19] * 4
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_facts_are_records(checkpoint, tmp_path):
