@@ -43,22 +43,22 @@ def test_threads_that_parse_a_new_type_at_once_do_not_crash():
         from hvd_slowmo.checkpoint.facts import parse
 
         sys.setswitchinterval(1e-6)
-        fields = {f"field{i}": i for i in range(20)}
-        for number in range(50):
-            inner = defstruct("Inner", [(name, "int | None") for name in fields], module=__name__)
-            outer = defstruct("Outer", [("one", inner), ("more", tuple[inner, ...])], module=__name__)
+        for number in range(200):
+            inner = defstruct("Inner", [(name, "int | None") for name in "abc"], module=__name__)
+            outer = defstruct("Outer", [("x", inner), ("y", tuple[inner, ...]), ("z", "int | None")], module=__name__)
+            value = {"x": {"a": 1, "b": 2, "c": 3}, "y": [{"a": 4, "b": 5, "c": 6}], "z": 7}
             start, found = threading.Barrier(4), []
 
             def work():
                 start.wait()
-                found.append(parse({"one": fields, "more": [fields]}, outer, "this").more[0].field19)
+                found.append(parse(value, outer, "this").y[0].c)
 
             threads = [threading.Thread(target=work) for _ in range(4)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            assert found == [19] * 4
+            assert found == [6] * 4
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
