@@ -21,7 +21,7 @@ logger = logging.getLogger("hvd_slowmo")
 
 RESTART_FACT = "number of steps at restart()"
 
-WIRE = 7
+WIRE = 8
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 
