@@ -7,11 +7,7 @@ the reason.
 
 import dataclasses
 import inspect
-import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import pytest
 
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.cli.main import main
+from support import page_code
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -28,15 +25,6 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NO_RUN = "# Not run: "
-# Empty lines in front of a block keep its line numbers, so that an error names the line of the page.
-RUN = """
-import json, sys
-page, parts = json.load(sys.stdin)
-namespace = {"__name__": "__main__"}
-for line, code in parts:
-    exec(compile("\\n" * line + code, page, "exec"), namespace)
-"""
-KERAS_OWN = "ignore:__array__ implementation doesn't accept:DeprecationWarning"  # from NumPy, when Keras saves
 HOROVODS_OWN = ("horovod/", "CMakeLists.txt")  # files in Horovod's sources that a page may name
 
 
@@ -84,18 +72,8 @@ def help_of(capsys, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_python_code_runs(page, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HOROVOD_")}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", KERAS_OWN, "-c", RUN],
-        input=json.dumps([str(page), python_blocks(page)]),
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    status, said = page_code.run(page, python_blocks(page), tmp_path)
+    assert status == 0, said
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

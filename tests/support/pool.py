@@ -3,12 +3,11 @@
 A job is a function "support.module:name", called on every worker with the same arguments. A job that takes
 too long fails with the report of Horovod's stall check, or of torch.distributed's timeout, and the next one gets new
 workers. Between two jobs the processes are stopped: Horovod's background threads would take a third of a core for four
-idle workers. Workers are forked from a server that has imported both frameworks, which takes as much time as many jobs.
+idle workers.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -19,14 +18,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from hvd_slowmo.installer.local import environments
+from support import forking
 from support.pool_worker import DISTRIBUTED, STALL_SHUTDOWN_S, STALL_WARNING_S, Failed, main
 
-TESTS = Path(__file__).resolve().parents[1]
-FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["support.preloaded"])
 ENDS = ("HorovodInternalError", "DistNetworkError")
 """Errors after which the workers can exchange nothing more."""
 
@@ -109,11 +105,9 @@ class Pool:
                 "HOROVOD_GLOO_TIMEOUT_SECONDS": "3600",  # its clock goes on while the processes are stopped
                 **self._variables,
             }
-            ours, theirs = FORKING.Pipe()
-            worker = FORKING.Process(target=main, args=(theirs, env, log), daemon=True)
-            _start(worker)
+            ours, theirs = forking.CONTEXT.Pipe()
+            self._workers.append(forking.start(main, theirs, env, log))
             theirs.close()
-            self._workers.append(worker)
             self._connections.append(ours)
 
     def _collect(self, results: list[Any], deadline: float, limit: float, job: str) -> None:
@@ -145,13 +139,6 @@ class Pool:
             connection.close()
         self._workers, self._connections = [], []
         self._stack.close()
-
-
-def _start(worker: ForkServerProcess) -> None:
-    """Start a worker; the first one starts the server, whose frameworks read these variables when it imports them."""
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    with patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3"):
-        worker.start()
 
 
 PoolOf = Callable[[int], Pool]

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from hvd_slowmo.comm import naming
+from support import forking
 
 DISTRIBUTED = "torch.distributed"
 """The transport that is not Horovod's."""
@@ -34,12 +35,7 @@ def main(connection: Connection, env: Mapping[str, str], log: Path) -> None:
         env: environment variables of this worker.
         log: file for all output.
     """
-    os.setsid()  # a signal to the worker reaches the processes that a job starts
-    os.environ.clear()
-    os.environ.update(env)
-    with log.open("wb") as sink, open(os.devnull, "rb") as nothing:
-        for descriptor, file in ((0, nothing), (1, sink), (2, sink)):
-            os.dup2(file.fileno(), descriptor)
+    forking.enter(env, log)
     transport = env["POOL_TRANSPORT"]
     if transport != DISTRIBUTED:
         # Each framework has its own Horovod, and the tests of one framework do not need the other's.

@@ -1,4 +1,4 @@
-"""Imported by the server from which `Pool` forks its workers: both frameworks with their adapters."""
+"""Both frameworks with their adapters, imported by the server of `support.forking`."""
 
 import hvd_slowmo.torch  # first: in the other order its libraries may not load
 
