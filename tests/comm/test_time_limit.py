@@ -119,7 +119,7 @@ def test_a_board_that_is_gone_tells_nothing():
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("script", [TORCH, KERAS], ids=["torch", "keras"])
+@pytest.mark.parametrize("script", [TORCH, pytest.param(KERAS, marks=pytest.mark.thorough)], ids=["torch", "keras"])
 def test_a_worker_that_hangs_under_horovodrun(tmp_path, script):
     job = hvd_slowmo_run(tmp_path, script, 3)
     _, errors = job.communicate(timeout=120)

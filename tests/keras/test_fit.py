@@ -104,12 +104,17 @@ TRAININGS = {
     "eager": ([2, 3, 2], {"run_eagerly": True}),
 }
 FAST = {"uneven", "unbuilt", "executions of 4"}
-COMBINED = {
+IN_TEST_ALL = {
     "unknown length, executions of 3",
     "unbuilt, executions of 3",
     "unbuilt, eager",
     "short epochs",
     "several fits",
+    "unknown length",
+    "executions of 3",
+    "unbuilt, none",
+    "subclassed",
+    "functional",
 }
 
 
@@ -167,7 +172,7 @@ def test_a_fit_with_the_callback_works_after_one_without(keras_workers, kind):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in COMBINED)) for n in sorted(set(TRAININGS) - FAST)]
+    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in IN_TEST_ALL)) for n in sorted(set(TRAININGS) - FAST)]
 )
 def test_two_workers_train_in_every_way(keras_workers, name):
     train(keras_workers(2), name)

@@ -27,6 +27,13 @@ SETTINGS = {
     "loss_scale_factor": {"loss_scale_factor": 128.0},
 }
 
+IN_EVERY_RUN = {"schedule", "global_clipnorm", "weight_decay", "ema_overwrite", "accumulation"}
+WAYS_IN_EVERY_RUN = {
+    ("schedule", "fit"),
+    ("ema_overwrite", "several steps per execution"),
+    ("accumulation_ema", "eager fit"),
+}
+
 
 def with_settings(name, kind=Adam):
     settings = {"learning_rate": 0.1, **SETTINGS[name]}
@@ -34,14 +41,23 @@ def with_settings(name, kind=Adam):
     return kind(**{**settings, "learning_rate": rate() if callable(rate) else rate})
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] * (name not in IN_EVERY_RUN)) for name in SETTINGS],
+)
 def test_every_setting_is_the_bare_optimizers_to_the_bit(name):
     assert same(applied(bare(with_settings(name)), 8), applied(with_settings(name), 8))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fit", "several steps per execution", "eager fit"])
-@pytest.mark.parametrize("name", ["schedule", "ema_overwrite", "accumulation", "accumulation_ema"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(name, how, marks=[pytest.mark.thorough] * ((name, how) not in WAYS_IN_EVERY_RUN))
+        for name in ("schedule", "ema_overwrite", "accumulation", "accumulation_ema")
+        for how in ("fit", "several steps per execution", "eager fit")
+    ],
+)
 def test_every_way_of_fit_is_the_bare_optimizers_to_the_bit(name, how):
     ours, theirs = net(), net()
     compiled = {"several steps per execution": {"steps_per_execution": 3}, "eager fit": {"run_eagerly": True}}
