@@ -15,6 +15,13 @@ tf.config.threading.set_inter_op_parallelism_threads(16)
 
 SAME = {name: p for name, p in STREAMED.items() if p.same_everywhere and p.config.get("delay", 0) < 2}
 
+IN_EVERY_RUN = ("a fragment per step", "one step late, plain SGD, warm-up")
+
+
+def thorough(value):
+    """Leave a value to `make test-all`: each takes half a minute to trace."""
+    return pytest.param(value, marks=pytest.mark.thorough)
+
 
 def train(size, problem, chunk_bytes=None, job=keras_training.run, **arguments):
     with keras_training.doubles(chunk_bytes):
@@ -26,7 +33,7 @@ def equal(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [name if name in IN_EVERY_RUN else thorough(name) for name in SAME])
 def test_threads_equal_the_reference(name):
     problem = SAME[name]
     histories = train(2, problem, chunk_bytes=40)
@@ -34,7 +41,7 @@ def test_threads_equal_the_reference(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["three fragments, constant", "one step late, plain SGD, warm-up"])
+@pytest.mark.parametrize("name", [thorough("three fragments, constant"), "one step late, plain SGD, warm-up"])
 def test_uneven_epochs_equal_the_reference(name):
     problem, plan = SAME[name], [(4, 9), (6, 2)]
     histories = train(2, problem, job=keras_training.epochs, plan=plan)
@@ -59,8 +66,8 @@ def test_a_worker_in_a_join_answers_gradients_and_late_fragments(keras_workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["three fragments, constant", "streaming Local SGD"])
-@pytest.mark.parametrize("stop", [6, 7])
+@pytest.mark.parametrize("name", ["three fragments, constant", thorough("streaming Local SGD")])
+@pytest.mark.parametrize("stop", [thorough(6), 7])
 def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
     problem = SAME[name]
     whole, again = train(2, problem), train(2, problem, job=keras_training.resumed, stop=stop)
@@ -87,7 +94,7 @@ def test_longer_delays_are_refused(settings, longest):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("delay", [thorough(0), 1])
 def test_an_excluded_worker_returns_to_the_anchors_of_all_fragments(delay):
     """A variable has stretches in two fragments; each keeps the others' values while one is written."""
 

@@ -304,12 +304,8 @@ def test_gradients_averaged_within_nodes():
     assert world.run(work) == [[7.5, 5.0], [7.5, 5.0], [5.5, 5.0], [5.5, 5.0]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lengths", "gossip"),
-    [((2, 2, 4, 4), None), pytest.param((2, 2, 6, 6), SGP(), marks=pytest.mark.thorough)],
-    ids=str,
-)
+@pytest.mark.thorough  # two minutes, most of them for traces
+@pytest.mark.parametrize(("lengths", "gossip"), [((2, 2, 4, 4), None), ((2, 2, 6, 6), SGP())], ids=str)
 def test_a_join_across_the_end_of_the_warm_up_with_nodes(lengths, gossip):
     """A worker that is done meets all first, then its node; both frameworks alike."""
     config = SlowMoConfig(tau=4, beta=0.5, gradients="node", warmup_steps=4, gossip=gossip)

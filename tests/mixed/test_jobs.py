@@ -128,7 +128,7 @@ def test_frozen_layers_are_handed_out_bitwise(mixed_workers, kinds):
         assert {key: x.tobytes() for key, x in other.items()} == {key: x.tobytes() for key, x in first.items()}
 
 
-@pytest.mark.parametrize("name", ["warm-up", "ar_sgd"])
+@pytest.mark.parametrize("name", ["warm-up", pytest.param("ar_sgd", marks=pytest.mark.thorough)])
 def test_gradients_averaged(mixed_workers, name):
     check(mixed_workers, "tk", {name: OTHERS[name]})
 
@@ -164,7 +164,11 @@ def test_join_with_uneven_data(mixed_workers, config):
 
 
 @pytest.mark.parametrize(
-    "name", ["slowmo", "osgp, slowmo", "streaming", pytest.param("warm-up", marks=pytest.mark.thorough)]
+    "name",
+    [
+        "osgp, slowmo",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("slowmo", "streaming", "warm-up")),
+    ],
 )
 def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
     """In the middle of a block, or of a flight: to the bit, on the workers that it comes from."""
@@ -202,7 +206,11 @@ def test_averaged_parameters(mixed_workers):
 
 
 @pytest.mark.parametrize(
-    "config", [{"tau": 3, "warmup_steps": 2}, {"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all"}]
+    "config",
+    [
+        {"tau": 3, "warmup_steps": 2},
+        pytest.param({"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all"}, marks=pytest.mark.thorough),
+    ],
 )
 def test_batch_norm_and_a_flattened_feature_map(mixed_workers, config):
     """Real layers, real gradients: all that is on the wire is alike on both sides after each join."""
