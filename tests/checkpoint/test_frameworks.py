@@ -29,7 +29,7 @@ from support.trainings.mixed import TorchComm
 from support.trainings.pytorch import same
 
 STOP, END = 6, 14
-MORE = ("reset", "dpsgd")
+MORE = ("Adam", "reset", "dpsgd")
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_the_small_example_learns():
     assert float(re.search(r"test accuracy (\d+\.\d) %", job.stdout)[1]) > 90
 
 
+@pytest.mark.thorough
 def test_the_digits_example_runs_unchanged(tmp_path):
     job = torchrun(ROOT / "examples" / "digits_torch.py", "--quick", "--out", tmp_path)
     assert job.returncode == 0, job.stderr

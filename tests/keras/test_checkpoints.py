@@ -56,7 +56,7 @@ def fit(folder, epochs=3, built=True, every=None, others=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("built", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_an_interrupted_fit_goes_on_with_its_epoch_bitwise(built, tmp_path):
     whole = fit(tmp_path / "whole", built=built, others=[Halve()])
     with pytest.raises(Interrupted):

@@ -56,7 +56,7 @@ def test_an_outer_step_equals_the_reference_bitwise(bits, size):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bits": 16},
+        pytest.param({"bits": 16}, marks=pytest.mark.thorough),
         {"bits": 8, "fragments": 4, "delay": 2},
         pytest.param({"bits": 8, "delay": 1}, marks=pytest.mark.thorough),
         pytest.param({"bits": 4, "delay": 2}, marks=pytest.mark.thorough),
@@ -75,7 +75,7 @@ def test_the_result_is_that_of_pytorch(settings):
 @pytest.mark.parametrize(
     ("settings", "stop", "kind"),
     [
-        ({"fragments": 4, "delay": 2}, 6, "variables"),
+        pytest.param({"fragments": 4, "delay": 2}, 6, "variables", marks=pytest.mark.thorough),
         ({"fragments": 4, "delay": 2}, 5, "save"),
         pytest.param({}, 5, "variables", marks=pytest.mark.thorough),
         pytest.param({}, 6, "save", marks=pytest.mark.thorough),

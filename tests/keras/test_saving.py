@@ -23,7 +23,9 @@ INNERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name != "accumulation")) for name in INNERS]
+)
 def test_a_model_file_goes_on_in_the_middle_of_a_block(name, tmp_path):
     settings = SlowMoConfig(tau=3, inner_state="reset", alpha=0.875)
     model = net()
@@ -120,7 +122,9 @@ class Stop(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("callbacks", [[], [SlowMoCallback]], ids=["alone", "with the callback"])
+@pytest.mark.parametrize(
+    "callbacks", [pytest.param([], marks=pytest.mark.thorough), [SlowMoCallback]], ids=["alone", "with the callback"]
+)
 def test_backup_and_restore_in_the_middle_of_a_block_is_the_run_without_a_stop(tmp_path, callbacks):
     def run(folder, stop=None):
         def check(epoch, logs):

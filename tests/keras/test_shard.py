@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
     "settings",
     [
         {"bits": 32, "fragments": 2, "delay": 1, "nesterov": True},
-        {"bits": 16, "delay": 2},
+        pytest.param({"bits": 16, "delay": 2}, marks=pytest.mark.thorough),
         pytest.param({"bits": 32}, marks=pytest.mark.thorough),
     ],
     ids=str,

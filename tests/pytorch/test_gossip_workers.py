@@ -11,8 +11,7 @@ from support.trainings.pytorch import same
 TOLERANCE = 1e-12
 SIZES = [
     2,
-    pytest.param(3, marks=pytest.mark.slow),
-    *(pytest.param(size, marks=[pytest.mark.slow, pytest.mark.thorough]) for size in (4, 5)),
+    *(pytest.param(size, marks=[pytest.mark.slow, pytest.mark.thorough]) for size in (3, 4, 5)),
 ]
 pytestmark = pytest.mark.workers
 
