@@ -139,6 +139,7 @@ log=$(subst /.,/,$@).log; rm -f $@; touch $(UNFINISHED); trap 'exit 130' INT; \
 endef
 
 demo: setup-demo  ## train a classifier with SlowMo on four local workers; FRAMEWORK=tf: with Keras
+	@echo "Training on four workers of this machine, which start in some ten seconds"
 	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python $(DEMO_$(FRAMEWORK)) $(ARGS)
 
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone
@@ -174,7 +175,7 @@ test-all: setup  ## run all tests, with more sizes and settings
 	@$(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds
-	@$(BIN)/python -m pytest -m "not slow and not integration" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not thorough and not install and not integration" $(PARALLEL) $(ARGS)
 
 test-install: setup  ## install each framework alone into a new environment and train (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)

@@ -34,7 +34,7 @@ def parse(
     description: str | None,
     rank: int = 0,
     arguments: Sequence[str] | None = None,
-    seeds: int = 5,
+    seeds: int = 4,
     methods: Sequence[str] = DEFAULT,
     more: Callable[[Callable[..., Any]], None] = lambda add: None,
 ) -> Namespace:
