@@ -174,8 +174,8 @@ test-all: setup  ## run all tests, with more sizes and settings
 	@+$(call locked,.venv/.docs)
 	@$(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 
-test-fast: setup  ## run the tests that take no more than a few seconds
-	@$(BIN)/python -m pytest -m "not slow and not thorough and not install and not integration" $(PARALLEL) $(ARGS)
+test-fast: setup  ## run the tests that take no more than a few seconds and start no workers
+	@$(BIN)/python -m pytest -m "not slow and not workers and not thorough and not install and not integration" $(PARALLEL) $(ARGS)
 
 test-install: setup  ## install each framework alone into a new environment and train (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)

@@ -36,6 +36,7 @@ def signals():
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_one_workers_wish_ends_all_after_the_same_step(case, tmp_path):
     settings, expected = CASES[case]
     problem = Problem(settings)
@@ -184,6 +185,7 @@ def test_signals_to_forked_processes_end_these_alone():
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_at_once_wherever_it_is(place, tmp_path):
     number, code = PLACES[place], BUSY + place
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as job:

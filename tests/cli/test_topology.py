@@ -89,6 +89,7 @@ def test_command_names_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["exponential", "-m", "12"], ["star", "-m", "1"], ["ring", "-m", "40"]])
+@pytest.mark.slow
 def test_command_draws(capsys: pytest.CaptureFixture[str], tmp_path: Any, arguments: list[str]) -> None:
     path = tmp_path / "a.png"
     assert f"drawn into {path}" in shown(capsys, *arguments, "--out", str(path))

@@ -137,6 +137,7 @@ def test_the_scripts_own_collectives_do_not_mix_with_ours(distributed_workers):
 
 
 @pytest.mark.workers
+@pytest.mark.slow
 def test_a_worker_that_never_comes_is_an_error_after_the_groups_timeout(distributed_workers):
     waiting, _ = distributed_workers(2).outcomes("support.jobs.distributed:late", fatal=True)
     assert "slowmo.ledger" in waiting
@@ -146,6 +147,7 @@ def test_a_worker_that_never_comes_is_an_error_after_the_groups_timeout(distribu
 
 
 @pytest.mark.workers
+@pytest.mark.slow
 def test_nodes_average_gradients(distributed_workers):
     """Two nodes of two workers equal the same on threads."""
     for apart, together in distributed_workers(4).run("support.jobs.distributed:nodes"):

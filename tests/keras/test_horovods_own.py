@@ -33,6 +33,7 @@ def states():
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("given", [False, True])
+@pytest.mark.slow
 def test_an_elastic_state_of_slowmo_is_refused(number, trained, given):
     model, optimizer = compiled()
     if trained:

@@ -45,6 +45,7 @@ def with_settings(name, kind=Adam):
     "name",
     [pytest.param(name, marks=[pytest.mark.thorough] * (name not in IN_EVERY_RUN)) for name in SETTINGS],
 )
+@pytest.mark.slow
 def test_every_setting_is_the_bare_optimizers_to_the_bit(name):
     assert same(applied(bare(with_settings(name)), 8), applied(with_settings(name), 8))
 

@@ -29,6 +29,7 @@ def workers(change, then):
 
 
 @pytest.mark.parametrize("how", ["step", pytest.param("join", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_values_from_outside_do_not_leave_the_frameworks_apart(how, caplog):
     def change(model):
         with torch.no_grad():
@@ -40,6 +41,7 @@ def test_values_from_outside_do_not_leave_the_frameworks_apart(how, caplog):
     assert caplog.text.count("outside on rank 0 (loaded weights, say). All workers take the mean") == 2
 
 
+@pytest.mark.slow
 def test_another_form_is_refused_by_both_frameworks():
     def change(model):
         model.parts[1].data = torch.ones(5, dtype=torch.float64)

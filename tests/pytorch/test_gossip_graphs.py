@@ -132,6 +132,7 @@ NODES = {"2 nodes of 2": [[0, 1], [2, 3]], "3 of 2, not in order": [[0, 3], [1, 
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("above", ABOVE)
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.slow
 def test_nodes(nodes, above, overlap):
     """Gossip between nodes whose workers average their gradients, with uneven data."""
     ranks = NODES[nodes]

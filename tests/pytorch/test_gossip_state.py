@@ -44,6 +44,7 @@ def mass(model, optimizer, array, rank):
     average=st.booleans(), tau=st.sampled_from([None, 1, 3, 5]), stop=st.integers(0, 9),
     rates=st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.3]), min_size=10, max_size=10),
 )  # fmt: skip
+@pytest.mark.slow
 def test_mass_is_conserved(workers, period, seed, overlap, average, tau, stop, rates):
     """At every step, with changing rates and across a resume, the sum changes by the inner steps alone."""
     array = any_graph(workers, period, seed)

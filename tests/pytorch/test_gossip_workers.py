@@ -17,6 +17,7 @@ pytestmark = pytest.mark.workers
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 def test_equal_to_the_oracle(workers, size):
     for name, problem in GOSSIP.items():
         if problem.config.get("topology") == "bipartite" and size % 2:
@@ -48,6 +49,7 @@ def test_joins_with_uneven_data(workers, size):
 
 @pytest.mark.parametrize("size", SIZES[:3:2])
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.slow
 def test_a_step_sends_as_many_vectors_as_the_graph_has_edges_from_a_worker(workers, size, overlap):
     for name in ("exponential", "complete", "full"):
         config = {"gossip": "sgp", "tau": None, "alpha": 1.0, "beta": 0.0, "topology": name, "overlap": overlap}

@@ -56,6 +56,7 @@ def compare(problem, plan, histories):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.slow
 def test_uneven_epochs_equal_the_reference(name):
     problem = SETTINGS[name]
     histories = ThreadWorld(3).run(lambda comm: epochs(problem, UNEVEN, comm))

@@ -90,6 +90,7 @@ def trajectory(name, settings, wrap, model_of=model_for, input_of=input_for):
 
 
 @pytest.mark.parametrize(("name", "settings"), list(cases()), ids=spell)
+@pytest.mark.slow
 def test_every_optimizer_with_every_option_is_the_bare_one_to_the_bit(name, settings):
     """If torch refuses an option (capturable on the CPU, differentiable with leaves), SlowMo passes its error on."""
     bare = trajectory(name, settings, lambda base, model: base)

@@ -70,6 +70,7 @@ def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
         *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.thorough]) for n in (4, 8)),
     ],
 )
+@pytest.mark.slow
 def test_workers_equal_the_reference(workers, size):
     for name, problem in PROBLEMS.items():
         histories = workers(size).run("support.trainings.pytorch:run", problem=problem, chunk_bytes=40)
@@ -80,6 +81,7 @@ def test_workers_equal_the_reference(workers, size):
 
 
 @pytest.mark.workers
+@pytest.mark.slow
 def test_resume_at_every_step_is_bitwise_the_run_without_a_stop(workers):
     problem = PROBLEMS["slowmo over Nesterov SGD, reset"]
     whole = workers(2).run("support.trainings.pytorch:run", problem=problem)
@@ -89,6 +91,7 @@ def test_resume_at_every_step_is_bitwise_the_run_without_a_stop(workers):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.slow
 def test_resume_in_the_middle_of_a_block(name):
     problem = PROBLEMS[name]
     whole = ThreadWorld(2).run(lambda comm: run(problem, comm))

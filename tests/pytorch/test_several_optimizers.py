@@ -25,6 +25,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.slow
 def test_one_join_answers_the_exchanges_of_all(config, lengths):
     """Each optimizer's result is the one that it has in a training of its own."""
 

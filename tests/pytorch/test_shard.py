@@ -21,6 +21,7 @@ FORMS = [{"bits": 32}, {"bits": 32, "alpha": 0.7, "beta": 0.0}, {"bits": 8}, {"b
 
 
 @pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.slow
 def test_training_is_bitwise_that_of_the_undivided_state(name):
     divided = ThreadWorld(3).run(lambda comm: run(SHARDED[name], comm))
     whole = ThreadWorld(3).run(lambda comm: run(MOMENTUM[name], comm))
@@ -30,6 +31,7 @@ def test_training_is_bitwise_that_of_the_undivided_state(name):
 
 @pytest.mark.parametrize("settings", LATE, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.slow
 def test_several_slices_are_bitwise_the_undivided_state(settings, size):
     """Workers with different numbers of steps, and a join."""
     expected = ThreadWorld(size).run(lambda comm: few_bits.trained({"bits": 32, **settings}, comm))
@@ -73,6 +75,7 @@ def test_an_outer_step_in_few_bits_equals_the_reference_bitwise(bits, size):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("settings", LATE, ids=str)
 @pytest.mark.parametrize("kind", ["state_dict", "save"])
+@pytest.mark.slow
 def test_a_resume_is_bitwise_the_run_without_a_stop(form, settings, kind, tmp_path):
     def work(comm):
         model, optimizer = few_bits.build(comm, shard=True, **form, **settings)
@@ -209,6 +212,7 @@ def test_nothing_to_divide_is_said():
 @pytest.mark.workers
 @pytest.mark.both_transports
 @pytest.mark.parametrize("form", [{"bits": 32, "delay": 1}, {"bits": 8, "fragments": 4, "delay": 2}], ids=str)
+@pytest.mark.slow
 def test_real_workers_compute_what_threads_do(workers, form):
     settings = {"shard": True, **form}
     found = workers(2).run("pytorch.test_few_bits:trained", settings=settings)

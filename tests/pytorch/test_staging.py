@@ -57,6 +57,7 @@ def test_a_horovod_that_takes_tensors_on_the_device_gets_them():
 
 @pytest.mark.workers
 @pytest.mark.parametrize("name", ["slowmo over plain SGD", "warm-up", "ar_sgd"])
+@pytest.mark.slow
 def test_a_staged_training_is_bitwise_the_direct_one(workers, name):
     # Two workers: with more, Horovod's fusion of neighbouring chunks can change the last bit of a sum.
     direct = workers(2).run("support.jobs.pytorch:staged", problem=PROBLEMS[name], looks=None)

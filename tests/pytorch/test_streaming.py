@@ -81,6 +81,7 @@ def test_uneven_epochs_equal_the_reference(problem, plan):
 
 @pytest.mark.parametrize("name", STREAMED)
 @pytest.mark.parametrize("stop", [5, 6, 7, 8])
+@pytest.mark.slow
 def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
     problem = STREAMED[name]
     whole = ThreadWorld(2).run(lambda comm: run(problem, comm))
@@ -91,6 +92,7 @@ def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
 
 @pytest.mark.workers
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_workers_equal_the_reference(workers, size):
     for name, problem in STREAMED.items():
         histories = workers(size).run("support.trainings.pytorch:run", problem=problem, chunk_bytes=40)

@@ -140,6 +140,7 @@ def test_base_alone_is_torch(name: str) -> None:
     inner_state=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
     n_groups=st.integers(1, 2), unequal=st.booleans(),
 )  # fmt: skip
+@pytest.mark.slow
 def test_whole_is_outer_torch_sgd(
     name: str, seed: int, workers: int, steps: int, warmup_steps: int, n_groups: int, unequal: bool, **config: Any
 ) -> None:
