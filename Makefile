@@ -161,7 +161,7 @@ docs:  ## build the documentation as a site, build/site/index.html
 evidence: setup  ## write docs/evidence.md: the paper's questions at a small scale (hours; goes on where it was stopped)
 	@$(EVIDENCE) --size full $(ARGS)
 
-evidence-quick: setup  ## the same with fewer seeds, workers and steps (about ten minutes)
+evidence-quick: setup  ## the same with fewer seeds, workers and steps, without translation (about ten minutes)
 	@$(EVIDENCE) --size quick $(ARGS)
 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
