@@ -7,10 +7,10 @@ import torch
 parallel_text = pytest.importorskip("parallel_text")
 pytest.importorskip("sacrebleu")
 
-from evidence import page, runs, translation  # noqa: E402
-from evidence.results import Key, Results  # noqa: E402
-from evidence.studies import FULL, QUICK, Translation, translators  # noqa: E402
-from transformer import BEGIN, END, PAD  # noqa: E402
+from evidence import page, runs, translation  # noqa: E402 - it needs sacrebleu
+from evidence.results import Key, Results  # noqa: E402 - as above
+from evidence.studies import FULL, QUICK, Translation, translators  # noqa: E402 - as above
+from transformer import BEGIN, END, PAD  # noqa: E402 - as above
 
 WORDS = ("cat", "dog", "sees", "home", "today", "friend", "rain", "walk")
 

@@ -8,7 +8,7 @@ from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.torch import DPSGD, SGP, SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
 from reference.gossip import run_gossip
-from support.membership import CHUNKS, GRADIENTS, LENGTH, LR, Breaking, Killed
+from support.membership import CHUNKS, GRADIENTS, LENGTH, LR, Breaking, Killed, train, values
 
 BETA, TAU = 0.5, 6
 METHODS = {"sgp": SGP(), "osgp": SGP(overlap=True), "dpsgd": DPSGD()}
@@ -26,16 +26,6 @@ def member_of(comm, number, config, momentum=0.0):
     optimizer = Short(torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum), model, config, comm=broken)
     optimizer.worker.elastic = optimizer.worker.assembly.machine.tracks = True
     return model, optimizer, broken
-
-
-def train(model, optimizer, number, steps):
-    for _ in range(steps):
-        model.weight.grad = torch.tensor(GRADIENTS[number])[None]
-        optimizer.step()
-
-
-def values(model):
-    return model.weight.detach().numpy()[0].copy()
 
 
 def lost(config, steps, messages):

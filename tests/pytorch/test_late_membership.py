@@ -11,7 +11,7 @@ from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
 from reference.few_bits import mean_of_differences
-from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, LateOracle, outer
+from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, LateOracle, OfPyTorch, outer
 
 BOTH, ALL = [0, 1], [0, 1, 2]
 
@@ -20,7 +20,7 @@ class Short(SlowMo):
     _chunk_bytes = 8 * LENGTH // CHUNKS
 
 
-class Member:
+class Member(OfPyTorch):
     """One worker.
 
     Args:
@@ -37,14 +37,6 @@ class Member:
         self.optimizer = Short(inner, self.model, config, comm=self.broken)
         self.worker.elastic = self.worker.assembly.machine.tracks = True
         self.start = self.values
-
-    @property
-    def worker(self):
-        return self.optimizer.worker
-
-    @property
-    def values(self):
-        return self.model.weight.detach().numpy()[0].copy()
 
     @property
     def masks(self):

@@ -7,7 +7,7 @@ import torch
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
-from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, outer
+from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, outer, train, values
 
 
 class Short(SlowMo):
@@ -20,16 +20,6 @@ def worker_of(comm, config):
     optimizer = Short(torch.optim.SGD(model.parameters(), lr=LR), model, config, comm=comm)
     optimizer.worker.elastic = optimizer.worker.assembly.machine.tracks = True
     return model, optimizer
-
-
-def train(model, optimizer, number, steps):
-    for _ in range(steps):
-        model.weight.grad = torch.tensor(GRADIENTS[number])[None]
-        optimizer.step()
-
-
-def values(model):
-    return model.weight.detach().numpy()[0].copy()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hvd_slowmo.core.dealing import spans
 from hvd_slowmo.core.layout import Chunk
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
-from support.membership import Breaking, Killed
+from support.membership import Breaking, Killed, OfPyTorch
 
 TAU, BETA, LR, LENGTH, CHUNKS = 3, 0.5, 0.25, 3 * 6144, 3
 GRADIENTS = np.random.default_rng(0).standard_normal((3, LENGTH))
@@ -25,7 +25,7 @@ class Short(SlowMo):
     _chunk_bytes = 8 * SIZE
 
 
-class Member:
+class Member(OfPyTorch):
     """One worker, and its vectors as NumPy's."""
 
     def __init__(self, comm, number, dtype=torch.float64, **settings):
@@ -36,14 +36,6 @@ class Member:
         self.optimizer = Short(torch.optim.SGD(self.model.parameters(), lr=LR), self.model, config, comm=self.broken)
         self.worker.elastic = self.worker.assembly.machine.tracks = True
         self.start = self.values
-
-    @property
-    def worker(self):
-        return self.optimizer.worker
-
-    @property
-    def values(self):
-        return self.model.weight.detach().numpy()[0].copy()
 
     def slices(self, name):
         """Return the elements that this worker keeps, zeros elsewhere."""

@@ -44,6 +44,30 @@ class Breaking:
         return self._comm.wait(handle)
 
 
+def train(model, optimizer, number, steps):
+    """Let a PyTorch worker take steps, all with its gradient."""
+    for _ in range(steps):
+        model.weight.grad = model.weight.new_tensor(GRADIENTS[number])[None]
+        optimizer.step()
+
+
+def values(model):
+    """Return a copy of the parameters of a PyTorch model, (LENGTH,)."""
+    return model.weight.detach().numpy()[0].copy()
+
+
+class OfPyTorch:
+    """A worker with a `model` and an `optimizer` of PyTorch's."""
+
+    @property
+    def worker(self):
+        return self.optimizer.worker
+
+    @property
+    def values(self):
+        return values(self.model)
+
+
 def outer(anchor, v, models, weights):
     """Return anchor and v after an outer step, of SlowMo's equations (2) and (3) at alpha = 1."""
     mean = np.average(models, axis=0, weights=weights)
