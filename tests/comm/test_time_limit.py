@@ -16,7 +16,7 @@ from support.installation import ROOT
 TORCH = """
 import sys, time, torch
 import hvd_slowmo.torch as slowmo
-slowmo.init(timeout=4)
+slowmo.init(timeout=10)
 model = torch.nn.Linear(3, 1)
 optimizer = slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2)
 for step in range(6):
@@ -31,7 +31,7 @@ KERAS = """
 import time, keras, numpy as np
 import horovod.tensorflow as hvd
 import hvd_slowmo.tf as slowmo
-slowmo.init(timeout=4)
+slowmo.init(timeout=10)
 model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 model.compile(slowmo.SlowMo("sgd", tau=2), "mse")
 class Hang(keras.callbacks.Callback):
@@ -42,7 +42,7 @@ x = np.ones((12, 3), "float32")
 model.fit(x, x[:, :1], batch_size=2, verbose=0, callbacks=[slowmo.SlowMoCallback(), Hang()])
 """
 
-CAUSE = r"most likely because rank 1 ended, was killed or has not come within 4 s; look at the output there"
+CAUSE = r"most likely because rank 1 ended, was killed or has not come within 10 s; look at the output there"
 
 
 @pytest.mark.parametrize(
