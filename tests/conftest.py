@@ -1,11 +1,16 @@
 """Fixtures: Horovod workers shared by all tests."""
 
+import os
 from collections.abc import Callable, Iterator
+
+# Before PyTorch is imported: threads of several tests would wait for each other busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
 
 from support.pool import DISTRIBUTED, Pool, PoolOf
+from support.sample import leave_out
 
 # Nothing here is timed: a busy machine takes its time.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -14,7 +19,8 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave a test on the second transport to `make test-all`, unless it is marked."""
+    """Leave to `make test-all` tests on the second transport, unless they are marked, and variants beside a sample."""
+    leave_out(items)
     for item in items:
         transport = item.callspec.params.get("workers") if hasattr(item, "callspec") else None
         if transport == DISTRIBUTED and not item.get_closest_marker("both_transports"):

@@ -34,6 +34,7 @@ MORE = ("Adam", "reset", "dpsgd")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.thorough] * (c in MORE)) for c in CASES])
+@pytest.mark.sample("momentum")
 def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
     """In the middle of a block, both ways; and a state that goes there and back is the same up to rounding."""
     config, base = CASES[case]
@@ -78,6 +79,7 @@ def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [5, 6])
+@pytest.mark.sample("5")
 def test_workers_of_both_frameworks_have_one_checkpoint(steps, tmp_path):
     """In the middle of a block each goes on with its own state, also where ranks have changed their framework."""
     config, base = {"tau": 3, "inner_state": "reset"}, CASES["momentum"][1]

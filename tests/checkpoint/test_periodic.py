@@ -62,6 +62,7 @@ def names(folder):
 
 @pytest.mark.parametrize("problem", [MAINTAIN, RESET, ALL, SHARD, DPSGD], ids=lambda problem: str(problem.config))
 @pytest.mark.slow
+@pytest.mark.sample("{'tau': 4}", "{'tau': 3, 'gossip': 'dpsgd'}", "{'tau': 4, 'shard': True, 'inner_state': 'reset'}")
 def test_an_interrupted_run_goes_on_bitwise_as_the_one_without_a_stop(problem, tmp_path):
     whole = run(tmp_path / "whole", 3, 14, problem)
     run(tmp_path / "again", 3, 11, problem)  # the steps after the last checkpoint are lost, and taken again

@@ -186,6 +186,7 @@ def test_signals_to_forked_processes_end_these_alone():
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.slow
+@pytest.mark.sample("time.sleep(120)")
 def test_a_second_signal_ends_a_process_at_once_wherever_it_is(place, tmp_path):
     number, code = PLACES[place], BUSY + place
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as job:

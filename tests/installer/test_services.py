@@ -201,6 +201,7 @@ else:
 @pytest.mark.slow
 @pytest.mark.workers
 @pytest.mark.parametrize("elastic", [False, True], ids=["static", "elastic"])
+@pytest.mark.sample("static")
 def test_a_job_ends_well_while_a_stranger_is_refused(tmp_path, elastic, monkeypatch):
     monkeypatch.delenv(signature_source.SECRET)
     script = STRANGER.format(tests=str(ROOT / "tests"), secret=signature_source.SECRET)

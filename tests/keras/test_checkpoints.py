@@ -157,6 +157,7 @@ def test_a_signal_saves_a_fit_to_a_path(tmp_path, no_handler_left):
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.thorough
 def test_a_signal_to_one_worker_ends_the_fit_of_both_at_an_outer_step(keras_workers, tmp_path):
     first, second = keras_workers(2).run("support.jobs.checkpoints:preempted", path=tmp_path)
     assert first == second == (PREEMPTED, 8, [1, 2])

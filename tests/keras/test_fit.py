@@ -137,6 +137,7 @@ def train(pool, name):
 
 
 @pytest.mark.parametrize("name", sorted(FAST))
+@pytest.mark.sample("executions of 4", "uneven")
 def test_two_workers_train(keras_workers, name):
     train(keras_workers(2), name)
 
@@ -165,6 +166,7 @@ def test_misuse_raises_on_every_rank(keras_workers, kind):
 
 
 @pytest.mark.parametrize("kind", ["sequential", "unbuilt"])
+@pytest.mark.sample("unbuilt")
 def test_a_fit_with_the_callback_works_after_one_without(keras_workers, kind):
     results = keras_workers(2).run("support.jobs.keras_fit:recovers", kind=kind)
     check(results, steps=3)
@@ -213,6 +215,7 @@ def test_a_resume_from_own_files_is_the_run_without_a_stop(keras_workers, tmp_pa
     alike([whole[0], again[0]], "weights", "vectors")
 
 
+@pytest.mark.thorough
 def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
     results = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path), stop=True, everyone=False)
     alike(results, "weights", "vectors")
@@ -223,6 +226,7 @@ def test_a_resume_on_rank_0_alone(keras_workers, tmp_path):
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("epochs", [[5, 2], [2, 5]])
+@pytest.mark.sample("epochs0-False")
 def test_a_worker_that_leaves_ends_the_others(keras_workers, epochs, own):
     results = keras_workers(2).run("support.jobs.keras_fit:leaves", epochs=epochs, own=own)
     leaver = epochs.index(2)

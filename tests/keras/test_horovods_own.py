@@ -34,6 +34,7 @@ def states():
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.slow
+@pytest.mark.sample(every=4)
 def test_an_elastic_state_of_slowmo_is_refused(number, trained, given):
     model, optimizer = compiled()
     if trained:

@@ -36,6 +36,7 @@ MODELS["embedding"] = (words, sentences)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.sample("subclassed", "embedding")
 def test_every_kind_of_model_trains_as_with_the_bare_optimizer(kind):
     make, data = MODELS[kind]
     ours, theirs = make(), make()

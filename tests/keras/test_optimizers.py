@@ -29,6 +29,7 @@ def test_no_optimizer_is_forgotten():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.sample("SGD", "Adam")
 def test_every_optimizer_is_the_bare_one_to_the_bit(name):
     assert same(applied(bare(CLASSES[name](0.01))), applied(CLASSES[name](0.01)))
 
@@ -38,6 +39,7 @@ def test_every_optimizer_is_the_bare_one_to_the_bit(name):
     "name",
     [pytest.param(n, marks=[pytest.mark.thorough] * (n not in ("SGD", "AdamW", "Lion", "Muon"))) for n in CLASSES],
 )
+@pytest.mark.sample("AdamW")
 def test_every_optimizer_is_the_bare_one_to_the_bit_under_fit(name):
     ours, theirs, optimizer = net(), net(), CLASSES[name](0.01)
     optimizer.build(theirs.trainable_variables)

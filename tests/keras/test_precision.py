@@ -23,6 +23,7 @@ def half():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [{"auto_scale_loss": False}, {}], ids=["not scaled by compile", "default"])
+@pytest.mark.sample("default")
 def test_mixed_float16_with_the_scaler_within(half, compiled):
     """Also with the schedule that the innermost optimizer has brought along. compile() adds no second scaler."""
     ours, theirs = net(), net()
@@ -61,6 +62,7 @@ def test_a_scaler_around_slowmo_raises_at_once(half, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+@pytest.mark.sample("mixed_bfloat16")
 def test_bfloat16(policy):
     keras.mixed_precision.set_dtype_policy(policy)
     try:
@@ -80,6 +82,7 @@ def test_bfloat16(policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.sample("bfloat16")
 def test_rounding_of_the_write_never_enters_the_momentum(dtype):
     """Without gradients Delta is 0: v must decay by beta and nothing else, though every write of the model rounds."""
     v = keras.Variable(np.zeros(64), dtype=dtype)

@@ -100,6 +100,7 @@ def test_variables_without_values_are_refused_at_the_start():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.sample("True")
 def test_keras_swaps_in_the_moving_average_for_validation(scaled):
     def trained(wrap):
         keras.utils.set_random_seed(3)
@@ -136,6 +137,7 @@ def test_what_is_not_finite_raises_and_nothing_is_written(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_keras_on_another_backend_is_a_clear_error():
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
     command = [sys.executable, "-c", "import hvd_slowmo.tf"]

@@ -46,6 +46,7 @@ def with_settings(name, kind=Adam):
     [pytest.param(name, marks=[pytest.mark.thorough] * (name not in IN_EVERY_RUN)) for name in SETTINGS],
 )
 @pytest.mark.slow
+@pytest.mark.sample("ema_overwrite", "accumulation")
 def test_every_setting_is_the_bare_optimizers_to_the_bit(name):
     assert same(applied(bare(with_settings(name)), 8), applied(with_settings(name), 8))
 
@@ -59,6 +60,7 @@ def test_every_setting_is_the_bare_optimizers_to_the_bit(name):
         for how in ("fit", "several steps per execution", "eager fit")
     ],
 )
+@pytest.mark.sample("ema_overwrite-several steps per execution")
 def test_every_way_of_fit_is_the_bare_optimizers_to_the_bit(name, how):
     ours, theirs = net(), net()
     compiled = {"several steps per execution": {"steps_per_execution": 3}, "eager fit": {"run_eagerly": True}}
@@ -95,6 +97,7 @@ def test_exclude_from_weight_decay():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_moving_average_is_the_final_value():
     ours, theirs = net(), net()
     for model, optimizer in (
@@ -107,6 +110,7 @@ def test_the_moving_average_is_the_final_value():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MaxNorm", "NonNeg", "UnitNorm"])
+@pytest.mark.sample("MaxNorm")
 def test_variable_constraints(kind):
     def trained(optimizer):
         return loop(net(kernel_constraint=getattr(keras.constraints, kind)()), optimizer, range(4))

@@ -121,6 +121,7 @@ def test_a_variable_without_a_gradient_on_one_worker_or_on_all():
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["local", "all"])
+@pytest.mark.sample("local")
 def test_a_worker_in_a_join_takes_all_that_the_others_do(gradients):
     """Constraints, the moving average and measurements, and leaves alone what nobody has a gradient for."""
 
@@ -209,6 +210,7 @@ def test_rates_that_differ_warn_once_with_the_ranks(caplog):
 
 
 @pytest.mark.parametrize("buffers", ["maintain", "reset", "average"])
+@pytest.mark.sample("average")
 def test_buffers(buffers):
     def work(comm):
         given = variables([8.0])

@@ -29,6 +29,7 @@ def operations(graph):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "warmup_steps": 3, "inner_state": "reset"}], ids=str)
+@pytest.mark.sample("{'tau': 2}")
 def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     model, optimizer = net(), SlowMo(SGD(0.1, momentum=0.5), config_of(config), metrics=True)
     fit(model, optimizer, range(5), epochs=4)
@@ -66,6 +67,7 @@ def test_embeddings_of_any_number_of_words_take_few_traces():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "inner_state": "reset", "nonfinite": "exclude"}], ids=str)
+@pytest.mark.sample("{'tau': 2}")
 def test_xla_compiles_a_worker_alone(config):
     compiled, plain = net(), net()
     fit(plain, SlowMo(SGD(0.1, momentum=0.5), config_of(config)), range(5))
@@ -151,6 +153,7 @@ def test_a_join_that_only_meets_the_others_is_not_traced():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"alpha": 0.7, "nesterov": True}, {"beta": 0.0}], ids=str)
+@pytest.mark.sample("{'alpha': 0.7, 'nesterov': True}")
 def test_an_outer_step_has_the_same_bits_with_and_without_a_trace(config):
     """A worker in a join takes it without one, beside workers that take it in their traced step."""
     results = []

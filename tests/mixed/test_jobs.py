@@ -85,6 +85,7 @@ def test_streamed_outer_steps_equal_the_reference(mixed_workers):
     ],
     ids=str,
 )
+@pytest.mark.sample("{'bits': 32, 'shard': True, 'delay': 1}")
 def test_outer_steps_in_slices_equal_one_frameworks(mixed_workers, horovod_workers, settings):
     """The workers decode the same bytes; each framework rounds its own outer update."""
     mixed = mixed_workers("tk").run("support.jobs.mixed:few_bits", settings=settings)
@@ -150,6 +151,7 @@ def test_parameter_groups_of_pytorch_alone(mixed_workers):
         {"tau": 3, "gossip": "sgp", "average": False},
     ],
 )
+@pytest.mark.sample("config1", "config2")
 def test_join_with_uneven_data(mixed_workers, config):
     """Equal to threads of PyTorch alone, which are equal to the reference (test_torch_join)."""
     from support.trainings.pytorch import epochs
@@ -180,6 +182,7 @@ def test_resume_from_a_checkpoint(mixed_workers, name, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"tau": None, **OSGP}, {"tau": 3, "fragments": 3, "delay": 1}], ids=str)
+@pytest.mark.sample("{'tau': 3, 'fragments': 3, 'delay': 1}")
 def test_a_load_while_messages_are_on_their_way_is_refused_on_all(mixed_workers, settings, tmp_path):
     problem = Problem(settings)
     for said, back in mixed_workers("tk").run(

@@ -238,6 +238,7 @@ def test_what_the_keras_adapter_refuses_with_a_map():
     "config",
     [{"tau": 3}, {"tau": 3, "gossip": "sgp"}, pytest.param({"tau": 3, "warmup_steps": 2}, marks=pytest.mark.slow)],
 )
+@pytest.mark.sample("config0")
 def test_both_start_the_same_collectives_in_the_same_order(config):
     """ThreadWorld refuses what Horovod would forgive: other names, lengths or types in any place."""
     problem = Problem(config, steps=7)

@@ -104,6 +104,7 @@ def test_an_outer_step_equals_the_reference_bitwise(bits, size):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("settings", LATE, ids=str)
 @pytest.mark.slow
+@pytest.mark.sample(every=4)
 def test_all_workers_hold_the_same_after_a_join_and_are_near_to_more_bits(bits, settings):
     def work(comm, bits):
         model, optimizer = build(comm, bits=bits, **settings)
@@ -147,6 +148,7 @@ def test_a_constant_gradient_drives_the_parameters_to_the_same_place(bits):
 @pytest.mark.parametrize("stop", [3, 4, 5, 6])
 @pytest.mark.parametrize("kind", ["state_dict", "save"])
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_a_resume_is_bitwise_the_run_without_a_stop(settings, stop, kind, tmp_path):
     def work(comm):
         model, optimizer = build(comm, **settings)
@@ -184,6 +186,7 @@ IN_FLIGHT = [
 @pytest.mark.parametrize("lengths", [(0, 5), (1, 6), (2, 9), (3, 3)], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [None, 5000], ids=["one chunk", "several chunks"])
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_workers_in_a_join_and_in_training_start_the_same_in_the_same_order(
     monkeypatch, bits, settings, lengths, chunk_bytes
 ):

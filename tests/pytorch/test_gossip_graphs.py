@@ -42,6 +42,7 @@ def equal_the_oracle(workers, above):
 
 @pytest.mark.parametrize("above", ABOVE)
 @pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.sample("2-noaverage", "5-slowmo")
 def test_every_topology_and_base(workers, above):
     equal_the_oracle(workers, above)
 
@@ -51,6 +52,7 @@ def test_every_topology_and_base(workers, above):
     "workers",
     [m if m in (1, 3, 4) else pytest.param(m, marks=pytest.mark.thorough) for m in range(1, 17) if m not in (2, 5)],
 )
+@pytest.mark.sample("1")
 def test_every_topology_and_base_on_up_to_16_workers(workers):
     for above in ABOVE if workers < 9 or workers == 16 else ("slowmo",):
         equal_the_oracle(workers, above)
@@ -166,6 +168,7 @@ def test_nodes(nodes, above, overlap):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [{}, {"overlap": True}, {"gossip": "dpsgd"}], ids=["SGP", "OSGP", "D-PSGD"])
+@pytest.mark.sample("OSGP")
 def test_strongly_different_workers_stay_with_the_oracle(base):
     """The experiment of reference/test_gossip_against_others.py, on noise and over two long blocks: its results for the
     oracle hold for the adapter."""

@@ -120,6 +120,7 @@ def test_a_state_loaded_into_an_optimizer_in_use_recalls_its_messages(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOSSIP)
+@pytest.mark.sample(every=3)
 def test_resume_at_every_step_to_the_bit(name):
     problem = GOSSIP[name]
     steps = 12

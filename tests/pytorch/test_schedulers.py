@@ -79,6 +79,7 @@ def scheduled(name, wrap, rate, on="wrapper", resume=None):
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_every_scheduler_sets_the_rates_of_the_bare_optimizer_and_goes_on_after_loading(name, rate):
     def wrap(base, model):
         return SlowMo(base, model, BARE)

@@ -22,6 +22,7 @@ FORMS = [{"bits": 32}, {"bits": 32, "alpha": 0.7, "beta": 0.0}, {"bits": 8}, {"b
 
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.slow
+@pytest.mark.sample(every=2)
 def test_training_is_bitwise_that_of_the_undivided_state(name):
     divided = ThreadWorld(3).run(lambda comm: run(SHARDED[name], comm))
     whole = ThreadWorld(3).run(lambda comm: run(MOMENTUM[name], comm))
@@ -76,6 +77,7 @@ def test_an_outer_step_in_few_bits_equals_the_reference_bitwise(bits, size):
 @pytest.mark.parametrize("settings", LATE, ids=str)
 @pytest.mark.parametrize("kind", ["state_dict", "save"])
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_a_resume_is_bitwise_the_run_without_a_stop(form, settings, kind, tmp_path):
     def work(comm):
         model, optimizer = few_bits.build(comm, shard=True, **form, **settings)

@@ -108,6 +108,7 @@ BASES: dict[str, tuple[SlowMoConfig, Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.slow
+@pytest.mark.sample("SlowMo", "warm-up", "OSGP under SlowMo", "D-PSGD", "noaverage", "streaming with a delay")
 def test_a_simulation_trains_as_threads_do_at_every_step(name: str) -> None:
     config, inner = BASES[name]
     threads = on_threads(config, inner)
@@ -122,6 +123,7 @@ def test_a_simulation_trains_as_threads_do_at_every_step(name: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4}, {"bits": 16}, {"bits": 8, "fragments": 4, "delay": 1}])
 @pytest.mark.slow
+@pytest.mark.sample("settings2")
 def test_few_bits_withhold_the_same_as_on_threads(settings: dict[str, Any]) -> None:
     config = SlowMoConfig(tau=4, **settings)
     threads = on_threads(config, sgd, torch.float32)

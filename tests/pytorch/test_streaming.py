@@ -82,6 +82,7 @@ def test_uneven_epochs_equal_the_reference(problem, plan):
 @pytest.mark.parametrize("name", STREAMED)
 @pytest.mark.parametrize("stop", [5, 6, 7, 8])
 @pytest.mark.slow
+@pytest.mark.sample(every=5)
 def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
     problem = STREAMED[name]
     whole = ThreadWorld(2).run(lambda comm: run(problem, comm))

@@ -67,6 +67,7 @@ def test_all_types_are_handed_out_bitwise(workers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["horovod.torch", DISTRIBUTED])
+@pytest.mark.sample("horovod.torch")
 def test_two_process_sets_train_apart(transport):
     pool = Pool(4, transport, HOROVOD_DYNAMIC_PROCESS_SETS="1")
     a, b, c, d = pool.run("support.jobs.pytorch:halves", sets=[[0, 2], [1, 3]])
@@ -91,6 +92,7 @@ def test_messages_of_full_length(workers):
 @pytest.mark.slow
 @pytest.mark.both_transports
 @pytest.mark.parametrize("how", ["ends", "dies"])
+@pytest.mark.sample("horovod.torch-dies", "torch.distributed-ends")
 def test_a_lost_worker_is_one_clear_error_and_nothing_more_is_sent(workers, how):
     first, lost, third = workers(3).outcomes("support.jobs.pytorch:lost_worker", how=how, fatal=True)
     assert lost is None

@@ -1,0 +1,34 @@
+"""The mark `sample`: of a test with many variants, those that belong to `make test`.
+
+@pytest.mark.sample("SGD", "Adam")    these ids
+@pytest.mark.sample(every=3)          the first and each third one from there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+
+def leave_out(items: Sequence[pytest.Item]) -> None:
+    """Mark the other variants as thorough.
+
+    Raises:
+        pytest.UsageError: a test has no variant of an id that its mark names, while several are there.
+    """
+    variants: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, found in variants.items():
+        mark = found[0].get_closest_marker("sample")
+        assert mark is not None, "as above"
+        ids = [item.name.partition("[")[2].removesuffix("]") for item in found]
+        unknown = set(mark.args).difference(ids)
+        if unknown and len(found) > 1:  # one variant may have been asked for on the command line
+            raise pytest.UsageError(f"{name} has no variants {sorted(unknown)}. It has {ids}")
+        every = mark.kwargs.get("every")
+        for number, (item, variant) in enumerate(zip(found, ids, strict=True)):
+            if number % every if every else variant not in mark.args:
+                item.add_marker(pytest.mark.thorough)
