@@ -13,6 +13,7 @@ from hvd_slowmo.checkpoint.saving import Saving
 from hvd_slowmo.checkpoint.series import Found, Series
 from hvd_slowmo.checkpoint.state import WorkerState
 from hvd_slowmo.checkpoint.values import dump, load
+from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core import preemption
 from hvd_slowmo.core.handshake import agreed, logger
@@ -116,7 +117,8 @@ class Checkpoints:
     def resume(self, optimizer: SavedOptimizer, **objects: Stateful) -> int:
         """Continue from the newest checkpoint that is whole, if there is one. A collective.
 
-        A damaged one is left out with a warning, and the one before it is taken.
+        A damaged one is left out with a warning, and the one before it is taken. In an elastic job workers that have
+        made steps go on from where they are: call it wherever the function begins.
 
         Args:
             optimizer: SlowMo, of either framework; in Keras it is built, and `broadcast` has been called.
@@ -137,6 +139,9 @@ class Checkpoints:
     def find(self, optimizer: SavedOptimizer, **objects: Stateful) -> None:
         """Take the first half of `resume`: look for the checkpoint, and set `values`. A collective."""
         self._optimizer, self._objects = optimizer, dict(objects)
+        if elastic() and optimizer.steps > 0:  # the same on all, newcomers included; a save of former workers is over
+            self._found, self._saving, self._last, self.values = None, None, optimizer.steps, {}
+            return
         comm, settings = optimizer.worker.comm.scoped("checkpoints"), {"every": self.every, "keep": self.keep}
         self._found = self._series.find(comm, {**settings, "objects": sorted(objects)})
         extra = {} if self._found is None else self._found.extra

@@ -126,7 +126,6 @@ def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, keeps_han
     """Refuse arguments with which workers can't come and go yet.
 
     Args:
-        divides_anew: the adapter can divide what is kept in slices among other workers.
         keeps_handles: an exchange can be in flight between two of the adapter's calls.
         given: the constructor's other arguments that can't be given, None where they are not.
 
@@ -136,10 +135,8 @@ def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, keeps_han
     reasons = {
         "gossip in Keras": config.gossip is not None and not keeps_handles,
         "delay in Keras": config.delay > 0 and not keeps_handles,
-        "shard=True in Keras": config.shards and not divides_anew,
         "delay with shard=True": config.shards and config.delay > 0,
         "gradients='node'": config.gradients == "node",
-        "bits of less than 32 in Keras": bool(config.sliced_vectors) and not divides_anew,
         "tau=None with local gradients": config.tau is None and config.gossip is None and config.gradients == "local",
         **{f"a {name}": value is not None for name, value in given.items()},
     }

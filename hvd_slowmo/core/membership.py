@@ -160,8 +160,11 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         written = _roll_forward(member, places, stays, comm.rank)
         elsewhere |= written
     if config.sliced_vectors:
-        former = None if own.owner is None else _with_relayed(member, elsewhere)
-        deal_anew(machine.runtime, former, [place.owner for place in places], stays)
+        # A worker that has missed the end of an outer step has the new slices of it, or else none that are of use.
+        gives = [each or machine.runtime.ops.keeps_handles for each in within]
+        owners = [place.owner if each else None for place, each in zip(places, gives, strict=True)]
+        former = None if owners[comm.rank] is None else _with_unanswered(member, elsewhere)
+        deal_anew(machine.runtime, former, owners, stays)
         member.forget_former_slices()
     if not all(stays):
         _start_at(member, leader, progress, lead, not stays[comm.rank])
@@ -277,7 +280,7 @@ def _fly_together(
     return state_of_leader(workers, leader, flying), chunks
 
 
-def _with_relayed(member: Member[R], elsewhere: set[int]) -> FormerSlices:
+def _with_unanswered(member: Member[R], elsewhere: set[int]) -> FormerSlices:
     """Return this worker's slices, the new ones of exchanges that others have applied.
 
     Their results have not come here, but this worker's part of them, its slice, has gone to all others.

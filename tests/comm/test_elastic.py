@@ -91,6 +91,7 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
         pytest.param({"tau": 12, "fragments": 4}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "warmup_steps": 60}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "inner_state": "average"}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "bits": 8, "shard": True}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -107,6 +108,25 @@ def test_keras_survivors_go_on_where_they_were(tmp_path, settings):
         assert seen["steps"] == step + 30 * (4 - epoch)
         assert (seen["size"], seen["epoch"]) == (2, 4)
     assert found["localhost"]["parameters"] == found["127.0.0.1"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.workers
+def test_an_elastic_keras_job_saves_and_is_resumed(tmp_path):
+    """Survivors and newcomers of a job go on from where they are, and the next job from the last checkpoint."""
+    first = elastic(tmp_path, NAMES, 3, {"tau": 12}, victim="127.1", job="train_keras", CHECKPOINTS="1")
+    assert set(first) == {"localhost", "127.0.0.1"}
+    for seen in first.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        assert seen["calls"][1][0] == 1  # the epoch in which the worker was lost
+        assert seen["epochs"] == [1, 2]
+    steps = first["localhost"]["steps"]
+    again = elastic(tmp_path, NAMES[:2], 5, {"tau": 12}, job="train_keras", CHECKPOINTS="1")
+    for seen in again.values():
+        assert (seen["calls"], seen["epochs"]) == ([[0, 0]], [3, 4])
+        assert (seen["steps"], seen["epoch"]) == (steps + 60, 5)
+    assert again["localhost"]["parameters"] == again["127.0.0.1"]["parameters"]
 
 
 @pytest.mark.slow
@@ -174,6 +194,36 @@ def test_without_the_elastic_launcher_the_function_runs_once():
         return state.epoch * factor
 
     assert train(state, 2) == 6
+
+
+def test_checkpoints_are_not_resumed_where_workers_have_made_steps(monkeypatch, tmp_path):
+    """The function is called again whenever the workers have changed: they go on from where they are."""
+
+    def made():
+        model = torch.nn.Linear(2, 1)
+        return model, slowmo.SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, tau=2)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            checkpoints.step(batch=optimizer.steps)
+
+    model, optimizer = made()
+    checkpoints = slowmo.Checkpoints(tmp_path, every=2)
+    assert checkpoints.resume(optimizer) == 0
+    train(model, optimizer, 3)
+    before = model.weight.detach().clone()
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    assert (checkpoints.resume(optimizer), checkpoints.values) == (3, {})
+    assert torch.equal(model.weight, before)
+    train(model, optimizer, 3)
+    checkpoints.finish()
+    monkeypatch.delenv("HOROVOD_ELASTIC")
+    model, optimizer = made()
+    checkpoints = slowmo.Checkpoints(tmp_path, every=2)
+    assert (checkpoints.resume(optimizer), checkpoints.values) == (6, {"batch": 6})
 
 
 def test_a_function_without_a_state_is_told_what_it_needs():
@@ -288,8 +338,6 @@ def test_keras_workers_that_have_not_come_together_are_told_how(monkeypatch):
         slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1)
     with pytest.raises(ValueError, match="an elastic job can't have gossip in Keras yet"):
         slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, gossip=slowmo.SGP())
-    with pytest.raises(ValueError, match="an elastic job can't have bits of less than 32 in Keras yet"):
-        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, bits=8)
 
 
 def test_what_is_no_state_of_a_keras_job_is_refused():
@@ -302,14 +350,5 @@ def test_what_is_no_state_of_a_keras_job_is_refused():
     model.compile(slowmo_tf.SlowMo("sgd", tau=2), "mse")
     with pytest.raises(ValueError, match="has no variables yet"):
         slowmo_tf.elastic.State(model)
-    state = slowmo_tf.elastic.State(_built(keras, slowmo_tf))
-    with pytest.raises(ValueError, match="`checkpoints` and `state` can't be given together yet"):
-        slowmo_tf.SlowMoCallback(checkpoints=slowmo_tf.Checkpoints("folder"), state=state)
     with pytest.raises(TypeError, match=r"`state` must be a slowmo.elastic.State. Received: int"):
         slowmo_tf.SlowMoCallback(state=1)
-
-
-def _built(keras, slowmo_tf):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(slowmo_tf.SlowMo("sgd", tau=2), "mse")
-    return model

@@ -186,3 +186,64 @@ def test_averaged_gradients_leave_all_with_the_leaders_state():
     np.testing.assert_allclose(one, first * (1 - 0.1 * LR) - LR * GRADIENTS[:2].mean(axis=0), atol=1e-13)
     assert np.array_equal(one, other)
     assert steps == other_steps == 3
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("newcomer", [False, True])
+def test_slices_of_survivors_are_dealt_anew(bits, newcomer):
+    """The lost worker's slice of momentum begins with zeros; in few bits the same holds for what rounding withheld."""
+    blocks = 6  # two for each of three workers, three for each of two
+    gradients = np.random.default_rng(3).standard_normal((3, blocks * 1024, 1)).astype("float32")
+
+    class Sliced(Member):
+        def __init__(self, rank, comm):
+            super().__init__(rank, comm, shard=True, bits=bits)
+            self.weight = keras.Variable(np.random.default_rng(0).standard_normal((blocks * 1024, 1)), dtype="float32")
+
+        def train(self, steps):
+            for _ in range(steps):
+                self.optimizer.apply([tf.constant(gradients[self.number])], [self.weight])
+
+        def slices(self, name, size):
+            whole = np.zeros(blocks * 1024, "float32")
+            own = slice(self.rank * blocks // size * 1024, (self.rank + 1) * blocks // size * 1024)
+            whole[own] = self.optimizer.worker.variables.slices[name][0].numpy()
+            return whole
+
+    Sliced._chunk_bytes = 4 * blocks * 1024
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        member = Sliced(comm.rank, broken)
+        member.reform(broken)
+        member.train(2 * TAU - 1)
+        member.rank, broken.left = comm.rank, 0
+        kept = {name: member.slices(name, 3) for name in member.optimizer.worker.variables.slices}
+        with pytest.raises(tf.errors.OpError):
+            member.train(1)
+        return member, kept
+
+    everyone = ThreadWorld(3).run(before)
+    size = 3 if newcomer else 2
+
+    def after(comm):
+        member = everyone[comm.rank][0] if comm.rank < 2 else Sliced(2, comm)
+        member.rank = comm.rank
+        member.optimizer.worker.variables.made.assign(2 * TAU - 1) if comm.rank < 2 else None  # no outer step follows
+        member.reform(comm)
+        return {name: member.slices(name, size) for name in member.optimizer.worker.variables.slices}, member.values()
+
+    found = ThreadWorld(size).run(after)
+    lost = np.arange(blocks * 1024) >= 4 * 1024
+    for name in everyone[0][1]:
+        had, have = everyone[0][1][name] + everyone[1][1][name], sum(slices[name] for slices, _ in found)
+        assert np.all(had[lost] == 0)
+        assert np.any(had[~lost])
+        if name == "anchor":  # the mean of the survivors in its place
+            mean = np.mean([values[:, 0] for _, values in found[:2]], axis=0)
+            np.testing.assert_allclose(have[lost], mean[lost], atol=1e-6)
+            assert np.array_equal(have[~lost], had[~lost])
+        else:
+            assert np.array_equal(have, had)
+    if newcomer and bits == 32:
+        assert np.array_equal(found[2][1][:, 0], sum(slices["anchor"] for slices, _ in found))

@@ -47,7 +47,7 @@ class SlowMoCallback(keras.callbacks.Callback):
     - After a signal (`on_preemption`) all workers save and end after a batch.
     - With the `state` of an elastic job: `commit` after each batch. `state.epoch`, where the state has this value,
       becomes the epoch to begin with. One in which the workers change is taken once more, by the parameters that the
-      survivors have.
+      survivors have. `checkpoints` are resumed where no worker has made a step.
     - XLA, which can't compile the exchange, is switched off for this model's training.
 
     It goes to the front of the list of callbacks by itself.
@@ -56,7 +56,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         *optimizers: the SlowMo optimizers of a model with a custom `train_step`. Without any: all among the model's
             attributes, and in its lists and dicts.
         checkpoints: saves and resumes the job, for a model with one SlowMo optimizer.
-        state: of an elastic job (`slowmo.elastic.State`), which can't have `checkpoints`.
+        state: of an elastic job (`slowmo.elastic.State`).
 
     Raises:
         TypeError: no optimizer of the model is SlowMo, or an argument has another type.
@@ -84,11 +84,6 @@ class SlowMoCallback(keras.callbacks.Callback):
             raise TypeError(f"`checkpoints` must be Checkpoints. Received: {type(checkpoints).__name__}")
         if state is not None and not isinstance(state, ElasticState):
             raise TypeError(f"`state` must be a slowmo.elastic.State. Received: {type(state).__name__}")
-        if state is not None and checkpoints is not None:
-            raise ValueError(
-                "`checkpoints` and `state` can't be given together yet: whoever comes to an elastic job would load the "
-                "newest checkpoint. Call optimizer.save() in a callback of your own."
-            )
         self._given = optimizers
         self._state = state
         self._fit_checkpoints = None if checkpoints is None else FitCheckpoints(checkpoints)
@@ -136,6 +131,8 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._begun = self._in_epoch = self._left = False
         if self._fit_checkpoints is not None:
             self._fit_checkpoints.find(self.model, self._first)
+            if hasattr(self._state, "epoch") and self.model._initial_epoch is not None:
+                setattr(self._state, "epoch", self.model._initial_epoch)  # noqa: B010 - as in `on_epoch_end`
         self._explain_errors()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:

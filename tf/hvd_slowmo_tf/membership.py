@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.dealing import FormerSlices
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.machine import Machine
 from hvd_slowmo.core.membership import Place, Reformed, come_together
@@ -33,7 +34,9 @@ class KerasMember(StartingKerasWorker):
         variables = self._worker.variables
         step = int(variables.now.step)
         # Of an outer step that was broken off nothing is written: `Runtime.whole`.
-        return Place(True, step, int(variables.made.numpy()) == step + 1, torn=self._worker.torn)
+        owner = int(variables.rank.numpy()), int(variables.workers.numpy())
+        made = int(variables.made.numpy()) == step + 1
+        return Place(True, step, made, owner=owner if self.config.sliced_vectors else None, torn=self._worker.torn)
 
     @property
     def torn(self) -> bool:
@@ -44,15 +47,19 @@ class KerasMember(StartingKerasWorker):
         self._worker.torn = value
 
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
+        if self.config.sliced_vectors:
+            self._worker.divide(description.layout.layout)
         self.assemble(description, graph)
         if self._worker.job is None:
             self.write_progress(self.machine.initial())
 
-    def former_slices(self) -> None:
-        return None  # they are refused in elastic jobs
+    def former_slices(self) -> FormerSlices | None:
+        return self._worker.former_slices
 
     def forget_former_slices(self) -> None:
-        """Do nothing: there are none."""
+        worker = self._worker
+        worker.former_slices = None
+        worker.variables.belong_to(worker.comm.rank, worker.comm.size)
 
     def read_progress(self) -> Progress:
         return self._worker.variables.read()
@@ -75,7 +82,9 @@ class KerasMember(StartingKerasWorker):
 
     def _own(self, job: Job) -> list[keras.Variable]:
         """Return the variables that the chunks do not carry; those of the vectors are handed out as such."""
-        vectors = {id(v) for chunks in self._worker.variables.vectors.values() for v in chunks.values()}
+        variables = self._worker.variables
+        kept = *variables.vectors.values(), *variables.slices.values()
+        vectors = {id(v) for chunks in kept for v in chunks.values()}
         return [v for v in super()._own(job) if id(v) not in vectors]
 
     @property

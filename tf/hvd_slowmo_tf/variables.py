@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import keras
 import tensorflow as tf
@@ -67,12 +67,12 @@ class OptimizerVariables:
         self.workers = add_variable(shape=(), dtype="int64", name="workers")
         self.rank = add_variable(shape=(), dtype="int64", name="rank")
         self.made = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._on_host = on_host
         own = {} if slices is None else slices.allocations()
 
         def flat(name: str, chunk: Chunk, length: int) -> keras.Variable:
             dtype = layout.segments[chunk.segment].dtype
-            kept = on_host and name in ("anchor", "v", "residual", "slice_residual")
-            with tf.device("CPU:0") if kept else nullcontext():
+            with self._place_of(name):
                 return add_variable(shape=(length,), dtype=dtype, name=f"{name}_{chunk.index}")
 
         self.vectors = {
@@ -88,6 +88,25 @@ class OptimizerVariables:
             for vector, lengths in own.items()
         }
         self._lengths = [chunk.size for chunk in layout.parameter_chunks]
+
+    def _place_of(self, name: str) -> AbstractContextManager[object]:
+        kept = self._on_host and name in ("anchor", "v", "residual", "slice_residual")
+        device: AbstractContextManager[object] = tf.device("CPU:0") if kept else nullcontext()
+        return device
+
+    def divide(self, slices: OwnSlices, variables: list[keras.Variable]) -> None:
+        """Make room for other slices of the worker, with zeros.
+
+        The new variables take the places of the old ones among `variables`, the optimizer's.
+        """
+        for name, lengths in slices.allocations().items():
+            for chunk, length in lengths.items():
+                old = self.slices[name][chunk]
+                with self._place_of(name):
+                    zeros = tf.zeros((length,), old.dtype)
+                    new = keras.Variable(zeros, dtype=old.dtype, trainable=False, name=old.name)
+                self.slices[name][chunk] = new
+                variables[next(n for n, v in enumerate(variables) if v is old)] = new
 
     def belong_to(self, rank: int, workers: int) -> None:
         """Note whose state this is."""

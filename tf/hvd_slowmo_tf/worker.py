@@ -21,8 +21,9 @@ from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core import preemption
 from hvd_slowmo.core.assembly import Assembly, assemble
+from hvd_slowmo.core.dealing import FormerSlices
 from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.layout import Layout, ParameterGroups, lay_out
 from hvd_slowmo.core.ledger import RATES
 from hvd_slowmo.core.metrics import Metrics, metrics_of
 from hvd_slowmo.core.names import within_step
@@ -85,6 +86,7 @@ class KerasWorker:
         left: ranks that have left for good.
         elastic: other workers may take the place of these, in an elastic job.
         torn: other workers were lost while this one took their state.
+        former_slices: of former workers until they have been dealt anew, and whose they are; None else.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
@@ -107,6 +109,7 @@ class KerasWorker:
         self.step: TracedStep | None = None
         self.left: tuple[int, ...] = ()
         self.elastic = comm is None and elastic()
+        self.former_slices: FormerSlices | None = None
         self.torn = self.averaging = self.only_builds = False
         self._sent_before = 0  # bytes, to former workers
         self._process_set = process_set
@@ -440,6 +443,16 @@ class KerasWorker:
         self._sent_before = self.bytes_sent
         self._comm, self.step, self.left, self._joined = comm, None, (), None
         tell_steps(comm, self, KerasWorker._steps)
+
+    def divide(self, layout: Layout) -> None:
+        """Make room for the slices that this worker has among the present ones; those of former ones are kept."""
+        variables = self.variables
+        if self.job is not None and self.former_slices is None:
+            kept = {name: {n: tf.identity(v) for n, v in each.items()} for name, each in variables.slices.items()}
+            owner = int(variables.rank.numpy()), int(variables.workers.numpy())
+            self.former_slices = FormerSlices(owner, lambda name, chunk: kept[name][chunk])
+        own = OwnSlices(self.config, layout, self.comm.rank, self.comm.size)
+        variables.divide(own, self.optimizer._variables)
 
     @property
     def bytes_sent(self) -> int:

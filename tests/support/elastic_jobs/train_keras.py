@@ -42,6 +42,7 @@ def train(state):
     rng = np.random.default_rng(hvd.rank())
     x = rng.standard_normal((16 * 30, 64))
     calls.append((state.epoch, state.optimizer.steps))
+    saved = slowmo.Checkpoints(directory / "saved") if "CHECKPOINTS" in os.environ else None
     history = state.model.fit(
         x,
         x @ target,
@@ -49,13 +50,13 @@ def train(state):
         initial_epoch=state.epoch,
         epochs=epochs,
         verbose=0,
-        callbacks=[slowmo.SlowMoCallback(state=state), Fault()],
+        callbacks=[slowmo.SlowMoCallback(state=state, checkpoints=saved), Fault()],
     )
-    return history.history["loss"][-1]
+    return history.history["loss"][-1], history.epoch
 
 
 state = slowmo.elastic.State(model, epoch=0)
-loss = train(state)
+loss, trained = train(state)
 seen = {
     "host": host,
     "rank": hvd.rank(),
@@ -63,6 +64,7 @@ seen = {
     "steps": model.optimizer.steps,
     "epoch": state.epoch,
     "loss": loss,
+    "epochs": trained,
     "parameters": [float(np.float64(v.numpy()).sum()).hex() for v in model.trainable_variables],
     "changes": [change._asdict() for change in state.changes],
     "calls": calls,
