@@ -122,19 +122,16 @@ def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
         )
 
 
-def refuse_in_elastic_job(config: SlowMoConfig, *, divides_anew: bool, keeps_handles: bool, **given: object) -> None:
+def refuse_in_elastic_job(config: SlowMoConfig, **given: object) -> None:
     """Refuse arguments with which workers can't come and go yet.
 
     Args:
-        keeps_handles: an exchange can be in flight between two of the adapter's calls.
         given: the constructor's other arguments that can't be given, None where they are not.
 
     Raises:
         ValueError: it names the argument.
     """
     reasons = {
-        "gossip in Keras": config.gossip is not None and not keeps_handles,
-        "delay in Keras": config.delay > 0 and not keeps_handles,
         "delay with shard=True": config.shards and config.delay > 0,
         "gradients='node'": config.gradients == "node",
         "tau=None with local gradients": config.tau is None and config.gossip is None and config.gradients == "local",

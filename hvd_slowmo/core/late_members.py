@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.broadcast import take_chunks
 from hvd_slowmo.core.machine import Machine
@@ -162,7 +164,5 @@ def _gamma(workers: Sequence[LateWorker], flying: Flying, fragment: int) -> Vect
 
 
 def _launched_together(progress: Progress, flying: Flying) -> Progress:
-    flight = progress.flight
-    launched = flight.launched.copy()
-    launched[:] = flying.launched
-    return progress._replace(flight=flight._replace(launched=launched))
+    launched = np.array(flying.launched, np.int64)
+    return progress._replace(flight=progress.flight._replace(launched=launched))

@@ -6,45 +6,11 @@ import pytest
 import tensorflow as tf
 
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
-from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from hvd_slowmo_tf.membership import reform
+from support.keras_member import Member, Short
 from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, outer
-from support.trainings.keras import GraphComm
 
 pytestmark = [pytest.mark.slow]
 tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
-
-
-class Short(SlowMo):
-    _chunk_bytes = 8 * LENGTH // CHUNKS
-
-
-class Member:
-    """One worker: a variable and its optimizer, which has not been started."""
-
-    def __init__(self, rank, comm, **settings):
-        settings = {"tau": TAU, "beta": BETA, **settings}
-        self.number = rank
-        self.weight = keras.Variable(np.random.default_rng(rank).standard_normal(LENGTH), dtype="float64")
-        inner = keras.optimizers.SGD(
-            LR, momentum=settings.pop("momentum", 0.0), weight_decay=settings.pop("decay", None)
-        )
-        self.optimizer = Short(inner, SlowMoConfig(**settings), comm=GraphComm(comm))
-        self.optimizer.worker.elastic = True
-
-    def reform(self, comm):
-        return reform(self.optimizer.worker, GraphComm(comm), [self.weight], [], None)
-
-    def train(self, steps):
-        gradient = tf.constant(GRADIENTS[self.number])
-        for _ in range(steps):
-            self.optimizer.apply([gradient], [self.weight])
-
-    def values(self):
-        return self.weight.numpy().copy()
-
-    def vector(self, name):
-        return np.concatenate([v.numpy() for v in self.optimizer.worker.variables.vectors[name].values()])
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 2), (CHUNKS, CHUNKS - 1), (CHUNKS - 1, CHUNKS)])
@@ -56,9 +22,9 @@ def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(first, second):
         broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
         member = Member(comm.rank, broken)
         member.reform(broken)
-        start = member.values()
+        start = member.values
         member.train(TAU)
-        between = member.values()
+        between = member.values
         broken.left = 1 + reached[comm.rank]  # the ledger, and so many chunks
         try:
             member.train(TAU)
@@ -71,11 +37,11 @@ def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(first, second):
 
     def after(comm):
         member = everyone[comm.rank][0]
-        kept = member.values()
+        kept = member.values
         reformed = member.reform(comm)
-        resumed, v, steps = member.values(), member.vector("v"), member.optimizer.steps
+        resumed, v, steps = member.values, member.vector("v"), member.optimizer.steps
         member.train(TAU)
-        return kept, resumed, v, steps, member.values(), member.optimizer.steps, reformed
+        return kept, resumed, v, steps, member.values, member.optimizer.steps, reformed
 
     found = ThreadWorld(2).run(after)
     anchor, v = outer(start, np.zeros(LENGTH), [start - LR * TAU * GRADIENTS[n] for n in range(3)], [1, 1, 1])
@@ -114,14 +80,14 @@ def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
 
     def after(comm):
         member = everyone[comm.rank] if comm.rank < 2 else Member(2, comm, momentum=0.5)
-        kept = member.values()
+        kept = member.values
         reformed = member.reform(comm)
-        began, inner = member.values(), member.optimizer.inner_optimizer.variables[-1].numpy().copy()
+        began, inner = member.values, member.optimizer.inner_optimizer.variables[-1].numpy().copy()
         assert comm.rank == 2 or np.array_equal(kept, began)
         member.train(TAU - 2)
-        before_outer = member.values()
+        before_outer = member.values
         member.train(1)
-        return began, inner, before_outer, member.values(), member.optimizer.steps, reformed, member
+        return began, inner, before_outer, member.values, member.optimizer.steps, reformed, member
 
     found = ThreadWorld(3).run(after)
     assert np.array_equal(found[2][0], anchor)
@@ -163,11 +129,11 @@ def test_averaged_gradients_leave_all_with_the_leaders_state():
         member = Member(comm.rank, broken, warmup_steps=6, decay=0.1)
         member.reform(broken)
         member.train(2)
-        made = member.values(), int(member.optimizer.inner_optimizer.iterations.numpy())
+        made = member.values, int(member.optimizer.inner_optimizer.iterations.numpy())
         broken.left = 1  # the exchange of gradients is broken off behind its attendance
         with pytest.raises(tf.errors.OpError):
             member.train(1)
-        assert np.array_equal(member.values(), made[0])  # weight decay does not depend on gradients
+        assert np.array_equal(member.values, made[0])  # weight decay does not depend on gradients
         assert int(member.optimizer.inner_optimizer.iterations.numpy()) == made[1] == 2
         return member
 
@@ -175,11 +141,11 @@ def test_averaged_gradients_leave_all_with_the_leaders_state():
 
     def after(comm):
         member = everyone[comm.rank]
-        kept = member.values()
+        kept = member.values
         member.reform(comm)
-        assert np.array_equal(member.values(), everyone[0].values())
+        assert np.array_equal(member.values, everyone[0].values)
         member.train(1)
-        return kept, member.values(), member.optimizer.steps
+        return kept, member.values, member.optimizer.steps
 
     (first, one, steps), (second, other, other_steps) = ThreadWorld(2).run(after)
     assert np.array_equal(first, second)
@@ -190,7 +156,7 @@ def test_averaged_gradients_leave_all_with_the_leaders_state():
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("newcomer", [False, True])
-def test_slices_of_survivors_are_dealt_anew(bits, newcomer):
+def test_slices_of_survivors_are_dealt_anew(monkeypatch, bits, newcomer):
     """The lost worker's slice of momentum begins with zeros; in few bits the same holds for what rounding withheld."""
     blocks = 6  # two for each of three workers, three for each of two
     gradients = np.random.default_rng(3).standard_normal((3, blocks * 1024, 1)).astype("float32")
@@ -210,7 +176,7 @@ def test_slices_of_survivors_are_dealt_anew(bits, newcomer):
             whole[own] = self.optimizer.worker.variables.slices[name][0].numpy()
             return whole
 
-    Sliced._chunk_bytes = 4 * blocks * 1024
+    monkeypatch.setattr(Short, "_chunk_bytes", 4 * blocks * 1024)
 
     def before(comm):
         broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
@@ -231,7 +197,7 @@ def test_slices_of_survivors_are_dealt_anew(bits, newcomer):
         member.rank = comm.rank
         member.optimizer.worker.variables.made.assign(2 * TAU - 1) if comm.rank < 2 else None  # no outer step follows
         member.reform(comm)
-        return {name: member.slices(name, size) for name in member.optimizer.worker.variables.slices}, member.values()
+        return {name: member.slices(name, size) for name in member.optimizer.worker.variables.slices}, member.values
 
     found = ThreadWorld(size).run(after)
     lost = np.arange(blocks * 1024) >= 4 * 1024

@@ -11,9 +11,10 @@ from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
 from reference.few_bits import mean_of_differences
+from support.late_membership import BOTH, together_again
 from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, LateOracle, OfPyTorch, outer
 
-BOTH, ALL = [0, 1], [0, 1, 2]
+ALL = [0, 1, 2]
 
 
 class Short(SlowMo):
@@ -72,30 +73,6 @@ def lost(work, **settings):
         return member
 
     return ThreadWorld(3).run(before)[:2]
-
-
-def together_again(members, oracle, steps, then=TAU + 3):
-    """Bring two survivors together at this step, compare them with the oracle there and some steps later."""
-
-    def after(comm):
-        member = members[comm.rank]
-        reformed = member.reform(comm)
-        found = [(member.optimizer.steps, member.values, member.vector("anchor"), member.vector("v"))]
-        member.train(then)
-        return [*found, (member.optimizer.steps, member.values, member.vector("anchor"), member.vector("v"))], reformed
-
-    (one, reformed), (other, _) = ThreadWorld(2).run(after)
-    for place, more in enumerate((0, then)):
-        oracle.train(BOTH, more)
-        assert oracle.step == steps + more
-        for number, found in enumerate((one, other)):
-            step, x, anchor, v = found[place]
-            assert step == steps + more
-            np.testing.assert_allclose(anchor, oracle.anchor, atol=1e-13)
-            np.testing.assert_allclose(v, LR * oracle.v, atol=1e-13)  # kept in units of the parameters
-            np.testing.assert_allclose(x, oracle.x[number], atol=1e-13)
-        assert all(np.array_equal(a, b) for a, b in zip(one[place][2:], other[place][2:], strict=True))
-    return reformed
 
 
 @pytest.mark.parametrize("fragments", [1, 2])

@@ -34,9 +34,10 @@ class KerasMember(StartingKerasWorker):
         variables = self._worker.variables
         step = int(variables.now.step)
         # Of an outer step that was broken off nothing is written: `Runtime.whole`.
-        owner = int(variables.rank.numpy()), int(variables.workers.numpy())
         made = int(variables.made.numpy()) == step + 1
-        return Place(True, step, made, owner=owner if self.config.sliced_vectors else None, torn=self._worker.torn)
+        launched = tuple(variables.now.flight.launched.tolist())
+        owner = int(variables.rank.numpy()), int(variables.workers.numpy())
+        return Place(True, step, made, (), launched, owner if self.config.sliced_vectors else None, self._worker.torn)
 
     @property
     def torn(self) -> bool:
@@ -47,11 +48,17 @@ class KerasMember(StartingKerasWorker):
         self._worker.torn = value
 
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
+        worker = self._worker
         if self.config.sliced_vectors:
-            self._worker.divide(description.layout.layout)
+            worker.divide(description.layout.layout)
+        if graph is not None:
+            worker.variables.gossip_over(graph, worker.optimizer._variables)
         self.assemble(description, graph)
-        if self._worker.job is None:
-            self.write_progress(self.machine.initial())
+        initial = self.machine.initial()
+        if worker.job is None:
+            self.write_progress(initial)
+        else:
+            worker.variables.write(self.read_progress()._replace(mixing=initial.mixing))
 
     def former_slices(self) -> FormerSlices | None:
         return self._worker.former_slices
@@ -75,7 +82,7 @@ class KerasMember(StartingKerasWorker):
                 accumulator.assign(tf.zeros(accumulator.shape, accumulator.dtype))
 
     def count_step(self) -> None:
-        raise AssertionError("late exchanges are refused in elastic jobs")
+        self.write_progress(self.machine.count(self.read_progress(), self._assembled_step.rates()))
 
     def finish_step(self) -> None:
         self._assembled_step.finish()

@@ -179,21 +179,24 @@ class TracedStep:
 
     def _update(self, grads: Gradients, arrivals: Sequence[tf.Tensor] | None = None) -> None:
         machine, variables, averages = self._machine, self.variables, self.assembly.averages
-        rates = self._rates()
+        rates = self.rates()
         before = variables.read()  # the inner step leaves it as it is
         if machine.runtime.comm.size == 1:  # no start has taken the first anchor
             tf.cond(tf.equal(before.step, 0), machine.outer_steps.take_anchor, lambda: None)
         plan = machine.plan(before)
         due = averages.due(plan) if averages.ever else False
         first: tf.Tensor | int = 0
+        # In an elastic job nothing of the inner step may be there if messages of others never come.
+        ahead = list(arrivals or []) if self._elastic else []
         if due is False:
-            self.inner_step(grads, rates)
+            with tf.control_dependencies(ahead):
+                self.inner_step(grads, rates)
         else:
             own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
             means, counts, first = self._averaged(own, rates, plan, due)
             averages.level()
             # Weight decay and counts do not depend on the means, and must not be there if these never come.
-            with tf.control_dependencies([*means, counts] if self._elastic else []):
+            with tf.control_dependencies([*means, counts, *ahead] if self._elastic else []):
                 self.averaged_step(own, means, counts, rates)
         with tf.control_dependencies([self._note_made(before.step + 1)] if self._elastic else []):
             self._after_inner_step(before, rates, first, arrivals)
@@ -220,12 +223,12 @@ class TracedStep:
 
     def finish(self) -> None:
         """Take what follows an inner step and was broken off, with other workers; without a trace."""
-        self._after_inner_step(self.variables.read(), self._rates(), 0, None)
+        self._after_inner_step(self.variables.read(), self.rates(), 0, None)
         if self.optimizer.use_ema:
             self.move_average()
         self.optimizer._iterations.assign_add(self.optimizer.gradient_accumulation_steps or 1)
 
-    def _rates(self) -> tf.Tensor:
+    def rates(self) -> tf.Tensor:
         """Return the learning rate of the coming step, for each group: one here, whatever others have."""
         rate = keras.ops.cast(self.optimizer._get_current_learning_rate(), "float64")
         return tf.fill([self._machine.layout.group_count], rate)

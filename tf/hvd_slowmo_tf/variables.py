@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import keras
 import tensorflow as tf
 
+from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import Chunk, Layout
 from hvd_slowmo.core.progress import FIELDS, INTEGERS, PER_FRAGMENT, PER_GROUP, Flight, Observed, Progress
 from hvd_slowmo.core.slices import OwnSlices
@@ -67,7 +68,7 @@ class OptimizerVariables:
         self.workers = add_variable(shape=(), dtype="int64", name="workers")
         self.rank = add_variable(shape=(), dtype="int64", name="rank")
         self.made = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._on_host = on_host
+        self._layout, self._on_host = layout, on_host
         own = {} if slices is None else slices.allocations()
 
         def flat(name: str, chunk: Chunk, length: int) -> keras.Variable:
@@ -101,12 +102,28 @@ class OptimizerVariables:
         """
         for name, lengths in slices.allocations().items():
             for chunk, length in lengths.items():
-                old = self.slices[name][chunk]
                 with self._place_of(name):
-                    zeros = tf.zeros((length,), old.dtype)
-                    new = keras.Variable(zeros, dtype=old.dtype, trainable=False, name=old.name)
-                self.slices[name][chunk] = new
-                variables[next(n for n, v in enumerate(variables) if v is old)] = new
+                    self.slices[name][chunk] = _replaced(self.slices[name][chunk], (length,), variables)
+
+    def gossip_over(self, graph: Graph, variables: list[keras.Variable]) -> None:
+        """Make room for the weights and vectors of another graph, and free the former one's.
+
+        New ones take the places of old ones among `variables`, the optimizer's, or stand behind them.
+        """
+        for field in ("weights", "arriving"):
+            self.scalars[field] = _replaced(self.scalars[field], (graph.size,), variables)
+        for name in ("push", "sent"):
+            if name not in graph.vectors:
+                gone = {id(v) for v in self.vectors.pop(name, {}).values()}
+                variables[:] = [v for v in variables if id(v) not in gone]
+            elif name not in self.vectors:
+                self.vectors[name] = {chunk.index: self._new(name, chunk) for chunk in self._layout.parameter_chunks}
+                variables += self.vectors[name].values()
+
+    def _new(self, name: str, chunk: Chunk) -> keras.Variable:
+        dtype = self._layout.segments[chunk.segment].dtype
+        zeros = tf.zeros((chunk.size,), dtype)
+        return keras.Variable(zeros, dtype=dtype, trainable=False, name=f"{name}_{chunk.index}")
 
     def belong_to(self, rank: int, workers: int) -> None:
         """Note whose state this is."""
@@ -126,10 +143,7 @@ class OptimizerVariables:
             old = self.scalars[field]
             shape = (old.shape[0], groups)
             if old.shape != shape:
-                with tf.init_scope():
-                    new = keras.Variable(tf.zeros(shape, tf.float64), dtype="float64", trainable=False, name=field)
-                self.scalars[field] = new
-                variables[next(n for n, v in enumerate(variables) if v is old)] = new
+                self.scalars[field] = _replaced(old, shape, variables)
 
     def read(self) -> Progress:
         """Return the scalar state; in a trace."""
@@ -148,3 +162,11 @@ class OptimizerVariables:
     def now(self) -> Progress:
         """The scalar state as NumPy values."""
         return Progress.from_flat({field: v.numpy() for field, v in self.scalars.items()})
+
+
+def _replaced(old: keras.Variable, shape: tuple[int, ...], variables: list[keras.Variable]) -> keras.Variable:
+    """Return a variable of another shape, with zeros, that has taken an old one's place among others."""
+    with tf.init_scope():
+        new = keras.Variable(tf.zeros(shape, old.dtype), dtype=old.dtype, trainable=False, name=old.name)
+    variables[next(n for n, v in enumerate(variables) if v is old)] = new
+    return new

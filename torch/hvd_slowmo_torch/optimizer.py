@@ -120,7 +120,7 @@ class SlowMo(Outermost, Optimizer):
         if deferred:
             given = {"parameter_map": parameter_map, "process_set": process_set, "process_group": process_group}
             given["transport"] = None if transport == "horovod" else transport
-            refuse_in_elastic_job(config, keeps_handles=True, **given)
+            refuse_in_elastic_job(config, **given)
         if comm is None:
             comm = connect(process_set, process_group, transport, node=config.gradients == "node")
         others = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)
