@@ -92,6 +92,8 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
         pytest.param({"tau": 12, "warmup_steps": 60}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "inner_state": "average"}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "bits": 8, "shard": True}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "fragments": 12, "delay": 2, "bits": 8}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "gossip": "OSGP"}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -334,10 +336,8 @@ def test_keras_workers_that_have_not_come_together_are_told_how(monkeypatch):
     for call in (lambda: optimizer.broadcast([variable]), lambda: optimizer.apply([variable.value], [variable])):
         with pytest.raises(RuntimeError, match=r"in the function that slowmo\.elastic\.run decorates"):
             call()
-    with pytest.raises(ValueError, match="an elastic job can't have delay in Keras yet"):
-        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1)
-    with pytest.raises(ValueError, match="an elastic job can't have gossip in Keras yet"):
-        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, gossip=slowmo.SGP())
+    with pytest.raises(ValueError, match="an elastic job can't have delay with shard=True yet"):
+        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1, shard=True)
 
 
 def test_what_is_no_state_of_a_keras_job_is_refused():

@@ -1,7 +1,7 @@
-"""Keras workers that come and go while exchanges are in flight: each is applied once, and all that was trained stays.
+"""Keras workers that come and go while exchanges are in flight: as tests/pytorch/test_late_membership.py.
 
-As tests/pytorch/test_late_membership.py. In a trace an exchange comes before the inner step, which is not made where the
-exchange is broken off: its batch is taken once more.
+In a trace an exchange comes before the inner step, which is not made where the exchange is broken off: its batch is
+taken once more.
 """
 
 import numpy as np

@@ -111,11 +111,12 @@ class OptimizerVariables:
         New ones take the places of old ones among `variables`, the optimizer's, or stand behind them.
         """
         for field in ("weights", "arriving"):
-            self.scalars[field] = _replaced(self.scalars[field], (graph.size,), variables)
+            if self.scalars[field].shape != (graph.size,):
+                self.scalars[field] = _replaced(self.scalars[field], (graph.size,), variables)
         for name in ("push", "sent"):
             if name not in graph.vectors:
-                gone = {id(v) for v in self.vectors.pop(name, {}).values()}
-                variables[:] = [v for v in variables if id(v) not in gone]
+                for v in self.vectors.pop(name, {}).values():
+                    del variables[_place(v, variables)]
             elif name not in self.vectors:
                 self.vectors[name] = {chunk.index: self._new(name, chunk) for chunk in self._layout.parameter_chunks}
                 variables += self.vectors[name].values()
@@ -168,5 +169,9 @@ def _replaced(old: keras.Variable, shape: tuple[int, ...], variables: list[keras
     """Return a variable of another shape, with zeros, that has taken an old one's place among others."""
     with tf.init_scope():
         new = keras.Variable(tf.zeros(shape, old.dtype), dtype=old.dtype, trainable=False, name=old.name)
-    variables[next(n for n, v in enumerate(variables) if v is old)] = new
+    variables[_place(old, variables)] = new
     return new
+
+
+def _place(variable: keras.Variable, variables: list[keras.Variable]) -> int:
+    return next(n for n, v in enumerate(variables) if v is variable)

@@ -18,6 +18,8 @@ import hvd_slowmo.tf as slowmo
 
 directory, epochs, victim, kill_step = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 settings = {name: json.loads(value) for name, value in (pair.split("=") for pair in sys.argv[5:])}
+if "gossip" in settings:
+    settings["gossip"] = slowmo.SGP(overlap=settings["gossip"] == "OSGP")
 slowmo.init()
 host = os.environ["HOROVOD_HOSTNAME"]
 keras.utils.set_random_seed(hvd.rank())
