@@ -27,7 +27,7 @@ class Progress:
         >>> with Progress(3, stream=sys.stdout) as progress:
         ...     for step in range(3):
         ...         progress.update()
-        1 of 3 steps, 33 %, ... left
+        1 of 3 steps, 33 %
         3 of 3 steps in 0:00
     """
 
@@ -46,7 +46,9 @@ class Progress:
         self._clock = clock
         self._shown = rank == 0
         self._text = ""
-        self._done = self._skipped = 0
+        self._done = 0
+        # When the first steps were done, and how many: they have waited for imports, connections and traces.
+        self._first: tuple[float, int] | None = None
         self._begun = clock()
         self._next = self._begun
         self._bar: tqdm | None = None
@@ -62,6 +64,7 @@ class Progress:
     def update(self, steps: int = 1) -> None:
         """Count steps."""
         self._done += steps
+        self._first = self._first or (self._clock(), self._done)
         if self._bar is not None:
             self._bar.update(steps)
         elif self._shown and self._done < self._total:
@@ -70,7 +73,6 @@ class Progress:
     def skip(self, steps: int) -> None:
         """Count steps that an earlier run has taken; they say nothing about the time left."""
         self._done += steps
-        self._skipped += steps
         if self._bar is not None:
             self._bar.initial += steps
             self._bar.n += steps
@@ -87,12 +89,16 @@ class Progress:
         now = self._clock()
         if now < self._next:
             return
-        passed = now - self._begun
-        self._next = now + max(self._seconds, passed / 50)
-        left = passed / (self._done - self._skipped) * (self._total - self._done)
-        share = 100 * self._done // self._total
+        self._next = now + max(self._seconds, (now - self._begun) / 50)
         text = f"{self._text}: " if self._text else ""
-        self._print(f"{text}{self._done} of {self._total} steps, {share} %, {duration(left)} left")
+        self._print(f"{text}{self._done} of {self._total} steps, {100 * self._done // self._total} %{self._left(now)}")
+
+    def _left(self, now: float) -> str:
+        """Return the time left in words, once there are steps beside the first ones."""
+        if self._first is None or self._done == self._first[1]:
+            return ""
+        begun, done = self._first
+        return f", {duration((now - begun) / (self._done - done) * (self._total - self._done))} left"
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

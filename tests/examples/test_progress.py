@@ -33,7 +33,7 @@ def run(total, seconds_per_step, skipped=0, rank=0, text=""):
 
 def test_a_pipe_gets_a_line_every_few_seconds_with_the_time_left():
     assert run(10, 2.0, text="slowmo, seed 0") == [
-        "slowmo, seed 0: 1 of 10 steps, 10 %, 0:18 left",
+        "slowmo, seed 0: 1 of 10 steps, 10 %",
         "slowmo, seed 0: 4 of 10 steps, 40 %, 0:12 left",
         "slowmo, seed 0: 7 of 10 steps, 70 %, 0:06 left",
         "10 of 10 steps in 0:20",
@@ -47,7 +47,18 @@ def test_a_run_of_hours_has_few_lines():
 
 
 def test_steps_of_an_earlier_run_do_not_count_for_the_time_left():
-    assert run(10, 5.0, skipped=8) == ["9 of 10 steps, 90 %, 0:05 left", "10 of 10 steps in 0:10"]
+    lines = run(10, 5.0, skipped=7)
+    assert lines == ["8 of 10 steps, 80 %", "9 of 10 steps, 90 %, 0:05 left", "10 of 10 steps in 0:15"]
+
+
+def test_the_first_steps_with_all_that_they_wait_for_do_not_count_for_the_time_left():
+    clock, stream = Clock(), io.StringIO()
+    with progress.Progress(1000, stream=stream, clock=clock) as shown:
+        clock.now = 20.0  # imports, connections, traces
+        shown.update()
+        clock.now = 25.0
+        shown.update(99)
+    assert stream.getvalue().splitlines()[:2] == ["1 of 1000 steps, 0 %", "100 of 1000 steps, 10 %, 0:45 left"]
 
 
 def test_other_ranks_show_nothing():
