@@ -69,8 +69,8 @@ class Workers:
                 raise ValueError(alone_text(launch, 1))
             if launch.workers > 1 or process_set is not None:
                 raise ValueError(
-                    f"Horovod has not been initialized, and this is one of {launch.workers} workers. Call hvd.init() "
-                    "first."
+                    f"Horovod has not been initialized, and this is one of {launch.workers} workers. Call "
+                    f"{self._door}.init() or hvd.init() first."
                 )
             return self._alone(node)
         if launch.workers > hvd.size() and not elastic():  # the variables say how many there were at the start

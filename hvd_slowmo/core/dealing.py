@@ -24,7 +24,7 @@ Owner = tuple[int, int]
 
 
 class FormerSlices(NamedTuple):
-    """What a worker has kept so far."""
+    """Slices that a worker kept among the former workers."""
 
     owner: Owner
     read: Callable[[str, int], Any]  # returns the slice of a chunk, by the vector's name and the chunk's number

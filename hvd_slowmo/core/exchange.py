@@ -22,7 +22,7 @@ class Purpose:
         ledger_alone: the first chunk does not travel with the ledger: whether an average follows is not known yet.
         fragment: of the parameters that the meeting is about; None for all.
         late: the model is taken as it was set aside ("in_flight"), and exchanged beside the training.
-        beside_late: the others' meeting is late, so that it is exchanged in the same way here too.
+        beside_late: the others exchange this meeting late, so that this worker does too.
     """
 
     training: int = 1

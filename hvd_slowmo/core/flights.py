@@ -146,9 +146,9 @@ class Flights:
         return self.landed(progress, fragment)
 
     def overtake(self, progress: Progress, fragment: int, gamma: Vector) -> Progress:
-        """Apply a fragment in flight by the anchor to which its exchange has led elsewhere, and which is here by now.
+        """Finish a fragment in flight with the anchor that another worker got from the same exchange.
 
-        Statistics keep this worker's values, since nobody has their mean any more.
+        The anchor is here by now. Statistics keep this worker's values, since nobody has their mean any more.
 
         Args:
             gamma: the exchange's mean learning rate, per parameter group.

@@ -186,7 +186,7 @@ def error_text(
             steps = [f"rank {r} step {int(s)}" for r, s in zip(ranks, column.meeting_step, strict=True)]
             return (
                 f"{name}: the workers are not at the same step: {', '.join(steps)}. Call step() equally often on "
-                "every rank or join() after uneven data, and resume from checkpoints of one step."
+                "every rank or join() after uneven data. After a resume: load the state on every rank, of one step."
             )
         for r, rates in zip(ranks, table[:, RATES:], strict=True):
             for group, rate in enumerate(rates):

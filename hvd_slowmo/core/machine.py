@@ -161,7 +161,7 @@ class Machine:
         return self._after(progress, self.count(progress, rates), training, catch_up_from, arrivals)
 
     def pass_step(self, progress: Progress) -> Progress:
-        """Take what follows an inner step that other workers have made and this one has not: it can't be made later."""
+        """Count a step that this worker has missed, and run the exchanges that follow it."""
         return self._after(progress, progress._replace(step=progress.step + 1))
 
     def _after(
@@ -172,7 +172,7 @@ class Machine:
         catch_up_from: Scalar = 0,
         arrivals: Sequence[Any] | None = None,
     ) -> Progress:
-        """Take what follows a step.
+        """Mix, check and take the outer step after a step.
 
         Args:
             before: the state before the step.
@@ -348,7 +348,7 @@ class Machine:
     def _land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Progress:
         """Apply the exchange of a fragment that is in flight."""
         meeting = self.flights.land(progress, fragment, arrived)
-        # Since then a worker may have come to its join: only the wish is still true.
+        # Since the launch a worker may have come to its join: only its wish to end is still true.
         self.runtime.roll.note_ending(self._ops.sum(meeting.table[:, _ENDING]))
         return self.flights.landed(self.outer_steps.take(meeting, progress), fragment)
 

@@ -99,7 +99,7 @@ class Member(StartingWorker[R], Protocol):
         """Count an inner step that has been made, and whose exchange was broken off, without what follows it."""
 
     def finish_step(self) -> None:
-        """Take what follows an inner step that was counted by nobody yet, and whose exchange was broken off."""
+        """Count an inner step that nobody has counted yet, and run the exchange that was broken off after it."""
 
 
 class Reformed(NamedTuple):

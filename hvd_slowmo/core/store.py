@@ -21,10 +21,11 @@ class Store(Protocol):
     """The adapter's vectors. A tensor that is given or taken is 1-D, of the stretch's length and its segment's type."""
 
     def read(self, vector: str, stretch: Stretch) -> Any:
-        """Return a stretch of "model", or of a vector that is kept: "anchor", "v", "push", "sent" or "in_flight".
+        """Return a stretch of "model", or of a vector that is kept.
 
-        A stretch of "model" is a copy. Its memory is used again by the second next read of the same type and device, so
-        that at most two chunks of it are in flight at a time; a kept vector's is the vector's own.
+        These are "anchor", "v", "residual", "push", "sent" and "in_flight". A stretch of "model" is a copy. Its memory
+        is used again by the second next read of the same type and device, so that at most two chunks of it are in
+        flight at a time; a kept vector's is the vector's own.
         """
 
     def write(self, vector: str, stretch: Stretch, value: Any) -> None:

@@ -101,8 +101,8 @@ class TorchWorkerState:
                     flats[number] = torch.zeros(segment.size, dtype=getattr(torch, segment.dtype))
             for chunk in self._slices.chunks if whole is not None else ():
                 flat = flats[chunk.segment]
-                assert flat is not None, "just made"
-                assert whole is not None, "else there is no turn"
+                assert flat is not None, "made above"
+                assert whole is not None, "else there is no chunk"
                 flat[chunk.start : chunk.stop] = torch.from_numpy(whole[name][chunk.index])
         missing = set(self.groups) - {spec.own for spec in self.tensors.specs}
         if missing:

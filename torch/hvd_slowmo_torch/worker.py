@@ -359,7 +359,7 @@ class TorchWorker:
         Raises:
             ValueError: on every rank, if they are not at the same step or not all have inner state.
         """
-        place = "hvd.broadcast_optimizer_state, before which a state is loaded on every rank, or before SlowMo is made"
+        place = "hvd.broadcast_optimizer_state (load a state on every rank after SlowMo is made, and omit this call)"
         facts = {f"steps at {place}": int(self.progress.step), f"inner state at {place}": bool(self.inner.state)}
         agree(self.comm.scoped("broadcast"), facts, {}, None)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from hvd_slowmo.comm.horovod import HorovodFailures, Workers
+from hvd_slowmo.comm.horovod import HorovodFailures
 from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.naming import family
 from hvd_slowmo.comm.protocol import Comm
@@ -152,6 +152,3 @@ class HorovodComm:
             return self._hvd.synchronize(pending)
         except HorovodInternalError as error:
             raise self.failures.explain(error, name) from error
-
-
-workers = Workers("horovod.torch", "PyTorch", "hvd_slowmo.torch", HorovodComm)
