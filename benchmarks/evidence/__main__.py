@@ -8,12 +8,17 @@ from pathlib import Path
 from time import monotonic
 
 from evidence import page, runs
-from evidence.studies import FULL, QUICK, SMOKE, STUDIES
+from evidence.studies import EIGHT, FULL, QUICK, SMOKE, STUDIES
 
-SIZES = {"full": (FULL, 8192, 5), "quick": (QUICK, 1024, 2), "smoke": (SMOKE, 32, 1)}
+SIZES = {"full": (FULL, 8192, 5), "eight": (EIGHT, 8192, 5), "quick": (QUICK, 1024, 2), "smoke": (SMOKE, 32, 1)}
 """Plan of the images, and longest run and seeds of the theorem."""
 
-COMMANDS = {"full": "make evidence", "quick": "make evidence-quick", "smoke": "python -m evidence --size smoke"}
+COMMANDS = {
+    "full": "make evidence",
+    "eight": 'make evidence ARGS="--size eight"',
+    "quick": "make evidence-quick",
+    "smoke": "python -m evidence --size smoke",
+}
 
 
 def main() -> int:

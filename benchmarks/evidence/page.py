@@ -86,11 +86,11 @@ def theorem_section(results: Results) -> Iterator[str]:
     yield "![Mean squared gradient norm over steps and workers](evidence_theorem.png)\n"
 
 
-def translation_section(translated: Translated | None, study: Translation | None) -> Iterator[str]:
+def translation_section(translated: Translated | None, study: Translation | None, command: str) -> Iterator[str]:
     """The table of the translation, its verdicts, and how it was made."""
     yield "## Translation\n"
     if translated is None or study is None:
-        yield "Left out by `make evidence-quick`: it takes too long.\n"
+        yield f"Left out by `{command}`: it takes too long.\n"
         return
     results, rates = translated
 
@@ -198,7 +198,7 @@ def write(
         f"{tuned}.\n",
         *questions_section(found["methods"], found["buffers"], plan),
         *methods_section(found["methods"], plan),
-        *translation_section(translated, plan.translation),
+        *translation_section(translated, plan.translation, command),
         *theorem_section(found["theorem"]),
         *tau_section(found["tau"], plan),
         *plain_section("β and the number of workers", "beta", found["beta"], plan),

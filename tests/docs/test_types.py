@@ -11,6 +11,7 @@ SCRIPT = ROOT / "tests" / "support" / "typed_user.py"
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_typed_script_passes_mypy_strict(tmp_path):
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path, SCRIPT]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

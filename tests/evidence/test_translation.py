@@ -93,11 +93,12 @@ def test_the_section_has_a_verdict_for_every_method(tmp_path):
         for number, cell in enumerate(translators(study)):
             results.add(Key(cell.name, 8, 0.1, seed, 100), [10.0 + number + 0.01 * seed, 2.0 - 0.1 * number])
     rates = {cell.name: 0.1 for cell in translators(study)}
-    text = "\n".join(page.translation_section((results, rates), study))
+    text = "\n".join(page.translation_section((results, rates), study, "make evidence"))
     assert "| Local Adam | 10.0 ± 0.0 | 11.0 ± 0.0 | +1.0 ± 0.0 | shown | 2.00 ± 0.00 | 1.90 ± 0.00 |" in text
     assert "- SlowMo improves AR-Adam: shown (+1.0 ± 0.0 BLEU)." in text
     assert "- SlowMo over Local Adam is better than SGP with Adam: against it (-1.0 ± 0.0 BLEU)." in text
 
 
 def test_a_quick_page_says_that_it_has_no_translation():
-    assert "Left out by `make evidence-quick`" in "\n".join(page.translation_section(None, QUICK.translation))
+    without = "\n".join(page.translation_section(None, QUICK.translation, "make evidence-quick"))
+    assert "Left out by `make evidence-quick`" in without

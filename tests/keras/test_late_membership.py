@@ -49,6 +49,7 @@ def oracle_of(members):
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("fragments", [1, 2])
+@pytest.mark.sample("2-True")
 def test_an_exchange_that_nobody_has_is_sent_again(fragments, traced):
     """Of the values that were set aside, by those that are left."""
     first = TAU // fragments  # launched after this step, and lost in the next one
@@ -67,6 +68,7 @@ def test_an_exchange_that_nobody_has_is_sent_again(fragments, traced):
 
 
 @pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.sample("False")
 def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(traced):
     """It takes anchor and momentum, keeps what it has trained since it sent, and launches what it has missed."""
 
@@ -95,6 +97,7 @@ def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(t
 
 
 @pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.sample("32")
 def test_a_newcomer_has_no_part_in_what_is_in_flight(bits):
     """It starts at the anchor, is in the same exchanges from now on, and weighs its own steps in its first one."""
 
