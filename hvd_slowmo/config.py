@@ -215,6 +215,11 @@ class SlowMoConfig:
         return self.beta > 0 or (self.bits == 32 and self.alpha != 1)
 
     @property
+    def resets_inner_state(self) -> bool:
+        """True if the inner state may return to its first values: in each block, or on a worker that is left out."""
+        return self.nonfinite == "exclude" or (self.inner_state == "reset" and self.tau is not None)
+
+    @property
     def streams(self) -> bool:
         """True if an outer step is taken in parts, or late."""
         return self.fragments > 1 or self.delay > 0

@@ -184,6 +184,7 @@ def write(
 ) -> None:
     """Write the page."""
     tuned = ", ".join(f"{name} on {workers}: {rate:g}" for (name, workers), rate in rates.items())
+    edge = sum(rate in (min(plan.rates), max(plan.rates)) for rate in rates.values())
     sections = [
         "# Evidence\n",
         f"Written by `{command}`, from simulated workers ([simulator](simulator.md)). {plan.seeds} seeds in every "
@@ -195,7 +196,7 @@ def write(
         "This says nothing about large models.\n",
         f"The learning rate of each method was chosen among {', '.join(f'{rate:g}' for rate in plan.rates)} by "
         f"the validation images, with other seeds ({len(plan.tuning_seeds)}), the same budget for all: "
-        f"{tuned}.\n",
+        f"{tuned}. {edge} of {len(rates)} are the smallest or the largest of these, and a better one may lie beyond.\n",
         *questions_section(found["methods"], found["buffers"], plan),
         *methods_section(found["methods"], plan),
         *translation_section(translated, plan.translation, command),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.errors import CheckpointError
 from support.checkpoints import one, train
 from support.problems import GOSSIP, PROBLEMS, STREAMED
@@ -154,3 +155,9 @@ def test_other_optimizers_with_other_options_are_refused(what, tmp_path):
         optimizer.load(tmp_path / "other")
     assert same(before, dict(model.state_dict()))
     assert not optimizer.inner_optimizer.state
+
+
+def test_an_optimizer_that_can_not_be_made_anew_is_refused_where_a_join_may_leave_its_worker_out():
+    config = SlowMoConfig.ar_sgd(nonfinite="exclude")
+    with pytest.raises(ValueError, match="need to make a new Unmade"):
+        one(config, base=lambda p: Unmade(p, 0.1, 0.5))

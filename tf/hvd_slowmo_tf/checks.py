@@ -62,8 +62,7 @@ def check_together(inner: InnerOptimizer, config: SlowMoConfig, parameter_map: P
             f"flight between two calls: a longer one would hide no more. Received: delay={config.delay}. Use delay=1, "
             "or PyTorch workers alone."
         )
-    resets = config.inner_state == "reset" or config.nonfinite == "exclude"
-    if resets and isinstance(inner.innermost, keras.optimizers.ScheduleFreeAdamW):
+    if config.resets_inner_state and isinstance(inner.innermost, keras.optimizers.ScheduleFreeAdamW):
         raise ValueError(
             "ScheduleFreeAdamW keeps parameters in its state: they can't be reset, as inner_state='reset' and "
             "nonfinite='exclude' do. Use inner_state='average'."

@@ -161,7 +161,7 @@ class KerasWorker:
         """Make SlowMo's variables and the inner optimizer's. No communication."""
         if self.optimizer.use_ema:
             self.inner.show_averages(self.optimizer._model_variables_moving_average)
-        self.inner.build(trained, reset=self.config.inner_state == "reset" or self.config.nonfinite == "exclude")
+        self.inner.build(trained, reset=self.config.resets_inner_state)
         vectors: tuple[str, ...] = self.config.vectors
         weights = 0
         if self.config.gossip is not None:

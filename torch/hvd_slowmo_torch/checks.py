@@ -106,7 +106,7 @@ def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:
         if "lr" not in group:
             raise ValueError(f"parameter group {number} of the inner optimizer has no learning rate 'lr'.")
         real(f"param_groups[{number}]['lr']", group["lr"], lambda rate: rate >= 0, "a finite number >= 0")
-    if config.tau is not None and (config.inner_state == "reset" or config.nonfinite == "exclude"):
+    if config.resets_inner_state:
         fresh(inner)
     if (config.gradients != "local" or config.warmup_steps) and isinstance(inner, torch.optim.LBFGS):
         raise ValueError(

@@ -181,7 +181,7 @@ class TorchWorker:
 
     def _connect(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
         """Make everything that works on the store and among the present workers."""
-        self._resets = self.config.inner_state == "reset" or self.config.nonfinite == "exclude"
+        self._resets = self.config.resets_inner_state
         devices = [torch.device(segment.device) for segment in layout.layout.segments]
         on_cpu = all(device.type == "cpu" for device in devices)
         runtime = Runtime(
