@@ -82,7 +82,7 @@ def test_as_many_workers_as_launched_train_together(connect):
 
 
 def test_without_initialization_the_advice_fits_the_launcher(connect):
-    with pytest.raises(ValueError, match=r"one of 4 workers\. Call hvd\.init\(\) first"):
+    with pytest.raises(ValueError, match=r"one of 4 workers\. Call hvd_slowmo\.torch\.init\(\) or hvd\.init\(\) first"):
         connect(None, {"HOROVOD_SIZE": "4"})
     with pytest.raises(ValueError, match=r"torchrun or a launcher like it has started 4 workers"):
         connect(None, {"WORLD_SIZE": "4"})
