@@ -44,7 +44,7 @@ def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", **variables},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert job.returncode == 0, job.stderr
