@@ -158,7 +158,7 @@ docs:  ## build the documentation as a site, build/site/index.html
 	@echo "Open $(CURDIR)/build/site/index.html. The search needs a server:" \
 		"$(BIN)/python -m http.server -d build/site"
 
-evidence: setup  ## write docs/evidence.md: the paper's questions at a small scale (hours; ARGS="--size eight": a part)
+evidence: setup  ## write docs/evidence.md: the paper's questions at a small scale (hours, resumable; ARGS="--size eight": a part)
 	@$(EVIDENCE) --size full $(ARGS)
 
 evidence-quick: setup  ## the same with fewer seeds, workers and steps, without translation (about ten minutes)

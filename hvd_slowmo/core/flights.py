@@ -99,8 +99,10 @@ class Flights:
         All of them, in the order in which they were launched: a worker in a join finishes them before the next one
         begins, and another one after that.
         """
+        if not (self._late and self._ops.keeps_handles) or self._begun:
+            return
         launched = progress.flight.launched
-        for fragment in launched.argsort(kind="stable").tolist() if not self._begun else ():
+        for fragment in launched.argsort(kind="stable").tolist():
             if launched[fragment]:
                 self._begun[fragment] = self._begin(progress, fragment, training=1)
 

@@ -201,8 +201,7 @@ class Machine:
             self._called(meeting, done.step)
             return meeting.exchange.progress
 
-        if self.config.delay and ops.keeps_handles:
-            self.flights.resume(before)
+        self.flights.resume(before)
         if self.config.delay:
             land = partial(self._land, done, arrived=arrivals)
             flying = now.lands & (done.flight.launched[now.landing] > 0)  # after a join there may be none
@@ -220,8 +219,7 @@ class Machine:
     def _each_in_flight(self, progress: Progress, work: Callable[[Progress, int], Progress]) -> Progress:
         """Do this with each fragment in flight, in the order in which they were launched."""
         ops = self._ops
-        if self.config.delay and ops.keeps_handles:
-            self.flights.resume(progress)
+        self.flights.resume(progress)
         for _ in range(self.flights.most):
 
             def first(progress: Progress = progress) -> Progress:

@@ -136,10 +136,9 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     within = [in_block_of(config, place, lead) for place in places]
     stays = [rank == leader or (each and not copies) for rank, each in enumerate(within)]
     member.reassemble(description, agreed_graph(config, comm))
-    machine = member.machine
-    keeps_handles = machine.runtime.ops.keeps_handles
-    if config.delay and keeps_handles:
+    if config.delay:
         comm.open_beside()
+    machine = member.machine
     late = config.delay > 0 and not copies
     tells = comm.rank == leader or (late and own.started)
     everyone = comm.gather("progress", _plain(member.read_progress()) if tells else None)
@@ -162,7 +161,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         elsewhere |= written
     if config.sliced_vectors:
         # A worker that has missed the end of an outer step has the new slices of it, or else none that are of use.
-        gives = [each or keeps_handles for each in within]
+        gives = [each or machine.runtime.ops.keeps_handles for each in within]
         owners = [place.owner if each else None for place, each in zip(places, gives, strict=True)]
         former = None if owners[comm.rank] is None else _with_unanswered(member, elsewhere)
         deal_anew(machine.runtime, former, owners, stays)
@@ -184,8 +183,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     elif lead.interrupted:
         followed, _, _ = machine.follow(member.read_progress())
         member.write_progress(followed)
-    if config.delay and keeps_handles:
-        machine.flights.resume(member.read_progress())
+    machine.flights.resume(member.read_progress())
     newcomers = tuple(rank for rank, place in enumerate(places) if not place.started)
     behind = tuple(rank for rank, place in enumerate(places) if place.started and not (within[rank] or rank == leader))
     if comm.rank == leader:

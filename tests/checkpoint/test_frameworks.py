@@ -29,11 +29,10 @@ from support.trainings.mixed import TorchComm
 from support.trainings.pytorch import same
 
 STOP, END = 6, 14
-MORE = ("Adam", "reset", "dpsgd")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.thorough] * (c in MORE)) for c in CASES])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.sample("momentum")
 def test_a_run_goes_on_in_the_other_framework(case, tmp_path):
     """In the middle of a block, both ways; and a state that goes there and back is the same up to rounding."""

@@ -5,16 +5,13 @@ import pytest
 import tensorflow as tf
 
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
-from hvd_slowmo.tf import DPSGD, SGP
 from reference.gossip import run_gossip
+from support.gossip_membership import METHODS, PAIR
 from support.keras_member import Member
 from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed
 
 pytestmark = [pytest.mark.slow]
 tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
-
-METHODS = {"sgp": SGP(), "osgp": SGP(overlap=True), "dpsgd": DPSGD()}
-PAIR = np.full((1, 2, 2), 0.5)  # the graph of two workers, whatever the method
 
 
 def lost(steps, messages, **settings):

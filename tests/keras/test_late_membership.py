@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from support.keras_member import Member
-from support.late_membership import BOTH, together_again
-from support.membership import CHUNKS, LENGTH, TAU, Breaking, Killed, LateOracle
+from support.late_membership import BOTH, masks_of, together_again
+from support.membership import CHUNKS, TAU, Breaking, Killed, LateOracle
 
 pytestmark = [pytest.mark.slow]
 tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
@@ -39,12 +39,8 @@ def train_until_lost(member):
 
 
 def oracle_of(members):
-    start = members[0].start
     layout = members[0].optimizer.worker.step.assembly.layout.layout
-    masks = [np.zeros(LENGTH, bool) for _ in range(layout.fragments)]
-    for chunk in layout.parameter_chunks:
-        masks[chunk.fragment][chunk.start : chunk.stop] = True
-    return LateOracle(start, masks, 3, delay=1)
+    return LateOracle(members[0].start, masks_of(layout), 3, delay=1)
 
 
 @pytest.mark.parametrize("traced", [False, True])

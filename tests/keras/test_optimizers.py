@@ -35,10 +35,7 @@ def test_every_optimizer_is_the_bare_one_to_the_bit(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.thorough] * (n not in ("SGD", "AdamW", "Lion", "Muon"))) for n in CLASSES],
-)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.sample("AdamW")
 def test_every_optimizer_is_the_bare_one_to_the_bit_under_fit(name):
     ours, theirs, optimizer = net(), net(), CLASSES[name](0.01)

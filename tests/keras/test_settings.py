@@ -27,13 +27,6 @@ SETTINGS = {
     "loss_scale_factor": {"loss_scale_factor": 128.0},
 }
 
-IN_EVERY_RUN = {"schedule", "global_clipnorm", "weight_decay", "ema_overwrite", "accumulation"}
-WAYS_IN_EVERY_RUN = {
-    ("schedule", "fit"),
-    ("ema_overwrite", "several steps per execution"),
-    ("accumulation_ema", "eager fit"),
-}
-
 
 def with_settings(name, kind=Adam):
     settings = {"learning_rate": 0.1, **SETTINGS[name]}
@@ -41,10 +34,7 @@ def with_settings(name, kind=Adam):
     return kind(**{**settings, "learning_rate": rate() if callable(rate) else rate})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.thorough] * (name not in IN_EVERY_RUN)) for name in SETTINGS],
-)
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.slow
 @pytest.mark.sample("ema_overwrite", "accumulation")
 def test_every_setting_is_the_bare_optimizers_to_the_bit(name):
@@ -55,7 +45,7 @@ def test_every_setting_is_the_bare_optimizers_to_the_bit(name):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        pytest.param(name, how, marks=[pytest.mark.thorough] * ((name, how) not in WAYS_IN_EVERY_RUN))
+        (name, how)
         for name in ("schedule", "ema_overwrite", "accumulation", "accumulation_ema")
         for how in ("fit", "several steps per execution", "eager fit")
     ],

@@ -81,7 +81,7 @@ def test_streamed_outer_steps_equal_the_reference(mixed_workers):
         {},
         {"fragments": 4, "delay": 2, "bits": 4},
         {"bits": 32, "shard": True, "delay": 1},
-        pytest.param({"shard": True, "fragments": 4, "delay": 1}, marks=pytest.mark.thorough),
+        {"shard": True, "fragments": 4, "delay": 1},
     ],
     ids=str,
 )

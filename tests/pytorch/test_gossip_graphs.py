@@ -48,10 +48,7 @@ def test_every_topology_and_base(workers, above):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "workers",
-    [m if m in (1, 3, 4) else pytest.param(m, marks=pytest.mark.thorough) for m in range(1, 17) if m not in (2, 5)],
-)
+@pytest.mark.parametrize("workers", [m for m in range(1, 17) if m not in (2, 5)])
 @pytest.mark.sample("1")
 def test_every_topology_and_base_on_up_to_16_workers(workers):
     for above in ABOVE if workers < 9 or workers == 16 else ("slowmo",):

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
-from hvd_slowmo.torch import DPSGD, SGP, SlowMo, SlowMoConfig
+from hvd_slowmo.torch import SGP, SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
 from reference.gossip import run_gossip
+from support.gossip_membership import METHODS, PAIR
 from support.membership import CHUNKS, GRADIENTS, LENGTH, LR, Breaking, Killed, train, values
 
 BETA, TAU = 0.5, 6
-METHODS = {"sgp": SGP(), "osgp": SGP(overlap=True), "dpsgd": DPSGD()}
-PAIR = np.full((1, 2, 2), 0.5)  # the graph of two workers, whatever the method
 
 
 class Short(SlowMo):

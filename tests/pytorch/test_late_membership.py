@@ -11,7 +11,7 @@ from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
 from reference.few_bits import mean_of_differences
-from support.late_membership import BOTH, together_again
+from support.late_membership import BOTH, masks_of, together_again
 from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed, LateOracle, OfPyTorch, outer
 
 ALL = [0, 1, 2]
@@ -41,11 +41,7 @@ class Member(OfPyTorch):
 
     @property
     def masks(self):
-        layout = self.worker.assembly.layout.layout
-        masks = [np.zeros(LENGTH, bool) for _ in range(layout.fragments)]
-        for chunk in layout.parameter_chunks:
-            masks[chunk.fragment][chunk.start : chunk.stop] = True
-        return masks
+        return masks_of(self.worker.assembly.layout.layout)
 
     def vector(self, name):
         return self.worker.store.vectors[name][0].numpy().copy()

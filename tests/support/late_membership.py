@@ -3,9 +3,17 @@
 import numpy as np
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from support.membership import LR, TAU
+from support.membership import LENGTH, LR, TAU
 
 BOTH = [0, 1]
+
+
+def masks_of(layout):
+    """Return a bool for each parameter, by fragment, as the oracle takes them."""
+    masks = [np.zeros(LENGTH, bool) for _ in range(layout.fragments)]
+    for chunk in layout.parameter_chunks:
+        masks[chunk.fragment][chunk.start : chunk.stop] = True
+    return masks
 
 
 def together_again(members, oracle, steps, then=TAU + 3):

@@ -32,12 +32,12 @@ class KerasMember(StartingKerasWorker):
         if self._worker.job is None:
             return Place()
         variables = self._worker.variables
-        step = int(variables.now.step)
+        now = variables.now
+        step = int(now.step)
         # Of an outer step that was broken off nothing is written: `Runtime.whole`.
         made = int(variables.made.numpy()) == step + 1
-        launched = tuple(variables.now.flight.launched.tolist())
-        owner = int(variables.rank.numpy()), int(variables.workers.numpy())
-        return Place(True, step, made, (), launched, owner if self.config.sliced_vectors else None, self._worker.torn)
+        owner = variables.owner if self.config.sliced_vectors else None
+        return Place(True, step, made, (), tuple(now.flight.launched.tolist()), owner, self._worker.torn)
 
     @property
     def torn(self) -> bool:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import keras
 import tensorflow as tf
 
+from hvd_slowmo.core.dealing import Owner
 from hvd_slowmo.core.graph import Graph
 from hvd_slowmo.core.layout import Chunk, Layout
 from hvd_slowmo.core.progress import FIELDS, INTEGERS, PER_FRAGMENT, PER_GROUP, Flight, Observed, Progress
@@ -116,7 +117,7 @@ class OptimizerVariables:
         for name in ("push", "sent"):
             if name not in graph.vectors:
                 for v in self.vectors.pop(name, {}).values():
-                    del variables[_place(v, variables)]
+                    del variables[_index(v, variables)]
             elif name not in self.vectors:
                 self.vectors[name] = {chunk.index: self._new(name, chunk) for chunk in self._layout.parameter_chunks}
                 variables += self.vectors[name].values()
@@ -125,6 +126,11 @@ class OptimizerVariables:
         dtype = self._layout.segments[chunk.segment].dtype
         zeros = tf.zeros((chunk.size,), dtype)
         return keras.Variable(zeros, dtype=dtype, trainable=False, name=f"{name}_{chunk.index}")
+
+    @property
+    def owner(self) -> Owner:
+        """Whose slices these are."""
+        return int(self.rank.numpy()), int(self.workers.numpy())
 
     def belong_to(self, rank: int, workers: int) -> None:
         """Note whose state this is."""
@@ -169,9 +175,9 @@ def _replaced(old: keras.Variable, shape: tuple[int, ...], variables: list[keras
     """Return a variable of another shape, with zeros, that has taken an old one's place among others."""
     with tf.init_scope():
         new = keras.Variable(tf.zeros(shape, old.dtype), dtype=old.dtype, trainable=False, name=old.name)
-    variables[_place(old, variables)] = new
+    variables[_index(old, variables)] = new
     return new
 
 
-def _place(variable: keras.Variable, variables: list[keras.Variable]) -> int:
+def _index(variable: keras.Variable, variables: list[keras.Variable]) -> int:
     return next(n for n, v in enumerate(variables) if v is variable)

@@ -449,8 +449,7 @@ class KerasWorker:
         variables = self.variables
         if self.job is not None and self.former_slices is None:
             kept = {name: {n: tf.identity(v) for n, v in each.items()} for name, each in variables.slices.items()}
-            owner = int(variables.rank.numpy()), int(variables.workers.numpy())
-            self.former_slices = FormerSlices(owner, lambda name, chunk: kept[name][chunk])
+            self.former_slices = FormerSlices(variables.owner, lambda name, chunk: kept[name][chunk])
         own = OwnSlices(self.config, layout, self.comm.rank, self.comm.size)
         variables.divide(own, self.optimizer._variables)
 
