@@ -11,6 +11,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("advice", "checkpoint", "cli", "comm", "core", "installer", "interop", "topology", "wire")
+CORE = ("average", "parts", "regroup", "start", "step")
 
 
 def read_version() -> str:
@@ -39,6 +40,7 @@ setup(
     packages=[
         "hvd_slowmo",
         *(f"hvd_slowmo.{part}" for part in PARTS),
+        *(f"hvd_slowmo.core.{part}" for part in CORE),
         "hvd_slowmo_torch",
         "hvd_slowmo_torch.advice",
         "hvd_slowmo_torch.comm",

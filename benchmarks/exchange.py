@@ -24,7 +24,7 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 from transport import add_store, connect
 from transport import name as transport_name
 
-from hvd_slowmo.core.layout import CHUNK_BYTES
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 SIZES = (2048 * 4096, 4096, 4096 * 4032, 4032, 4032 * 74, 74)

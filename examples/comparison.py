@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import DPSGD, SGP, SlowMoConfig
-from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.step.metrics import Metrics
 
 
 def outer(args: Namespace, **settings: Any) -> SlowMoConfig:

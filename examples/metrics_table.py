@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.step.metrics import Metrics
 
 COLUMNS = ("step", "divergence", "|Δ|", "|v|", "cosine", "waited", "hidden", "sent")
 

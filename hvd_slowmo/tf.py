@@ -11,15 +11,15 @@ if keras.config.backend() != "tensorflow":
 from hvd_slowmo.checkpoint.periodic import Checkpoints
 from hvd_slowmo.checkpoint.preemption import on_preemption
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.join import JoinResult, join
-from hvd_slowmo.core.metrics import Metrics
-from hvd_slowmo.core.preemption import PREEMPTED
+from hvd_slowmo.core.regroup.join import JoinResult, join
+from hvd_slowmo.core.step.metrics import Metrics
+from hvd_slowmo.core.step.preemption import PREEMPTED
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf import elastic
 from hvd_slowmo_tf.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
-from hvd_slowmo_tf.mean import mean
+from hvd_slowmo_tf.metric_mean import mean
 from hvd_slowmo_tf.optimizer import SlowMo
 from hvd_slowmo_tf.recompute import recompute_statistics
 from hvd_slowmo_tf.steps import measure

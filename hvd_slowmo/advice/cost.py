@@ -11,10 +11,10 @@ from hvd_slowmo.advice.host import Host, Work
 from hvd_slowmo.advice.link import Line, Link
 from hvd_slowmo.advice.training import Training
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.codec import payload_bytes
-from hvd_slowmo.core.layout import CHUNK_BYTES
-from hvd_slowmo.core.memory import bytes_beside_model
-from hvd_slowmo.core.slices import BLOCK
+from hvd_slowmo.core.parts.codec import payload_bytes
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
+from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.start.memory import bytes_beside_model
 from hvd_slowmo.gossip import DPSGD, SGP
 
 _SGP, _OSGP, _DPSGD = SGP(), SGP(overlap=True), DPSGD()
@@ -98,7 +98,7 @@ def cost(config: SlowMoConfig, job: Job) -> Cost:
 
 
 def messages(length: int, fragments: int = 1) -> int:
-    """Return the number of messages of a fragment, as `hvd_slowmo.core.layout` cuts it.
+    """Return the number of messages of a fragment, as `hvd_slowmo.core.parts.layout` cuts it.
 
     Example:
         >>> messages(100_000_000), messages(100_000_000, fragments=12)

@@ -17,7 +17,7 @@ import numpy as np
 
 from hvd_slowmo.advice.link import Line, Link
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.layout import CHUNK_BYTES
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
 
 Zeros = Callable[[int, Literal["float32", "uint8"]], Any]
 """Makes a tensor of so many elements, of the framework whose transport it is."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hvd_slowmo.advice.training import BACKWARD, Training
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.schedule import CHECK_STEPS, step_plan
+from hvd_slowmo.core.parts.schedule import CHECK_STEPS, step_plan
 
 
 class Parameters(NamedTuple):

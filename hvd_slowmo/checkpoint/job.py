@@ -39,8 +39,8 @@ from hvd_slowmo.checkpoint.state import (
     prepare,
 )
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo.core.handshake import agreed
-from hvd_slowmo.core.schedule import workers_equal
+from hvd_slowmo.core.parts.schedule import workers_equal
+from hvd_slowmo.core.start.handshake import agreed
 from hvd_slowmo.errors import CheckpointError, CheckpointFileError
 from hvd_slowmo.wire.tensors import describe
 

@@ -15,9 +15,9 @@ from hvd_slowmo.checkpoint.state import WorkerState
 from hvd_slowmo.checkpoint.values import dump, load
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo.core import preemption
-from hvd_slowmo.core.handshake import agreed, logger
-from hvd_slowmo.core.roll_call import RollCall
+from hvd_slowmo.core.parts.roll_call import RollCall
+from hvd_slowmo.core.start.handshake import agreed, logger
+from hvd_slowmo.core.step import preemption
 from hvd_slowmo.errors import CheckpointError
 
 _VALUE, _OBJECT = "value/", "object/"

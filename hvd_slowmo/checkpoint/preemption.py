@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.checkpoint.periodic import Checkpoints
-from hvd_slowmo.core import preemption
+from hvd_slowmo.core.step import preemption
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.errors import CheckpointError
 
 _UP_TO_STEP = ("since", "rate_steps", "launched", "sent_since", "sent_rate_steps")
@@ -26,7 +26,7 @@ def check_progress(saved: Progress, present: Progress) -> None:
         CheckpointError: naming the field, what was found, and what is possible.
 
     Example:
-        >>> from hvd_slowmo.core.progress import Flight, PushSum
+        >>> from hvd_slowmo.core.parts.progress import Flight, PushSum
         >>> nothing = np.zeros(0)
         >>> mixing, flight = PushSum(nothing, nothing, 0), Flight(nothing, nothing, nothing, nothing)
         >>> progress = Progress(3, nothing, nothing, nothing, nothing, 0, nothing, mixing, flight)

@@ -13,7 +13,7 @@ from hvd_slowmo.checkpoint.job import EXTRA, read_checkpoint
 from hvd_slowmo.checkpoint.leftovers import remove_leftovers, writing
 from hvd_slowmo.checkpoint.paths import common_file
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo.core.handshake import agreed, logger
+from hvd_slowmo.core.start.handshake import agreed, logger
 from hvd_slowmo.errors import CheckpointError
 
 _NAME = r"step-(\d{9,})\.slowmo"

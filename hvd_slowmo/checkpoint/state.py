@@ -33,7 +33,7 @@ from hvd_slowmo.checkpoint.inner_state import (
 from hvd_slowmo.checkpoint.naming import NamedTensors
 from hvd_slowmo.checkpoint.progress import check_progress, check_rates
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.progress import PER_GROUP, Flight, Progress, PushSum
+from hvd_slowmo.core.parts.progress import PER_GROUP, Flight, Progress, PushSum
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework
 from hvd_slowmo.wire.tensors import TensorSpec, describe

@@ -1,11 +1,13 @@
 """The algorithm, once, for any framework. It imports NumPy only.
 
-Read in this order:
+A directory imports only from those above it in this list, which is also the order in which to read:
 
-1. `schedule` — the events of each step, from the step count alone; `outer_update` — lines 6 to 8 of Algorithm 1.
-2. `progress`, `layout`, `store`, `ops` — scalars, messages, tensors and traced decisions: the seams to an adapter.
-3. `ledger`, `meeting` — how the workers meet, judge and average; `machine` — a step, and a worker that follows others.
-4. `mixing`, `graph` — gossip between outer steps; `gradient_average` — averaged gradients; `join` — uneven data.
-5. `startup`, `handshake`, `broadcast`, `names` — the collectives at the start, and the names of those within a step.
-6. `runtime`, `assembly`, `metrics` — the parts put together, and what they measure.
+1. `parts` — what all others work with: the events of each step, from the step count alone (`schedule`); lines 6 to 8 of
+   Algorithm 1 (`outer_update`); scalars, messages, tensors and traced decisions, the seams to an adapter (`progress`,
+   `layout`, `store`, `ops`).
+2. `start` — the collectives at the start of a job (`startup`), and what the workers agree on there.
+3. `average` — how workers meet, judge and average: outer steps (`ledger`, `meeting`), gradients, gossip between outer
+   steps (`mixing`).
+4. `step` — a step (`machine`), its outer step (`outer_step`), late exchanges (`flights`), measurements.
+5. `regroup` — workers that are done before others (`join`), and jobs whose workers come and go (`membership`).
 """

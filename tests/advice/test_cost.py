@@ -16,8 +16,8 @@ from hvd_slowmo.advice.recommend import MOST_TAU, OUTER, advise, rows_of, smalle
 from hvd_slowmo.advice.training import training_of
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups, lay_out
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES, ParameterGroups, lay_out
+from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.gossip import SGP
 from hvd_slowmo.topology.analysis import out_degree
 from hvd_slowmo.torch import SlowMo

@@ -161,7 +161,7 @@ print("ready", flush=True)
 FORKED = """
 import os, signal, sys, time
 from hvd_slowmo.checkpoint.preemption import on_preemption
-from hvd_slowmo.core import preemption
+from hvd_slowmo.core.step import preemption
 on_preemption(save="last")
 for _ in range(2):
     child = os.fork()

@@ -7,7 +7,7 @@ import pytest
 
 from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
-from hvd_slowmo.core.handshake import agree
+from hvd_slowmo.core.start.handshake import agree
 
 
 def test_sums_and_gathers_in_rank_order():

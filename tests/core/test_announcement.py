@@ -8,7 +8,7 @@ from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.announcement import method
+from hvd_slowmo.core.start.announcement import method
 from hvd_slowmo.torch import SlowMo
 
 

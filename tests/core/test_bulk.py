@@ -11,8 +11,8 @@ import hvd_slowmo.torch
 from hvd_slowmo.comm import gathering
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core import bulk
-from hvd_slowmo.core.bulk import Gift, Parcel, WholeArray, give
+from hvd_slowmo.core.start import bulk
+from hvd_slowmo.core.start.bulk import Gift, Parcel, WholeArray, give
 from support.trainings.keras import GraphComm
 
 ODD = np.array([-0.0, np.nan, np.inf, 1e-45, -1e-45], np.float32)

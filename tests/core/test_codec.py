@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.core.codec import LEVELS, NumpyCodec, payload_bytes
-from hvd_slowmo.core.slices import BLOCK, Slices
+from hvd_slowmo.core.parts.codec import LEVELS, NumpyCodec, payload_bytes
+from hvd_slowmo.core.parts.slices import BLOCK, Slices
 from hvd_slowmo_tf.codec import KerasCodec
 from hvd_slowmo_torch.codec import TorchCodec
 from reference.few_bits import rounded

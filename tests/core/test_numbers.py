@@ -6,7 +6,7 @@ import pytest
 
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.mean import mean_of
+from hvd_slowmo.core.average.metric_mean import mean_of
 
 
 class Raises:

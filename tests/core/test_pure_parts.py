@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
-from hvd_slowmo.core.layout import ParameterGroups, lay_out
-from hvd_slowmo.core.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
-from hvd_slowmo.core.machine import Machine
-from hvd_slowmo.core.ops import EagerOps
-from hvd_slowmo.core.outer_update import Momentum, momentum, next_gamma, outer_update
-from hvd_slowmo.core.progress import Flight, Progress, PushSum
-from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.schedule import next_fragment, step_plan, steps_to_meeting, workers_equal
+from hvd_slowmo.core.average.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
+from hvd_slowmo.core.parts.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.parts.ops import EagerOps
+from hvd_slowmo.core.parts.outer_update import Momentum, momentum, next_gamma, outer_update
+from hvd_slowmo.core.parts.progress import Flight, Progress, PushSum
+from hvd_slowmo.core.parts.runtime import Runtime
+from hvd_slowmo.core.parts.schedule import next_fragment, step_plan, steps_to_meeting, workers_equal
+from hvd_slowmo.core.step.machine import Machine
 from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_torch.outer_update import outer_update_

@@ -6,7 +6,7 @@ import pytest
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.handshake import agreed
+from hvd_slowmo.core.start.handshake import agreed
 from hvd_slowmo.errors import CheckpointError
 
 

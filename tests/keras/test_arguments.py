@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS
+from hvd_slowmo.core.start.arguments import HOROVODS_ARGUMENTS
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from support.models.keras_optimizers import SGD, Scaled
 

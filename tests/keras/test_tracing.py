@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import SoloComm
-from hvd_slowmo.core.ledger import RATES
+from hvd_slowmo.core.average.ledger import RATES
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from support.models.keras import fit, held, net, sentences, step_of, words

@@ -14,9 +14,9 @@ from keras import layers as kl
 from hvd_slowmo import ParameterMap, SlowMoConfig
 from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.bulk import Gift
-from hvd_slowmo.core.layout import ParameterGroups, lay_out
-from hvd_slowmo.core.startup import Position, common_groups, hand_out, meet
+from hvd_slowmo.core.parts.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.start.bulk import Gift
+from hvd_slowmo.core.start.startup import Position, common_groups, hand_out, meet
 from hvd_slowmo.interop.copy import copy_to_keras
 from hvd_slowmo.torch import SlowMo
 from hvd_slowmo_tf.gradients import VariableGradients

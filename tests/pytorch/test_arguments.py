@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS
+from hvd_slowmo.core.start.arguments import HOROVODS_ARGUMENTS
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.schedule import CHECK_STEPS
+from hvd_slowmo.core.parts.schedule import CHECK_STEPS
 from hvd_slowmo.gossip import SGP
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import GOSSIP, config_of, with_node

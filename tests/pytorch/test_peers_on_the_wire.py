@@ -11,7 +11,7 @@ import torch
 from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.codec import payload_bytes
+from hvd_slowmo.core.parts.codec import payload_bytes
 
 STREAMED = {"fragments": 4, "delay": 2}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
-from hvd_slowmo.core.dealing import spans
-from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.core.parts.layout import Chunk
+from hvd_slowmo.core.regroup.dealing import spans
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
 from support.membership import Breaking, Killed, OfPyTorch

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import DPSGD, SGP, SlowMoConfig
-from hvd_slowmo.core.layout import CHUNK_BYTES
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
 from hvd_slowmo.topology.checks import topology
 from reference.gossip import GossipSnapshot, run_gossip
 from reference.slowmo import Snapshot, run

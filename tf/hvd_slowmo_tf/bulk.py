@@ -10,13 +10,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo.core.bulk import Body, WholeArray
+from hvd_slowmo.core.start.bulk import Body, WholeArray
 from hvd_slowmo_tf.layout import VariableRef
 from hvd_slowmo_tf.worker import KerasWorker
 
 
 class KerasCarrier:
-    """`hvd_slowmo.core.bulk.Carrier` of Keras variables.
+    """`hvd_slowmo.core.start.bulk.Carrier` of Keras variables.
 
     Args:
         worker: of the optimizer, assembled.

@@ -12,8 +12,8 @@ import keras
 
 from hvd_slowmo.checkpoint.periodic import Checkpoints
 from hvd_slowmo.comm.elastic import ElasticState
-from hvd_slowmo.core import preemption
-from hvd_slowmo.core.join import join
+from hvd_slowmo.core.regroup.join import join
+from hvd_slowmo.core.step import preemption
 from hvd_slowmo_tf.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
 from hvd_slowmo_tf.failed_traces import initialize
 from hvd_slowmo_tf.fit_checkpoints import FitCheckpoints

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from hvd_slowmo.checkpoint.file import Arrays
 from hvd_slowmo.checkpoint.inner_state import ADAM, SGD, OptimizerKind, OptimizerState
 from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
-from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.whole import Whole
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.whole import Whole
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec

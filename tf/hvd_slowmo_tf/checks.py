@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.checkpoint.progress import check_progress
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.arguments import refuse_wrapped
-from hvd_slowmo.core.progress import Progress
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.start.arguments import refuse_wrapped
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
-from hvd_slowmo.core.codec import LEVELS, blocks_of, payload_bytes
-from hvd_slowmo.core.slices import BLOCK
+from hvd_slowmo.core.parts.codec import LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.parts.slices import BLOCK
 
 EXACT = {16: tf.bfloat16, 32: tf.float32, 64: tf.float64}
 """Types of TensorFlow's own in which values travel."""
 
 
 class KerasCodec:
-    """`hvd_slowmo.core.codec.Codec` on tensors of TensorFlow.
+    """`hvd_slowmo.core.parts.codec.Codec` on tensors of TensorFlow.
 
     Example:
         >>> codec = KerasCodec()

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.layout import Chunk
+from hvd_slowmo.core.parts.layout import Chunk
 from hvd_slowmo_tf.layout import KerasLayout, spans
 from hvd_slowmo_tf.pieces import Pending, joined, parted, stretch_of
 
 
 class VariableGradients:
-    """`hvd_slowmo.core.store.GradientSource` of one trace.
+    """`hvd_slowmo.core.parts.store.GradientSource` of one trace.
 
     Args:
         layout: of the model.

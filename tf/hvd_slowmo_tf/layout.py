@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.layout import ModelLayout, Stretch
+from hvd_slowmo.core.parts.layout import ModelLayout, Stretch
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View

@@ -8,12 +8,12 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.dealing import FormerSlices
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.machine import Machine
-from hvd_slowmo.core.membership import Place, Reformed, come_together
-from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.startup import Description, Job
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.regroup.dealing import FormerSlices
+from hvd_slowmo.core.regroup.membership import Place, Reformed, come_together
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.start.startup import Description, Job
+from hvd_slowmo.core.step.machine import Machine
 from hvd_slowmo_tf.horovod import HorovodComm
 from hvd_slowmo_tf.layout import VariableRef
 from hvd_slowmo_tf.startup import StartingKerasWorker
@@ -22,7 +22,7 @@ from hvd_slowmo_tf.worker import KerasWorker
 
 
 class KerasMember(StartingKerasWorker):
-    """`hvd_slowmo.core.membership.Member` of a Keras optimizer. Nothing here is traced."""
+    """`hvd_slowmo.core.regroup.membership.Member` of a Keras optimizer. Nothing here is traced."""
 
     @property
     def machine(self) -> Machine:
@@ -115,7 +115,7 @@ def reform(
         variables, statistics, model: as in `hvd_slowmo_tf.startup.start_together`.
 
     Raises:
-        TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
+        TypeError, ValueError: as `hvd_slowmo.core.regroup.membership.come_together`.
     """
     worker.reassemble(comm)
     worker.take_name()

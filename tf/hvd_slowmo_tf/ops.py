@@ -1,4 +1,4 @@
-"""`hvd_slowmo.core.ops.Ops` in a TensorFlow trace.
+"""`hvd_slowmo.core.parts.ops.Ops` in a TensorFlow trace.
 
 A trace can neither raise ValueError nor log. Errors and warnings are kept in variables, and put into plain words where
 Python runs again: by `TracedOps.call`, around every call of a traced function.
@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hvd_slowmo.core.ops import TOPICS, Cell, Topic
+from hvd_slowmo.core.parts.ops import TOPICS, Cell, Topic
 from hvd_slowmo_tf.horovod import lost_worker
 from hvd_slowmo_tf.pieces import joined
 
@@ -130,7 +130,7 @@ class TracedOps:
 
     def error_if(self, failed: tf.Tensor, table: tf.Tensor, describe: Words, guarded: T) -> T:
         self._error.always = True
-        words = f"{self._name}: the workers can't go on; a row per worker (see hvd_slowmo/core/ledger.py):"
+        words = f"{self._name}: the workers can't go on; a row per worker (see hvd_slowmo/core/average/ledger.py):"
 
         with tf.control_dependencies([self._error.keep(failed, table, describe)]):
             checked = tf.raw_ops.Assert(condition=~failed, data=[words, table], summarize=2**31 - 1)

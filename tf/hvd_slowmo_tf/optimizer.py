@@ -18,7 +18,9 @@ from hvd_slowmo.checkpoint.job import AnyPath
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.arguments import (
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
+from hvd_slowmo.core.regroup.join import JoinResult
+from hvd_slowmo.core.start.arguments import (
     Outermost,
     check_name,
     check_parameter_map,
@@ -26,10 +28,8 @@ from hvd_slowmo.core.arguments import (
     configured,
     refuse_in_elastic_job,
 )
-from hvd_slowmo.core.handshake import RESTART_FACT, agree
-from hvd_slowmo.core.join import JoinResult
-from hvd_slowmo.core.layout import CHUNK_BYTES
-from hvd_slowmo.core.metrics import Metrics
+from hvd_slowmo.core.start.handshake import RESTART_FACT, agree
+from hvd_slowmo.core.step.metrics import Metrics
 from hvd_slowmo.errors import CheckpointError, spell_error
 from hvd_slowmo.settings import SlowMoSettings
 from hvd_slowmo.wire.parameter_map import ParameterMap

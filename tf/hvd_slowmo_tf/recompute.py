@@ -9,10 +9,10 @@ import keras
 import numpy as np
 
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.arguments import refuse_both
-from hvd_slowmo.core.mean import agree_on_success
+from hvd_slowmo.core.average.metric_mean import agree_on_success
+from hvd_slowmo.core.start.arguments import refuse_both
 from hvd_slowmo_tf.horovod import workers
-from hvd_slowmo_tf.mean import mean
+from hvd_slowmo_tf.metric_mean import mean
 
 
 def recompute_statistics(

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.arguments import check_metrics
-from hvd_slowmo.core.broadcast import take_from
-from hvd_slowmo.core.bulk import Body, Carrier, Gift
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.handshake import agreed
-from hvd_slowmo.core.layout import ParameterGroups
-from hvd_slowmo.core.startup import Description, Job, start
+from hvd_slowmo.core.average.broadcast import take_from
+from hvd_slowmo.core.parts.layout import ParameterGroups
+from hvd_slowmo.core.start.arguments import check_metrics
+from hvd_slowmo.core.start.bulk import Body, Carrier, Gift
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.start.handshake import agreed
+from hvd_slowmo.core.start.startup import Description, Job, start
 from hvd_slowmo_tf.bulk import KerasCarrier, in_place, on_wire
 from hvd_slowmo_tf.checks import check_model_variables
 from hvd_slowmo_tf.failed_traces import without_values
@@ -60,7 +60,7 @@ def fail_together(worker: KerasWorker, error: Exception) -> NoReturn:
 
 
 class StartingKerasWorker:
-    """`hvd_slowmo.core.startup.StartingWorker` of a Keras optimizer.
+    """`hvd_slowmo.core.start.startup.StartingWorker` of a Keras optimizer.
 
     Args:
         worker: of the optimizer.

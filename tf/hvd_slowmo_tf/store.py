@@ -8,16 +8,16 @@ from types import MappingProxyType
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.layout import Chunk, Stretch
-from hvd_slowmo.core.progress import Vector
-from hvd_slowmo.core.store import Condition
+from hvd_slowmo.core.parts.layout import Chunk, Stretch
+from hvd_slowmo.core.parts.progress import Vector
+from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.layout import KerasLayout, native, spans
 from hvd_slowmo_tf.pieces import Pending, joined, part_of, parted, stretch_of
 
 
 class VariableStore:
-    """`hvd_slowmo.core.store.Store` on Keras variables.
+    """`hvd_slowmo.core.parts.store.Store` on Keras variables.
 
     Args:
         layout: of the model.

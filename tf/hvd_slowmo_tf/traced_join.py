@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from hvd_slowmo.core.gradient_average import Attendance, GradientAverage, Presence
-from hvd_slowmo.core.join import take_part
-from hvd_slowmo.core.progress import Progress, Scalar
-from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverage, Presence
+from hvd_slowmo.core.parts.progress import Progress, Scalar
+from hvd_slowmo.core.parts.schedule import StepPlan
+from hvd_slowmo.core.regroup.join import take_part
 from hvd_slowmo_tf.gradients import VariableGradients
 from hvd_slowmo_tf.traced_step import TracedStep
 
@@ -37,7 +37,7 @@ def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:
 
 
 class JoiningStep:
-    """`hvd_slowmo.core.join.JoiningWorker` in one trace, or without any."""
+    """`hvd_slowmo.core.regroup.join.JoiningWorker` in one trace, or without any."""
 
     def __init__(self, step: TracedStep) -> None:
         self._step = step

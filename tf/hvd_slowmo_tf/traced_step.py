@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.assembly import Assembly
-from hvd_slowmo.core.gradient_average import GradientAverage, Presence
-from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo.core.average.gradient_average import GradientAverage, Presence
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.schedule import StepPlan
+from hvd_slowmo.core.step.assembly import Assembly
 from hvd_slowmo_tf.gradients import VariableGradients
 from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import keras
 import tensorflow as tf
 
-from hvd_slowmo.core.dealing import Owner
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import Chunk, Layout
-from hvd_slowmo.core.progress import FIELDS, INTEGERS, PER_FRAGMENT, PER_GROUP, Flight, Observed, Progress
-from hvd_slowmo.core.slices import OwnSlices
+from hvd_slowmo.core.parts.layout import Chunk, Layout
+from hvd_slowmo.core.parts.progress import FIELDS, INTEGERS, PER_FRAGMENT, PER_GROUP, Flight, Observed, Progress
+from hvd_slowmo.core.parts.slices import OwnSlices
+from hvd_slowmo.core.regroup.dealing import Owner
+from hvd_slowmo.core.start.graph import Graph
 
 
 class OptimizerVariables:

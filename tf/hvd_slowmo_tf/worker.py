@@ -19,21 +19,21 @@ from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core import preemption
-from hvd_slowmo.core.assembly import Assembly, assemble
-from hvd_slowmo.core.dealing import FormerSlices
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import Layout, ParameterGroups, lay_out
-from hvd_slowmo.core.ledger import RATES
-from hvd_slowmo.core.metrics import Metrics, metrics_of
-from hvd_slowmo.core.names import within_step
-from hvd_slowmo.core.outer_log import OuterStepLog
-from hvd_slowmo.core.progress import Observed
-from hvd_slowmo.core.roll_call import RollCall
-from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.slices import OwnSlices, travels_in_slices
-from hvd_slowmo.core.startup import Job
-from hvd_slowmo.core.whole import Whole, divided_vectors, gather_whole
+from hvd_slowmo.core.average.ledger import RATES
+from hvd_slowmo.core.parts.layout import Layout, ParameterGroups, lay_out
+from hvd_slowmo.core.parts.names import within_step
+from hvd_slowmo.core.parts.progress import Observed
+from hvd_slowmo.core.parts.roll_call import RollCall
+from hvd_slowmo.core.parts.runtime import Runtime
+from hvd_slowmo.core.parts.slices import OwnSlices, travels_in_slices
+from hvd_slowmo.core.parts.whole import Whole, divided_vectors, gather_whole
+from hvd_slowmo.core.regroup.dealing import FormerSlices
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.start.startup import Job
+from hvd_slowmo.core.step import preemption
+from hvd_slowmo.core.step.assembly import Assembly, assemble
+from hvd_slowmo.core.step.metrics import Metrics, metrics_of
+from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checkpoint import KerasWorkerState

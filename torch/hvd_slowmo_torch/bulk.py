@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hvd_slowmo.comm.protocol import ScopedComm
-from hvd_slowmo.core.bulk import Body, WholeArray
+from hvd_slowmo.core.start.bulk import Body, WholeArray
 from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo_torch.interop.weights import read_torch, write_torch
 
 
 class TensorBytes:
-    """`hvd_slowmo.core.bulk.Body` of a tensor for which `is_plain` holds, on any device."""
+    """`hvd_slowmo.core.start.bulk.Body` of a tensor for which `is_plain` holds, on any device."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor.detach()
@@ -49,7 +49,7 @@ class TensorBytes:
 
 
 class TorchCarrier:
-    """`hvd_slowmo.core.bulk.Carrier` of PyTorch tensors."""
+    """`hvd_slowmo.core.start.bulk.Carrier` of PyTorch tensors."""
 
     def sum_words(self, comm: ScopedComm, name: str, words: NDArray[np.int64]) -> NDArray[np.int64]:
         total: NDArray[np.int64] = comm.wait(comm.start_sum(name, torch.from_numpy(words))).numpy()

@@ -15,9 +15,9 @@ from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.checkpoint.file import Arrays
 from hvd_slowmo.checkpoint.inner_state import ADAM, SETTINGS, SGD, OptimizerKind, OptimizerState, check_buffers
 from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
-from hvd_slowmo.core.assembly import Assembly
-from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.whole import Whole, divided_vectors
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.whole import Whole, divided_vectors
+from hvd_slowmo.core.step.assembly import Assembly
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.checked_numbers import real, spell_value
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
+from hvd_slowmo.core.start.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.inner_optimizer import check_state_dict, fresh
 from hvd_slowmo_torch.parallel import refuse_sharded

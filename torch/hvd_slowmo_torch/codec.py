@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 import torch
 
-from hvd_slowmo.core.codec import LEVELS, blocks_of, payload_bytes
-from hvd_slowmo.core.slices import BLOCK
+from hvd_slowmo.core.parts.codec import LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.parts.slices import BLOCK
 
 EXACT = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
 """Types of PyTorch's own in which values travel."""
 
 
 class TorchCodec:
-    """`hvd_slowmo.core.codec.Codec` on PyTorch tensors.
+    """`hvd_slowmo.core.parts.codec.Codec` on PyTorch tensors.
 
     Args:
         tile: blocks to work on at a time.

@@ -17,8 +17,8 @@ import torch
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from hvd_slowmo.core.gradient_average import Attendance, GradientAverages
-from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverages
+from hvd_slowmo.core.parts.schedule import StepPlan
 from hvd_slowmo_torch.presence import WorkerPresence
 from hvd_slowmo_torch.store import TorchGradients
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hvd_slowmo.core.gradient_average import Attendance, GradientAverage
-from hvd_slowmo.core.progress import Progress, Scalar
-from hvd_slowmo.core.schedule import StepPlan
+from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverage
+from hvd_slowmo.core.parts.progress import Progress, Scalar
+from hvd_slowmo.core.parts.schedule import StepPlan
 from hvd_slowmo_torch.startup import hand_over
 from hvd_slowmo_torch.worker import TorchWorker
 
 
 class JoiningTorchWorker:
-    """`hvd_slowmo.core.join.JoiningWorker` of a PyTorch optimizer.
+    """`hvd_slowmo.core.regroup.join.JoiningWorker` of a PyTorch optimizer.
 
     Args:
         worker: the optimizer's.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from hvd_slowmo.core.layout import ModelLayout, ParameterGroups
+from hvd_slowmo.core.parts.layout import ModelLayout, ParameterGroups
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View

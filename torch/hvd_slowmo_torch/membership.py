@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.dealing import FormerSlices
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.machine import Machine
-from hvd_slowmo.core.membership import Place, Reformed, come_together
-from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.startup import Description
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.regroup.dealing import FormerSlices
+from hvd_slowmo.core.regroup.membership import Place, Reformed, come_together
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.start.startup import Description
+from hvd_slowmo.core.step.machine import Machine
 from hvd_slowmo_torch.layout import TensorRef
 from hvd_slowmo_torch.startup import StartingTorchWorker
 from hvd_slowmo_torch.worker import TorchWorker
 
 
 class TorchMember(StartingTorchWorker):
-    """`hvd_slowmo.core.membership.Member` of a PyTorch optimizer."""
+    """`hvd_slowmo.core.regroup.membership.Member` of a PyTorch optimizer."""
 
     @property
     def machine(self) -> Machine:
@@ -83,7 +83,7 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     """Bring an optimizer's worker together with the present workers. A collective of all of them.
 
     Raises:
-        TypeError, ValueError: as `hvd_slowmo.core.membership.come_together`.
+        TypeError, ValueError: as `hvd_slowmo.core.regroup.membership.come_together`.
     """
     worker.connect(comm)
     worker.inner.zero_grad()  # the batch is taken once more, and its gradients may have been averaged in part

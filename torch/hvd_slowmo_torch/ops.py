@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from hvd_slowmo.core.ops import EagerOps
+from hvd_slowmo.core.parts.ops import EagerOps
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -22,7 +22,7 @@ class _Elsewhere(NamedTuple):
 
 
 class TorchOps(EagerOps):
-    """`hvd_slowmo.core.ops.Ops` beside PyTorch's tensors.
+    """`hvd_slowmo.core.parts.ops.Ops` beside PyTorch's tensors.
 
     Args:
         devices: of the tensors.

@@ -16,13 +16,13 @@ from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core import preemption
-from hvd_slowmo.core.arguments import Outermost, check_name, check_workers, refuse_in_elastic_job
-from hvd_slowmo.core.handshake import RESTART_FACT, agree
-from hvd_slowmo.core.join import JoinResult, take_part
-from hvd_slowmo.core.layout import CHUNK_BYTES
-from hvd_slowmo.core.metrics import Metrics
-from hvd_slowmo.core.startup import start
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
+from hvd_slowmo.core.regroup.join import JoinResult, take_part
+from hvd_slowmo.core.start.arguments import Outermost, check_name, check_workers, refuse_in_elastic_job
+from hvd_slowmo.core.start.handshake import RESTART_FACT, agree
+from hvd_slowmo.core.start.startup import start
+from hvd_slowmo.core.step import preemption
+from hvd_slowmo.core.step.metrics import Metrics
 from hvd_slowmo.settings import SlowMoSettings
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import state_dict as slowmo_state

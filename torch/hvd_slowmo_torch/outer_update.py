@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.outer_update import Momentum, outer_update
+from hvd_slowmo.core.parts.outer_update import Momentum, outer_update
 
 
 def outer_update_(

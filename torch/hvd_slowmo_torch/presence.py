@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch.optim import Optimizer
 
 from hvd_slowmo.checked_numbers import number_or_nan
-from hvd_slowmo.core.gradient_average import Presence
-from hvd_slowmo.core.layout import ParameterGroups
+from hvd_slowmo.core.average.gradient_average import Presence
+from hvd_slowmo.core.parts.layout import ParameterGroups
 
 
 class WorkerPresence:

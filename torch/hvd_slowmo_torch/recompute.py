@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.arguments import refuse_both
-from hvd_slowmo.core.mean import agree_on_success
+from hvd_slowmo.core.average.metric_mean import agree_on_success
+from hvd_slowmo.core.start.arguments import refuse_both
 from hvd_slowmo_torch.comm.workers import Transport, shared
-from hvd_slowmo_torch.mean import mean
+from hvd_slowmo_torch.metric_mean import mean
 
 
 def recompute_statistics(

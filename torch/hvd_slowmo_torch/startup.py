@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hvd_slowmo.core.arguments import check_metrics
-from hvd_slowmo.core.bulk import Body, Carrier, Gift, Parcel, give
-from hvd_slowmo.core.gradient_average import GradientAverage
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.layout import lay_out
-from hvd_slowmo.core.slices import travels_in_slices
-from hvd_slowmo.core.startup import Description, Job, agree
+from hvd_slowmo.core.average.gradient_average import GradientAverage
+from hvd_slowmo.core.parts.layout import lay_out
+from hvd_slowmo.core.parts.slices import travels_in_slices
+from hvd_slowmo.core.start.arguments import check_metrics
+from hvd_slowmo.core.start.bulk import Body, Carrier, Gift, Parcel, give
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.start.startup import Description, Job, agree
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.bulk import TorchCarrier, bodies_of, is_plain, on_wire
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
@@ -29,7 +29,7 @@ Own = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 class StartingTorchWorker:
-    """`hvd_slowmo.core.startup.StartingWorker` of a PyTorch optimizer.
+    """`hvd_slowmo.core.start.startup.StartingWorker` of a PyTorch optimizer.
 
     Args:
         worker: the optimizer's.

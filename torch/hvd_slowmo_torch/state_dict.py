@@ -17,9 +17,9 @@ from msgspec import Struct
 
 from hvd_slowmo.checkpoint.facts import ConfigFacts, Count, Positive, parse, plain
 from hvd_slowmo.checkpoint.progress import parse_progress
-from hvd_slowmo.core.layout import Layout
-from hvd_slowmo.core.progress import Progress
-from hvd_slowmo.core.schedule import workers_equal
+from hvd_slowmo.core.parts.layout import Layout
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.schedule import workers_equal
 from hvd_slowmo.errors import CheckpointError, spell_error
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.saved_inner import check_saved

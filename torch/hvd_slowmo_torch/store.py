@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.optim import Optimizer
 
-from hvd_slowmo.core.layout import Chunk, Segment, Stretch
-from hvd_slowmo.core.progress import Vector
-from hvd_slowmo.core.slices import OwnSlices
-from hvd_slowmo.core.store import Condition
+from hvd_slowmo.core.parts.layout import Chunk, Segment, Stretch
+from hvd_slowmo.core.parts.progress import Vector
+from hvd_slowmo.core.parts.slices import OwnSlices
+from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.spectral import Estimate, restore_length
@@ -80,7 +80,7 @@ class Pieces:
 
 
 class TorchStore:
-    """`hvd_slowmo.core.store.Store` on PyTorch tensors. Call it under torch.no_grad().
+    """`hvd_slowmo.core.parts.store.Store` on PyTorch tensors. Call it under torch.no_grad().
 
     Args:
         layout: of the model.
@@ -328,7 +328,7 @@ class TorchStore:
 
 
 class TorchGradients:
-    """`hvd_slowmo.core.store.GradientSource` on the parameters' `grad`. Call it under torch.no_grad().
+    """`hvd_slowmo.core.parts.store.GradientSource` on the parameters' `grad`. Call it under torch.no_grad().
 
     Args:
         layout: of the model.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from hvd_slowmo.core.progress import Vector
-from hvd_slowmo.core.store import Condition
+from hvd_slowmo.core.parts.progress import Vector
+from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout
 
 logger = logging.getLogger("hvd_slowmo")
@@ -62,7 +62,7 @@ class ModelWatch:
         self.held: set[int] = set()
 
     def condition(self, fragment: int | None) -> Condition:
-        """Return the state in which the model comes to a meeting; see `hvd_slowmo.core.store.Store.condition`."""
+        """Return the state in which the model comes to a meeting; see `hvd_slowmo.core.parts.store.Store.condition`."""
         misfit, name = self._misfit()
         if misfit:
             return Condition(misfit, 0, [0.0] * len(self._parameters), name)
@@ -122,7 +122,7 @@ class ModelWatch:
         self.held = {id(p) for p, count in zip(self._tensors(), moved, strict=True) if not count}
 
     def settle(self, fragment: int | None, equal: bool) -> None:
-        """Note the model's present state; see `hvd_slowmo.core.store.Store.settle`."""
+        """Note the model's present state; see `hvd_slowmo.core.parts.store.Store.settle`."""
         tensors = self._tensors()
         self._apart = False
         self._misfit_found, self._resumed = (0, ""), None

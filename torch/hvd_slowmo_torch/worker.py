@@ -26,19 +26,19 @@ from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.assembly import Assembly, assemble
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.handshake import agree
-from hvd_slowmo.core.layout import CHUNK_BYTES, ParameterGroups
-from hvd_slowmo.core.metrics import Metrics, metrics_of
-from hvd_slowmo.core.outer_log import OuterStepLog
-from hvd_slowmo.core.outer_update import Kernels
-from hvd_slowmo.core.progress import Observed, Progress, Scalar
-from hvd_slowmo.core.roll_call import RollCall
-from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.schedule import StepPlan
-from hvd_slowmo.core.slices import OwnSlices
-from hvd_slowmo.core.whole import Whole, gather_whole
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES, ParameterGroups
+from hvd_slowmo.core.parts.outer_update import Kernels
+from hvd_slowmo.core.parts.progress import Observed, Progress, Scalar
+from hvd_slowmo.core.parts.roll_call import RollCall
+from hvd_slowmo.core.parts.runtime import Runtime
+from hvd_slowmo.core.parts.schedule import StepPlan
+from hvd_slowmo.core.parts.slices import OwnSlices
+from hvd_slowmo.core.parts.whole import Whole, gather_whole
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.start.handshake import agree
+from hvd_slowmo.core.step.assembly import Assembly, assemble
+from hvd_slowmo.core.step.metrics import Metrics, metrics_of
+from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.checkpoint import TorchWorkerState

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_slowmo.core import bulk
+from hvd_slowmo.core.start import bulk
 from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig, mean
 from support.models.keras import batch, fit, held, net
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hvd_slowmo import ParameterMap, SlowMoConfig
-from hvd_slowmo.core import bulk
+from hvd_slowmo.core.start import bulk
 from support.problems import Problem, config_of
 from support.trainings.mixed import MAP, TORCH, worker
 

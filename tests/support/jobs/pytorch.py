@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import hvd_slowmo.torch as slowmo
-from hvd_slowmo.core import bulk
+from hvd_slowmo.core.start import bulk
 from hvd_slowmo.torch import SlowMo, SlowMoConfig, mean
 from hvd_slowmo_torch.comm.workers import connect
 from support.late_copies import LateCopies

@@ -16,7 +16,7 @@ from hvd_slowmo.advice.host import Host, Work
 from hvd_slowmo.advice.link import Line
 from hvd_slowmo.comm.protocol import Comm, SoloComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.layout import CHUNK_BYTES
+from hvd_slowmo.core.parts.layout import CHUNK_BYTES
 from hvd_slowmo.settings import Bits
 from hvd_slowmo_torch.optimizer import SlowMo
 

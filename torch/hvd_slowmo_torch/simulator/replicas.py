@@ -12,8 +12,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from hvd_slowmo.core.layout import ParameterGroups, lay_out
-from hvd_slowmo.core.slices import travels_in_slices
+from hvd_slowmo.core.parts.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.parts.slices import travels_in_slices
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.layout import TensorRef, TorchLayout, groups_of, refs_of, state_refs

@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from hvd_slowmo.checked_numbers import integer, number_or_nan
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.assembly import assemble
-from hvd_slowmo.core.gradient_average import Presence
-from hvd_slowmo.core.graph import Graph
-from hvd_slowmo.core.outer_update import Kernels
-from hvd_slowmo.core.runtime import Runtime
-from hvd_slowmo.core.slices import OwnSlices
+from hvd_slowmo.core.average.gradient_average import Presence
+from hvd_slowmo.core.parts.outer_update import Kernels
+from hvd_slowmo.core.parts.runtime import Runtime
+from hvd_slowmo.core.parts.slices import OwnSlices
+from hvd_slowmo.core.start.graph import Graph
+from hvd_slowmo.core.step.assembly import assemble
 from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.outer_update import divide_, outer_update_
 from hvd_slowmo_torch.simulator.replicas import Inner, Loss, Replicas

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo.core.slices import BLOCK
+from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo_torch.codec import TorchCodec
 from hvd_slowmo_torch.ops import TorchOps
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class StackCodec:
-    """`hvd_slowmo.core.codec.Codec` of stacks: each column is encoded for itself.
+    """`hvd_slowmo.core.parts.codec.Codec` of stacks: each column is encoded for itself.
 
     A message is uint8 (m, bytes). A floating-point tensor in its place is one that has been decoded already.
 
@@ -105,7 +105,7 @@ class StackComm:
 
 
 class StackOps(TorchOps):
-    """`hvd_slowmo.core.ops.Ops` beside stacks: a factor may differ between the workers."""
+    """`hvd_slowmo.core.parts.ops.Ops` beside stacks: a factor may differ between the workers."""
 
     def cast_like(self, scalar: Any, tensor: torch.Tensor) -> Any:
         if np.ndim(scalar) == 0:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.optim import Optimizer
 
-from hvd_slowmo.core.layout import Chunk, Segment, Stretch
-from hvd_slowmo.core.progress import Vector
-from hvd_slowmo.core.slices import OwnSlices
-from hvd_slowmo.core.store import Condition
+from hvd_slowmo.core.parts.layout import Chunk, Segment, Stretch
+from hvd_slowmo.core.parts.progress import Vector
+from hvd_slowmo.core.parts.slices import OwnSlices
+from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.layout import TorchLayout
 from hvd_slowmo_torch.simulator.stack import mean_of
@@ -72,7 +72,7 @@ class Columns:
 
 
 class StackStore:
-    """`hvd_slowmo.core.store.Store` on stacked tensors.
+    """`hvd_slowmo.core.parts.store.Store` on stacked tensors.
 
     Values never come from outside, and no parameter changes its form: a simulation owns its tensors.
 
@@ -199,7 +199,7 @@ class StackStore:
 
 
 class StackGradients:
-    """`hvd_slowmo.core.store.GradientSource` on the `grad` of stacked parameters.
+    """`hvd_slowmo.core.parts.store.GradientSource` on the `grad` of stacked parameters.
 
     Args:
         layout, workers: see `Columns`.

@@ -1,0 +1,1 @@
+"""Averages over the workers: meetings, gradients, gossip, messages in few bits."""

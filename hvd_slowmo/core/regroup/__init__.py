@@ -1,0 +1,1 @@
+"""Workers that leave a job or enter it: joins, and elastic jobs."""

@@ -1,0 +1,359 @@
+"""Coming together again after workers were lost, or with new ones: one sequence of collectives for every framework.
+
+members → digest → graph → progress → handed-out state → chunks → mean of what gossips → the interrupted step
+
+All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A survivor
+that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught it: what the
+leader has written of an outer step that was broken off is handed to those that have not, and the rest of the outer step
+is taken again. A newcomer, and a survivor whose last block is over elsewhere, starts from the anchor with no steps of
+its own. Between gossiping workers no mass of a lost one is kept: one mean of the parameters that the models show leaves
+all weights at 1 and nothing in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.config import SlowMoConfig
+from hvd_slowmo.core.average.broadcast import average_chunks, take_chunks
+from hvd_slowmo.core.parts.layout import Chunk, Ref
+from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.schedule import meetings_so_far
+from hvd_slowmo.core.regroup.dealing import FormerSlices, Owner, deal_anew
+from hvd_slowmo.core.regroup.late_members import (
+    LateWorker,
+    applied,
+    catch_up,
+    give_in_flight,
+    in_flight_together,
+    set_aside_anew,
+    state_of_leader,
+    take_applied,
+)
+from hvd_slowmo.core.start.bulk import Parcel, give
+from hvd_slowmo.core.start.graph import Graph, agreed_graph
+from hvd_slowmo.core.start.startup import Description, Job, StartingWorker, agree, start
+from hvd_slowmo.core.step.machine import Machine
+
+R = TypeVar("R", bound=Ref)
+
+logger = logging.getLogger("hvd_slowmo")
+
+
+class Place(NamedTuple):
+    """A worker's message to the others when they come together."""
+
+    started: bool = False  # it has a state
+    step: int = 0  # inner steps counted
+    interrupted: bool = False  # it has made the next one too, and the exchange behind it was broken off
+    written: tuple[int, ...] = ()  # numbers of the chunks that it has written of that exchange
+    launched: tuple[int, ...] = ()  # `Flight.launched` of its state
+    owner: Owner | None = None  # whose slices it has, of vectors of which each worker keeps its own slice alone
+    torn: bool = False  # others were lost while it took their state: it has parts of two
+
+    def ahead(self, config: SlowMoConfig) -> tuple[bool, bool, int, int, bool, int]:
+        """Return something that is greater for a worker that is further."""
+        done = sum(_applied(config, self))
+        # Without an anchor nobody can be given what has been applied, so that it decides.
+        first = 0 if config.vectors else done
+        return self.started, not _spoiled(config, self), first, self.step, self.interrupted, done
+
+
+class Member(StartingWorker[R], Protocol):
+    """An adapter's part.
+
+    Attributes:
+        torn: it is taking the others' state, of which it may have parts; see `Place`.
+    """
+
+    torn: bool
+
+    @property
+    def machine(self) -> Machine:
+        """The state machine, of the workers that were assembled last."""
+
+    def place(self) -> Place:
+        """Return where this worker is."""
+
+    def reassemble(self, description: Description[R], graph: Graph | None) -> None:
+        """Make everything that a step needs with the present workers; model, vectors and position stay."""
+
+    def former_slices(self) -> FormerSlices | None:
+        """Return what this worker has kept in slices so far; None if there is nothing."""
+
+    def forget_former_slices(self) -> None:
+        """Free them: they have been dealt anew."""
+
+    def read_progress(self) -> Progress:
+        """Return the scalar state."""
+
+    def write_progress(self, progress: Progress, interrupted: bool = False) -> None:
+        """Replace the scalar state, and whether an inner step beyond it has been made."""
+
+    def count_step(self) -> None:
+        """Count an inner step that has been made, and whose exchange was broken off, without what follows it."""
+
+    def finish_step(self) -> None:
+        """Count an inner step that nobody has counted yet, and run the exchange that was broken off after it."""
+
+
+class Reformed(NamedTuple):
+    """The outcome, the same on all workers.
+
+    Attributes:
+        leader: rank of the worker from which newcomers have their state.
+        newcomers: ranks without a state before.
+        behind: ranks whose last block was over elsewhere; their steps since then are lost.
+        job: the workers.
+    """
+
+    job: Job
+    leader: int
+    newcomers: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
+    """Bring survivors and new workers to one place. A collective of all of them.
+
+    Raises:
+        TypeError, ValueError: on every worker, if settings or models differ, or a setting can't be used here.
+    """
+    # Under the common prefix: names have not been compared yet.
+    places = [Place(*each) for each in comm.handshake.gather("members", tuple(member.place()))]
+    if not any(place.started for place in places):
+        return Reformed(start(member, comm), 0, (), ())
+    config, own = member.config, places[comm.rank]
+    description = agree(member, comm)
+    leader = max(range(comm.size), key=lambda rank: (*places[rank].ahead(config), -rank))
+    lead = places[leader]
+    copies = _equal(config, lead.step)
+    within = [in_block_of(config, place, lead) for place in places]
+    stays = [rank == leader or (each and not copies) for rank, each in enumerate(within)]
+    member.reassemble(description, agreed_graph(config, comm))
+    if config.delay:
+        comm.open_beside()
+    machine = member.machine
+    late = config.delay > 0 and not copies
+    tells = comm.rank == leader or (late and own.started)
+    everyone = comm.gather("progress", _plain(member.read_progress()) if tells else None)
+    job = Job((member.framework,) * comm.size, (lead.step,) * comm.size, description.groups)
+    takes = [not place.started or (copies and rank != leader) for rank, place in enumerate(places)]
+    if any(takes):
+        mine = (lambda: member.own(job)) if takes[comm.rank] or comm.rank == leader else None
+        (values,) = give(comm, "start", [Parcel(leader, mine)], member.carrier)
+        if takes[comm.rank]:
+            member.take(values)
+    progress = Progress.from_flat(everyone[leader])
+    written: set[int] | None = None
+    elsewhere = set(machine.unanswered) if not within[comm.rank] else set()  # others have applied these
+    if late:
+        states = [None if each is None else Progress.from_flat(each) for each in everyone]
+        progress, missed = _fly_together(member, comm.rank, leader, places, stays, states)
+        elsewhere |= missed
+    elif lead.interrupted:
+        written = _roll_forward(member, places, stays, comm.rank)
+        elsewhere |= written
+    if config.sliced_vectors:
+        # A worker that has missed the end of an outer step has the new slices of it, or else none that are of use.
+        gives = [each or machine.runtime.ops.keeps_handles for each in within]
+        owners = [place.owner if each else None for place, each in zip(places, gives, strict=True)]
+        former = None if owners[comm.rank] is None else _with_unanswered(member, elsewhere)
+        deal_anew(machine.runtime, former, owners, stays)
+        member.forget_former_slices()
+    if not all(stays):
+        _start_at(member, leader, progress, lead, not stays[comm.rank])
+    together = stays[comm.rank] and _at_step_of(own, lead)
+    if stays[comm.rank] and not late:
+        if own.interrupted and not together:
+            member.count_step()
+        member.write_progress(member.read_progress()._replace(step=lead.step), together)
+    if config.gossip is not None and not copies:
+        average_chunks(machine.runtime, _unwritten(machine, written), stays)
+    machine.written = written
+    if lead.interrupted and (copies or together):
+        member.finish_step()
+    elif lead.interrupted and (late or config.gossip is not None):
+        member.write_progress(machine.pass_step(member.read_progress()))
+    elif lead.interrupted:
+        followed, _, _ = machine.follow(member.read_progress())
+        member.write_progress(followed)
+    machine.flights.resume(member.read_progress())
+    newcomers = tuple(rank for rank, place in enumerate(places) if not place.started)
+    behind = tuple(rank for rank, place in enumerate(places) if place.started and not (within[rank] or rank == leader))
+    if comm.rank == leader:
+        logger.info(
+            "%s: %d workers go on at step %d; %d are new, %d had to skip a block",
+            comm.name,
+            comm.size,
+            lead.step + lead.interrupted,
+            len(newcomers),
+            len(behind),
+        )
+    return Reformed(job, leader, newcomers, behind)
+
+
+def in_block_of(config: SlowMoConfig, place: Place, lead: Place) -> bool:
+    """Return whether a worker is in the leader's block, so that its part of it counts.
+
+    With late exchanges it can be brought there from any block: see `hvd_slowmo.core.regroup.late_members`.
+
+    Example:
+        >>> config = SlowMoConfig(tau=4)
+        >>> in_block_of(config, Place(True, 5), Place(True, 7)), in_block_of(config, Place(True, 5), Place(True, 8))
+        (True, False)
+    """
+    if not place.started or _spoiled(config, place):
+        return False
+    if _equal(config, lead.step):
+        return (place.step, place.interrupted) == (lead.step, lead.interrupted)
+    begun = place.step >= config.warmup_steps
+    if config.delay:
+        return begun and (bool(config.vectors) or _applied(config, place) == _applied(config, lead))
+    return begun and meetings_so_far(config, place.step) == meetings_so_far(config, lead.step)
+
+
+def _spoiled(config: SlowMoConfig, place: Place) -> bool:
+    """Return whether a worker's own parameters may be of two states; while late exchanges are given, they are not."""
+    return place.torn and not (config.delay and config.vectors and not _equal(config, place.step))
+
+
+def _at_step_of(place: Place, lead: Place) -> bool:
+    """Return whether a worker has made the step whose exchange was broken off on the leader."""
+    return place.interrupted and lead.interrupted and place.step == lead.step
+
+
+def _applied(config: SlowMoConfig, place: Place) -> tuple[int, ...]:
+    return applied(config, place.step, place.launched)
+
+
+def _equal(config: SlowMoConfig, step: int) -> bool:
+    """Return whether all workers hold the same model after each step, since gradients are averaged."""
+    return config.gradients == "all" or step < config.warmup_steps
+
+
+def _unwritten(machine: Machine, written: set[int] | None) -> list[Chunk]:
+    """Return the chunks of parameters without those of an outer step that have been written, which are equal."""
+    return [chunk for chunk in machine.layout.parameter_chunks if chunk.index not in (written or ())]
+
+
+def _plain(progress: Progress) -> dict[str, Any]:
+    return {field: np.asarray(value) for field, value in progress.flat().items()}
+
+
+def _fly_together(
+    member: Member[R],
+    rank: int,
+    leader: int,
+    places: Sequence[Place],
+    stays: Sequence[bool],
+    states: Sequence[Progress | None],
+) -> tuple[Progress, set[int]]:
+    """Bring the late exchanges of all that stay to one place.
+
+    Returns:
+        The leader's state there, and the chunks that others had applied and this worker had not.
+    """
+    machine, own, lead = member.machine, places[rank], places[leader]
+    workers = [
+        LateWorker(state or machine.initial(), stay, place.torn)
+        for state, stay, place in zip(states, stays, places, strict=True)
+    ]
+    flying = in_flight_together(machine.config, workers, leader)
+    member.torn = own.torn or any(rank in take for take in flying.take)
+    take_applied(machine, flying, rank)
+    if stays[rank]:  # at once: what follows may be broken off too
+        together = _at_step_of(own, lead)
+        if own.interrupted and not together:
+            member.count_step()
+        progress = catch_up(machine, member.read_progress(), flying, rank, workers)
+        member.write_progress(progress._replace(step=lead.step), together)
+        member.torn = False
+    missed = [fragment for fragment, lack in enumerate(flying.lack) if rank in lack]
+    chunks = {chunk.index for fragment in missed for chunk in machine.layout.of_fragment(fragment)}
+    return state_of_leader(workers, leader, flying), chunks
+
+
+def _with_unanswered(member: Member[R], elsewhere: set[int]) -> FormerSlices:
+    """Return this worker's slices, the new ones of exchanges that others have applied.
+
+    Their results have not come here, but this worker's part of them, its slice, has gone to all others.
+    """
+    former, unanswered, vectors = member.former_slices(), member.machine.unanswered, member.config.sliced_vectors
+    assert former is not None, "it has slices"
+
+    def read(vector: str, chunk: int) -> Any:
+        if chunk in elsewhere and chunk in unanswered:
+            return unanswered[chunk][vectors.index(vector)]
+        return former.read(vector, chunk)
+
+    return FormerSlices(former.owner, read)
+
+
+def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bool], rank: int) -> set[int]:
+    """Give the chunks of a broken-off outer step that some worker has written to all in the block; return all of them.
+
+    Any of them serves: a chunk that two have written is bitwise the same.
+    """
+    machine = member.machine
+    config, store = machine.config, machine.runtime.store
+    vectors = ("model", *(name for name in ("anchor", "v") if name in config.vectors))
+    keeps = machine.runtime.slices.keeps
+    written = set()
+    for chunk in machine.layout.chunks:
+        having = [n for n, place in enumerate(places) if stays[n] and chunk.index in place.written]
+        if not having:
+            continue
+        takes = stays[rank] and rank not in having
+        member.torn = member.torn or takes
+        if len(having) < sum(stays):
+            for vector in vectors if chunk.role == "parameter" else vectors[:1]:
+                if keeps(vector, chunk.index):
+                    continue
+                take_chunks(machine.runtime, having[0], [chunk], vector, takes)
+            if takes and chunk.role == "parameter" and "residual" in config.vectors:
+                store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
+        if takes and machine.written is not None:
+            machine.written.add(chunk.index)
+        written.add(chunk.index)
+    member.torn = member.torn and not stays[rank]
+    return written
+
+
+def _start_at(member: Member[R], leader: int, progress: Progress, lead: Place, takes: bool) -> None:
+    """Let newcomers, and survivors of another block, start where the leader is: at the anchor, with no steps."""
+    machine = member.machine
+    runtime, store, config = machine.runtime, machine.runtime.store, machine.config
+    copies = _equal(config, lead.step)
+    parameters = runtime.layout.parameter_chunks
+    former, launched = member.read_progress().flight.launched, progress.flight.launched.tolist()
+    member.torn = member.torn or takes
+    keeps = runtime.slices.keeps
+    for vector in config.vectors:
+        if vector != "residual":
+            whole = [chunk for chunk in parameters if not keeps(vector, chunk.index)]
+            take_chunks(runtime, leader, whole, vector, takes)
+    roles = ("statistic", "optimizer_state") if config.vectors and not copies else None
+    given = [chunk for chunk in runtime.layout.chunks if roles is None or chunk.role in roles]
+    take_chunks(runtime, leader, given, "model", takes)
+    if copies:
+        give_in_flight(machine, leader, former, launched, takes)
+    if not takes:
+        return
+    if roles is not None:
+        for chunk in parameters:
+            if not keeps("anchor", chunk.index):  # else it has been written when the slices were dealt
+                store.write("model", chunk, store.read("anchor", chunk))
+    store.settle()
+    if copies:
+        member.write_progress(progress, lead.interrupted)
+    else:
+        set_aside_anew(machine, former, launched)
+        flight = progress.flight._replace(sent_since=progress.flight.sent_since * 0)
+        member.write_progress(progress._replace(since=progress.since * 0, flight=flight))
+    member.torn = False
