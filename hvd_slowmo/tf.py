@@ -17,7 +17,7 @@ from hvd_slowmo.core.step.preemption import PREEMPTED
 from hvd_slowmo.gossip import DPSGD, SGP
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf import elastic
-from hvd_slowmo_tf.callback import SlowMoCallback
+from hvd_slowmo_tf.fit.callback import SlowMoCallback
 from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.metric_mean import mean
 from hvd_slowmo_tf.optimizer import SlowMo

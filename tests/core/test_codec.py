@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hvd_slowmo.core.parts.codec import LEVELS, NumpyCodec, payload_bytes
 from hvd_slowmo.core.parts.slices import BLOCK, Slices
-from hvd_slowmo_tf.codec import KerasCodec
-from hvd_slowmo_torch.codec import TorchCodec
+from hvd_slowmo_tf.traces.codec import KerasCodec
+from hvd_slowmo_torch.tensors.codec import TorchCodec
 from reference.few_bits import rounded
 
 BITS = [16, 8, 4]

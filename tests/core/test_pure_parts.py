@@ -21,7 +21,7 @@ from hvd_slowmo.core.parts.schedule import next_fragment, step_plan, steps_to_me
 from hvd_slowmo.core.step.machine import Machine
 from hvd_slowmo.wire.tensors import TensorSpec
 from hvd_slowmo.wire.views import View
-from hvd_slowmo_torch.outer_update import outer_update_
+from hvd_slowmo_torch.tensors.outer_update import outer_update_
 
 OPS = EagerOps()
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
-from hvd_slowmo_tf.model_parts import find_optimizers, split_model
+from hvd_slowmo_tf.fit.model_parts import find_optimizers, split_model
 
 layers = keras.layers
 

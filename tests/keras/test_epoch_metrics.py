@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from hvd_slowmo_tf.epoch_metrics import WorkerLogs, metrics_by_result, numbers_in, over_workers, states_of
+from hvd_slowmo_tf.fit.epoch_metrics import WorkerLogs, metrics_by_result, numbers_in, over_workers, states_of
 
 metrics = keras.metrics
 SIZES = (3, 10, 0)  # samples of each worker

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
-from hvd_slowmo_tf.failed_traces import initialize, without_values
+from hvd_slowmo_tf.traces.failed_traces import initialize, without_values
 from support.models.keras import bare
 from support.models.keras_optimizers import SGD, Scaled
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.core.average.ledger import RATES
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
-from hvd_slowmo_tf.graph_comm import GraphSafeComm
+from hvd_slowmo_tf.traces.graph_comm import GraphSafeComm
 from support.models.keras import fit, held, net, sentences, step_of, words
 from support.models.keras_optimizers import SGD
 from support.problems import chunks_of, config_of

@@ -19,14 +19,14 @@ from hvd_slowmo.core.start.bulk import Gift
 from hvd_slowmo.core.start.startup import Position, common_groups, hand_out, meet
 from hvd_slowmo.interop.copy import copy_to_keras
 from hvd_slowmo.torch import SlowMo
-from hvd_slowmo_tf.gradients import VariableGradients
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
-from hvd_slowmo_tf.layout import mapped_refs
-from hvd_slowmo_tf.store import VariableStore
-from hvd_slowmo_torch.bulk import TorchCarrier, bodies_of
-from hvd_slowmo_torch.layout import groups_of, refs_of
-from hvd_slowmo_torch.store import TorchGradients, TorchStore
-from hvd_slowmo_torch.watch import ModelWatch
+from hvd_slowmo_tf.model.layout import mapped_refs
+from hvd_slowmo_tf.model.store import VariableStore
+from hvd_slowmo_tf.traces.gradients import VariableGradients
+from hvd_slowmo_torch.model.layout import groups_of, refs_of
+from hvd_slowmo_torch.model.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.model.watch import ModelWatch
+from hvd_slowmo_torch.tensors.bulk import TorchCarrier, bodies_of
 from support.problems import Problem, distance
 from support.trainings.keras import doubles
 from support.trainings.mixed import KerasWorker, TorchComm, TorchWorker

@@ -10,7 +10,7 @@ from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
-from hvd_slowmo_torch.codec import TorchCodec
+from hvd_slowmo_torch.tensors.codec import TorchCodec
 from reference.few_bits import mean_of_differences
 from support.trainings.pytorch import same
 

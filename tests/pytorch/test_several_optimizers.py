@@ -11,7 +11,7 @@ import hvd_slowmo.torch as slowmo
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo_torch.streams import caller_context
+from hvd_slowmo_torch.tensors.streams import caller_context
 from support.jobs import several
 
 LENGTHS = [(5, 2), (2, 7), (0, 3)]

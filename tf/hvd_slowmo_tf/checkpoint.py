@@ -21,7 +21,7 @@ from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.interop.layers import entries_keras
 from hvd_slowmo_tf.interop.weights import array_of
-from hvd_slowmo_tf.layout import common_path, parts_of
+from hvd_slowmo_tf.model.layout import common_path, parts_of
 
 if TYPE_CHECKING:  # `convert` runs without Horovod
     from hvd_slowmo_tf.worker import OptimizerParts

@@ -10,10 +10,10 @@ import keras
 from hvd_slowmo.comm.elastic import Change, ElasticState, run_with
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo_tf.fit.model_parts import ModelPart, find_optimizers, split_model
 from hvd_slowmo_tf.horovod import lost_worker, workers
-from hvd_slowmo_tf.layout import parts_of
 from hvd_slowmo_tf.membership import reform
-from hvd_slowmo_tf.model_parts import ModelPart, find_optimizers, split_model
+from hvd_slowmo_tf.model.layout import parts_of
 from hvd_slowmo_tf.optimizer import SlowMo
 
 __all__ = ["Change", "State", "run"]

@@ -15,9 +15,9 @@ from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Description, Job
 from hvd_slowmo.core.step.machine import Machine
 from hvd_slowmo_tf.horovod import HorovodComm
-from hvd_slowmo_tf.layout import VariableRef
+from hvd_slowmo_tf.model.layout import VariableRef
 from hvd_slowmo_tf.startup import StartingKerasWorker
-from hvd_slowmo_tf.traced_step import TracedStep
+from hvd_slowmo_tf.traces.traced_step import TracedStep
 from hvd_slowmo_tf.worker import KerasWorker
 
 

@@ -43,9 +43,9 @@ from hvd_slowmo_tf.checks import (
     saved_values,
 )
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
-from hvd_slowmo_tf.layout import parts_of, travelling
+from hvd_slowmo_tf.model.layout import parts_of, travelling
 from hvd_slowmo_tf.startup import start_together
-from hvd_slowmo_tf.traced_step import Gradients
+from hvd_slowmo_tf.traces.traced_step import Gradients
 from hvd_slowmo_tf.worker import KerasWorker
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from hvd_slowmo.core.start.bulk import Body, Carrier, Gift
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.handshake import agreed
 from hvd_slowmo.core.start.startup import Description, Job, start
-from hvd_slowmo_tf.bulk import KerasCarrier, in_place, on_wire
 from hvd_slowmo_tf.checks import check_model_variables
-from hvd_slowmo_tf.failed_traces import without_values
-from hvd_slowmo_tf.layout import VariableRef, travelling
-from hvd_slowmo_tf.traced_step import TracedStep
+from hvd_slowmo_tf.model.bulk import KerasCarrier, in_place, on_wire
+from hvd_slowmo_tf.model.layout import VariableRef, travelling
+from hvd_slowmo_tf.traces.failed_traces import without_values
+from hvd_slowmo_tf.traces.traced_step import TracedStep
 from hvd_slowmo_tf.worker import KerasWorker
 
 

@@ -38,18 +38,18 @@ from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import refuse_strategies
-from hvd_slowmo_tf.codec import KerasCodec
-from hvd_slowmo_tf.failed_traces import drop_train_functions
-from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm, workers
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.interop.weights import array_of
-from hvd_slowmo_tf.layout import KerasLayout, VariableRef, mapped_refs, refs_of, travelling
-from hvd_slowmo_tf.ops import TracedOps
-from hvd_slowmo_tf.store import VariableStore
-from hvd_slowmo_tf.traced_join import traced_join
-from hvd_slowmo_tf.traced_step import TracedStep
-from hvd_slowmo_tf.variables import OptimizerVariables
+from hvd_slowmo_tf.model.layout import KerasLayout, VariableRef, mapped_refs, refs_of, travelling
+from hvd_slowmo_tf.model.store import VariableStore
+from hvd_slowmo_tf.model.variables import OptimizerVariables
+from hvd_slowmo_tf.traces.codec import KerasCodec
+from hvd_slowmo_tf.traces.failed_traces import drop_train_functions
+from hvd_slowmo_tf.traces.graph_comm import GraphSafeComm
+from hvd_slowmo_tf.traces.ops import TracedOps
+from hvd_slowmo_tf.traces.traced_join import traced_join
+from hvd_slowmo_tf.traces.traced_step import TracedStep
 
 logger = logging.getLogger("hvd_slowmo")
 

@@ -22,16 +22,16 @@ from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
-from hvd_slowmo_torch import inner_optimizer as inner_state
-from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.inner import inner_optimizer as inner_state
+from hvd_slowmo_torch.inner import inner_settings
+from hvd_slowmo_torch.inner.saved_inner import check_saved
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import array_of, tensors_of
-from hvd_slowmo_torch.saved_inner import check_saved
-from hvd_slowmo_torch.watch import WatchNotes
+from hvd_slowmo_torch.model.watch import WatchNotes
 
 if TYPE_CHECKING:
-    from hvd_slowmo_torch.layout import TensorRef
-    from hvd_slowmo_torch.store import TorchStore
+    from hvd_slowmo_torch.model.layout import TensorRef
+    from hvd_slowmo_torch.model.store import TorchStore
 
 _KEYS = {
     SGD: {"momentum": "momentum_buffer"},

@@ -14,8 +14,8 @@ from hvd_slowmo.checked_numbers import real, spell_value
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.start.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_torch.inner_optimizer import check_state_dict, fresh
-from hvd_slowmo_torch.parallel import refuse_sharded
+from hvd_slowmo_torch.inner.inner_optimizer import check_state_dict, fresh
+from hvd_slowmo_torch.model.parallel import refuse_sharded
 from hvd_slowmo_torch.worker import Settings
 
 

@@ -11,7 +11,7 @@ from hvd_slowmo.core.regroup.membership import Place, Reformed, come_together
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Description
 from hvd_slowmo.core.step.machine import Machine
-from hvd_slowmo_torch.layout import TensorRef
+from hvd_slowmo_torch.model.layout import TensorRef
 from hvd_slowmo_torch.startup import StartingTorchWorker
 from hvd_slowmo_torch.worker import TorchWorker
 

@@ -30,7 +30,7 @@ from hvd_slowmo_torch.callers import initializes_state, refuse_foreign_checkpoin
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.checks import check_types, refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
-from hvd_slowmo_torch.inner_optimizer import scaled_step
+from hvd_slowmo_torch.inner.inner_optimizer import scaled_step
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
 from hvd_slowmo_torch.step_hooks import hooked_at_need

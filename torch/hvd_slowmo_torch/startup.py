@@ -16,12 +16,12 @@ from hvd_slowmo.core.start.arguments import check_metrics
 from hvd_slowmo.core.start.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Description, Job, agree
-from hvd_slowmo_torch import inner_settings
-from hvd_slowmo_torch.bulk import TorchCarrier, bodies_of, is_plain, on_wire
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
-from hvd_slowmo_torch.layout import TensorRef, groups_of, refs_of, state_refs
-from hvd_slowmo_torch.parallel import refuse_data_parallel
-from hvd_slowmo_torch.statistics import check_patterns
+from hvd_slowmo_torch.inner import inner_settings
+from hvd_slowmo_torch.model.layout import TensorRef, groups_of, refs_of, state_refs
+from hvd_slowmo_torch.model.parallel import refuse_data_parallel
+from hvd_slowmo_torch.model.statistics import check_patterns
+from hvd_slowmo_torch.tensors.bulk import TorchCarrier, bodies_of, is_plain, on_wire
 from hvd_slowmo_torch.worker import TorchWorker
 
 Own = tuple[dict[str, torch.Tensor], dict[str, Any]]

@@ -21,10 +21,10 @@ from hvd_slowmo.core.parts.layout import Layout
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.schedule import workers_equal
 from hvd_slowmo.errors import CheckpointError, spell_error
-from hvd_slowmo_torch import inner_settings
-from hvd_slowmo_torch.saved_inner import check_saved
-from hvd_slowmo_torch.store import TorchStore
-from hvd_slowmo_torch.watch import WatchNotes
+from hvd_slowmo_torch.inner import inner_settings
+from hvd_slowmo_torch.inner.saved_inner import check_saved
+from hvd_slowmo_torch.model.store import TorchStore
+from hvd_slowmo_torch.model.watch import WatchNotes
 from hvd_slowmo_torch.worker import TorchWorker
 
 logger = logging.getLogger("hvd_slowmo")

@@ -40,19 +40,19 @@ from hvd_slowmo.core.step.assembly import Assembly, assemble
 from hvd_slowmo.core.step.metrics import Metrics, metrics_of
 from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_torch import inner_settings
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
-from hvd_slowmo_torch.codec import TorchCodec
-from hvd_slowmo_torch.gradient_hooks import GradientHooks
+from hvd_slowmo_torch.inner import inner_settings
 from hvd_slowmo_torch.interop.weights import array_of
-from hvd_slowmo_torch.layout import TensorRef, TorchLayout
-from hvd_slowmo_torch.ops import TorchOps
-from hvd_slowmo_torch.outer_update import divide_, outer_update_
+from hvd_slowmo_torch.model.gradient_hooks import GradientHooks
+from hvd_slowmo_torch.model.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.model.statistics import floating_buffers
+from hvd_slowmo_torch.model.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.model.watch import WatchNotes
 from hvd_slowmo_torch.presence import WorkerPresence
-from hvd_slowmo_torch.statistics import floating_buffers
-from hvd_slowmo_torch.store import TorchGradients, TorchStore
-from hvd_slowmo_torch.streams import caller_context
-from hvd_slowmo_torch.watch import WatchNotes
+from hvd_slowmo_torch.tensors.codec import TorchCodec
+from hvd_slowmo_torch.tensors.ops import TorchOps
+from hvd_slowmo_torch.tensors.outer_update import divide_, outer_update_
+from hvd_slowmo_torch.tensors.streams import caller_context
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17

@@ -10,8 +10,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.grappler import tf_optimizer
 
-from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.horovod import HorovodComm
+from hvd_slowmo_tf.traces.graph_comm import GraphSafeComm
 
 
 class AsSeveral(HorovodComm):

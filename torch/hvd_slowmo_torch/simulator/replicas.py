@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from hvd_slowmo.core.parts.layout import ParameterGroups, lay_out
 from hvd_slowmo.core.parts.slices import travels_in_slices
-from hvd_slowmo_torch import inner_optimizer as inner_state
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
-from hvd_slowmo_torch.layout import TensorRef, TorchLayout, groups_of, refs_of, state_refs
+from hvd_slowmo_torch.inner import inner_optimizer as inner_state
+from hvd_slowmo_torch.model.layout import TensorRef, TorchLayout, groups_of, refs_of, state_refs
 from hvd_slowmo_torch.worker import Settings
 
 Inner = Callable[[list[nn.Parameter]], Optimizer]

@@ -22,11 +22,11 @@ from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.step.assembly import assemble
-from hvd_slowmo_torch import inner_settings
-from hvd_slowmo_torch.outer_update import divide_, outer_update_
+from hvd_slowmo_torch.inner import inner_settings
 from hvd_slowmo_torch.simulator.replicas import Inner, Loss, Replicas
 from hvd_slowmo_torch.simulator.stack import StackCodec, StackComm, StackOps, mean_of
 from hvd_slowmo_torch.simulator.store import StackGradients, StackStore
+from hvd_slowmo_torch.tensors.outer_update import divide_, outer_update_
 from hvd_slowmo_torch.worker import Settings
 
 _NAME = "simulation"

@@ -15,8 +15,8 @@ import torch
 
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.parts.slices import BLOCK
-from hvd_slowmo_torch.codec import TorchCodec
-from hvd_slowmo_torch.ops import TorchOps
+from hvd_slowmo_torch.tensors.codec import TorchCodec
+from hvd_slowmo_torch.tensors.ops import TorchOps
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from hvd_slowmo.core.parts.layout import Chunk, Segment, Stretch
 from hvd_slowmo.core.parts.progress import Vector
 from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.store import Condition
-from hvd_slowmo_torch import inner_optimizer as inner_state
-from hvd_slowmo_torch.layout import TorchLayout
+from hvd_slowmo_torch.inner import inner_optimizer as inner_state
+from hvd_slowmo_torch.model.layout import TorchLayout
+from hvd_slowmo_torch.model.store import Pieces
 from hvd_slowmo_torch.simulator.stack import mean_of
-from hvd_slowmo_torch.store import Pieces
 
 Value = Callable[[torch.Tensor], torch.Tensor | None]
 """Returns a value of a tensor; None where it has none."""

@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverages
 from hvd_slowmo.core.parts.schedule import StepPlan
+from hvd_slowmo_torch.model.store import TorchGradients
 from hvd_slowmo_torch.presence import WorkerPresence
-from hvd_slowmo_torch.store import TorchGradients
 
 
 class GradientHooks:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.start.bulk import Body, WholeArray
-from hvd_slowmo_tf.layout import VariableRef
+from hvd_slowmo_tf.model.layout import VariableRef
 from hvd_slowmo_tf.worker import KerasWorker
 
 

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from hvd_slowmo.comm.in_turn import InTurn
 from hvd_slowmo.comm.protocol import Comm
-from hvd_slowmo_tf.pieces import joined
+from hvd_slowmo_tf.traces.pieces import joined
 
 T = TypeVar("T")
 

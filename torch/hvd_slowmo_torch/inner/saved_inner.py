@@ -11,8 +11,8 @@ import torch
 from torch.optim import Optimizer
 
 from hvd_slowmo.errors import CheckpointError
-from hvd_slowmo_torch import inner_optimizer as inner_state
-from hvd_slowmo_torch.saved_values import check_value, number_of, refusal, spell_saved
+from hvd_slowmo_torch.inner import inner_optimizer as inner_state
+from hvd_slowmo_torch.inner.saved_values import check_value, number_of, refusal, spell_saved
 
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """State of SGD, Adam and AdamW that has its parameter's shape."""

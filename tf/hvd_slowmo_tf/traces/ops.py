@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.core.parts.ops import TOPICS, Cell, Topic
 from hvd_slowmo_tf.horovod import lost_worker
-from hvd_slowmo_tf.pieces import joined
+from hvd_slowmo_tf.traces.pieces import joined
 
 C = TypeVar("C")
 T = TypeVar("T")

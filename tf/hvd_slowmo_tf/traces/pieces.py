@@ -13,7 +13,7 @@ from typing import TypeVar
 import tensorflow as tf
 
 from hvd_slowmo.wire.views import View
-from hvd_slowmo_tf.layout import VariableRef
+from hvd_slowmo_tf.model.layout import VariableRef
 
 K = TypeVar("K")
 V = TypeVar("V")

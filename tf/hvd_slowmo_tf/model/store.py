@@ -12,8 +12,8 @@ from hvd_slowmo.core.parts.layout import Chunk, Stretch
 from hvd_slowmo.core.parts.progress import Vector
 from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
-from hvd_slowmo_tf.layout import KerasLayout, native, spans
-from hvd_slowmo_tf.pieces import Pending, joined, part_of, parted, stretch_of
+from hvd_slowmo_tf.model.layout import KerasLayout, native, spans
+from hvd_slowmo_tf.traces.pieces import Pending, joined, part_of, parted, stretch_of
 
 
 class VariableStore:

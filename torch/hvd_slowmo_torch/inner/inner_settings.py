@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from hvd_slowmo.checkpoint.bounded_json import decode
 from hvd_slowmo.checkpoint.facts import parse, plain
 from hvd_slowmo.errors import CheckpointError, spell_error
-from hvd_slowmo_torch.saved_values import check_value
+from hvd_slowmo_torch.inner.saved_values import check_value
 
 _NOT_OWN = frozenset(
     ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")

@@ -7,7 +7,7 @@ from types import FrameType
 
 import keras
 
-from hvd_slowmo_tf.layout import native
+from hvd_slowmo_tf.model.layout import native
 
 
 def drop_train_functions() -> None:

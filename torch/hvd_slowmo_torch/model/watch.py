@@ -11,7 +11,7 @@ import torch
 
 from hvd_slowmo.core.parts.progress import Vector
 from hvd_slowmo.core.parts.store import Condition
-from hvd_slowmo_torch.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.model.layout import TensorRef, TorchLayout
 
 logger = logging.getLogger("hvd_slowmo")
 

@@ -11,10 +11,10 @@ from hvd_slowmo.core.parts.layout import Chunk, Segment, Stretch
 from hvd_slowmo.core.parts.progress import Vector
 from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.store import Condition
-from hvd_slowmo_torch import inner_optimizer as inner_state
-from hvd_slowmo_torch.layout import TensorRef, TorchLayout
-from hvd_slowmo_torch.spectral import Estimate, restore_length
-from hvd_slowmo_torch.watch import ModelWatch
+from hvd_slowmo_torch.inner import inner_optimizer as inner_state
+from hvd_slowmo_torch.model.layout import TensorRef, TorchLayout
+from hvd_slowmo_torch.model.spectral import Estimate, restore_length
+from hvd_slowmo_torch.model.watch import ModelWatch
 
 
 class Pieces:

@@ -11,11 +11,11 @@ from hvd_slowmo.core.average.gradient_average import GradientAverage, Presence
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.schedule import StepPlan
 from hvd_slowmo.core.step.assembly import Assembly
-from hvd_slowmo_tf.gradients import VariableGradients
-from hvd_slowmo_tf.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
-from hvd_slowmo_tf.layout import VariableRef, native
-from hvd_slowmo_tf.variables import OptimizerVariables
+from hvd_slowmo_tf.model.layout import VariableRef, native
+from hvd_slowmo_tf.model.variables import OptimizerVariables
+from hvd_slowmo_tf.traces.gradients import VariableGradients
+from hvd_slowmo_tf.traces.graph_comm import GraphSafeComm
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 """A gradient for each variable that the optimizer trains; None where it has none."""

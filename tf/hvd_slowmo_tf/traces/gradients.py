@@ -8,8 +8,8 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.core.parts.layout import Chunk
-from hvd_slowmo_tf.layout import KerasLayout, spans
-from hvd_slowmo_tf.pieces import Pending, joined, parted, stretch_of
+from hvd_slowmo_tf.model.layout import KerasLayout, spans
+from hvd_slowmo_tf.traces.pieces import Pending, joined, parted, stretch_of
 
 
 class VariableGradients:

@@ -14,12 +14,12 @@ from hvd_slowmo.checkpoint.periodic import Checkpoints
 from hvd_slowmo.comm.elastic import ElasticState
 from hvd_slowmo.core.regroup.join import join
 from hvd_slowmo.core.step import preemption
-from hvd_slowmo_tf.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
-from hvd_slowmo_tf.failed_traces import initialize
-from hvd_slowmo_tf.fit_checkpoints import FitCheckpoints
-from hvd_slowmo_tf.model_parts import build_from_batch, find_optimizers, other_optimizers, split_model
+from hvd_slowmo_tf.fit.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
+from hvd_slowmo_tf.fit.fit_checkpoints import FitCheckpoints
+from hvd_slowmo_tf.fit.model_parts import build_from_batch, find_optimizers, other_optimizers, split_model
 from hvd_slowmo_tf.optimizer import SlowMo
 from hvd_slowmo_tf.startup import fail_together, start_together
+from hvd_slowmo_tf.traces.failed_traces import initialize
 
 Logs = dict[str, Any]
 """Metrics by name: floats, or scalar arrays of NumPy and TensorFlow."""

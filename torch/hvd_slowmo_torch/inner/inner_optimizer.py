@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from hvd_slowmo.errors import spell_error
-from hvd_slowmo_torch import inner_settings
+from hvd_slowmo_torch.inner import inner_settings
 
 
 def fresh(inner: Optimizer) -> Optimizer:

@@ -15,11 +15,11 @@ from hvd_slowmo.core.parts.layout import ModelLayout, ParameterGroups
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
-from hvd_slowmo_torch import inner_optimizer as inner_state
+from hvd_slowmo_torch.inner import inner_optimizer as inner_state
 from hvd_slowmo_torch.interop.layers import entries_torch
 from hvd_slowmo_torch.interop.weights import tensors_of
-from hvd_slowmo_torch.spectral import Estimate, estimate_of
-from hvd_slowmo_torch.statistics import chosen_statistics
+from hvd_slowmo_torch.model.spectral import Estimate, estimate_of
+from hvd_slowmo_torch.model.statistics import chosen_statistics
 
 Find = Callable[[], torch.Tensor]
 """Finds a tensor when it is needed: optimizers and users replace tensors, so none is kept."""

@@ -13,8 +13,8 @@ from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverage
 from hvd_slowmo.core.parts.progress import Progress, Scalar
 from hvd_slowmo.core.parts.schedule import StepPlan
 from hvd_slowmo.core.regroup.join import take_part
-from hvd_slowmo_tf.gradients import VariableGradients
-from hvd_slowmo_tf.traced_step import TracedStep
+from hvd_slowmo_tf.traces.gradients import VariableGradients
+from hvd_slowmo_tf.traces.traced_step import TracedStep
 
 
 def traced_join(step: TracedStep) -> Callable[[tf.Tensor], tf.Tensor]:

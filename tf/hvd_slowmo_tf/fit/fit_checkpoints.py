@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from hvd_slowmo.checkpoint.periodic import Checkpoints
-from hvd_slowmo_tf.layout import parts_of
+from hvd_slowmo_tf.model.layout import parts_of
 from hvd_slowmo_tf.optimizer import SlowMo
 
 _EPOCH = "epoch"

@@ -1,0 +1,1 @@
+"""SlowMo under `model.fit`."""

@@ -1,0 +1,1 @@
+"""A Keras model as the core sees it: layout, vectors, variables."""

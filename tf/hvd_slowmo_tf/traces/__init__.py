@@ -1,0 +1,1 @@
+"""Steps, joins and collectives as TensorFlow traces them."""

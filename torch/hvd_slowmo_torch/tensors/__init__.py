@@ -1,0 +1,1 @@
+"""The core's operations on PyTorch tensors."""
