@@ -61,25 +61,16 @@ def take_chunks(
             store.write(vector, chunk, total)
 
 
-def average_chunks(runtime: Runtime, chunks: Sequence[Chunk], counts: Sequence[bool]) -> None:
-    """Set the model to the plain mean of some workers, on all of them, bitwise identical. A collective.
+def average_chunks(runtime: Runtime, chunks: Sequence[Chunk], counts: Sequence[bool] | None = None) -> None:
+    """Set chunks of the model to the workers' plain mean, on all of them, bitwise identical. A collective.
 
     Args:
-        counts: by rank, whether the worker's values count.
+        counts: by rank, whether the worker's values count; None: all do.
     """
     comm, store = runtime.comm, runtime.store
+    counted = comm.size if counts is None else sum(counts)
     store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters too
     for chunk in chunks:
-        own = store.read("model", chunk) if counts[comm.rank] else store.zeros(chunk)
+        own = store.read("model", chunk) if counts is None or counts[comm.rank] else store.zeros(chunk)
         total = comm.wait(comm.start_sum(names.values(chunk.index), own))
-        store.write("model", chunk, total / sum(counts))
-    store.settle()
-
-
-def average_statistics(runtime: Runtime) -> None:
-    """Set the model's statistics to the workers' plain mean. A collective."""
-    comm, store = runtime.comm, runtime.store
-    for chunk in runtime.layout.chunks:
-        if chunk.role == "statistic":
-            total = comm.wait(comm.start_sum(names.values(chunk.index), store.read("model", chunk)))
-            store.write("model", chunk, total / comm.size)
+        store.write("model", chunk, total / runtime.ops.cast_like(counted, total))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import ScopedComm
+from hvd_slowmo.core.average.broadcast import average_chunks
 from hvd_slowmo.core.average.ledger import entry_text, misfit_text, own_row
 from hvd_slowmo.core.parts import names
 from hvd_slowmo.core.parts.progress import Scalar, Vector
@@ -184,11 +185,7 @@ class GradientAverages:
         ops, runtime, entered = self._runtime.ops, self._runtime, self.of_all.entered
 
         def mean() -> Scalar:
-            runtime.store.hold([1.0] * len(runtime.layout.groups))  # frozen parameters too
-            for chunk in runtime.layout.parameter_chunks:
-                own = runtime.store.read("model", chunk)
-                total = runtime.comm.wait(runtime.comm.start_sum(names.values(chunk.index), own))
-                runtime.store.write("model", chunk, total / ops.cast_like(runtime.comm.size, total))
+            average_chunks(runtime, runtime.layout.parameter_chunks)
             entered.set(False)
             return ops.to_int(1.0)
 

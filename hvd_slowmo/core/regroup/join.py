@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
-from hvd_slowmo.core.average.broadcast import average_statistics, take_from
+from hvd_slowmo.core.average.broadcast import average_chunks, take_from
 from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverage, GradientAverages
 from hvd_slowmo.core.parts.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.parts.schedule import StepPlan
@@ -224,6 +224,7 @@ def catch_up(machine: Machine, average: GradientAverage, worker: JoiningWorker, 
 
     taken = ops.cond(average.stragglers.get(), take, lambda: ops.to_int(0.0))
     if everyone:
-        ops.after(taken, lambda: average_statistics(runtime))
+        statistics = [chunk for chunk in runtime.layout.chunks if chunk.role == "statistic"]
+        ops.after(taken, lambda: average_chunks(runtime, statistics))
         runtime.store.settle(equal=True)
     average.forget()

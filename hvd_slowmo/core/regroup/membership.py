@@ -175,6 +175,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         member.write_progress(member.read_progress()._replace(step=lead.step), together)
     if config.gossip is not None and not copies:
         average_chunks(machine.runtime, _unwritten(machine, written), stays)
+        machine.runtime.store.settle()
     machine.written = written
     if lead.interrupted and (copies or together):
         member.finish_step()
