@@ -44,6 +44,7 @@ def test_a_run_goes_on_over_the_other_transport(horovod_workers, distributed_wor
             assert apart(ours, other) == 0
 
 
+@pytest.mark.thorough
 def test_keras_in_the_middle_of_a_block(keras_workers, tmp_path):
     asked = {"case": "momentum", "path": tmp_path / "keras", "stop": 6, "end": 10}
     for different, _ in keras_workers(2).run("support.jobs.checkpoints:resumed", framework="tensorflow", **asked):

@@ -160,6 +160,7 @@ def test_a_new_keras_worker_takes_part(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.thorough
 def test_the_others_go_on_without_a_worker_that_hangs(tmp_path):
     found = elastic(tmp_path, NAMES, 120, {"tau": 12}, victim="127.1", HANGS="1", HVD_SLOWMO_TIMEOUT="20")
     assert set(found) == {"localhost", "127.0.0.1"}

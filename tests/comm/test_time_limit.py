@@ -131,6 +131,7 @@ def test_a_worker_that_hangs_under_horovodrun(tmp_path, script):
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.thorough
 def test_a_worker_that_hangs_under_torchrun(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(TORCH)

@@ -99,6 +99,7 @@ train(4)
     assert "Signal 9 (SIGKILL)" in job.stderr
 
 
+@pytest.mark.thorough
 def test_init_is_not_needed_after_the_scripts_own(tmp_path):
     text = (
         MODEL

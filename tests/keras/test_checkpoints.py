@@ -165,6 +165,7 @@ def test_a_signal_to_one_worker_ends_the_fit_of_both_at_an_outer_step(keras_work
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.thorough
 def test_two_workers_go_on_as_if_nothing_had_been(keras_workers, tmp_path):
     for whole, again in keras_workers(2).run("support.jobs.checkpoints:periodic", path=tmp_path):
         assert again["epochs"] == [2, 3]

@@ -37,7 +37,7 @@ def test_resume_in_the_middle_of_a_flight(keras_workers):
 @pytest.mark.parametrize(
     ("average", "options"),
     [
-        (True, {}),
+        pytest.param(True, {}, marks=pytest.mark.thorough),
         (True, {"accumulated": 2}),
         pytest.param(True, {"unknown": True}, marks=pytest.mark.thorough),
         pytest.param(False, {"unknown": True}, marks=pytest.mark.thorough),

@@ -55,6 +55,7 @@ def test_uneven_epochs_equal_the_reference(name):
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.thorough
 def test_a_worker_in_a_join_answers_gradients_and_late_fragments(keras_workers):
     """A worker that trains exchanges gradients before the fragment that is in flight."""
     problem = Problem({"tau": 3, "fragments": 3, "delay": 1, "gradients": "all"})

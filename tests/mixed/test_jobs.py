@@ -69,6 +69,7 @@ def test_equal_to_the_reference(mixed_workers, kinds):
     check(mixed_workers, kinds, CORE if kinds == "tk" else {name: CORE[name] for name in FEW})
 
 
+@pytest.mark.thorough
 def test_streamed_outer_steps_equal_the_reference(mixed_workers):
     for name, problem in STREAMED.items():
         histories = mixed_workers("tk").run("support.trainings.mixed:run", problem=problem, chunk_bytes=40)
@@ -151,7 +152,7 @@ def test_parameter_groups_of_pytorch_alone(mixed_workers):
         {"tau": 3, "gossip": "sgp", "average": False},
     ],
 )
-@pytest.mark.sample("config1", "config2")
+@pytest.mark.sample("config2")
 def test_join_with_uneven_data(mixed_workers, config):
     """Equal to threads of PyTorch alone, which are equal to the reference (test_torch_join)."""
     from support.trainings.pytorch import epochs

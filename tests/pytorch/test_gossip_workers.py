@@ -37,7 +37,8 @@ def test_resume_in_the_middle_of_a_flight(workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.thorough
 def test_joins_with_uneven_data(workers, size):
     plan = [(*lengths, 5)[:size] for lengths in [(6, 3, 9), (4, 4, 4), (0, 2, 13), (0, 0, 0), (7, 8, 2)]]
     for name, problem in GOSSIP.items():
