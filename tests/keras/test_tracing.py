@@ -122,7 +122,7 @@ def test_a_variable_more_costs_few_operations():
         optimizer.broadcast(model)
         gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
         step = optimizer.worker.step.function.get_concrete_function(gradients)
-        join = optimizer.worker._join.get_concrete_function(tf.constant(0.0, tf.float64))
+        join = optimizer.worker.traces.join.get_concrete_function(tf.constant(0.0, tf.float64))
         return [len(operations(function.graph)) for function in (step, join)]
 
     few, more = count(2), count(6)

@@ -229,7 +229,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         values = saved_values(store, self._variables, self.worker.variables.scalars)
         for v, value in zip(self._variables, values, strict=True):
             v.assign(value)
-        self.worker.forget_join()
+        self.worker.fingerprint.forget()
 
     def get_config(self) -> dict[str, Any]:
         rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
@@ -423,8 +423,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         """
         self.worker.refuse_if_left()
         checkpoint.load(lambda: self.worker.state(model, parameter_map), self.worker.comm, path)
-        self.worker.resend_statistics()
-        self.worker.forget_join()
+        self.worker.traces.resend_statistics()
+        self.worker.fingerprint.forget()
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")

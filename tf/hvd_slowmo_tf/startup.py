@@ -110,10 +110,10 @@ class StartingKerasWorker:
             raise ValueError(
                 f"`variables` lacks some that the optimizer trains: {', '.join(missing)}. Give model.variables."
             )
-        self._refs = worker.refs(self._statistics, self._model)
+        self._refs = worker.travelling.refs(self._statistics, self._model)
         specs = [ref.spec for ref in self._refs]
         groups = ParameterGroups.single(sum(spec.role == "parameter" for spec in specs))
-        return Description(specs, groups, worker.layout_of(self._refs))
+        return Description(specs, groups, worker.travelling.layout_of(self._refs))
 
     def position(self) -> tuple[int, int, int | None]:
         variables = self._worker.variables
@@ -121,7 +121,7 @@ class StartingKerasWorker:
         return int(variables.now.step), int(variables.workers.numpy()), slices_of
 
     def entered(self) -> bool:
-        return self._worker.given_other_values()
+        return self._worker.fingerprint.differs(self._worker.optimizer._trainable_variables)
 
     def assemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self._step = self._worker.assemble(description.layout, description.groups, graph)

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import keras
@@ -19,37 +18,31 @@ from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.average.ledger import RATES
-from hvd_slowmo.core.parts.layout import Layout, ParameterGroups, lay_out
-from hvd_slowmo.core.parts.names import within_step
+from hvd_slowmo.core.parts.layout import Layout, ParameterGroups
 from hvd_slowmo.core.parts.progress import Observed
 from hvd_slowmo.core.parts.roll_call import RollCall
-from hvd_slowmo.core.parts.runtime import Runtime
-from hvd_slowmo.core.parts.slices import OwnSlices, travels_in_slices
+from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.whole import Whole, divided_vectors, gather_whole
 from hvd_slowmo.core.regroup.dealing import FormerSlices
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Job
 from hvd_slowmo.core.step import preemption
-from hvd_slowmo.core.step.assembly import Assembly, assemble
 from hvd_slowmo.core.step.metrics import Metrics, metrics_of
 from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_tf.checkpoint import KerasWorkerState
 from hvd_slowmo_tf.checks import refuse_strategies
-from hvd_slowmo_tf.horovod import HorovodComm, workers
+from hvd_slowmo_tf.horovod import workers
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.interop.weights import array_of
-from hvd_slowmo_tf.model.layout import KerasLayout, VariableRef, mapped_refs, refs_of, travelling
-from hvd_slowmo_tf.model.store import VariableStore
+from hvd_slowmo_tf.model.fingerprint import Fingerprint
+from hvd_slowmo_tf.model.layout import KerasLayout
+from hvd_slowmo_tf.model.travelling import TravellingVariables
 from hvd_slowmo_tf.model.variables import OptimizerVariables
-from hvd_slowmo_tf.traces.codec import KerasCodec
 from hvd_slowmo_tf.traces.failed_traces import drop_train_functions
-from hvd_slowmo_tf.traces.graph_comm import GraphSafeComm
-from hvd_slowmo_tf.traces.ops import TracedOps
-from hvd_slowmo_tf.traces.traced_join import traced_join
 from hvd_slowmo_tf.traces.traced_step import TracedStep
+from hvd_slowmo_tf.traces.worker_traces import WorkerTraces
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -82,9 +75,11 @@ class KerasWorker:
 
     Attributes:
         job: once all workers have been brought to one start.
-        step: traced; made for one layout.
         left: ranks that have left for good.
         elastic: other workers may take the place of these, in an elastic job.
+        travelling: the variables that take part in exchanges.
+        traces: the step and the join.
+        fingerprint: of the parameters that the last join left.
         torn: other workers were lost while this one took their state.
         former_slices: of former workers until they have been dealt anew, and whose they are; None else.
         averaging: within `averaged_parameters()`.
@@ -106,24 +101,28 @@ class KerasWorker:
         self.parameter_map = parameter_map
         self.observe = observe
         self.job: Job | None = None
-        self.step: TracedStep | None = None
         self.left: tuple[int, ...] = ()
         self.elastic = comm is None and elastic()
         self.former_slices: FormerSlices | None = None
         self.torn = self.averaging = self.only_builds = False
+        self.travelling = TravellingVariables(optimizer, inner, self.config, parameter_map)
+        self.fingerprint = Fingerprint(lambda: self.variables.steps())
+        watches = parameter_map is not None
+        self.traces = WorkerTraces(optimizer, inner, self.config, observe, watches)
         self._sent_before = 0  # bytes, to former workers
         self._process_set = process_set
         self._comm = comm
         self._log = OuterStepLog(self.config)
         self._name: str | None = None
-        self._joined: tuple[int, list[float]] | None = None  # the fingerprint that the last join left
         self._graph: Graph | None = None
         self._variables: OptimizerVariables | None = None
-        self._ops: TracedOps | None = None
-        self._store: VariableStore | None = None
-        self._join: Any = None  # a tf.function
         self._model: weakref.ref[keras.Model] | None = None
         self._model_variables: list[keras.Variable] = []
+
+    @property
+    def step(self) -> TracedStep | None:
+        """The step, traced; made for one layout."""
+        return self.traces.step
 
     @property
     def comm(self) -> ScopedComm:
@@ -170,7 +169,7 @@ class KerasWorker:
             nodes = consecutive_nodes(comm.size, 1 if comm.node is None else comm.node.size)
             self._graph = Graph(self.config, comm.size, nodes)
             vectors, weights = (*vectors, *self._graph.vectors), comm.size
-        layout = self._lay_out(self._parameter_refs(trained))
+        layout = self.travelling.layout_of_parameters(trained, None if self._model is None else self._model())
         late = self.config.delay > 0
         vectors += ("in_flight",) if late else ()
         # Without slices the workers need not be known yet.
@@ -181,47 +180,13 @@ class KerasWorker:
             add_variable, layout.layout, vectors, weights, late, slices, self.config.slow_state == "host"
         )
 
-    def _parameter_refs(self, trained: list[keras.Variable]) -> list[VariableRef]:
-        """Return the parameters, in any order and form that gives messages the lengths that they will have.
-
-        With a map the tensors have another order and other shapes. That changes no length but that of few bits, in
-        which tensors of one dimension do not travel.
-        """
-        model = None if self._model is None else self._model()
-        if self.parameter_map is None or model is None or self.config.bits == 32:
-            return refs_of("parameter", trained, self.parameter_map is not None)
-        return [ref for ref in mapped_refs(model, self.parameter_map, trained) if ref.spec.role == "parameter"]
-
-    def refs(self, statistics: Sequence[keras.Variable] = (), model: keras.Model | None = None) -> list[VariableRef]:
-        """Return the model's tensors that take part, once the optimizer is built.
-
-        Args:
-            statistics: variables among which the floating-point ones are averaged.
-            model: needed with a map.
-        """
-        optimizer, trained = self.optimizer, self.optimizer._trainable_variables
-        if self.parameter_map is not None and model is not None:
-            return mapped_refs(model, self.parameter_map, trained)
-        ids, one_device = {id(v) for v in trained}, self.parameter_map is not None
-        averaged = [v for v in statistics if id(v) not in ids and tf.as_dtype(v.dtype).is_floating]
-        averaged += optimizer._model_variables_moving_average if optimizer.use_ema else []
-        return [*refs_of("parameter", trained, one_device), *refs_of("statistic", averaged, one_device)]
-
-    def layout_of(self, refs: Sequence[VariableRef]) -> KerasLayout:
-        """Lay out these tensors, and the inner optimizer's state where it is averaged."""
-        averages = self.config.inner_state == "average" and self.config.tau is not None
-        state = self.inner.floating_state if averages else []
-        return self._lay_out([*refs, *refs_of("optimizer_state", state, self.parameter_map is not None)])
-
     def assemble(self, layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> TracedStep:
         """Return a step that is made for this layout: the former one, traces and all, if nothing has changed."""
         self._graph = graph
         if self.parameter_map is not None:
             self.variables.regroup(len(groups.own), self.optimizer._variables)
-        if self.step is None or not _alike(self.step.assembly, layout, groups, graph):
-            self.step = self._assembled(layout, groups, graph)
-            self._join = traced_join(self.step)
-        return self.step
+        comm, variables = self._connected(), self.variables
+        return self.traces.assemble(comm, self.name, self.elastic, variables, layout, groups, graph)
 
     def refuse_before_start(self) -> None:
         """Raise ValueError where `apply` can't train: a refusal in a trace comes before the trace makes variables.
@@ -260,38 +225,20 @@ class KerasWorker:
 
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with collectives in it, traced or not; its errors and warnings come in plain words."""
-        assert self._ops is not None, "the workers have started"
-        assert self._store is not None, "made with _ops"
-        try:
-            result = self._ops.call(traced, *arguments)
-        except BaseException:
-            self._store.forget_unfinished()  # without a trace, what is half-written would be found by the next call
-            raise
+        result = self.traces.call(traced, *arguments)
         self._log.look(self.comm, self.variables.steps, lambda: (self.bytes_sent, self._measured()))
         return result
 
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
         preemption.tell(self.roll)
-        leavers = self.call(self._join_now(), tf.constant(float(leaving), tf.float64)).numpy()
+        leavers = self.call(self.traces.join_at(self.variables), tf.constant(float(leaving), tf.float64)).numpy()
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
         if not left:
             self.roll.joined(self.optimizer.steps)
-        self._joined = self._fingerprint()
+        self.fingerprint.take(self.optimizer._trainable_variables)
         return left
-
-    def _join_now(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        """Return the join, traced where it follows the others step by step.
-
-        Where it only meets them, once in a block, it runs operation by operation: a trace would take seconds.
-        """
-        assert self.step is not None, "made with the join"
-        assembly = self.step.assembly
-        plan = assembly.machine.plan(self.variables.now)
-        steps = assembly.graph is not None or (assembly.averages.ever and bool(assembly.averages.due(plan)))
-        found: Callable[[tf.Tensor], tf.Tensor] = self._join if steps else self._join.python_function
-        return found
 
     def restart(self, entered: Sequence[int] = ()) -> None:
         """Give all workers rank 0's parameters, and begin a block there without momentum. A collective.
@@ -301,7 +248,7 @@ class KerasWorker:
         """
         machine = self.ready().assembly.machine
         self.call(lambda: self.variables.write(machine.restart(self.variables.read())))
-        self._joined = None
+        self.fingerprint.forget()
         if entered:
             logger.warning(
                 "%s: parameters were given other values after the last training on %s (loaded weights, or Keras' "
@@ -310,27 +257,6 @@ class KerasWorker:
                 self.name,
                 ", ".join(f"rank {rank}" for rank in entered),
             )
-
-    def given_other_values(self) -> bool:
-        """Return whether the parameters differ from those that the last join left, without a step in between."""
-        if self._joined is None:
-            return False
-        found = self._fingerprint()
-        return found[0] == self._joined[0] and found != self._joined
-
-    def forget_join(self) -> None:
-        """Take the parameters as they are: a state is loaded that belongs to them."""
-        self._joined = None
-
-    def _fingerprint(self) -> tuple[int, list[float]]:
-        """Return the number of steps, and a number for each variable, which other values would change."""
-        trained = self.optimizer._trainable_variables
-        return self.variables.steps(), [float(tf.norm(tf.cast(v, tf.float64))) for v in trained]
-
-    def resend_statistics(self) -> None:
-        """Let an exchange in flight take statistics as they are: a state that has been loaded holds no others."""
-        if self._store is not None:
-            self._store.resend_statistics()
 
     def complete(self) -> None:
         """Apply what is in flight. A collective."""
@@ -351,7 +277,7 @@ class KerasWorker:
         """
         if self.step is None and self.parameter_map is not None:
             raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
-        layout = self.layout_of(self.refs()) if self.step is None else self.step.assembly.layout
+        layout = self.travelling.layout_of(self.travelling.refs()) if self.step is None else self.step.assembly.layout
         slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
         comm = self.comm
         return OptimizerParts(self.inner, self.variables, layout, self._graph, comm.rank, comm.size, slices)
@@ -441,7 +367,9 @@ class KerasWorker:
     def reassemble(self, comm: Comm) -> None:
         """Go on with other workers: all variables stay."""
         self._sent_before = self.bytes_sent
-        self._comm, self.step, self.left, self._joined = comm, None, (), None
+        self._comm, self.left = comm, ()
+        self.traces.step = None
+        self.fingerprint.forget()
         tell_steps(comm, self, KerasWorker._steps)
 
     def divide(self, layout: Layout) -> None:
@@ -469,48 +397,6 @@ class KerasWorker:
     def _steps(self) -> int | None:
         return None if self.job is None else self.variables.steps()
 
-    def _lay_out(self, refs: Sequence[VariableRef]) -> KerasLayout:
-        parameters = sum(ref.spec.role == "parameter" for ref in refs)
-        groups = ParameterGroups.single(parameters)
-        config, sliced = self.config, partial(travels_in_slices, self.config)
-        return lay_out(refs, groups, self.optimizer._chunk_bytes, config.fragments, sliced)
-
     def _assembled_alone(self) -> TracedStep:
-        layout = self.layout_of(self.refs())
+        layout = self.travelling.layout_of(self.travelling.refs())
         return self.assemble(layout, ParameterGroups.single(len(layout.refs_of("parameter"))), self._graph)
-
-    def _assembled(self, layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> TracedStep:
-        comm, name = self._comm, self.name
-        assert comm is not None, "connected by now"
-        names = [f"{name}.{each}" for each in within_step(layout.layout)]
-        safe = GraphSafeComm(comm, names, timed=self.observe)
-        explain = comm.failures.explain if isinstance(comm, HorovodComm) else None
-        self._ops = TracedOps(name, (comm.size, RATES + layout.layout.group_count), explain)
-        if not self.variables.fit(layout.layout):
-            raise ValueError(
-                "the optimizer was built before its model was known, and with few bits the map's shapes decide what is "
-                "sent in which way. Call broadcast(model) before build()."
-            )
-        store = self._store = VariableStore(layout, self.variables.vectors, self.inner, self.variables.slices)
-        scoped = ScopedComm(safe, name)
-        watches = self.parameter_map is not None  # PyTorch workers tell of values from outside
-        runtime = Runtime(
-            self.config,
-            layout.layout,
-            self._ops,
-            store,
-            scoped,
-            observe=self.observe,
-            watches=watches,
-            codec=KerasCodec(),
-            whole=self.elastic,
-        )
-        assembly = assemble(runtime, layout, groups, graph)
-        return TracedStep(self.optimizer, self.inner, self.variables, assembly, safe, self.elastic)
-
-
-def _alike(before: Assembly[VariableRef], layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> bool:
-    """Return whether parts that were assembled before serve this layout."""
-    same_graph = (before.graph and before.graph.digest) == (graph and graph.digest)
-    former, variables = ([id(v) for v in travelling(each)] for each in (before.layout, layout))
-    return same_graph and before.groups == groups and former == variables
