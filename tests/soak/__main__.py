@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from soak import link
+from soak.checks import losses
 from soak.diary import entries
 from soak.faults import HOSTS, TIMEOUT_S, Faults
+from soak.figure import figure
 from soak.job import Job
-from soak.report import Report, accuracy, figure, report
+from soak.report import Report, report
 
 SECONDS_TO_END = 180.0
 
 
-def undisturbed(framework: str, seconds: float) -> float:
-    """Return the accuracy of a job to which nothing is done."""
+def undisturbed(framework: str, seconds: float) -> list[tuple[int, float]]:
+    """Return the steps and losses of a job to which nothing is done."""
     with TemporaryDirectory() as name:
         job = Job(Path(name), framework, HOSTS[:3], TIMEOUT_S)
         try:
             _trains(job)
             time.sleep(seconds)
-            if job.end(SECONDS_TO_END) != 0:
-                raise RuntimeError("a job to which nothing was done has failed")
-            return accuracy(list(entries(job.folder)))
+            job.end(SECONDS_TO_END)
+            if job.status != 0:
+                raise RuntimeError(f"a job to which nothing was done has failed: {_log(job)}")
+            return losses(list(entries(job.folder)))
         finally:
             job.kill()
 
@@ -35,8 +40,8 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
     reference = undisturbed(framework, min(90.0, 30.0 * minutes))
     with TemporaryDirectory() as name:
         job = Job(Path(name), framework, HOSTS[:3], TIMEOUT_S)
-        faults, done = Faults(job, seed), []
-        began = time.monotonic()
+        faults = Faults(job, seed)
+        began, used = time.monotonic(), _processor()
         try:
             _trains(job)
             due = time.monotonic() + pause
@@ -47,14 +52,13 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
                     line = faults.next()
                     due = time.monotonic() + pause
                     if line is not None:
-                        done.append((time.time(), line))
                         print(f"{framework} {(time.monotonic() - began) / 60:5.1f} min  {line}", flush=True)
-            status = job.end(SECONDS_TO_END)
-            lines = [line for _, line in done]
-            found = report(job, framework, (time.monotonic() - began) / 60, status, lines, reference)
-            figure(job, done, out / f"soak_{framework}.png")
+            job.end(SECONDS_TO_END)
+            passed = (time.monotonic() - began) / 60
+            found = report(job, framework, passed, (_processor() - used) / 60, faults, reference)
+            figure(job, faults, out / f"soak_{framework}.png")
             if not found.faultless:
-                (out / f"soak_{framework}.log").write_text((job.folder / "log").read_text(encoding="utf-8"))
+                (out / f"soak_{framework}.log").write_text(_log(job), encoding="utf-8")
             return found
         finally:
             job.kill()
@@ -65,8 +69,18 @@ def _trains(job: Job) -> None:
     end = time.monotonic() + 180
     while not job.training():
         if time.monotonic() > end or job.process.poll() is not None:
-            raise RuntimeError(f"the job has not begun: {(job.folder / 'log').read_text(encoding='utf-8')[-2000:]}")
+            raise RuntimeError(f"the job has not begun: {_log(job)[-2000:]}")
         time.sleep(0.5)
+
+
+def _log(job: Job) -> str:
+    return (job.folder / "log").read_text(encoding="utf-8")
+
+
+def _processor() -> float:
+    """Return the seconds of processor time of this program's ended processes."""
+    found = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found.ru_utime + found.ru_stime
 
 
 def main() -> int:
@@ -77,6 +91,7 @@ def main() -> int:
     parser.add_argument("--frameworks", nargs="+", choices=("torch", "keras"), default=["torch", "keras"])
     parser.add_argument("--out", type=Path, default=Path("results"), help="directory of the figures")
     args = parser.parse_args()
+    link.enter()
     reports = []
     for framework in args.frameworks:
         reports.append(soak(framework, args.minutes / len(args.frameworks), args.pause, args.seed, args.out))

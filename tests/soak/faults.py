@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from soak import link
+
 if TYPE_CHECKING:
     from soak.job import Job
 
@@ -19,6 +21,8 @@ HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1", "0x7f.1", "0177.1", "0x7f
 FEWEST, MOST = 2, 4
 TIMEOUT_S = 20  # of an exchange
 STOPPED_LONG_S = 45  # longer than that, and than gloo's 30 s
+SLOW_LINK_S = 20
+JOIN_S = 20  # within which a worker whose epoch is short has come to its join
 
 
 class Faults:
@@ -27,11 +31,17 @@ class Faults:
     Args:
         job: to which it does it.
         seed: of the faults.
+
+    Attributes:
+        done: when and what, in words.
+        slow_periods: begin and end of each time of a slow link.
     """
 
     def __init__(self, job: Job, seed: int) -> None:
         self._job = job
         self._rng = np.random.default_rng(seed)
+        self.done: list[tuple[float, str]] = []
+        self.slow_periods: list[tuple[float, float]] = []
         self._kinds: tuple[Callable[[], str | None], ...] = (
             self.kill,
             self.kill,
@@ -43,13 +53,18 @@ class Faults:
             self.stop_for_long,
             self.hang,
             self.spoil,
-            self.spoil,
+            self.overflow,
             self.fill_the_disk,
+            self.kill_in_join,
+            *([self.slow_link] if link.allowed() else []),
         )
 
     def next(self) -> str | None:
         """Do something, and return it in words; None where it can't be done now."""
-        return self._kinds[self._rng.integers(len(self._kinds))]()
+        line = self._kinds[self._rng.integers(len(self._kinds))]()
+        if line is not None:
+            self.done.append((time.time(), line))
+        return line
 
     def kill(self) -> str | None:
         """SIGKILL, at a random moment of a step."""
@@ -57,9 +72,22 @@ class Faults:
         if victim is None:
             return None
         time.sleep(float(self._rng.uniform(0, 0.2)))
-        self._signal(victim, signal.SIGKILL)
-        self._job.set_hosts([host for host in self._job.hosts if host != victim])
+        self._lose(victim)
         return f"killed {victim}"
+
+    def kill_in_join(self) -> str | None:
+        """SIGKILL to a worker that has no data left, while it answers the others from its join."""
+        victim = self._victim(FEWEST + 1)
+        if victim is None:
+            return None
+        joining = self._job.folder / f"joining.{victim}"
+        joining.unlink(missing_ok=True)
+        self._job.order("short", victim)
+        end = time.monotonic() + JOIN_S
+        while not joining.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        self._lose(victim)
+        return f"killed {victim} in its join" if joining.exists() else f"killed {victim} before its join"
 
     def add(self) -> str | None:
         """A new host."""
@@ -103,8 +131,7 @@ class Faults:
             return None
         self._signal(victim, signal.SIGSTOP)
         time.sleep(STOPPED_LONG_S)
-        self._signal(victim, signal.SIGKILL)
-        self._job.set_hosts([host for host in self._job.hosts if host != victim])
+        self._lose(victim)
         return f"stopped {victim} for {STOPPED_LONG_S} s, then killed it"
 
     def hang(self) -> str | None:
@@ -121,6 +148,19 @@ class Faults:
         """Gradients that are NaN."""
         return self._ordered("nan")
 
+    def overflow(self) -> str | None:
+        """Scaled gradients that are infinite: the scaler skips the step."""
+        return self._ordered("overflow")
+
+    def slow_link(self) -> str:
+        """A slow link, for a while."""
+        began = time.time()
+        link.slow_down()
+        time.sleep(SLOW_LINK_S)
+        link.set_free()
+        self.slow_periods.append((began, time.time()))
+        return f"a link of {link.RATE} for {SLOW_LINK_S} s"
+
     def fill_the_disk(self) -> str | None:
         """A save that finds no room."""
         return self._ordered("full")
@@ -136,6 +176,11 @@ class Faults:
         """Return a worker that trains, where as many do."""
         alive = self._job.training()
         return str(self._rng.choice(sorted(alive))) if len(alive) >= fewest else None
+
+    def _lose(self, victim: str) -> None:
+        """Kill a worker, and take its host off the list."""
+        self._signal(victim, signal.SIGKILL)
+        self._job.set_hosts([host for host in self._job.hosts if host != victim])
 
     def _signal(self, host: str, number: int) -> None:
         process = self._job.training().get(host)

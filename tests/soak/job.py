@@ -32,6 +32,8 @@ class Job:
         self.folder = folder
         self.hosts: list[str] = []
         self.samples: list[dict[str, float]] = []
+        self.status: int | None = None  # of the launcher, once it has ended by itself
+        self._shared = _in_shared_memory()
         self._left: dict[str, float] = {}
         self.set_hosts(hosts)
         discover = folder / "discover.sh"
@@ -88,7 +90,8 @@ class Job:
 
     def sample(self) -> None:
         """Note what each worker holds."""
-        for number in self.training().values():
+        workers = self.training().values()
+        for number in workers:
             try:
                 process = psutil.Process(number)
                 with process.oneshot():
@@ -96,16 +99,27 @@ class Job:
             except psutil.Error:
                 continue
             self.samples.append(
-                {"time": time.time(), "process": number, "memory": memory, "files": files, "threads": threads}
+                {
+                    "time": time.time(),
+                    "process": number,
+                    "workers": len(workers),
+                    "memory": memory,
+                    "files": files,
+                    "threads": threads,
+                }
             )
 
-    def end(self, seconds: float) -> int | None:
-        """Ask the job to end, and return its status; None if it had to be killed: it hangs."""
+    def left_in_shared_memory(self) -> list[str]:
+        """Return the files in /dev/shm that were not there before."""
+        return sorted(_in_shared_memory() - self._shared)
+
+    def end(self, seconds: float) -> None:
+        """Ask the job to end; kill it, without a status, if it hangs."""
         (self.folder / STOP).touch()
         try:
-            return self.process.wait(seconds)
+            self.status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return None
+            pass
         finally:
             self.kill()
 
@@ -117,3 +131,7 @@ class Job:
             self.process.kill()
             self.process.wait()
         self._log.close()
+
+
+def _in_shared_memory() -> set[str]:
+    return {each.name for each in Path("/dev/shm").iterdir()}

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median, pstdev
+from typing import NamedTuple
 
-from soak.diary import entries
+from soak import link
+from soak.checks import (
+    compare,
+    growth,
+    last_losses,
+    longest_pause,
+    losses,
+    lost_steps,
+    seconds_of_block,
+)
+from soak.diary import TAU, entries
+from soak.faults import Faults
 from soak.job import Job
 
-MOST_GROWTH = {"memory": 1.5, "files": 3.0, "threads": 3.0}
-"""Of what a process holds, from its second third to its last: connections come with workers, memory with a trace."""
+MOST_GROWTH = {"memory": 1.2, "files": 1.3, "threads": 1.3}
+"""Of what a process holds, from its second third to its last: Keras traces anew, and connections come one by one."""
 
-WORST_LOSS = 0.05
-"""Accuracy below that of an undisturbed job, which trains for a shorter time."""
+LONGEST_PAUSE_S = 180.0
+"""Without an outer step: a worker hangs for twice the time limit, and a newcomer is slow to start."""
 
 
 class Report(NamedTuple):
@@ -22,142 +34,127 @@ class Report(NamedTuple):
 
     framework: str
     minutes: float
+    processor: float  # minutes of all its processes
     status: int | None  # of the launcher; None: it had to be killed
-    faults: dict[str, int]
+    faults: Counter[str]
+    obeyed: Counter[str]  # orders that a worker has obeyed before it was lost
     changes: int  # times that the workers came together, seen by the one that saw most of them
     seconds: list[float]  # from noticing a loss to training again, where nobody was new
-    compared: int  # outer steps and joins that two or more workers have noted
+    pause: float  # longest time without an outer step
+    compared: int  # outer steps, averages and joins that two or more workers have noted
     unequal: list[str]  # those after which they were not bitwise equal
-    accuracy: float  # median of the last ten
-    undisturbed: float
+    survived: int  # times that a survivor came together with others
+    lost: int  # steps that a survivor has lost by that
+    behind: int  # times that a survivor skipped to the others' block
+    killed: int  # workers, with at most a block of their own each
+    losses: list[float]  # the last ones
+    undisturbed: list[float]  # those of a job to which nothing was done, at the same step or its last
     growth: dict[str, float]  # of what a process holds, its last third by its second third; the worst process
+    shared: list[str]  # files that were left in /dev/shm
+    block: tuple[float, float]  # seconds of one, on the slow link and on the free one
     ends: int  # workers that came to the end together
     last: int  # workers that came together last
-    saves: dict[str, int]
+    saves: Counter[str]
+    errors: list[str]  # of saves and loads
+
+    @property
+    def noise(self) -> float:
+        """Loss above the undisturbed one that is no difference: three standard deviations of either, or 10 %."""
+        spread = math.hypot(pstdev(self.losses), pstdev(self.undisturbed))
+        return max(3 * spread, 0.1 * median(self.undisturbed))
 
     @property
     def faultless(self) -> bool:
         """True if nothing was lost but what must be, and there was something to lose."""
+        kept = not self.unequal and not self.lost and not self.shared and self.saves["unsaved"] <= self.obeyed["full"]
         bounded = all(value < MOST_GROWTH[what] for what, value in self.growth.items())
-        as_good = self.accuracy > self.undisturbed - WORST_LOSS
+        as_good = bool(self.losses) and median(self.losses) < median(self.undisturbed) + self.noise
         happened = self.compared > 0 and bool(self.faults) and self.ends == self.last
-        return self.status == 0 and happened and not self.unequal and bounded and as_good
+        return self.status == 0 and self.pause < LONGEST_PAUSE_S and happened and kept and bounded and as_good
 
     def lines(self) -> list[str]:
         """Return the report in words."""
         came = f"median {median(self.seconds):.1f} s, longest {max(self.seconds):.1f} s" if self.seconds else "none"
-        faults = ", ".join(f"{count} x {what}" for what, count in sorted(self.faults.items()))
         growth = ", ".join(f"{what} {value:.2f}" for what, value in self.growth.items())
-        saves = ", ".join(f"{count} x {what}" for what, count in sorted(self.saves.items()))
+        slow, free = self.block
+        of_link = (
+            f"{slow:.2f} s at {link.RATE}, {free:.2f} s else"
+            if link.allowed()
+            else (f"{free:.2f} s; the rate of the link can't be changed here (`unshare --net` and `tc`), so it was not")
+        )
+        loss = (
+            f"{median(self.losses):.3f}, undisturbed {median(self.undisturbed):.3f}, noise {self.noise:.3f}"
+            if self.losses
+            else "none"
+        )
         return [
-            f"{self.framework}: {self.minutes:.1f} minutes, status {self.status}; {self.ends} workers at the end",
-            f"  faults: {faults or 'none'}",
+            f"{self.framework}: {self.minutes:.1f} minutes, {self.processor:.1f} of processor time, "
+            f"status {self.status}; {self.ends} workers at the end",
+            f"  faults: {_counts(self.faults)}",
+            f"  obeyed by a worker: {_counts(self.obeyed)}",
             f"  the workers came together {self.changes} times; after a loss they went on in: {came}",
-            f"  outer steps, joins and changes compared: {self.compared}; not bitwise equal: {len(self.unequal)}",
+            f"  longest time without an outer step: {self.pause:.0f} s",
+            f"  outer steps, averages, joins and changes compared: {self.compared}; "
+            f"not bitwise equal: {len(self.unequal)}",
             *(f"    {each}" for each in self.unequal[:5]),
-            f"  saves and loads: {saves}",
-            f"  test accuracy {100 * self.accuracy:.1f} %, undisturbed {100 * self.undisturbed:.1f} %",
+            f"  lost: {self.lost} steps of {self.survived} survivors, {self.behind} of whom skipped to the others' "
+            f"block; {self.killed} lost workers' own blocks of {TAU} steps",
+            f"  saves and loads: {_counts(self.saves)}",
+            *(f"    {each}" for each in self.errors[:5]),
+            f"  loss at the end: {loss}",
             f"  growth of a process from its second third to its last: {growth or 'no process lived long enough'}",
+            f"  left in /dev/shm: {len(self.shared)} {' '.join(self.shared[:5])}",
+            f"  a block takes {of_link}",
         ]
 
 
-def report(job: Job, framework: str, minutes: float, status: int | None, done: list[str], undisturbed: float) -> Report:
-    """Return what has become of a job."""
+def report(
+    job: Job, framework: str, minutes: float, processor: float, faults: Faults, undisturbed: Sequence[tuple[int, float]]
+) -> Report:
+    """Return the outcome of a job that has ended.
+
+    Args:
+        job: that has ended.
+        framework: its.
+        minutes, processor: that it took.
+        faults: that were done to it.
+        undisturbed: `soak.checks.losses` of a job to which nothing was done.
+    """
     everything = list(entries(job.folder))
     compared, unequal = compare(everything)
+    survived, lost = lost_steps(everything)
     changes = [entry for entry in everything if entry["kind"] == "change"]
-    by_host: dict[str, int] = defaultdict(int)
-    for change in changes:
-        by_host[change["host"]] += 1
-    faults: dict[str, int] = defaultdict(int)
-    for line in done:
-        faults[" ".join(word for word in line.split() if word not in _hosts(everything))] += 1
-    saves: dict[str, int] = defaultdict(int)
-    for entry in everything:
-        if entry["kind"] in ("save", "unsaved", "load", "unloaded"):
-            saves[entry["kind"]] += 1
+    found = losses(everything)
+    hosts = {entry["host"] for entry in everything} | {entry["host"] + "," for entry in everything}
+    saves = {(e["kind"], e.get("epoch", e["time"])) for e in everything if e["kind"] in ("save", "unsaved")}
+    saves |= {(e["kind"], round(e["time"])) for e in everything if e["kind"] in ("load", "unloaded")}
     return Report(
         framework,
         minutes,
-        status,
-        dict(faults),
-        max(by_host.values(), default=0),
+        processor,
+        job.status,
+        Counter(" ".join(word for word in line.split() if word not in hosts) for _, line in faults.done),
+        Counter(entry["what"] for entry in everything if entry["kind"] == "obeyed"),
+        max(Counter(change["host"] for change in changes).values(), default=0),
         [c["seconds"] for c in changes if c["step"] > 0 and not c["newcomers"]],
+        longest_pause(everything),
         compared,
         unequal,
-        accuracy(everything),
-        undisturbed,
+        survived,
+        lost,
+        sum(change["rank"] in change["behind"] for change in changes),
+        sum("killed" in line or "hang" in line for _, line in faults.done),
+        last_losses(found),
+        last_losses(undisturbed, found[-1][0] if found else 0) or last_losses(undisturbed),
         growth(job.samples),
+        job.left_in_shared_memory(),
+        seconds_of_block(everything, faults.slow_periods),
         sum(entry["kind"] == "end" for entry in everything),
         max(changes, key=lambda change: change["time"])["workers"] if changes else 0,
-        dict(saves),
+        Counter(kind for kind, _ in saves),
+        sorted({entry["error"][:150] for entry in everything if "error" in entry}),
     )
 
 
-def _hosts(everything: list[dict[str, Any]]) -> set[str]:
-    return {entry["host"] for entry in everything} | {entry["host"] + "," for entry in everything}
-
-
-def compare(everything: list[dict[str, Any]]) -> tuple[int, list[str]]:
-    """Return how many outer steps and joins were compared, and after which of them workers were not bitwise equal.
-
-    Within an epoch of workers that came together at the same step: an older checkpoint that is loaded, or other workers
-    before, may have taken the same step.
-    """
-    places: dict[tuple[Any, ...], dict[str, str]] = defaultdict(dict)
-    for entry in everything:
-        if entry["kind"] in ("outer", "join", "common"):
-            key = repr(entry["since"]), entry["kind"], entry["step"]
-            places[key].setdefault(f"{entry['host']}/{entry['process']}", entry["digest"])
-    several = {key: digests for key, digests in places.items() if len(digests) > 1}
-    unequal = [f"{key}: {digests}" for key, digests in several.items() if len(set(digests.values())) > 1]
-    return len(several), unequal
-
-
-def accuracy(everything: list[dict[str, Any]]) -> float:
-    """Return the median of the last ten accuracies; NaN if there is none."""
-    found = [entry for entry in everything if entry["kind"] == "accuracy"]
-    last = sorted(found, key=lambda entry: entry["step"])[-10:]
-    return median([entry["accuracy"] for entry in last]) if last else float("nan")
-
-
-def growth(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Return, of the process that grew most, its last third by its second third; processes of 30 samples count."""
-    by_process: dict[float, list[dict[str, float]]] = defaultdict(list)
-    for sample in samples:
-        by_process[sample["process"]].append(sample)
-    long = [each for each in by_process.values() if len(each) >= 30]
-    found = {}
-    for what in ("memory", "files", "threads"):
-        ratios = [
-            median(s[what] for s in each[2 * len(each) // 3 :])
-            / median(s[what] for s in each[len(each) // 3 : 2 * len(each) // 3])
-            for each in long
-        ]
-        if ratios:
-            found[what] = max(ratios)
-    return found
-
-
-def figure(job: Job, done: list[tuple[float, str]], path: Path) -> None:
-    """Draw the accuracy, the number of workers and the memory over the time, with the faults."""
-    import matplotlib.pyplot as plt
-
-    everything = list(entries(job.folder))
-    began = min(entry["time"] for entry in everything)
-    _, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(9, 6), height_ratios=(2, 1, 1))
-    found = sorted((e["time"] - began, e["accuracy"]) for e in everything if e["kind"] == "accuracy")
-    top.plot(*zip(*found, strict=True), ".", markersize=3)
-    for moment, _line in done:
-        top.axvline(moment - began, color="0.85", linewidth=0.8)
-    changes = sorted((e["time"] - began, e["workers"]) for e in everything if e["kind"] == "change")
-    middle.step(*zip(*changes, strict=True), where="post")
-    for process in {sample["process"] for sample in job.samples}:
-        own = [(s["time"] - began, s["memory"] / 2**20) for s in job.samples if s["process"] == process]
-        bottom.plot(*zip(*own, strict=True), linewidth=0.8)
-    top.set(ylabel="test accuracy", title="grey: faults")
-    middle.set(ylabel="workers")
-    bottom.set(ylabel="memory of each, MiB", xlabel="seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close()
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} x {what}" for what, count in sorted(counter.items())) or "none"

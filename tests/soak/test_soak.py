@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from soak.report import compare, growth
+from soak.checks import compare, growth, lost_steps
 from support.installation import ROOT
 
 
@@ -26,12 +26,22 @@ def test_workers_that_differ_after_an_outer_step_are_found():
 
 
 def test_a_process_that_grows_is_found():
-    steady = [{"process": 1, "memory": 100, "files": 10, "threads": 5} for _ in range(30)]
-    grows = [{"process": 2, "memory": 100 + 10 * n, "files": 10, "threads": 5} for n in range(30)]
-    young = [{"process": 3, "memory": 1000**n, "files": 10, "threads": 5} for n in range(5)]
+    steady = [{"process": 1, "workers": 3, "memory": 100, "files": 10, "threads": 5} for _ in range(30)]
+    grows = [{"process": 2, "workers": 3, "memory": 100 + 10 * n, "files": 10, "threads": 5} for n in range(30)]
+    young = [{"process": 3, "workers": 3, "memory": 1000**n, "files": 10, "threads": 5} for n in range(5)]
     found = growth([*steady, *grows, *young])
     assert found["memory"] == pytest.approx(345 / 245)
     assert (found["files"], found["threads"]) == (1, 1)
+
+
+def test_steps_that_a_survivor_has_lost_are_found():
+    def change(before, step, own):
+        return {"kind": "change", "before": before, "step": step, "own": own}
+
+    newcomer, kept = change((0, 0), 24, 0), change((19, 3), 19, 3)
+    assert lost_steps([newcomer, kept, change((19, 3), 24, 0)]) == (2, 0)  # the last one skips to the others' block
+    assert lost_steps([change((19, 3), 16, 0)]) == (1, 3 + 3)
+    assert lost_steps([change((19, 3), 20, 1)]) == (1, 2)
 
 
 @pytest.mark.slow

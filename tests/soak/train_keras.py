@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import horovod.tensorflow as hvd
@@ -13,40 +14,62 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import hvd_slowmo.tf as slowmo
-from soak.diary import TAU, Diary, batches_of, digest, rate
+from soak.diary import SHORT_EPOCH, TAU, Diary, digest, rate
+
+
+def own(optimizer: slowmo.SlowMo) -> int:
+    return int(np.sum(optimizer.worker.variables.read().since))
+
+
+def vectors(optimizer: slowmo.SlowMo) -> list[np.ndarray]:
+    kept = optimizer.worker.variables.vectors
+    return [v.numpy() for name in ("anchor", "v") for v in kept[name].values()]
 
 
 class Writer(keras.callbacks.Callback):
-    """Writes the diary, changes the rate, and ends the training when the soak does."""
+    """Writes the diary, changes the rate, averages, saves, loads, and ends the training when the soak does."""
 
     def __init__(self, diary: Diary, since: list, test: tuple) -> None:
         super().__init__()
         self._diary, self._since, self._test = diary, since, test
 
-    def _values(self) -> str:
-        return digest(v.numpy() for v in self.model.trainable_variables)
+    def _everything(self) -> str:
+        """Return a digest of parameters, statistics, anchor and momentum."""
+        values = [v.numpy() for v in self.model.weights if v.dtype == "float32"]
+        return digest((*values, *vectors(self.model.optimizer)))
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.model.optimizer.learning_rate = rate(epoch)
-        self._epoch = epoch
+        self._epoch, self._where = epoch, [*self._since, epoch]
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        optimizer = self.model.optimizer
+        self._diary.stand(optimizer.steps, own(optimizer))
         self._diary.hang_if_ordered()
-        steps = self.model.optimizer.steps
-        if steps % TAU == 0:
-            self._diary.note("outer", step=steps, digest=self._values(), since=[*self._since, self._epoch])
+        if optimizer.steps % TAU == 0:
+            self._diary.note("outer", step=optimizer.steps, digest=self._everything(), since=self._where)
+        if batch + 1 == SHORT_EPOCH - 1 and self._epoch % 2 == 0:
+            self._average()
+        if self._diary.ordered("nan"):  # past the scaler, which would skip the step
+            bias = self.model.trainable_variables[-1]
+            bias.assign(bias * np.nan)
         time.sleep(0.005)
+
+    def _average(self) -> None:
+        images, classes = self._test
+        with self.model.optimizer.averaged_parameters():
+            found = keras.losses.sparse_categorical_crossentropy(classes, self.model(images), from_logits=True)
+            values, loss = digest(v.numpy() for v in self.model.trainable_variables), float(np.mean(found))
+            step = self.model.optimizer.steps
+            self._diary.note("average", step=step, digest=values, since=self._where, loss=loss)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         optimizer = self.model.optimizer
-        self._diary.note("join", step=optimizer.steps, digest=self._values(), since=[*self._since, epoch])
-        if epoch % 3 == 0:
-            images, classes = self._test
-            accuracy = float((self.model(images).numpy().argmax(1) == classes).mean())
-            self._diary.note("accuracy", step=optimizer.steps, accuracy=accuracy)
+        self._diary.note("join", step=optimizer.steps, digest=self._everything(), since=self._where)
         if epoch % 4 == 0:
-            optimizer.save(self._diary.folder / "saved.slowmo", self.model)
-            self._diary.note("save", epoch=epoch)
+            self._diary.save(partial(optimizer.save, model=self.model), epoch)
+        if epoch % 10 == 9:
+            self._diary.load(partial(optimizer.load, model=self.model), slowmo.mean)
         self.model.stop_training = slowmo.mean(float(self._diary.stopping)) > 0
 
 
@@ -57,39 +80,41 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     data = load_digits()
     images, classes = (data.images / 16).astype("float32"), data.target
+    decay = keras.regularizers.L2(2.5e-3)
     model = keras.Sequential(
         [
             keras.Input((8, 8)),
             keras.layers.Flatten(),
-            keras.layers.Dense(64),
+            keras.layers.Dense(512, kernel_regularizer=decay),
             keras.layers.BatchNormalization(momentum=0.9),
             keras.layers.ReLU(),
-            keras.layers.Dense(10),
+            keras.layers.Dense(512, "relu", kernel_regularizer=decay),
+            keras.layers.Dense(10, kernel_regularizer=decay),
         ]
     )
-    inner = keras.optimizers.SGD(0.04, momentum=0.9)
+    inner = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.04, momentum=0.9), dynamic_growth_steps=200)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(slowmo.SlowMo(inner, tau=TAU, beta=0.5, nonfinite="exclude"), loss)
 
     @slowmo.elastic.run
     def train(state: slowmo.elastic.State) -> None:
         change = state.changes[-1]
-        diary.note_change(rank=hvd.rank(), **change._asdict())
+        diary.note_change(own(model.optimizer), rank=hvd.rank(), **change._asdict())
         epoch = state.epoch
 
         def batches():
             nonlocal epoch
-            count, rng = batches_of(epoch, hvd.rank())
+            count, rng = diary.batches(epoch, hvd.rank())
             epoch += 1
             for _ in range(count):
                 batch = rng.integers(0, 1500, 16)
-                yield images[batch] * np.float32("nan" if diary.ordered("nan") else 1), classes[batch]
+                weight = np.inf if diary.ordered("overflow") else 1
+                yield images[batch], classes[batch], np.full(16, weight, np.float32)
+            diary.begin_join()
 
-        signature = (tf.TensorSpec((16, 8, 8), tf.float32), tf.TensorSpec((16,), tf.int64))
+        signature = (tf.TensorSpec((16, 8, 8), tf.float32), tf.TensorSpec((16,), tf.int64), tf.TensorSpec((16,)))
         since = [change.step, change.workers, list(change.newcomers)]
-        kept = model.optimizer.worker.variables.vectors
-        common = digest(v.numpy() for name in ("anchor", "v") for v in kept[name].values())
-        diary.note("common", step=0, digest=common, since=since)
+        diary.note("common", step=0, digest=digest(vectors(model.optimizer)), since=since)
         state.model.fit(
             tf.data.Dataset.from_generator(batches, output_signature=signature),
             initial_epoch=epoch,
@@ -99,7 +124,7 @@ def main() -> None:
         )
 
     train(slowmo.elastic.State(model, epoch=0))
-    diary.note("end", step=model.optimizer.steps, digest=digest(v.numpy() for v in model.trainable_variables))
+    diary.note("end", step=model.optimizer.steps)
 
 
 if __name__ == "__main__":

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 import hvd_slowmo.torch as slowmo
-from hvd_slowmo.errors import CheckpointError
-from soak.diary import TAU, Diary, batches_of, digest, rate
-
-
-@contextmanager
-def full_disk(now: bool):
-    """Let no file grow, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if now:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from soak.diary import SHORT_EPOCH, TAU, Diary, digest, rate
 
 
 def main() -> None:
@@ -37,69 +23,82 @@ def main() -> None:
     torch.set_num_threads(1)
     data = load_digits()
     images, classes = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
-    inner = torch.optim.SGD(model.parameters(), lr=0.04, momentum=0.9)
+    model = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(64, 512), nn.BatchNorm1d(512), nn.ReLU()),
+        *(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)),
+    )
+    inner = torch.optim.SGD(model.parameters(), lr=0.04, momentum=0.9, weight_decay=5e-3)
     optimizer = slowmo.SlowMo(inner, model, tau=TAU, beta=0.5, nonfinite="exclude")
+    scaler = torch.amp.GradScaler("cpu", growth_interval=200)
 
-    def values() -> str:
-        return digest(p.detach().numpy() for p in model.parameters())
+    def own() -> int:
+        return int(np.sum(optimizer.worker.progress.since))
 
-    def train_epoch(state: slowmo.elastic.State, since: list) -> None:
-        count, rng = batches_of(state.epoch, slowmo.rank())
+    def vectors() -> list[torch.Tensor]:
+        kept = optimizer.worker.store.vectors
+        return [x for name in ("anchor", "v") for x in kept[name] if x is not None]
+
+    def everything() -> str:
+        """Return a digest of parameters, statistics, anchor and momentum."""
+        values = [x for x in model.state_dict().values() if x.is_floating_point()]
+        return digest(x.detach().numpy() for x in (*values, *vectors()))
+
+    def train_batch(batch: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images[batch]), classes[batch])
+        if diary.ordered("nan"):  # past the scaler, which would skip the step
+            (loss * torch.nan).backward()
+            optimizer.step()
+            return
+        scaler.scale(loss * torch.inf if diary.ordered("overflow") else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def average(where: list) -> None:
+        with optimizer.averaged_parameters(), torch.no_grad():
+            model.eval()
+            loss = F.cross_entropy(model(images[1500:]), classes[1500:]).item()
+            model.train()
+            values = digest(p.detach().numpy() for p in model.parameters())
+            diary.note("average", step=optimizer.steps, digest=values, since=where, loss=loss)
+
+    def train_epoch(state: slowmo.elastic.State, where: list) -> None:
+        count, rng = diary.batches(state.epoch, slowmo.rank())
         for group in optimizer.param_groups:
             group["lr"] = rate(state.epoch)
-        for _ in range(count):
-            batch = torch.from_numpy(rng.integers(0, 1500, 16))
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images[batch]), classes[batch])
-            (loss * float("nan") if diary.ordered("nan") else loss).backward()
-            optimizer.step()
+        for number in range(1, count + 1):
+            train_batch(torch.from_numpy(rng.integers(0, 1500, 16)))
+            diary.stand(optimizer.steps, own())
             diary.hang_if_ordered()
             if optimizer.steps % TAU == 0:
-                diary.note("outer", step=optimizer.steps, digest=values(), since=[*since, state.epoch])
+                diary.note("outer", step=optimizer.steps, digest=everything(), since=where)
+            if number == SHORT_EPOCH - 1 and state.epoch % 2 == 0:
+                average(where)
             time.sleep(0.005)
             state.commit()
-
-    def save(epoch: int) -> None:
-        try:
-            with full_disk(diary.ordered("full")):
-                optimizer.save(diary.folder / "saved.slowmo")
-            diary.note("save", epoch=epoch)
-        except (OSError, ValueError) as error:
-            diary.note("unsaved", epoch=epoch, error=type(error).__name__)
 
     @slowmo.elastic.run
     def train(state: slowmo.elastic.State) -> None:
         change = state.changes[-1]
         since = [change.step, change.workers, list(change.newcomers)]
-        diary.note_change(rank=slowmo.rank(), **change._asdict())
-        kept = optimizer.worker.store.vectors
-        common = digest(x.detach().numpy() for name in ("anchor", "v") for x in kept[name] if x is not None)
-        diary.note("common", step=0, digest=common, since=since)
+        diary.note_change(own(), rank=slowmo.rank(), **change._asdict())
+        diary.note("common", step=0, digest=digest(x.detach().numpy() for x in vectors()), since=since)
         while True:
-            train_epoch(state, since)
-            optimizer.join()
-            diary.note("join", step=optimizer.steps, digest=values(), since=[*since, state.epoch])
-            if state.epoch % 3 == 0:
-                with optimizer.averaged_parameters(), torch.no_grad():
-                    model.eval()
-                    accuracy = (model(images[1500:]).argmax(1) == classes[1500:]).double().mean().item()
-                    model.train()
-                diary.note("accuracy", step=optimizer.steps, accuracy=accuracy)
+            where = [*since, state.epoch]
+            train_epoch(state, where)
+            diary.begin_join()
+            optimizer.join(scaler=scaler)
+            diary.note("join", step=optimizer.steps, digest=everything(), since=where)
             if state.epoch % 4 == 0:
-                save(state.epoch)
-            if state.epoch % 20 == 19 and slowmo.mean(float((diary.folder / "saved.slowmo").exists())) == 1:
-                try:
-                    optimizer.load(diary.folder / "saved.slowmo")
-                    diary.note("load", step=optimizer.steps)
-                except (CheckpointError, ValueError) as error:  # of another number of workers, within a block
-                    diary.note("unloaded", error=str(error)[:200])
+                diary.save(optimizer.save, state.epoch)
+            if state.epoch % 10 == 9:
+                diary.load(optimizer.load, slowmo.mean)
             state.epoch += 1
             if slowmo.mean(float(diary.stopping)) > 0:
                 return
 
-    train(slowmo.elastic.State(model, optimizer, epoch=0))
-    diary.note("end", step=optimizer.steps, digest=values())
+    train(slowmo.elastic.State(model, optimizer, epoch=0, scaler=scaler))
+    diary.note("end", step=optimizer.steps)
 
 
 if __name__ == "__main__":
