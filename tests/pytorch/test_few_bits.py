@@ -351,3 +351,82 @@ def test_a_group_of_biases_is_added_beside_a_matrix():
         return [same(a, p.detach().reshape(-1)) for a, p in zip(vectors, model.parameters(), strict=True)]
 
     assert ThreadWorld(2).run(work) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 12000], ids=["one chunk", "several chunks"])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_group_is_added_and_nothing_that_is_owed_is_lost(monkeypatch, chunk_bytes, delay):
+    """The slices of a longer vector end elsewhere, so that values of a residual belong to other workers."""
+    if chunk_bytes:
+        monkeypatch.setattr(SlowMo, "_chunk_bytes", chunk_bytes)
+    size, length = 3, int(np.prod(SHAPE))
+
+    class Two(Weights):
+        def __init__(self):
+            super().__init__()
+            self.added = nn.Parameter(torch.ones(60, 80))
+
+    def work(comm):
+        model = Two()
+        inner = torch.optim.SGD([model.weight, model.bias], lr=0.125)
+        optimizer = SlowMo(inner, model, SlowMoConfig(tau=4, bits=4, delay=delay), comm=comm)
+        for k in range(10):
+            model.zero_grad()
+            model.weight.grad = model.weight.detach() - centre(comm.rank, k, SHAPE)
+            optimizer.step()
+        before = copy.deepcopy(entry(optimizer))
+        optimizer.add_param_group({"params": [model.added], "lr": 0.125})
+        after = copy.deepcopy(entry(optimizer))
+        for k in range(10, 20):
+            step(model, optimizer, comm.rank, k)
+        optimizer.join()
+        return before, after, copy.deepcopy(model.state_dict())
+
+    results = ThreadWorld(size).run(work)
+    assert all(same(model, results[0][2]) for _, _, model in results)
+    # The workers' slices of a chunk, end to end, are the chunk and what fills up its last block.
+    was, now = ([result[part]["slices"]["slice_residual"] for result in results] for part in (0, 1))
+    per_chunk = (chunk_bytes or 4 * 2**22) // 4
+
+    def whole(slices, length):
+        found = []
+        for number, start in enumerate(range(0, length, per_chunk)):
+            joined = torch.cat([each[number] for each in slices])
+            found.append(joined[: min(per_chunk, length - start)])
+        return torch.cat(found)
+
+    owed = whole(was, length)
+    assert owed.any()
+    assert torch.equal(whole(now, length + 4800)[:length], owed)
+    assert not whole(now, length + 4800)[length:].any()
+    for before, after, _ in results:
+        for name in ("anchor", "v", "residual"):
+            assert torch.equal(after["vectors"][name][0][:length], before["vectors"][name][0])
+            assert bool((after["vectors"][name][0][length:] == (name == "anchor")).all())
+
+
+def test_a_group_added_after_a_load_in_flight_awaits_what_the_load_has_dropped():
+    """Until then its names are taken, which Horovod would refuse."""
+
+    def work(comm):
+        model = Weights()
+        inner = torch.optim.SGD([model.weight], lr=0.125)
+        optimizer = SlowMo(inner, model, SlowMoConfig(tau=2, bits=8, delay=1), comm=comm)
+        begun = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        for k in range(2):
+            model.weight.grad = model.weight.detach() - centre(comm.rank, k, SHAPE)
+            optimizer.step()
+        model.load_state_dict(begun[0])
+        optimizer.load_state_dict(begun[1])
+        flights = optimizer.worker.assembly.machine.flights
+        before = flights.in_flight
+        optimizer.add_param_group({"params": [model.bias]})
+        after = flights.in_flight
+        for k in range(6):
+            step(model, optimizer, comm.rank, k)
+        optimizer.join()
+        return before, after, copy.deepcopy(model.state_dict())
+
+    one, other = ThreadWorld(2).run(work)
+    assert one[:2] == other[:2] == (True, False)
+    assert same(one[2], other[2])

@@ -98,6 +98,22 @@ def test_a_wrong_group_on_one_worker_is_refused_by_all_and_training_goes_on(grou
     assert_all_same(ThreadWorld(2).run(work))
 
 
+def test_news_of_workers_that_come_outlives_a_group_that_is_added():
+    """One worker has heard; the exchange after the addition tells the others."""
+
+    def work(comm):
+        model = filled(Two())
+        optimizer = SlowMo(torch.optim.SGD(model.a.parameters(), lr=0.1), model, SlowMoConfig(tau=2), comm=comm)
+        train(model, optimizer, comm.rank, 1)
+        if comm.rank == 1:
+            optimizer.worker.assembly.runtime.regrouping.heard.set(1)
+        optimizer.add_param_group({"params": model.b.parameters()})
+        train(model, optimizer, comm.rank, 1, 1)
+        return bool(optimizer.worker.assembly.runtime.regrouping.agreed.get())
+
+    assert ThreadWorld(2).run(work) == [True, True]
+
+
 def test_accumulated_gradients_are_one_step():
     def work(comm):
         model, together = matrices(), matrices()

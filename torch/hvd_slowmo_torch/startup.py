@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from hvd_slowmo.core.average.gradient_average import GradientAverage
 from hvd_slowmo.core.parts.layout import lay_out
 from hvd_slowmo.core.parts.slices import travels_in_slices
+from hvd_slowmo.core.regroup.dealing import deal_extended
 from hvd_slowmo.core.start.arguments import check_metrics
 from hvd_slowmo.core.start.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.start.graph import Graph
@@ -134,8 +135,10 @@ def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
     Raises:
         ValueError: on every worker, if the group is wrong on one, or differs; the optimizer is as before.
     """
-    inner, before, progress, hooks = worker.inner, worker.store, worker.progress, worker.hooks
+    inner, before, hooks, former = worker.inner, worker.store, worker.hooks, worker.assembly.runtime
     count = len(inner.param_groups)
+    # Nothing is in flight but what a load has dropped, whose names are taken until it has been awaited.
+    progress = worker.assembly.machine.complete(worker.progress)
     try:
         description = agree(StartingTorchWorker(worker, param_group), worker.comm)
     except Exception:
@@ -150,6 +153,8 @@ def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
         worker.assemble(description.layout, description.groups, worker.assembly.graph)
         worker.hooks.accumulating = hooks.accumulating
         worker.store.adopt(before)
+        worker.assembly.runtime.keep_news(former)
+        deal_extended(worker.assembly.runtime, former)
     ops = worker.assembly.runtime.ops
     worker.progress = progress._replace(
         rate_sums=ops.vector([[*progress.rate_sums[0], progress.rate_steps[0] * float(added["lr"])]]),

@@ -86,6 +86,11 @@ class Segment:
         """Start of each tensor, and last the end of the segment."""
         return (0, *accumulate(tensor.size for tensor in self.tensors))
 
+    def extends(self, other: Segment) -> bool:
+        """Return whether this is that segment of an earlier layout, perhaps with more tensors at its end."""
+        own, earlier = ((s.role, s.dtype, s.device, s.sliced, s.tensors[0].dtype) for s in (self, other))
+        return own == earlier
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -61,6 +61,11 @@ class Runtime:
         object.__setattr__(self, "roll", RollCall(self.config, self.ops, self.comm.size))
         object.__setattr__(self, "regrouping", Regrouping(self.ops.cell(0), self.ops.cell(False)))
 
+    def keep_news(self, former: Runtime) -> None:
+        """Go on with what exchanges have told another runtime of the same workers, and what they are still to tell."""
+        object.__setattr__(self, "roll", former.roll)
+        object.__setattr__(self, "regrouping", former.regrouping)
+
     @cached_property
     def slices(self) -> OwnSlices:
         """This worker's slices."""

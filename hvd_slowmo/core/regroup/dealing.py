@@ -109,6 +109,34 @@ def deal_anew(
         )
 
 
+def deal_extended(runtime: Runtime, former: Runtime) -> None:
+    """Give each worker its slices of chunks that parameters have been added to: elements change owners. A collective.
+
+    Added elements get zeros, so it is for residuals, and for a momentum.
+
+    Args:
+        former: before the parameters were added; of the same workers.
+    """
+    comm, layout = runtime.comm, former.layout
+    owners = [(rank, comm.size) for rank in range(comm.size)]
+    slices = FormerSlices(owners[comm.rank], former.store.read_slice)
+    for chunk in runtime.slices.chunks:
+        segment = runtime.layout.segments[chunk.segment]
+        places = (each for each in layout.chunks if segment.extends(layout.segments[each.segment]))
+        before = next((each for each in places if each.start == chunk.start), None)
+        if before is None:
+            continue
+        for vector in runtime.config.sliced_vectors:
+            if before.size == chunk.size:
+                values = slices.read(vector, before.index)
+            else:
+                parts = [*spans(before, owners), _Span(before.size, chunk.size, None)]
+                whole = _whole(runtime, chunk, parts, comm.rank, _from_slice(before, vector, slices))
+                cut = runtime.slices.cut(chunk, whole)
+                values = runtime.codec.padded(cut, runtime.slices.lengths[chunk.index]) * 1
+            runtime.store.write_slice(vector, chunk.index, values)
+
+
 Read = Callable[[_Span], Any]
 """Returns this worker's values of a part."""
 

@@ -274,13 +274,16 @@ class TorchStore:
         inner_state.reset(self._inner)
 
     def adopt(self, before: TorchStore) -> None:
-        """Take over the vectors of a store over the same parameters and fewer: the new ones start where they are."""
+        """Take over the vectors of a store over the same parameters and fewer: the new ones start where they are.
+
+        Slices are dealt by `hvd_slowmo.core.regroup.dealing.deal_extended`.
+        """
         self.watch.adopt(before.watch)
         for number, segment in enumerate(self.layout.segments):
             if segment.role != "parameter":
                 continue
             # A new group stands behind those of its segment, so the old segment is the beginning of the new one.
-            old = next((n for n, s in enumerate(before.layout.segments) if _same_place(s, segment)), None)
+            old = next((n for n, s in enumerate(before.layout.segments) if segment.extends(s)), None)
             length = 0 if old is None else before.layout.segments[old].size
             for name, flats in self.vectors.items():
                 flat = flats[number]
@@ -395,11 +398,6 @@ def zeros_of(segment: Segment, size: int, on_host: bool = False) -> torch.Tensor
     if on_host and torch.device(segment.device).type == "cuda":
         return torch.zeros(size, dtype=dtype, pin_memory=True)
     return torch.zeros(size, dtype=dtype, device=segment.device)
-
-
-def _same_place(a: Segment, b: Segment) -> bool:
-    first, second = ((s.role, s.dtype, s.device, s.sliced, s.tensors[0].dtype) for s in (a, b))
-    return first == second
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
