@@ -1,5 +1,7 @@
 """Horovod's own classes for Keras, left in a script: they say what to use instead, and change nothing."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,27 @@ from hvd_slowmo.tf import SlowMo, SlowMoCallback
 from support.models.keras import net
 
 tensorflow_elastic = pytest.importorskip("horovod.tensorflow.elastic")
+
+
+class State:
+    """As much of an elastic state as Horovod's callbacks need to be made."""
+
+    batch = epoch = 0
+
+
+HOROVODS = {
+    "BroadcastGlobalVariablesCallback": ("callbacks", (0,), "SlowMoCallback does this"),
+    "MetricAverageCallback": ("callbacks", (), "SlowMoCallback does this"),
+    "LearningRateWarmupCallback": ("callbacks", (0.1,), "a schedule as the learning rate, without"),
+    "LearningRateScheduleCallback": (
+        "callbacks",
+        (0.1, 1.0),
+        r"keras\.callbacks\.LearningRateScheduler on",
+    ),
+    "CommitStateCallback": ("elastic", (State(),), r"SlowMoCallback\(state=state\)"),
+    "UpdateBatchStateCallback": ("elastic", (State(),), r"SlowMoCallback\(state=state\)"),
+    "UpdateEpochStateCallback": ("elastic", (State(),), r"SlowMoCallback\(state=state\)"),
+}
 
 
 def compiled():
@@ -59,3 +82,36 @@ def test_an_elastic_state_that_was_made_around_another_optimizer_is_refused_when
         state.__dict__.update(_saved_model_state=[], _saved_optimizer_state=[])
         with pytest.raises(ValueError, match=r"^hvd\.elastic\.KerasState would give"):
             refused()
+
+
+@pytest.mark.parametrize("module", ["horovod.keras", "horovod.tensorflow.keras"])
+def test_each_callback_of_horovods_is_refused_with_its_replacement(module):
+    for name, (part, arguments, words) in HOROVODS.items():
+        model, optimizer = compiled()
+        theirs = getattr(importlib.import_module(f"{module}.{part}"), name)(*arguments)
+        with pytest.raises(ValueError, match=rf"^Horovod's callbacks do not work.* {name}: {words}"):
+            model.fit(*batches(), verbose=0, callbacks=[theirs, SlowMoCallback()])
+        assert optimizer.steps == 0
+
+
+def test_several_of_horovods_callbacks_are_one_error_and_the_next_fit_trains():
+    from horovod.keras.callbacks import BroadcastGlobalVariablesCallback, MetricAverageCallback
+
+    class Mine(MetricAverageCallback):
+        pass
+
+    model, optimizer = compiled()
+    words = r"BroadcastGlobalVariablesCallback: [^;]*; MetricAverageCallback: [^;]*this\.$"
+    with pytest.raises(ValueError, match=words):
+        model.fit(*batches(), verbose=0, callbacks=[SlowMoCallback(), BroadcastGlobalVariablesCallback(0), Mine()])
+    model.fit(*batches(), batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
+    assert optimizer.steps == 2
+
+
+def test_a_callback_of_horovods_name_alone_is_not_refused():
+    class MetricAverageCallback(keras.callbacks.Callback):
+        pass
+
+    model, optimizer = compiled()
+    model.fit(*batches(), batch_size=4, verbose=0, callbacks=[SlowMoCallback(), MetricAverageCallback()])
+    assert optimizer.steps == 2

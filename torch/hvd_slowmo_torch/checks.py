@@ -15,6 +15,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.start.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.inner.inner_optimizer import check_state_dict, fresh
+from hvd_slowmo_torch.inner.saved_inner import refuse_marked
 from hvd_slowmo_torch.model.parallel import refuse_sharded
 from hvd_slowmo_torch.worker import Settings
 
@@ -101,6 +102,7 @@ def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> Non
 
 def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:
     """Refuse an inner optimizer that can't serve these settings, now rather than in the middle of training."""
+    refuse_marked(inner)
     check_state_dict(inner)
     for number, group in enumerate(inner.param_groups):
         if "lr" not in group:

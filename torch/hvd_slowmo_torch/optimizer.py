@@ -31,6 +31,7 @@ from hvd_slowmo_torch.checkpoint import TorchWorkerState
 from hvd_slowmo_torch.checks import check_types, refuse_without_model, try_configured
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner.inner_optimizer import scaled_step
+from hvd_slowmo_torch.inner.saved_inner import marked
 from hvd_slowmo_torch.join import JoiningTorchWorker
 from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
 from hvd_slowmo_torch.step_hooks import hooked_at_need
@@ -391,11 +392,15 @@ class SlowMo(Outermost, Optimizer):
         this rank's own, and a resume that is bitwise the run without a stop gives each rank its own.
         """
         refuse_foreign_checkpoints()
-        if initializes_state():
+        broadcasts = initializes_state()
+        if broadcasts:
             self.worker.compare_states()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state = {**self.inner_optimizer.state_dict(), slowmo_state.KEY: slowmo_state.pack(self.worker)}
+        inner = self.inner_optimizer.state_dict()
+        # Horovod's function writes what it finds in param_groups to those that are trained.
+        state = inner if broadcasts else marked(inner)
+        state = {**state, slowmo_state.KEY: slowmo_state.pack(self.worker)}
         for after in self._optimizer_state_dict_post_hooks.values():
             state = _returned(after(self, state), state)
         return state

@@ -22,7 +22,7 @@ from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.schedule import workers_equal
 from hvd_slowmo.errors import CheckpointError, spell_error
 from hvd_slowmo_torch.inner import inner_settings
-from hvd_slowmo_torch.inner.saved_inner import check_saved
+from hvd_slowmo_torch.inner.saved_inner import check_saved, unmarked
 from hvd_slowmo_torch.model.store import TorchStore
 from hvd_slowmo_torch.model.watch import WatchNotes
 from hvd_slowmo_torch.worker import TorchWorker
@@ -135,7 +135,7 @@ def check(state_dict: Mapping[str, Any], worker: TorchWorker) -> Loadable:
     progress = parse_progress(saved.progress, worker.progress)
     _check_rank(saved, worker)
     _check_in_flight(saved, progress, worker.store)
-    inner = {key: value for key, value in state_dict.items() if key != KEY}
+    inner = unmarked({key: value for key, value in state_dict.items() if key != KEY})
     check_saved(worker.inner, inner)
     text = saved.inner_attributes
     attributes = None if text is None else np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)

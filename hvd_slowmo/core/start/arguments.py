@@ -156,7 +156,10 @@ def refuse_wrapped(inner: object) -> None:
         TypeError: it is SlowMo, or Horovod's DistributedOptimizer.
     """
     if hasattr(inner, "averaged_parameters"):  # the adapters' SlowMo classes import this module
-        raise TypeError("`inner_optimizer` is a SlowMo optimizer already. Wrap the optimizer that it wraps.")
+        raise TypeError(
+            "`inner_optimizer` is a SlowMo optimizer already. Use it as it is, or wrap its inner_optimizer to begin "
+            "anew, without momentum."
+        )
     if any(_is_horovods(cls) for cls in type(inner).__mro__):
         raise TypeError(
             "`inner_optimizer` is a hvd.DistributedOptimizer, which averages gradients over the workers at every step; "

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from horovod.tensorflow.keras.callbacks import LearningRateWarmupCallback
 
 from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
 
@@ -223,7 +224,7 @@ def fails() -> str:
 def refused(kind: str) -> str:
     """Return the error that fit raises on this worker."""
     odd = hvd.rank() == 1
-    model = compiled()
+    model = compiled("unbuilt" if kind == "unbuilt, Horovod's callback" else "sequential")
     arguments = source("dataset", 5)
     if kind == "nan" and odd:
         x, y = data(5)
@@ -233,6 +234,8 @@ def refused(kind: str) -> str:
         model.compile(SlowMo(keras.optimizers.SGD(0.01, momentum=0.5), SlowMoConfig(tau=5)), "mse")
     try:
         callbacks = [] if kind == "no callback" else [SlowMoCallback()]
+        if kind.endswith("Horovod's callback") and odd:
+            callbacks.insert(0, LearningRateWarmupCallback(0.1))
         model.fit(**arguments, epochs=2, verbose=0, callbacks=callbacks)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -24,6 +24,9 @@ def left_in():
             optimizer.zero_grad()
             model(torch.full((1, 2), 1.0 + number + hvd.rank())).sum().backward()
             optimizer.step()
+        if broadcasts:
+            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+            assert "slowmo" not in inner.param_groups[0]
         found.append(model.weight.detach().clone())
     try:
         TorchState(model=model, optimizer=optimizer)

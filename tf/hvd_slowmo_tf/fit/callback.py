@@ -16,6 +16,7 @@ from hvd_slowmo.core.regroup.join import join
 from hvd_slowmo.core.step import preemption
 from hvd_slowmo_tf.fit.epoch_metrics import MetricState, WorkerLogs, numbers_in, over_workers, states_of
 from hvd_slowmo_tf.fit.fit_checkpoints import FitCheckpoints
+from hvd_slowmo_tf.fit.horovod_callbacks import refusal
 from hvd_slowmo_tf.fit.model_parts import build_from_batch, find_optimizers, other_optimizers, split_model
 from hvd_slowmo_tf.optimizer import SlowMo
 from hvd_slowmo_tf.startup import fail_together, start_together
@@ -60,7 +61,7 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     Raises:
         TypeError: no optimizer of the model is SlowMo, or an argument has another type.
-        ValueError: on every rank, as `SlowMo.broadcast` and `SlowMo.join`.
+        ValueError: on every rank, as `SlowMo.broadcast` and `SlowMo.join`, or if one has a callback of Horovod's.
 
     Example:
         >>> import numpy as np
@@ -89,6 +90,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         self._fit_checkpoints = None if checkpoints is None else FitCheckpoints(checkpoints)
         self._optimizers: Sequence[SlowMo] = ()
         self._place_known = self._begun = self._in_epoch = self._left = False
+        self._refusal: ValueError | None = None  # of the other callbacks
         self._epoch = 0  # of this worker
         self._calls = 0  # of the first optimizer, before the epoch
         self._validation_batches = 0
@@ -121,6 +123,7 @@ class SlowMoCallback(keras.callbacks.Callback):
         if self._place_known:
             caller.callbacks.remove(self)
             caller.callbacks.insert(0, self)
+            self._refusal = refusal(caller.callbacks)
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         if not self._place_known:
@@ -133,6 +136,8 @@ class SlowMoCallback(keras.callbacks.Callback):
             self._fit_checkpoints.find(self.model, self._first)
             if hasattr(self._state, "epoch") and self.model._initial_epoch is not None:
                 setattr(self._state, "epoch", self.model._initial_epoch)  # noqa: B010 - as in `on_epoch_end`
+        if self._refusal is not None:  # before the others' on_train_begin, which may fail here alone
+            fail_together(self._first.worker, self._refusal)
         self._explain_errors()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:

@@ -1,10 +1,14 @@
-"""Checks of an inner optimizer's saved state, before any of it is loaded: torch.optim looks at little of it."""
+"""Checks of an inner optimizer's saved state, before any of it is loaded: torch.optim looks at little of it.
+
+The param_groups of SlowMo's state_dict have a mark. A plain optimizer that loads such a state drops the entry "slowmo"
+without a word and keeps the mark, by which SlowMo knows it when it is wrapped. Groups that are trained have none.
+"""
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +20,9 @@ from hvd_slowmo_torch.inner.saved_values import check_value, number_of, refusal,
 
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """State of SGD, Adam and AdamW that has its parameter's shape."""
+
+_MARK = "slowmo"
+"""Key of a param_group that a state_dict of SlowMo has."""
 
 _CHOSEN_BY_TORCH = ("foreach", "fused")
 """Settings that PyTorch sets where they are None."""
@@ -61,6 +68,38 @@ def check_saved(inner: Optimizer, saved: Mapping[str, Any]) -> None:
             if number not in parameters:
                 raise refusal("state", f"of the parameters {reprlib.repr(numbers)}", number)
             _check_state(f"state[{number}]", inner, state, parameters[number], needed.get(number, ()))
+
+
+def marked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an inner optimizer's state_dict with the mark in its param_groups; `state` is not changed."""
+    return _with_groups(state, lambda group: {**group, _MARK: True})
+
+
+def unmarked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state_dict without the mark; `state` is not changed."""
+    return _with_groups(state, lambda group: {key: value for key, value in group.items() if key != _MARK})
+
+
+def _with_groups(state: Mapping[str, Any], changed: Callable[[dict[Any, Any]], dict[Any, Any]]) -> dict[str, Any]:
+    groups = state.get("param_groups")  # a file may have anything here, and a class of its own form too
+    if not isinstance(groups, list):
+        return dict(state)
+    return {**state, "param_groups": [changed(group) if isinstance(group, dict) else group for group in groups]}
+
+
+def refuse_marked(inner: Optimizer) -> None:
+    """Refuse an inner optimizer that has loaded a state of SlowMo, before the rest of that state is lost.
+
+    Raises:
+        ValueError: with the order to write instead.
+    """
+    if any(_MARK in group for group in inner.param_groups):
+        raise ValueError(
+            "a state of SlowMo was loaded into the inner optimizer, which drops the slow momentum, the anchor and the "
+            "step count. Construct first and load afterwards: optimizer = SlowMo(inner, model, ...); "
+            "optimizer.load_state_dict(state). To begin at step 0 with the inner optimizer's part alone, remove the "
+            f"mark before: for group in inner.param_groups: group.pop({_MARK!r}, None)."
+        )
 
 
 def _check_group(name: str, group: Any, present: Mapping[str, Any]) -> None:
