@@ -64,6 +64,8 @@ def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train
         pytest.param({"tau": 12, "warmup_steps": 40}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "beta": 0, "alpha": 1}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "shard": True, "fragments": 3}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "shard": True, "fragments": 4, "delay": 7}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "shard": True, "fragments": 12, "delay": 2, "bits": 8}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "gossip": "SGP"}, marks=pytest.mark.thorough),
         pytest.param({"tau": None, "gossip": "OSGP", "beta": 0}, marks=pytest.mark.thorough),
     ],
@@ -93,6 +95,7 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
         pytest.param({"tau": 12, "inner_state": "average"}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "bits": 8, "shard": True}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "fragments": 12, "delay": 2, "bits": 8}, marks=pytest.mark.thorough),
+        pytest.param({"tau": 12, "shard": True, "fragments": 4, "delay": 1}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "gossip": "OSGP"}, marks=pytest.mark.thorough),
     ],
     ids=str,
@@ -266,7 +269,6 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"shard": True, "delay": 1}, "delay with shard=True"),
         ({"gradients": "node"}, "gradients='node'"),
         ({"tau": None}, "tau=None with local gradients"),
         ({"parameter_map": slowmo.ParameterMap()}, "a parameter_map"),
@@ -337,8 +339,8 @@ def test_keras_workers_that_have_not_come_together_are_told_how(monkeypatch):
     for call in (lambda: optimizer.broadcast([variable]), lambda: optimizer.apply([variable.value], [variable])):
         with pytest.raises(RuntimeError, match=r"in the function that slowmo\.elastic\.run decorates"):
             call()
-    with pytest.raises(ValueError, match="an elastic job can't have delay with shard=True yet"):
-        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, delay=1, shard=True)
+    with pytest.raises(ValueError, match="an elastic job can't have gradients='node' yet"):
+        slowmo_tf.SlowMo(keras.optimizers.SGD(0.1), tau=2, gradients="node")
 
 
 def test_what_is_no_state_of_a_keras_job_is_refused():

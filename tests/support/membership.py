@@ -83,12 +83,13 @@ class LateOracle:
         masks: by fragment, a bool for each parameter.
         workers: number of them.
         delay: steps.
+        gradients: of each worker, in every step.
     """
 
-    def __init__(self, start, masks, workers, delay):
-        self.masks, self.delay, self.step = masks, delay, 0
+    def __init__(self, start, masks, workers, delay, gradients=GRADIENTS):
+        self.masks, self.delay, self.step, self.gradients = masks, delay, 0, gradients
         self.x = [start.copy() for _ in range(workers)]
-        self.anchor, self.v = start.copy(), np.zeros(LENGTH)
+        self.anchor, self.v = start.copy(), np.zeros(len(start))
         self.since = np.zeros((workers, len(masks)), int)
         self.sent = {}  # by fragment: step, and by worker parameters and weight
 
@@ -101,7 +102,7 @@ class LateOracle:
 
     def inner(self, workers):
         for i in workers:
-            self.x[i] -= LR * GRADIENTS[i]
+            self.x[i] -= LR * self.gradients[i]
             self.since[i] += 1
 
     def events(self, workers):

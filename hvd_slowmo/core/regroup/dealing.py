@@ -2,7 +2,7 @@
 
 Each worker gives what it has kept so far; a sum makes the vector whole, a chunk at a time, and each cuts its new slice.
 The slices of lost workers are lost: of momentum and of residuals zeros take their place, and of the anchor the mean of
-the present parameters, so that the outer step of these is a plain mean, and momentum begins there anew.
+the values that meet next, so that the outer step of these is a plain mean, and momentum begins there anew.
 """
 
 from __future__ import annotations
@@ -72,32 +72,44 @@ def _bounds(chunk: Chunk, owner: Owner) -> tuple[int, int]:
     return min(first * BLOCK, chunk.size), min(last * BLOCK, chunk.size)
 
 
-def deal_anew(
-    runtime: Runtime, former: FormerSlices | None, owners: Sequence[Owner | None], counts: Sequence[bool]
-) -> None:
+class Share(NamedTuple):
+    """The workers' parts in the slices of a fragment, by rank."""
+
+    owners: Sequence[Owner | None]  # None for those that have kept nothing, or nothing of use
+    weights: Sequence[float]  # of their values, whose mean takes the place of an anchor that is lost; not all are 0
+    vector: str = "model"  # that has this worker's values
+
+
+Whole = Callable[[Chunk, Any, Sequence[_Span]], None]
+"""Takes a whole chunk of an anchor that is kept in slices, and who has given which part of it."""
+
+
+def deal_anew(runtime: Runtime, former: FormerSlices | None, shares: Sequence[Share], whole_anchor: Whole) -> None:
     """Give each worker its slices of the vectors that are kept in slices, by their present number. A collective.
 
-    Workers that start anew get the anchor as their model, where it is kept in slices.
+    Nothing that was kept so far is changed.
 
     Args:
         former: this worker's; None: it has none.
-        owners: of all workers, by rank.
-        counts: by rank, whether the worker keeps its own parameters, so that they count where an anchor is lost.
+        shares: by fragment.
+        whole_anchor: called for each chunk of an anchor, which no worker keeps whole.
     """
     comm, store, slices, config = runtime.comm, runtime.store, runtime.slices, runtime.config
     store.hold([1.0] * len(runtime.layout.groups))
     lost = total = 0
     for chunk in slices.chunks:
-        parts = spans(chunk, owners)
+        share = shares[chunk.fragment]
+        parts = spans(chunk, share.owners)
         gone = sum(part.stop - part.start for part in parts if part.giver is None)
         lost, total = lost + gone, total + chunk.size
+        gives = former if share.owners[comm.rank] is not None else None
         for vector in config.sliced_vectors:
-            whole = _whole(runtime, chunk, parts, comm.rank, _from_slice(chunk, vector, former))
+            read = None if gives is None else _from_slice(chunk, vector, gives)
+            whole = _whole(runtime, chunk, parts, comm.rank, read)
             if vector == "anchor":
                 if gone:
-                    whole = whole + _mean_of(runtime, chunk, parts, counts)
-                if not counts[comm.rank]:
-                    store.write("model", chunk, whole)
+                    whole = whole + _mean_of(runtime, chunk, parts, share)
+                whole_anchor(chunk, whole, parts)
             values = runtime.codec.padded(slices.cut(chunk, whole), slices.lengths[chunk.index])
             store.write_slice(vector, chunk.index, values * 1)
     if lost and comm.rank == 0:
@@ -152,15 +164,13 @@ def _whole(runtime: Runtime, chunk: Chunk, parts: Sequence[_Span], giver: int | 
     return runtime.comm.wait(runtime.comm.start_sum(names.values(chunk.index), runtime.ops.joined(own) * 1))
 
 
-def _from_slice(chunk: Chunk, vector: str, former: FormerSlices | None) -> Read | None:
-    if former is None:
-        return None
+def _from_slice(chunk: Chunk, vector: str, former: FormerSlices) -> Read:
     begin, values = _bounds(chunk, former.owner)[0], former.read(vector, chunk.index)
     return lambda part: values[part.start - begin : part.stop - begin]
 
 
-def _mean_of(runtime: Runtime, chunk: Chunk, parts: Sequence[_Span], counts: Sequence[bool]) -> Any:
-    """Return the mean of the workers' parameters where an anchor is lost, and zeros elsewhere."""
-    model = runtime.store.read("model", chunk) * 1 if counts[runtime.comm.rank] else None
-    read = None if model is None else lambda part: model[part.start : part.stop]
-    return _whole(runtime, chunk, parts, None, read) / sum(counts)
+def _mean_of(runtime: Runtime, chunk: Chunk, parts: Sequence[_Span], share: Share) -> Any:
+    """Return the mean of the workers' values where an anchor is lost, and zeros elsewhere."""
+    weight = share.weights[runtime.comm.rank] / sum(share.weights)
+    values = runtime.store.read(share.vector, chunk) * weight if weight else None
+    return _whole(runtime, chunk, parts, None, None if values is None else lambda part: values[part.start : part.stop])

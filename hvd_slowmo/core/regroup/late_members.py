@@ -12,8 +12,8 @@ All that others give arrives before anything of it is applied, so that a second 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Flying(NamedTuple):
     giver: tuple[int, ...]  # rank of a worker that has applied all that anybody has
     lack: tuple[tuple[int, ...], ...]  # ranks of those that have not
     take: tuple[tuple[int, ...], ...]  # ranks of those that need its anchor and v
+    weights: tuple[tuple[int, ...], ...]  # by rank, steps in the exchange that comes next; of those that lack one none
 
 
 def applied(config: SlowMoConfig, step: int, launched: Sequence[int]) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ def in_flight_together(config: SlowMoConfig, workers: Sequence[LateWorker], lead
         for rank in staying
     }
     flight = workers[leader].progress.flight
-    launched, giver, lack, take = [], [], [], []
+    launched, giver, lack, take, weights = [], [], [], [], []
     for fragment, begun in enumerate(flight.launched.tolist()):
         most = max(done[rank][fragment] for rank in staying)
         lacking = tuple(rank for rank in staying if done[rank][fragment] < most)
@@ -78,7 +79,9 @@ def in_flight_together(config: SlowMoConfig, workers: Sequence[LateWorker], lead
         giver.append(gives)
         lack.append(lacking)
         take.append(tuple(rank for rank in staying if rank in lacking or (workers[rank].torn and rank != gives)))
-    return Flying(tuple(launched), tuple(giver), tuple(lack), tuple(take))
+        kept = {rank: part for rank, part in zip(staying, parts, strict=True) if rank not in lacking}
+        weights.append(tuple(kept.get(rank, 0) for rank in range(len(workers))))
+    return Flying(tuple(launched), tuple(giver), tuple(lack), tuple(take), tuple(weights))
 
 
 def _part(progress: Progress, fragment: int, lacks: bool) -> int:
@@ -89,22 +92,32 @@ def _part(progress: Progress, fragment: int, lacks: bool) -> int:
 
 
 def take_applied(machine: Machine, flying: Flying, rank: int) -> None:
-    """Take anchor and v of the exchanges that another worker has applied. A collective of all workers."""
-    runtime = machine.runtime
+    """Take anchor and v of the exchanges that another worker has applied. A collective of all workers.
+
+    Those that are kept in slices come when these are dealt anew.
+    """
+    runtime, keeps = machine.runtime, machine.runtime.slices.keeps
     vectors = [name for name in ("anchor", "v") if name in machine.config.vectors]
     for fragment, (giver, take) in enumerate(zip(flying.giver, flying.take, strict=True)):
         for chunk in machine.layout.of_fragment(fragment) if take else ():
             for vector in vectors if chunk.role == "parameter" else ():
-                take_chunks(runtime, giver, [chunk], vector, takes=rank in take)
+                if not keeps(vector, chunk.index):
+                    take_chunks(runtime, giver, [chunk], vector, takes=rank in take)
 
 
 def catch_up(
-    machine: Machine, progress: Progress, flying: Flying, rank: int, workers: Sequence[LateWorker]
+    machine: Machine,
+    progress: Progress,
+    flying: Flying,
+    rank: int,
+    workers: Sequence[LateWorker],
+    arrived: Mapping[int, Any],
 ) -> Progress:
     """Return the state of a worker that stays once it has applied, launched or dropped what the others have.
 
     Args:
         progress: with all inner steps counted; `take_applied` has brought the vectors.
+        arrived: by chunk, the model's new values where no worker keeps the anchor whole.
     """
     store, flights = machine.runtime.store, machine.flights
     for fragment, launched in enumerate(flying.launched):
@@ -112,7 +125,7 @@ def catch_up(
             for chunk in machine.layout.of_fragment(fragment):
                 if chunk.role == "parameter" and "residual" in machine.config.vectors:
                     store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
-            progress = flights.overtake(progress, fragment, _gamma(workers, flying, fragment))
+            progress = flights.overtake(progress, fragment, _gamma(workers, flying, fragment), arrived)
         if launched and not progress.flight.launched[fragment]:
             progress, _ = flights.set_aside(progress, fragment)
         elif progress.flight.launched[fragment] and not launched:

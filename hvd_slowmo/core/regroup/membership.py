@@ -24,7 +24,7 @@ from hvd_slowmo.core.average.broadcast import average_chunks, take_chunks
 from hvd_slowmo.core.parts.layout import Chunk, Ref
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.schedule import meetings_so_far
-from hvd_slowmo.core.regroup.dealing import FormerSlices, Owner, deal_anew
+from hvd_slowmo.core.regroup.dealing import FormerSlices, Owner
 from hvd_slowmo.core.regroup.late_members import (
     LateWorker,
     applied,
@@ -35,6 +35,7 @@ from hvd_slowmo.core.regroup.late_members import (
     state_of_leader,
     take_applied,
 )
+from hvd_slowmo.core.regroup.sliced_members import SlicedWorker, deal_slices
 from hvd_slowmo.core.start.bulk import Parcel, give
 from hvd_slowmo.core.start.graph import Graph, agreed_graph
 from hvd_slowmo.core.start.startup import Description, Job, StartingWorker, agree, start
@@ -151,21 +152,31 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
             member.take(values)
     progress = Progress.from_flat(everyone[leader])
     written: set[int] | None = None
-    elsewhere = set(machine.unanswered) if not within[comm.rank] else set()  # others have applied these
+    flying, workers = None, []
     if late:
-        states = [None if each is None else Progress.from_flat(each) for each in everyone]
-        progress, missed = _fly_together(member, comm.rank, leader, places, stays, states)
-        elsewhere |= missed
+        states = [machine.initial() if each is None else Progress.from_flat(each) for each in everyone]
+        seen = zip(states, stays, places, strict=True)
+        workers = [LateWorker(state, stay, place.torn) for state, stay, place in seen]
+        flying = in_flight_together(config, workers, leader)
+        progress = state_of_leader(workers, leader, flying)
+        member.torn = own.torn or any(comm.rank in take for take in flying.take)
+        take_applied(machine, flying, comm.rank)
     elif lead.interrupted:
         written = _roll_forward(member, places, stays, comm.rank)
-        elsewhere |= written
+    arrived: dict[int, Any] = {}
     if config.sliced_vectors:
-        # A worker that has missed the end of an outer step has the new slices of it, or else none that are of use.
-        gives = [each or machine.runtime.ops.keeps_handles for each in within]
-        owners = [place.owner if each else None for place, each in zip(places, gives, strict=True)]
-        former = None if owners[comm.rank] is None else _with_unanswered(member, elsewhere)
-        deal_anew(machine.runtime, former, owners, stays)
+        sliced = _sliced_workers(machine, places, lead, within, stays)
+        member.torn = member.torn or not stays[comm.rank]
+        former = member.former_slices() if sliced[comm.rank].owner is not None else None
+        arrived = deal_slices(machine, former, member.read_progress(), sliced, flying, written)
         member.forget_former_slices()
+    if flying is not None and stays[comm.rank]:  # at once: what follows may be broken off too
+        together = _at_step_of(own, lead)
+        if own.interrupted and not together:
+            member.count_step()
+        caught_up = catch_up(machine, member.read_progress(), flying, comm.rank, workers, arrived)
+        member.write_progress(caught_up._replace(step=lead.step), together)
+        member.torn = False
     if not all(stays):
         _start_at(member, leader, progress, lead, not stays[comm.rank])
     together = stays[comm.rank] and _at_step_of(own, lead)
@@ -247,53 +258,21 @@ def _plain(progress: Progress) -> dict[str, Any]:
     return {field: np.asarray(value) for field, value in progress.flat().items()}
 
 
-def _fly_together(
-    member: Member[R],
-    rank: int,
-    leader: int,
-    places: Sequence[Place],
-    stays: Sequence[bool],
-    states: Sequence[Progress | None],
-) -> tuple[Progress, set[int]]:
-    """Bring the late exchanges of all that stay to one place.
-
-    Returns:
-        The leader's state there, and the chunks that others had applied and this worker had not.
-    """
-    machine, own, lead = member.machine, places[rank], places[leader]
-    workers = [
-        LateWorker(state or machine.initial(), stay, place.torn)
-        for state, stay, place in zip(states, stays, places, strict=True)
-    ]
-    flying = in_flight_together(machine.config, workers, leader)
-    member.torn = own.torn or any(rank in take for take in flying.take)
-    take_applied(machine, flying, rank)
-    if stays[rank]:  # at once: what follows may be broken off too
-        together = _at_step_of(own, lead)
-        if own.interrupted and not together:
-            member.count_step()
-        progress = catch_up(machine, member.read_progress(), flying, rank, workers)
-        member.write_progress(progress._replace(step=lead.step), together)
-        member.torn = False
-    missed = [fragment for fragment, lack in enumerate(flying.lack) if rank in lack]
-    chunks = {chunk.index for fragment in missed for chunk in machine.layout.of_fragment(fragment)}
-    return state_of_leader(workers, leader, flying), chunks
-
-
-def _with_unanswered(member: Member[R], elsewhere: set[int]) -> FormerSlices:
-    """Return this worker's slices, the new ones of exchanges that others have applied.
-
-    Their results have not come here, but this worker's part of them, its slice, has gone to all others.
-    """
-    former, unanswered, vectors = member.former_slices(), member.machine.unanswered, member.config.sliced_vectors
-    assert former is not None, "it has slices"
-
-    def read(vector: str, chunk: int) -> Any:
-        if chunk in elsewhere and chunk in unanswered:
-            return unanswered[chunk][vectors.index(vector)]
-        return former.read(vector, chunk)
-
-    return FormerSlices(former.owner, read)
+def _sliced_workers(
+    machine: Machine, places: Sequence[Place], lead: Place, within: Sequence[bool], stays: Sequence[bool]
+) -> list[SlicedWorker]:
+    """Return which workers have slices, and of which fragments they lack the last exchange."""
+    config, fragments = machine.config, machine.layout.fragments
+    workers = []
+    for place, inside, stay in zip(places, within, stays, strict=True):
+        lacks = (place.started and not inside,) * fragments
+        if config.delay and place.started:
+            done = [_applied(config, each) for each, counts in zip(places, stays, strict=True) if counts]
+            lacks = tuple(own < max(all_done) for own, *all_done in zip(_applied(config, place), *done, strict=True))
+        # Before the end of the warm-up there is no anchor of a block.
+        begun = place.step >= config.warmup_steps or lead.step < config.warmup_steps
+        workers.append(SlicedWorker(place.owner if begun else None, stay, lacks))
+    return workers
 
 
 def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bool], rank: int) -> set[int]:

@@ -132,7 +132,6 @@ def refuse_in_elastic_job(config: SlowMoConfig, **given: object) -> None:
         ValueError: it names the argument.
     """
     reasons = {
-        "delay with shard=True": config.shards and config.delay > 0,
         "gradients='node'": config.gradients == "node",
         "tau=None with local gradients": config.tau is None and config.gossip is None and config.gradients == "local",
         **{f"a {name}": value is not None for name, value in given.items()},

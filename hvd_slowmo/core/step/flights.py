@@ -10,7 +10,7 @@ may be saved at any step without communication, and a resume sends y again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hvd_slowmo.core.average.exchange import Exchange, Purpose
@@ -147,17 +147,20 @@ class Flights:
         self._meetings.exchanged(begun)
         return self.landed(progress, fragment)
 
-    def overtake(self, progress: Progress, fragment: int, gamma: Vector) -> Progress:
+    def overtake(self, progress: Progress, fragment: int, gamma: Vector, arrived: Mapping[int, Any]) -> Progress:
         """Finish a fragment in flight with the anchor that another worker got from the same exchange.
 
         The anchor is here by now. Statistics keep this worker's values, since nobody has their mean any more.
 
         Args:
             gamma: the exchange's mean learning rate, per parameter group.
+            arrived: by chunk, the model's new values where no worker keeps the anchor whole.
         """
         store = self._store
         for chunk in self._runtime.layout.of_fragment(fragment):
-            if chunk.role == "parameter":
+            if chunk.index in arrived:
+                store.write("model", chunk, arrived[chunk.index])
+            elif chunk.role == "parameter":
                 trained = store.read("model", chunk) - store.read("in_flight", chunk)
                 store.write("model", chunk, store.read("anchor", chunk) + trained)
         store.settle(fragment)
