@@ -26,7 +26,7 @@ from hvd_slowmo.core.parts.whole import Whole, divided_vectors, gather_whole
 from hvd_slowmo.core.regroup.dealing import FormerSlices
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Job
-from hvd_slowmo.core.step import preemption
+from hvd_slowmo.core.step import preemption, refusals
 from hvd_slowmo.core.step.metrics import Metrics, metrics_of
 from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.topology.checks import consecutive_nodes
@@ -331,8 +331,7 @@ class KerasWorker:
         Raises:
             RuntimeError: nothing is measured.
         """
-        if not self.observe:
-            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
+        refusals.refuse_unmeasured(self.observe)
         return self._measured()
 
     def _measured(self) -> Metrics | None:
@@ -342,8 +341,7 @@ class KerasWorker:
 
     def refuse_if_left(self) -> None:
         """Raise RuntimeError once some workers have left for good."""
-        if self.left:
-            raise RuntimeError(f"ranks {list(self.left)} have left in join(leaving=True): nothing can be averaged.")
+        refusals.refuse_if_left(self.left)
 
     def caller_context(self) -> AbstractContextManager[None]:
         """Return a context for another thread: an empty one, since TensorFlow orders the work on a device itself."""
@@ -355,8 +353,7 @@ class KerasWorker:
 
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within `averaged_parameters()`."""
-        if self.averaging:
-            raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
+        refusals.refuse_while_averaging(self.averaging, what)
 
     def _connected(self) -> Comm:
         if self._comm is None:
@@ -389,10 +386,7 @@ class KerasWorker:
     def refuse_before_elastic_start(self) -> None:
         """Raise RuntimeError in an elastic job whose workers have not come together."""
         if self.elastic and self.job is None:
-            raise RuntimeError(
-                "this optimizer has not been started: under an elastic launcher the workers come together in the "
-                "function that slowmo.elastic.run decorates, with a slowmo.elastic.State of the model."
-            )
+            raise RuntimeError(refusals.not_started("model"))
 
     def _steps(self) -> int | None:
         return None if self.job is None else self.variables.steps()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from hvd_slowmo.checked_numbers import number_or_nan
 from hvd_slowmo.core.average.gradient_average import Presence
 from hvd_slowmo.core.parts.layout import ParameterGroups
+from hvd_slowmo.core.step import refusals
 
 
 class WorkerPresence:
@@ -60,5 +61,4 @@ class WorkerPresence:
 
     def refuse_if_left(self) -> None:
         """Raise RuntimeError once some workers have left for good."""
-        if self.left:
-            raise RuntimeError(f"ranks {list(self.left)} have left in join(leaving=True): nothing can be averaged.")
+        refusals.refuse_if_left(self.left)

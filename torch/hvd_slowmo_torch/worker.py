@@ -36,6 +36,7 @@ from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.whole import Whole, gather_whole
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.handshake import agree
+from hvd_slowmo.core.step import refusals
 from hvd_slowmo.core.step.assembly import Assembly, assemble
 from hvd_slowmo.core.step.metrics import Metrics, metrics_of
 from hvd_slowmo.core.step.outer_log import OuterStepLog
@@ -133,10 +134,7 @@ class TorchWorker:
         def __getattr__(self, name: str) -> Any:
             """Say what is missing before the start, which makes everything that is looked for here."""
             if name in TorchWorker.__annotations__:
-                raise RuntimeError(
-                    "this optimizer has not been started: under an elastic launcher the workers come together in the "
-                    "function that slowmo.elastic.run decorates, with a slowmo.elastic.State of the optimizer."
-                )
+                raise RuntimeError(refusals.not_started("optimizer"))
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def assemble(self, layout: TorchLayout, groups: ParameterGroups, graph: Graph | None) -> None:
@@ -385,8 +383,7 @@ class TorchWorker:
 
     def refuse_while_averaging(self, what: str) -> None:
         """Raise RuntimeError within averaged_parameters()."""
-        if self.averaging:
-            raise RuntimeError(f"{what} within averaged_parameters(): the parameters there are not this worker's own.")
+        refusals.refuse_while_averaging(self.averaging, what)
 
     @property
     def roll(self) -> RollCall:
@@ -422,8 +419,7 @@ class TorchWorker:
         Raises:
             RuntimeError: nothing is measured.
         """
-        if not self.settings.metrics:
-            raise RuntimeError("nothing is measured: construct SlowMo(..., metrics=True)")
+        refusals.refuse_unmeasured(self.settings.metrics)
         return self._metrics
 
     def _measure(self) -> None:
