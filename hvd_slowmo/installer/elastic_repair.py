@@ -11,6 +11,8 @@ _PROCESS_SET = "horovod/common/process_set.cc"
 _BASICS = "horovod/common/basics.py"
 _HANDLER = "horovod/runner/elastic/rendezvous.py"
 _LAUNCHER = "horovod/runner/gloo_run.py"
+_DRIVER = "horovod/runner/elastic/driver.py"
+_REGISTRY = "horovod/runner/elastic/registration.py"
 
 ELASTIC_RECOVERY = Repair(
     name="elastic recovery",
@@ -121,7 +123,7 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
             reason="the others would wait to the time limit for a worker that has failed before it joined",
         ),
         Patch(
-            path="horovod/runner/elastic/driver.py",
+            path=_DRIVER,
             before="    def world_size(self):\n",
             after="""    def is_rendezvous_abandoned(self):
         # Since the assignment, a worker has failed or has asked for a new one.
@@ -191,6 +193,68 @@ void HTTPStore::wait(const std::vector<std::string>& keys,
             env = {**env, 'HOROVOD_ELASTIC_TIMEOUT': str(settings.elastic_timeout)}
 """,
             reason="--elastic-timeout limits the workers' wait as well",
+        ),
+        Patch(
+            path=_REGISTRY,
+            before="    def record_ready(self, host, slot):\n",
+            after="""    def record_ready(self, host, slot):
+        if self.count(READY) == 0:
+            # The workers' own time limit of an exchange, which has brought the first of them back.
+            limit = absence_limit()
+            if limit > 0:
+                arguments = [self._rendezvous_id]
+                timer = threading.Timer(limit, self._driver.end_absent_workers, arguments)
+                timer.daemon = True
+                timer.start()
+""",
+            reason="survivors would wait for ever for a worker that is stopped, or hangs where it can't end itself",
+        ),
+        Patch(
+            path=_REGISTRY,
+            before="class WorkerStateRegistry(object):\n",
+            after="""def absence_limit():
+    try:
+        return float(os.environ.get('HVD_SLOWMO_TIMEOUT', 300))
+    except ValueError:  # the workers refuse it
+        return 0
+
+
+class WorkerStateRegistry(object):
+""",
+            reason="the time of the previous patch",
+        ),
+        Patch(
+            path=_REGISTRY,
+            before="import logging\nimport threading\n",
+            after="import logging\nimport os\nimport threading\n",
+            reason="import of the previous patch",
+        ),
+        Patch(
+            path=_DRIVER,
+            before="    def get_worker_client(self, slot_info):\n",
+            after="""    def end_absent_workers(self, rendezvous_id):
+        # Workers that have started, and have not come back with the others. Their exit is recorded as a failure.
+        registry = self._worker_registry
+        if self.finished() or registry.last_rendezvous() != rendezvous_id:
+            return
+        recorded = set(registry.get_recorded_slots())
+        for host, slots in list(self._host_assignments.items()):
+            for key in [(host, slot_info.local_rank) for slot_info in slots]:
+                if key in self._worker_clients and key not in recorded:
+                    logging.error('{}[{}] has not come back with the others and is ended'.format(*key))
+                    self._host_manager._hosts_state[host].set_event()
+
+    def get_worker_client(self, slot_info):
+""",
+            reason="ends the workers that the timer has found",
+        ),
+        Patch(
+            path=_DRIVER,
+            before="        create_worker_fn = self._create_worker_fn\n",
+            after="""        create_worker_fn = self._create_worker_fn
+        self._worker_clients.pop((slot_info.hostname, slot_info.local_rank), None)  # of a former process
+""",
+            reason="a worker that is still starting is not absent",
         ),
     ),
 )

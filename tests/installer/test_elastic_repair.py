@@ -69,6 +69,16 @@ def test_survivors_go_on_at_once(tmp_path):
     assert output.count("done 2") == 2
 
 
+def test_a_stopped_worker_is_ended_and_the_others_go_on(tmp_path):
+    stop = "if state.step == 200 and hvd.rank() == 2: os.kill(os.getpid(), signal.SIGSTOP)"
+    end = "hvd.size() == 2 and state.step > 300"
+    limits = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "3", "HVD_SLOWMO_TIMEOUT": "4"}
+    output, errors = finish(hvd_slowmo_run(tmp_path, TRAIN.format(before="", action=stop, end=end), 3, HOSTS, **limits))
+    assert len(changes(output, 2)) == 2
+    assert output.count("done 2") == 2  # without the repair they would wait for ever
+    assert "has not come back with the others and is ended" in errors
+
+
 def read_until(job, size):
     """Read the job's output until all of so many workers have said that they are so many; return it."""
     lines = []

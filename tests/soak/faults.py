@@ -20,7 +20,7 @@ HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1", "0x7f.1", "0177.1", "0x7f
 
 FEWEST, MOST = 2, 4
 TIMEOUT_S = 20  # of an exchange
-STOPPED_LONG_S = 45  # longer than that, and than gloo's 30 s
+STOPPED_LONG_S = 4 * TIMEOUT_S  # the others wait for one limit, and the launcher for another one
 SLOW_LINK_S = 20
 JOIN_S = 20  # within which a worker whose epoch is short has come to its join
 
@@ -125,14 +125,17 @@ class Faults:
         return f"stopped {victim} for a moment"
 
     def stop_for_long(self) -> str | None:
-        """SIGSTOP for longer than gloo waits; then whoever minds the machine kills it."""
+        """SIGSTOP: the launcher ends the worker, where the others have noticed that it is missing."""
         victim = self._victim(FEWEST + 1)
         if victim is None:
             return None
         self._signal(victim, signal.SIGSTOP)
-        time.sleep(STOPPED_LONG_S)
+        end = time.monotonic() + STOPPED_LONG_S
+        while victim in self._job.training() and time.monotonic() < end:
+            time.sleep(1)
+        ended = victim not in self._job.training()
         self._lose(victim)
-        return f"stopped {victim} for {STOPPED_LONG_S} s, then killed it"
+        return f"stopped {victim} for good, {'which the launcher has ended' if ended else 'and killed it'}"
 
     def hang(self) -> str | None:
         """A worker that comes to no exchange: the others go on without it, and it ends itself."""
