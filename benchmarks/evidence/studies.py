@@ -82,7 +82,7 @@ FULL = Plan(
     steps=480,
     translation=Translation(seeds=3, tuning_seeds=(1000,), rates=(0.002, 0.004, 0.008, 0.016), workers=8, steps=800),
 )
-EIGHT = replace(FULL, workers=(8,), beta_workers=(4, 8), translation=None)
+EIGHT = replace(FULL, workers=(8,), beta_workers=(4, 8))
 """The part of the full size that eight workers at most and no translation make up: half an hour instead of two."""
 
 QUICK = Plan(
