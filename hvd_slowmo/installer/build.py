@@ -132,7 +132,7 @@ def build_wheel(
     record.write_text(recipe.to_json(), encoding="utf-8")
     titles = " and ".join(f"{TITLES[name]} {version}" for name, version in recipe.frameworks.items())
     meter = Meter(list(recipe.frameworks), jobs)
-    minutes = round(meter.cost / 60)
+    minutes = round(meter.processor_seconds / 60)
     reporter.say(f"Building Horovod {recipe.horovod} for {titles}: some {minutes} minutes of one processor's time")
     reporter.say(f"Full log: {log}")
     setup = [sys.executable, "setup.py", "build", "--build-lib", str(library), "--build-temp", str(work / "temp")]

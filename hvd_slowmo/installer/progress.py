@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from hvd_slowmo.installer.costs import cost, target_costs
+from hvd_slowmo.installer.costs import SECONDS, cost, target_costs
 
 _COMPILED = re.compile(r"^\[\s*\d+%\] Building \w+ object .*CMakeFiles/(?P<target>[^/]+)\.dir/(?P<file>.+)\.o$")
 _BUILT = re.compile(r"^\[\s*\d+%\] Built target (?P<target>\S+)$")
@@ -183,9 +183,9 @@ class Meter:
         self._build = begin(frameworks, jobs)
 
     @property
-    def cost(self) -> float:
-        """Processor seconds that the rest of the build takes, as far as its files are known."""
-        return sum(_waiting(self._build))
+    def processor_seconds(self) -> float:
+        """Time that the rest of the build takes, as far as its files are known."""
+        return SECONDS * sum(_waiting(self._build))
 
     def read(self, line: str, seconds: float) -> None:
         """Take note of a line."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvd_slowmo.cli.console import Console
-from hvd_slowmo.installer.costs import cost
+from hvd_slowmo.installer.costs import SECONDS, cost
 from hvd_slowmo.installer.progress import Estimate, Meter, after_line, begin, estimate, spell
 
 OUTPUT = (Path(__file__).parent / "build_output.txt").read_text().splitlines()
@@ -108,8 +108,14 @@ def test_each_known_file_is_in_the_table():
     assert estimate(build, 1.0).left is None or not build.running
     assert set(build.targets) == {"gloo", "compatible17_gloo", "pytorch", "tensorflow"}
     assert build.built == set(build.targets)
-    assert Meter(BOTH, 2).cost == sum(cost(name) for _, name in build.compiled)
+    assert Meter(BOTH, 2).processor_seconds == SECONDS * sum(cost(name) for _, name in build.compiled)
     assert min(map(cost, LARGE)) > max(cost(name) for _, name in build.compiled if name not in LARGE)
+
+
+@pytest.mark.parametrize(("frameworks", "least", "most"), [(["torch"], 4, 8), (BOTH, 12, 16)])
+def test_the_time_that_is_announced_is_that_of_measured_builds(frameworks, least, most):
+    """PyTorch alone takes 2 to 4 minutes on two processors, both frameworks 6 to 8."""
+    assert least <= Meter(frameworks, 2).processor_seconds / 60 <= most
 
 
 def test_files_and_libraries_that_nobody_expected():
