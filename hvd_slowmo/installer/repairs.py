@@ -14,6 +14,17 @@ _CXX = (
     "compiled with the same standard, or linking fails"
 )
 
+
+def _narrow_includes(path: str) -> Patch:
+    return Patch(
+        path=path,
+        before="#include <torch/extension.h>\n#include <torch/torch.h>\n",
+        after="#include <torch/csrc/utils/pybind.h>\n#include <torch/types.h>\n",
+        reason="PyTorch's whole C++ frontend takes a third of the time of Horovod's two largest files; they use "
+        "tensors and their binding to Python",
+    )
+
+
 BUILD: tuple[Patch, ...] = (
     Patch(
         path="CMakeLists.txt",
@@ -33,6 +44,8 @@ BUILD: tuple[Patch, ...] = (
         after='string(REPLACE "-O2 -g" "-O3" CMAKE_CXX_FLAGS_RELWITHDEBINFO',
         reason="debug information takes a third of the build's time and most of the wheel's size",
     ),
+    _narrow_includes("horovod/torch/adapter_v2.h"),
+    _narrow_includes("horovod/torch/mpi_ops_v2.cc"),
     Patch(
         path="cmake/Modules/FindPytorch.cmake",
         before='-c "import torch; from torch.utils.cpp_extension import CUDA_HOME; print(True if (',
