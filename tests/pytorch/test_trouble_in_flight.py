@@ -9,7 +9,7 @@ import torch
 from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo_torch.codec import TorchCodec
+from hvd_slowmo_torch.tensors.codec import TorchCodec
 from support.trainings.pytorch import same
 
 LATE = {"delay": 2}
