@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import hvd_slowmo.tf as slowmo
 from support.models.keras import bare, fit, held, loop, net, same
 from support.models.keras_optimizers import applied
 
@@ -62,3 +63,20 @@ def test_an_eager_loop_is_the_bare_optimizers(name):
     for mine, other in zip(found, expected, strict=True):
         for a, b in zip(mine, other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_can_be_asked_for_while_variables_are_made():
+    """By the thread that ends a worker which hangs in an elastic job, at any moment."""
+    seen = []
+
+    class Asks(keras.optimizers.SGD):
+        def build(self, variables):
+            seen.append(outer.steps)
+            super().build(variables)
+
+    outer = slowmo.SlowMo(Asks(0.1), tau=2)
+    variable = keras.Variable([1.0])
+    outer.build([variable])
+    outer.apply([variable.value], [variable])
+    assert seen == [0]
+    assert outer.steps == 1

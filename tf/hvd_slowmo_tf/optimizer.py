@@ -257,7 +257,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
     @property
     def steps(self) -> int:
         """Inner steps (updates) completed since construction, or since the run that was resumed began."""
-        return self.worker.variables.steps() if self.built else 0
+        return self.worker.steps
 
     @property
     def bytes_sent(self) -> int:

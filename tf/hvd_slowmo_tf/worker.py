@@ -146,6 +146,11 @@ class KerasWorker:
         return self._variables
 
     @property
+    def steps(self) -> int:
+        """Inner steps made; 0 before SlowMo's variables are made, which another thread may see: the watchdog's."""
+        return 0 if self._variables is None else self._variables.steps()
+
+    @property
     def model(self) -> keras.Model | list[keras.Variable]:
         """The model of the start; its variables if it was not given itself, or is gone."""
         model = None if self._model is None else self._model()
@@ -389,7 +394,7 @@ class KerasWorker:
             raise RuntimeError(refusals.not_started("model"))
 
     def _steps(self) -> int | None:
-        return None if self.job is None else self.variables.steps()
+        return None if self.job is None else self.steps
 
     def _assembled_alone(self) -> TracedStep:
         layout = self.travelling.layout_of(self.travelling.refs())
