@@ -70,6 +70,7 @@ class StartingKerasWorker:
     """
 
     framework = "Keras"
+    whole_in_flight = True  # variables do not come and go
 
     def __init__(
         self,

@@ -9,7 +9,9 @@ from hvd_slowmo.core.start.memory import bytes_beside_model
 from hvd_slowmo.gossip import SGP
 
 
-def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, workers: int) -> str:
+def announcement(
+    config: SlowMoConfig, layout: Layout, graph: Graph | None, workers: int, *, whole_in_flight: bool
+) -> str:
     """Return the line.
 
     Traffic is what one worker hands to Horovod; a ring sends up to twice as much. Memory is that of the vectors beside
@@ -19,6 +21,7 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
         layout: of the messages.
         graph: of the gossip; None without.
         workers: number of workers.
+        whole_in_flight: as of `bytes_beside_model`.
     """
 
     def length(chunk: Chunk) -> int:
@@ -36,7 +39,8 @@ def announcement(config: SlowMoConfig, layout: Layout, graph: Graph | None, work
     if config.tau is not None and config.average:
         traffic.append(f"{size_in_words(sum(map(sent, layout.chunks)))} per outer step")
     sliced = sum(length(chunk) for chunk in layout.chunks if layout.segments[chunk.segment].sliced)
-    kept = bytes_beside_model(config, parameters, sliced, workers, 0 if graph is None else len(graph.vectors))
+    vectors = 0 if graph is None else len(graph.vectors)
+    kept = bytes_beside_model(config, parameters, sliced, workers, vectors, whole_in_flight=whole_in_flight)
     memory = f"{size_in_words(kept)} of memory beside the model"
     if workers == 1:
         return f"{method(config)}, 1 worker; {memory}"

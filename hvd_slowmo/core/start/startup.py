@@ -96,6 +96,7 @@ class StartingWorker(Protocol[R]):
         parameter_map: names of the tensors in other frameworks; None in a job of one framework.
         remarks: facts that may differ between workers with a warning, such as versions.
         started_before: this optimizer has been brought to a start before.
+        whole_in_flight: as of `hvd_slowmo.core.start.memory.bytes_beside_model`.
         carrier: of the tensors that the chunks do not carry.
     """
 
@@ -104,6 +105,7 @@ class StartingWorker(Protocol[R]):
     parameter_map: ParameterMap | None
     remarks: Mapping[str, Any]
     started_before: bool
+    whole_in_flight: bool
     carrier: Carrier
 
     def describe(self) -> Description[R]:
@@ -157,7 +159,10 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
         hand_out(worker, comm, job)
     worker.first_vectors(job)
     if comm.rank == 0 and not worker.started_before:
-        logger.info("%s: %s", comm.name, announcement(worker.config, description.layout.layout, graph, comm.size))
+        words = announcement(
+            worker.config, description.layout.layout, graph, comm.size, whole_in_flight=worker.whole_in_flight
+        )
+        logger.info("%s: %s", comm.name, words)
     return job
 
 
