@@ -48,7 +48,8 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
             while time.monotonic() - began < 60 * minutes and job.process.poll() is None:
                 time.sleep(1)
                 job.sample()
-                if time.monotonic() >= due:
+                # On a slow machine the workers' starts would take longer than the faults let them.
+                if time.monotonic() >= due and job.wrote_since(faults.ended):
                     line = faults.next()
                     due = time.monotonic() + pause
                     if line is not None:

@@ -34,6 +34,7 @@ class Faults:
 
     Attributes:
         done: when and what, in words.
+        ended: time at which the last one was over.
         slow_periods: begin and end of each time of a slow link.
     """
 
@@ -42,6 +43,7 @@ class Faults:
         self._rng = np.random.default_rng(seed)
         self.done: list[tuple[float, str]] = []
         self.slow_periods: list[tuple[float, float]] = []
+        self.ended = 0.0
         self._kinds: tuple[Callable[[], str | None], ...] = (
             self.kill,
             self.kill,
@@ -63,7 +65,8 @@ class Faults:
         """Do something, and return it in words; None where it can't be done now."""
         line = self._kinds[self._rng.integers(len(self._kinds))]()
         if line is not None:
-            self.done.append((time.time(), line))
+            self.ended = time.time()
+            self.done.append((self.ended, line))
         return line
 
     def kill(self) -> str | None:

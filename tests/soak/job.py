@@ -70,6 +70,10 @@ class Job:
         incoming.write_text("".join(f"{host}:1\n" for host in hosts), encoding="utf-8")
         incoming.replace(self.folder / "hosts")
 
+    def wrote_since(self, moment: float) -> bool:
+        """Return whether a worker has written its diary since that time: the job goes on."""
+        return any(each.stat().st_mtime > moment for each in self.folder.glob("*.jsonl"))
+
     def rested(self, host: str) -> bool:
         """Return whether a host that has left can be announced again."""
         return time.monotonic() - self._left.get(host, -REST_S) >= REST_S
