@@ -21,7 +21,7 @@ SECONDS_TO_END = 180.0
 
 
 def undisturbed(framework: str, seconds: float) -> list[tuple[int, float]]:
-    """Return the steps and losses of a job to which nothing is done."""
+    """Return the losses of a job to which nothing is done."""
     with TemporaryDirectory() as name:
         job = Job(Path(name), framework, HOSTS[:3], TIMEOUT_S)
         try:
@@ -29,7 +29,7 @@ def undisturbed(framework: str, seconds: float) -> list[tuple[int, float]]:
             time.sleep(seconds)
             job.end(SECONDS_TO_END)
             if job.status != 0:
-                raise RuntimeError(f"a job to which nothing was done has failed: {_log(job)}")
+                raise RuntimeError(f"a job to which nothing was done has failed: {job.log()[-2000:]}")
             return losses(list(entries(job.folder)))
         finally:
             job.kill()
@@ -37,32 +37,40 @@ def undisturbed(framework: str, seconds: float) -> list[tuple[int, float]]:
 
 def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> Report:
     """Train for so long, do something every so many seconds, and return the report."""
-    reference = undisturbed(framework, min(90.0, 30.0 * minutes))
+    reference = undisturbed(framework, min(180.0, 30.0 * minutes))
     with TemporaryDirectory() as name:
         job = Job(Path(name), framework, HOSTS[:3], TIMEOUT_S)
-        faults = Faults(job, seed)
-        began, used = time.monotonic(), _processor()
+        faults, done = Faults(job, seed), []
+        processor = _processor()
         try:
             _trains(job)
-            due = time.monotonic() + pause
+            began = time.monotonic()
+            due = began + pause
             while time.monotonic() - began < 60 * minutes and job.process.poll() is None:
                 time.sleep(1)
-                job.sample()
                 # On a slow machine the workers' starts would take longer than the faults let them.
-                if time.monotonic() >= due and job.wrote_since(faults.ended):
+                if time.monotonic() >= due and job.wrote_since(done[-1][0] if done else 0.0):
                     line = faults.next()
                     due = time.monotonic() + pause
                     if line is not None:
+                        done.append((time.time(), line))
                         print(f"{framework} {(time.monotonic() - began) / 60:5.1f} min  {line}", flush=True)
             job.end(SECONDS_TO_END)
-            passed = (time.monotonic() - began) / 60
-            found = report(job, framework, passed, (_processor() - used) / 60, faults, reference)
-            figure(job, faults, out / f"soak_{framework}.png")
+            took = (time.monotonic() - began) / 60, (_processor() - processor) / 60
+            found = report(job, framework, *took, done, reference)
+            figure(job, done, out / f"soak_{framework}.png")
             if not found.faultless:
-                (out / f"soak_{framework}.log").write_text(_log(job), encoding="utf-8")
+                (out / f"soak_{framework}.log").write_text(job.log(), encoding="utf-8")
             return found
         finally:
             job.kill()
+            faults.end()
+
+
+def _processor() -> float:
+    """Return the processor time of all processes that have ended, in seconds."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _trains(job: Job) -> None:
@@ -70,18 +78,8 @@ def _trains(job: Job) -> None:
     end = time.monotonic() + 180
     while not job.training():
         if time.monotonic() > end or job.process.poll() is not None:
-            raise RuntimeError(f"the job has not begun: {_log(job)[-2000:]}")
+            raise RuntimeError(f"the job has not begun: {job.log()[-2000:]}")
         time.sleep(0.5)
-
-
-def _log(job: Job) -> str:
-    return (job.folder / "log").read_text(encoding="utf-8")
-
-
-def _processor() -> float:
-    """Return the seconds of processor time of this program's ended processes."""
-    found = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return found.ru_utime + found.ru_stime
 
 
 def main() -> int:

@@ -80,25 +80,32 @@ def seconds_of_block(everything: Entries, periods: Sequence[tuple[float, float]]
     return tuple(median(each) if each else float("nan") for each in (inside, outside))
 
 
-def growth(samples: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return, of the process that grew most, its last third by its second third, at equal numbers of workers.
+def growth(everything: Entries) -> dict[str, float]:
+    """Return how much more a process held after the joins of its last third than after those of its second third.
 
-    Processes of 30 samples count, and numbers of workers that it has five samples of in both thirds.
+    Memory as a ratio, descriptors and threads as a difference, of the process that grew most: medians at equal numbers
+    of workers, where it has noted five joins in both thirds.
     """
-    by_process: dict[float, list[dict[str, float]]] = defaultdict(list)
-    for sample in samples:
-        by_process[sample["process"]].append(sample)
+    by_process: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for entry in everything:
+        if entry["kind"] == "join":
+            by_process[entry["process"]].append(entry)
     found: dict[str, float] = {}
-    for each in by_process.values():
-        third = len(each) // 3
-        for workers in {sample["workers"] for sample in each}:
+    for joins in by_process.values():
+        third = len(joins) // 3
+        for workers in {_workers(join) for join in joins}:
             before, after = (
-                [sample for sample in part if sample["workers"] == workers]
-                for part in (each[third : 2 * third], each[2 * third :])
+                [join for join in part if _workers(join) == workers]
+                for part in (joins[third : 2 * third], joins[2 * third :])
             )
-            if len(each) < 30 or min(len(before), len(after)) < 5:
+            if min(len(before), len(after)) < 5:
                 continue
             for what in ("memory", "files", "threads"):
-                ratio = median(s[what] for s in after) / median(s[what] for s in before)
-                found[what] = max(found.get(what, 0), ratio)
+                one, two = (median(join[what] for join in part) for part in (before, after))
+                found[what] = max(found.get(what, 0), two / one if what == "memory" else two - one)
     return found
+
+
+def _workers(join: dict[str, Any]) -> int:
+    """Return the number of workers, of when they came together; see the scripts' `since`."""
+    return int(join["since"][1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from hvd_slowmo.errors import CheckpointError
@@ -57,6 +58,12 @@ class Diary:
     def stand(self, steps: int, own: int) -> None:
         """Remember the steps, and this worker's own in the present block: it may not lose them."""
         self._stand = steps, own
+
+    def note_join(self, **facts: Any) -> None:
+        """Note the end of a join, where each process has the same in hand: what it holds, too."""
+        process = psutil.Process()
+        held = {"memory": process.memory_info().rss, "files": process.num_fds(), "threads": process.num_threads()}
+        self.note("join", **facts, **held)
 
     def ordered(self, what: str) -> bool:
         """Return whether this worker has the order, once."""
@@ -103,16 +110,16 @@ class Diary:
         except (OSError, ValueError) as error:
             self.note("unsaved", epoch=epoch, error=str(error))
 
-    def load(self, load: Callable[[Path], None], mean: Callable[[float], float]) -> None:
+    def load(self, load: Callable[[Path], None], mean: Callable[[float], float], epoch: int) -> None:
         """Load what was saved last, which may not fit. A collective."""
         if mean(float(self._saved.exists())) < 1:
             return
         self.stand(0, 0)
         try:
             load(self._saved)
-            self.note("load")
+            self.note("load", epoch=epoch)
         except (CheckpointError, ValueError) as error:  # of another number of workers, within a block
-            self.note("unloaded", error=str(error))
+            self.note("unloaded", epoch=epoch, error=str(error))
 
 
 @contextmanager

@@ -31,9 +31,8 @@ class Job:
     def __init__(self, folder: Path, framework: str, hosts: Sequence[str], timeout: float) -> None:
         self.folder = folder
         self.hosts: list[str] = []
-        self.samples: list[dict[str, float]] = []
-        self.status: int | None = None  # of the launcher, once it has ended by itself
-        self._shared = _in_shared_memory()
+        self.status: int | None = None
+        self._shared = _shared_memory()
         self._left: dict[str, float] = {}
         self.set_hosts(hosts)
         discover = folder / "discover.sh"
@@ -62,9 +61,10 @@ class Job:
 
     def set_hosts(self, hosts: Sequence[str]) -> None:
         """Announce these hosts."""
-        for host in self.hosts:
-            if host not in hosts:
-                self._left[host] = time.monotonic()
+        for host in set(self.hosts) - set(hosts):
+            self._left[host] = time.monotonic()
+            for order in self.folder.glob(f"*.{host}"):  # that a worker to come is not to find
+                order.unlink(missing_ok=True)
         self.hosts = list(hosts)
         incoming = self.folder / "hosts.new"
         incoming.write_text("".join(f"{host}:1\n" for host in hosts), encoding="utf-8")
@@ -82,6 +82,18 @@ class Job:
         """Give a worker an order; see `soak.diary.Diary.ordered`."""
         (self.folder / f"{what}.{host}").touch()
 
+    def joins(self, host: str, seconds: float = 10) -> bool:
+        """Let a worker join before the others, and return whether it has come so far in this time."""
+        self.order("short", host)
+        sign, end = self.folder / f"joining.{host}", time.monotonic() + seconds
+        while not sign.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        (self.folder / f"short.{host}").unlink(missing_ok=True)
+        if not sign.exists():
+            return False
+        sign.unlink()
+        return True
+
     def training(self) -> dict[str, int]:
         """Return the processes that have come to the others and live, by their hosts."""
         found = {}
@@ -92,39 +104,31 @@ class Job:
                 found[host] = int(number)
         return found
 
-    def sample(self) -> None:
-        """Note what each worker holds."""
-        workers = self.training().values()
-        for number in workers:
-            try:
-                process = psutil.Process(number)
-                with process.oneshot():
-                    memory, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
-            except psutil.Error:
-                continue
-            self.samples.append(
-                {
-                    "time": time.time(),
-                    "process": number,
-                    "workers": len(workers),
-                    "memory": memory,
-                    "files": files,
-                    "threads": threads,
-                }
-            )
-
     def left_in_shared_memory(self) -> list[str]:
-        """Return the files in /dev/shm that were not there before."""
-        return sorted(_in_shared_memory() - self._shared)
+        """Return the files that have come into /dev/shm with this job and that no living process has mapped or open."""
+        found = _shared_memory() - self._shared
+        time.sleep(5)  # the semaphores of launchers, this one's and others', are cleared away
+        held = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                maps = (process / "maps").read_text(encoding="utf-8")
+                held.update(int(line.split()[4]) for line in maps.splitlines() if "/dev/shm/" in line)
+                files = [file for file in (process / "fd").iterdir() if "/dev/shm/" in os.readlink(file)]
+                held.update(file.stat().st_ino for file in files)
+            except OSError:  # it has ended, or is another user's
+                continue
+        return sorted(name for name, number in found & _shared_memory() if number not in held)
+
+    def log(self) -> str:
+        """Return what the launcher and the workers have printed."""
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
 
     def end(self, seconds: float) -> None:
-        """Ask the job to end; kill it, without a status, if it hangs."""
+        """Ask the job to end, and note its status; None if it had to be killed: it hangs."""
         (self.folder / STOP).touch()
         try:
             self.status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            pass
-        finally:
             self.kill()
 
     def kill(self) -> None:
@@ -137,5 +141,7 @@ class Job:
         self._log.close()
 
 
-def _in_shared_memory() -> set[str]:
-    return {each.name for each in Path("/dev/shm").iterdir()}
+def _shared_memory() -> set[tuple[str, int]]:
+    """Return the names and inodes of the files in /dev/shm; a process may have one mapped under another name."""
+    folder = Path("/dev/shm")
+    return {(entry.name, entry.inode()) for entry in os.scandir(folder)} if folder.is_dir() else set()

@@ -65,11 +65,11 @@ class Writer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         optimizer = self.model.optimizer
-        self._diary.note("join", step=optimizer.steps, digest=self._everything(), since=self._where)
+        self._diary.note_join(step=optimizer.steps, digest=self._everything(), since=self._where)
         if epoch % 4 == 0:
             self._diary.save(partial(optimizer.save, model=self.model), epoch)
         if epoch % 10 == 9:
-            self._diary.load(partial(optimizer.load, model=self.model), slowmo.mean)
+            self._diary.load(partial(optimizer.load, model=self.model), slowmo.mean, epoch)
         self.model.stop_training = slowmo.mean(float(self._diary.stopping)) > 0
 
 

@@ -88,11 +88,11 @@ def main() -> None:
             train_epoch(state, where)
             diary.begin_join()
             optimizer.join(scaler=scaler)
-            diary.note("join", step=optimizer.steps, digest=everything(), since=where)
+            diary.note_join(step=optimizer.steps, digest=everything(), since=where)
             if state.epoch % 4 == 0:
                 diary.save(optimizer.save, state.epoch)
             if state.epoch % 10 == 9:
-                diary.load(optimizer.load, slowmo.mean)
+                diary.load(optimizer.load, slowmo.mean, state.epoch)
             state.epoch += 1
             if slowmo.mean(float(diary.stopping)) > 0:
                 return
