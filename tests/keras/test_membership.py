@@ -216,3 +216,42 @@ def test_slices_of_survivors_are_dealt_anew(monkeypatch, bits, newcomer):
             assert np.array_equal(have, had)
     if newcomer and bits == 32:
         assert np.array_equal(found[2][1][:, 0], sum(slices["anchor"] for slices, _ in found))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.sample("32-True")
+def test_slices_of_an_outer_step_that_was_broken_off_are_those_of_the_step_before(monkeypatch, bits, traced):
+    """The first chunk has been exchanged, and not the second: neither its slices nor its residual may be new."""
+    length, chunks = 2 * 3 * 1024, 2
+    gradients = np.random.default_rng(3).standard_normal((3, length, 1)).astype("float32")
+    monkeypatch.setattr(Short, "_chunk_bytes", 4 * length // chunks)
+
+    class Sliced(Member):
+        def __init__(self, rank, comm):
+            super().__init__(rank, comm, traced=traced, shard=True, bits=bits)
+            self.weight = keras.Variable(np.random.default_rng(0).standard_normal((length, 1)), dtype="float32")
+
+        def train(self, steps):
+            for _ in range(steps):
+                self._step(tf.constant(gradients[self.number]))
+
+        def kept(self):
+            variables = self.optimizer.worker.variables
+            every = {**variables.vectors, **variables.slices}
+            return {f"{name}.{n}": v.numpy().copy() for name, each in every.items() for n, v in each.items()}
+
+    def work(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        member = Sliced(comm.rank, broken)
+        member.reform(broken)
+        member.train(2 * TAU - 1)
+        before = member.kept()
+        broken.left = 1 + 2 + 1  # the ledger, the first chunk's two phases, and one of the second's
+        with pytest.raises(tf.errors.OpError):
+            member.train(1)
+        return before, member.kept()
+
+    for before, after in ThreadWorld(3).run(work):
+        for name, values in before.items():
+            assert np.array_equal(after[name], values), name

@@ -93,6 +93,12 @@ class ChunkMeans:
         outer_step = slice_step(self._runtime, exchange, table)
         return self._two_phase.relay(comm, self.arrived(comm, handle), weights, total, outer_step)
 
+    def over(self, comm: ScopedComm, result: Any, exchange: Exchange, table: Any) -> Any:
+        """Wait for both phases of a chunk in slices; return a sum as it is."""
+        if not isinstance(result, SlicedChunk):
+            return result
+        return self._two_phase.arrived(comm, self.relayed(comm, result, exchange, table))
+
     def finished(
         self, comm: ScopedComm, handle: SlicedChunk, exchange: Exchange, table: Any
     ) -> Iterator[tuple[Chunk, Any]]:
@@ -102,7 +108,7 @@ class ChunkMeans:
             handle: whose first phase is over, or both.
             table: of the ledger.
         """
-        there = self.arrived(comm, self.relayed(comm, handle, exchange, table))
+        there = self.over(comm, handle, exchange, table)
         return self._two_phase.finish(there, exchange.weights[exchange.purpose.fragment or 0], exchange.finite)
 
     def tensors(self, chunk: Chunk, result: Any) -> Sequence[Any]:

@@ -239,30 +239,38 @@ class Meetings:
 
         Chunks that travel in slices come in parts; if the outer state is divided, with the new anchor for the sum.
         """
-        found = self._sums(meeting, roles)
-        if not self._runtime.whole:
-            return found
-        chunks, totals, divisors = zip(*found, strict=True)
-        return zip(chunks, self._ops.together(totals), divisors, strict=True)
-
-    def _sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
         chunks = [chunk for chunk in self._left(meeting.exchange.purpose.fragment) if chunk.role in roles]
         if self.tracks and self.written is None:
             self.written = set()
-        arrived = list(meeting.first)[: len(chunks)]
-        following = None if len(arrived) == len(chunks) or arrived else self._start_later(chunks[0], meeting)
-        for number, chunk in enumerate(chunks):
-            total = arrived[number] if number < len(arrived) else self._means.arrived(self._comm, following)
-            if len(arrived) <= number + 1 < len(chunks):
-                following = self._start_later(chunks[number + 1], meeting)
-            if isinstance(total, SlicedChunk):
-                parts = self._means.finished(self._comm, total, meeting.exchange, meeting.table)
+        results = self._results(meeting, chunks)
+        if self._runtime.whole:
+            results = self._together(meeting, results)
+        for chunk, result in results:
+            if isinstance(result, SlicedChunk):
+                parts = self._means.finished(self._comm, result, meeting.exchange, meeting.table)
                 yield from ((part, mean, 1.0) for part, mean in parts)
             else:
-                yield chunk, total, self.divisor(chunk, meeting)
+                yield chunk, result, self.divisor(chunk, meeting)
             if self.written is not None:
                 self.written.add(chunk.index)
         self.written = None
+
+    def _results(self, meeting: Meeting, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Any]]:
+        """Yield each chunk and its sum, or its exchange in slices; the next chunk travels meanwhile."""
+        arrived = list(meeting.first)[: len(chunks)]
+        following = None if len(arrived) == len(chunks) or arrived else self._start_later(chunks[0], meeting)
+        for number, chunk in enumerate(chunks):
+            result = arrived[number] if number < len(arrived) else self._means.arrived(self._comm, following)
+            if len(arrived) <= number + 1 < len(chunks):
+                following = self._start_later(chunks[number + 1], meeting)
+            yield chunk, result
+
+    def _together(self, meeting: Meeting, results: Iterator[tuple[Chunk, Any]]) -> Iterator[tuple[Chunk, Any]]:
+        """Return the results with all their phases over, none of which can be used before all of them are there."""
+        exchange, table = meeting.exchange, meeting.table
+        over = [(chunk, self._means.over(self._comm, result, exchange, table)) for chunk, result in results]
+        there = iter(self._ops.together([tensor for _, result in over for tensor in _tensors(result)]))
+        return iter([(chunk, _with_tensors(result, there)) for chunk, result in over])
 
     def _left(self, fragment: int | None) -> Sequence[Chunk]:
         """Return the chunks of a meeting that have not been written."""
@@ -322,3 +330,16 @@ class Meetings:
         """Start a chunk whose turn comes only once the verdict is known."""
         start = partial(self._means.start, self._comm, chunk, meeting.exchange, True)
         return self._ops.after(meeting.verdict.weight, start)
+
+
+def _tensors(result: Any) -> Sequence[Any]:
+    """Return the tensors of a sum, or of an exchange in slices that is over."""
+    return [*result.parts, *result.received, *result.kept] if isinstance(result, SlicedChunk) else [result]
+
+
+def _with_tensors(result: Any, tensors: Iterator[Any]) -> Any:
+    """Return the same with other tensors, taken in the order of `_tensors`."""
+    if not isinstance(result, SlicedChunk):
+        return next(tensors)
+    parts, received, kept = ([next(tensors) for _ in each] for each in (result.parts, result.received, result.kept))
+    return result._replace(parts=parts, received=received, kept=kept)
