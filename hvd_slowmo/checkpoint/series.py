@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ class Series:
         damaged = []
         for step in steps:
             path = self.path(step)
-            found, error = _tried(lambda path=path, step=step: _read(path, step, comm))  # type: ignore[misc]
+            found, error = _tried(partial(_read, path, step, comm))
             errors = comm.gather("errors", error)
             texts = [f"rank {rank}: {text}" for rank, text in zip(comm.ranks, errors, strict=True) if text]
             if not texts:

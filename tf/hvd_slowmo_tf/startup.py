@@ -122,7 +122,7 @@ class StartingKerasWorker:
         return int(variables.now.step), int(variables.workers.numpy()), slices_of
 
     def entered(self) -> bool:
-        return self._worker.fingerprint.differs(self._worker.optimizer._trainable_variables)
+        return self._worker.fingerprint.differs()
 
     def assemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         self._step = self._worker.assemble(description.layout, description.groups, graph)

@@ -79,7 +79,7 @@ class KerasWorker:
         elastic: other workers may take the place of these, in an elastic job.
         travelling: the variables that take part in exchanges.
         traces: the step and the join.
-        fingerprint: of the parameters that the last join left.
+        fingerprint: of the trained variables that the last join left.
         torn: other workers were lost while this one took their state.
         former_slices: of former workers until they have been dealt anew, and whose they are; None else.
         averaging: within `averaged_parameters()`.
@@ -106,7 +106,7 @@ class KerasWorker:
         self.former_slices: FormerSlices | None = None
         self.torn = self.averaging = self.only_builds = False
         self.travelling = TravellingVariables(optimizer, inner, self.config, parameter_map)
-        self.fingerprint = Fingerprint(lambda: self.variables.steps())
+        self.fingerprint = Fingerprint(optimizer)
         watches = parameter_map is not None
         self.traces = WorkerTraces(optimizer, inner, self.config, observe, watches)
         self._sent_before = 0  # bytes, to former workers
@@ -237,12 +237,12 @@ class KerasWorker:
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
         preemption.tell(self.roll)
-        leavers = self.call(self.traces.join_at(self.variables), tf.constant(float(leaving), tf.float64)).numpy()
+        leavers = self.call(self.traces.join_now(), tf.constant(float(leaving), tf.float64)).numpy()
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
         if not left:
             self.roll.joined(self.optimizer.steps)
-        self.fingerprint.take(self.optimizer._trainable_variables)
+        self.fingerprint.take()
         return left
 
     def restart(self, entered: Sequence[int] = ()) -> None:

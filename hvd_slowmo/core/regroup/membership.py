@@ -170,8 +170,8 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         former = member.former_slices() if sliced[comm.rank].owner is not None else None
         arrived = deal_slices(machine, former, member.read_progress(), sliced, flying, written)
         member.forget_former_slices()
+    together = stays[comm.rank] and _at_step_of(own, lead)
     if flying is not None and stays[comm.rank]:  # at once: what follows may be broken off too
-        together = _at_step_of(own, lead)
         if own.interrupted and not together:
             member.count_step()
         caught_up = catch_up(machine, member.read_progress(), flying, comm.rank, workers, arrived)
@@ -179,7 +179,6 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         member.torn = False
     if not all(stays):
         _start_at(member, leader, progress, lead, not stays[comm.rank])
-    together = stays[comm.rank] and _at_step_of(own, lead)
     if stays[comm.rank] and not late:
         if own.interrupted and not together:
             member.count_step()
@@ -263,12 +262,13 @@ def _sliced_workers(
 ) -> list[SlicedWorker]:
     """Return which workers have slices, and of which fragments they lack the last exchange."""
     config, fragments = machine.config, machine.layout.fragments
+    done = [_applied(config, place) for place, stay in zip(places, stays, strict=True) if stay] if config.delay else []
+    most = [max(each) for each in zip(*done, strict=True)]
     workers = []
     for place, inside, stay in zip(places, within, stays, strict=True):
         lacks = (place.started and not inside,) * fragments
         if config.delay and place.started:
-            done = [_applied(config, each) for each, counts in zip(places, stays, strict=True) if counts]
-            lacks = tuple(own < max(all_done) for own, *all_done in zip(_applied(config, place), *done, strict=True))
+            lacks = tuple(own < all_done for own, all_done in zip(_applied(config, place), most, strict=True))
         # Before the end of the warm-up there is no anchor of a block.
         begun = place.step >= config.warmup_steps or lead.step < config.warmup_steps
         workers.append(SlicedWorker(place.owner if begun else None, stay, lacks))

@@ -56,7 +56,7 @@ def configured(owner: type, config: SlowMoConfig | None, settings: Mapping[str, 
         SlowMoConfig(tau=4, alpha=1.0, beta=0.25, nesterov=False, ...
     """
     if unknown := settings.keys() - SlowMoSettings.__annotations__.keys():
-        parameters = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
+        parameters = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]  # it is read, not called
         own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         known = [*SlowMoSettings.__annotations__, *own]
         refuse_unknown(owner.__name__, sorted(unknown), known, {**OTHER_NAMES, **HOROVODS_ARGUMENTS})

@@ -225,8 +225,11 @@ class Machine:
             def first(progress: Progress = progress) -> Progress:
                 return self._of_fragment(self.flights.first(progress.flight), partial(work, progress))
 
+            def none(progress: Progress = progress) -> Progress:
+                return progress
+
             flying = ops.sum(ops.where(progress.flight.launched > 0, 1.0, 0.0)) > 0
-            progress = ops.cond(flying, first, lambda progress=progress: progress)  # type: ignore[misc]
+            progress = ops.cond(flying, first, none)
             self.keep(progress)
         return progress
 

@@ -82,48 +82,8 @@ class WorkerTraces:
         Raises:
             ValueError: the variables were made for messages of other lengths.
         """
-        if self.step is None or not _alike(self.step.assembly, layout, groups, graph):
-            self.step = self._assembled(comm, name, elastic, variables, layout, groups, graph)
-            self.join = traced_join(self.step)
-        return self.step
-
-    def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function with collectives in it, traced or not; its errors and warnings come in plain words."""
-        assert self._ops is not None, "the workers have started"
-        assert self._store is not None, "made with _ops"
-        try:
-            return self._ops.call(traced, *arguments)
-        except BaseException:
-            self._store.forget_unfinished()  # without a trace, what is half-written would be found by the next call
-            raise
-
-    def join_at(self, variables: OptimizerVariables) -> Callable[[tf.Tensor], tf.Tensor]:
-        """Return the join, traced where it follows the others step by step.
-
-        Where it only meets them, once in a block, it runs operation by operation: a trace would take seconds.
-        """
-        assert self.step is not None, "made with the join"
-        assembly = self.step.assembly
-        plan = assembly.machine.plan(variables.now)
-        steps = assembly.graph is not None or (assembly.averages.ever and bool(assembly.averages.due(plan)))
-        found: Callable[[tf.Tensor], tf.Tensor] = self.join if steps else self.join.python_function
-        return found
-
-    def resend_statistics(self) -> None:
-        """Let an exchange in flight take statistics as they are: a state that has been loaded holds no others."""
-        if self._store is not None:
-            self._store.resend_statistics()
-
-    def _assembled(
-        self,
-        comm: Comm,
-        name: str,
-        elastic: bool,
-        variables: OptimizerVariables,
-        layout: KerasLayout,
-        groups: ParameterGroups,
-        graph: Graph | None,
-    ) -> TracedStep:
+        if self.step is not None and _alike(self.step.assembly, layout, groups, graph):
+            return self.step
         names = [f"{name}.{each}" for each in within_step(layout.layout)]
         safe = GraphSafeComm(comm, names, timed=self._observe)
         explain = comm.failures.explain if isinstance(comm, HorovodComm) else None
@@ -146,7 +106,36 @@ class WorkerTraces:
             whole=elastic,
         )
         assembly = assemble(runtime, layout, groups, graph)
-        return TracedStep(self._optimizer, self._inner, variables, assembly, safe, elastic)
+        self.step = TracedStep(self._optimizer, self._inner, variables, assembly, safe, elastic)
+        self.join = traced_join(self.step)
+        return self.step
+
+    def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function with collectives in it, traced or not; its errors and warnings come in plain words."""
+        assert self._ops is not None, "the workers have started"
+        assert self._store is not None, "made with _ops"
+        try:
+            return self._ops.call(traced, *arguments)
+        except BaseException:
+            self._store.forget_unfinished()  # without a trace, what is half-written would be found by the next call
+            raise
+
+    def join_now(self) -> Callable[[tf.Tensor], tf.Tensor]:
+        """Return the join at the present step, traced where it follows the others step by step.
+
+        Where it only meets them, once in a block, it runs operation by operation: a trace would take seconds.
+        """
+        assert self.step is not None, "made with the join"
+        assembly = self.step.assembly
+        plan = assembly.machine.plan(self.step.variables.now)
+        steps = assembly.graph is not None or (assembly.averages.ever and bool(assembly.averages.due(plan)))
+        found: Callable[[tf.Tensor], tf.Tensor] = self.join if steps else self.join.python_function
+        return found
+
+    def resend_statistics(self) -> None:
+        """Let an exchange in flight take statistics as they are: a state that has been loaded holds no others."""
+        if self._store is not None:
+            self._store.resend_statistics()
 
 
 def _alike(before: Assembly[VariableRef], layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> bool:
