@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_slowmo.comm.threads import ThreadWorld, WorldError
-from support.keras_member import Member
+from hvd_slowmo.comm.threads import ThreadWorld
+from support import keras_member
+from support.keras_member import Member, train_until_lost
 from support.late_membership import BOTH, masks_of, together_again
-from support.membership import CHUNKS, TAU, Breaking, Killed, LateOracle
+from support.membership import CHUNKS, TAU, LateOracle
 
 pytestmark = [pytest.mark.slow]
 tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
@@ -20,22 +21,7 @@ ALL = [0, 1, 2]
 
 
 def lost(work, **settings):
-    """Let three workers do this until each has noticed that the last one is lost; return the other two."""
-
-    def before(comm):
-        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
-        member = Member(comm.rank, broken, delay=1, **settings)
-        member.reform(broken)
-        member.broken = broken
-        work(member)
-        return member
-
-    return ThreadWorld(3).run(before)[:2]
-
-
-def train_until_lost(member):
-    with pytest.raises(tf.errors.OpError):
-        member.train(10 * TAU)
+    return keras_member.lost(Member, work, delay=1, **settings)
 
 
 def oracle_of(members):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_slowmo.comm.threads import ThreadWorld, WorldError
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.core.parts.slices import OwnSlices
 from support import keras_member
-from support.keras_member import Short
-from support.late_shards import CHUNK, FRAGMENTS, GRADIENTS, LENGTH, ShardOracle, compare, of_rank
-from support.membership import TAU, Breaking, Killed
+from support.keras_member import Short, train_until_lost
+from support.late_shards import CHUNK, FRAGMENTS, GRADIENTS, LENGTH, ShardOracle, compare, of_rank, together_again
+from support.membership import TAU
 
 pytestmark = [pytest.mark.slow]
 tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
@@ -74,44 +74,12 @@ def _chunks(monkeypatch, request):
 
 
 def lost(work, **settings):
-    """Let three workers do this until each has noticed that the last one is lost; return the other two."""
-
-    def before(comm):
-        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
-        member = Member(comm.rank, broken, **settings)
-        member.reform(broken)
-        member.broken = broken
-        work(member)
-        return member
-
-    return ThreadWorld(3).run(before)[:2]
-
-
-def train_until_lost(member):
-    with pytest.raises(tf.errors.OpError):
-        member.train(10 * TAU)
+    return keras_member.lost(Member, work, **settings)
 
 
 def oracle_of(members):
     fragments = members[0].optimizer.worker.step.assembly.layout.layout.fragments
     return ShardOracle(members[0].start, fragments, 3, delay=1)
-
-
-def together_again(members, oracle, then=TAU + 3):
-    """Bring the survivors together, and compare them with the oracle there and some steps later."""
-
-    def after(comm):
-        member = members[comm.rank]
-        reformed = member.reform(comm)
-        first = member.state
-        member.train(then)
-        return first, member.state, reformed
-
-    found = ThreadWorld(len(members)).run(after)
-    compare([each[0] for each in found], oracle, members[0].bits)
-    oracle.train(BOTH, then)
-    compare([each[1] for each in found], oracle, members[0].bits)
-    return found[0][2]
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -12,46 +12,10 @@ from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.tensors.codec import TorchCodec
 from reference.few_bits import mean_of_differences
+from support.few_bits import BITS, SHAPE, Weights, build, centre, entry, flat, step, trained
 from support.trainings.pytorch import same
 
-SHAPE = (50, 70)  # 3500 values: four blocks, the last in part
-BITS = [16, 8, 4]
 LATE = [{}, {"delay": 1}, {"fragments": 4, "delay": 2}, {"fragments": 4, "delay": 3}]
-
-
-class Weights(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__()
-        rng = np.random.default_rng(seed)
-        self.weight = nn.Parameter(torch.tensor(rng.normal(size=SHAPE), dtype=torch.float32))
-        self.bias = nn.Parameter(torch.tensor(rng.normal(size=5), dtype=torch.float32))
-
-
-def build(comm, lr=0.125, metrics=False, **settings):
-    model = Weights()
-    config = SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
-    inner = torch.optim.SGD(model.parameters(), lr=lr)
-    return model, SlowMo(inner, model, config, comm=comm, metrics=metrics)
-
-
-def centre(rank, k, shape):
-    """Return the place to which the weights are drawn in a step."""
-    return torch.tensor(np.random.default_rng([rank, k]).normal(size=shape), dtype=torch.float32)
-
-
-def step(model, optimizer, rank, k):
-    for p in model.parameters():
-        p.grad = p.detach() - centre(rank, k, p.shape)
-    optimizer.step()
-
-
-def entry(optimizer):
-    return optimizer.state_dict()["slowmo"]
-
-
-def flat(optimizer, name):
-    """Return a vector of the weight matrix, which comes first."""
-    return entry(optimizer)["vectors"][name][0][: np.prod(SHAPE)].numpy().copy()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -288,24 +252,12 @@ def test_fewer_bytes_are_sent():
     assert whole / four > 5
 
 
-def trained(settings, comm=None):
-    """Train a few steps on a worker of a pool, or of a world."""
-    from hvd_slowmo.torch import rank
-
-    number = rank() if comm is None else comm.rank
-    model, optimizer = build(comm, **settings)
-    for k in range(13 + number):
-        step(model, optimizer, number, k)
-    optimizer.join()
-    return {name: value.numpy() for name, value in model.state_dict().items()}
-
-
 @pytest.mark.workers
 @pytest.mark.both_transports
 @pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "fragments": 4, "delay": 2}], ids=str)
 @pytest.mark.slow
 def test_real_workers_compute_what_threads_do(workers, settings):
-    found = workers(2).run("pytorch.test_few_bits:trained", settings=settings)
+    found = workers(2).run("support.few_bits:trained", settings=settings)
     expected = ThreadWorld(2).run(lambda comm: trained(settings, comm))
     for mine, other in zip(found, expected, strict=True):
         assert np.array_equal(mine["weight"], other["weight"])

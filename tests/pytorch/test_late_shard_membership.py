@@ -12,7 +12,7 @@ import torch
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from hvd_slowmo_torch.membership import reform
-from support.late_shards import CHUNK, FRAGMENTS, GRADIENTS, LENGTH, ShardOracle, compare, of_rank
+from support.late_shards import CHUNK, FRAGMENTS, GRADIENTS, LENGTH, ShardOracle, compare, of_rank, together_again
 from support.membership import BETA, LR, TAU, Breaking, Killed, OfPyTorch
 
 ALL, BOTH = [0, 1, 2], [0, 1]
@@ -94,23 +94,6 @@ def new_member(**settings):
 def oracle_of(members, workers=3):
     fragments = members[0].worker.assembly.layout.layout.fragments
     return ShardOracle(members[0].start, fragments, workers, delay=2)
-
-
-def together_again(members, oracle, then=TAU + 3):
-    """Bring the survivors together, and compare them with the oracle there and some steps later."""
-
-    def after(comm):
-        member = members[comm.rank]
-        reformed = member.reform(comm)
-        first = member.state
-        member.train(then)
-        return first, member.state, reformed
-
-    found = ThreadWorld(len(members)).run(after)
-    compare([each[0] for each in found], oracle, members[0].bits)
-    oracle.train(list(range(len(members))), then)
-    compare([each[1] for each in found], oracle, members[0].bits)
-    return found[0][2]
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo
+from support import few_bits
 from support.problems import Problem, config_of
 from support.trainings.pytorch import BASES, Model, advance
 

@@ -8,10 +8,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.core.parts.codec import payload_bytes
+from support import few_bits
 
 STREAMED = {"fragments": 4, "delay": 2}
 

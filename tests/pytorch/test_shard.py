@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from reference.few_bits import sharded_step
+from support import few_bits
 from support.problems import PROBLEMS, STREAMED, distance
 from support.trainings.pytorch import resumed, run, same
 
@@ -217,7 +217,7 @@ def test_nothing_to_divide_is_said():
 @pytest.mark.slow
 def test_real_workers_compute_what_threads_do(workers, form):
     settings = {"shard": True, **form}
-    found = workers(2).run("pytorch.test_few_bits:trained", settings=settings)
+    found = workers(2).run("support.few_bits:trained", settings=settings)
     expected = ThreadWorld(2).run(lambda comm: few_bits.trained(settings, comm))
     for mine, other in zip(found, expected, strict=True):
         assert np.array_equal(mine["weight"], other["weight"])

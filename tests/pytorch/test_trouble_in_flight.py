@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from pytorch import test_few_bits as few_bits
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo_torch.tensors.codec import TorchCodec
+from support import few_bits
 from support.trainings.pytorch import same
 
 LATE = {"delay": 2}

@@ -2,11 +2,13 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
+from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo_tf.membership import reform
-from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU
+from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed
 from support.trainings.keras import GraphComm
 
 
@@ -53,3 +55,29 @@ class Member:
 
     def vector(self, name):
         return np.concatenate([v.numpy() for v in self.optimizer.worker.variables.vectors[name].values()])
+
+
+def lost(make, work, **settings):
+    """Let three workers do this until each has noticed that the last one is lost; return the other two.
+
+    Args:
+        make: class of the workers.
+        work: takes a worker, whose `broken` is its connection.
+        settings: of the workers.
+    """
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        member = make(comm.rank, broken, **settings)
+        member.reform(broken)
+        member.broken = broken
+        work(member)
+        return member
+
+    return ThreadWorld(3).run(before)[:2]
+
+
+def train_until_lost(member):
+    """Train until an exchange fails."""
+    with pytest.raises(tf.errors.OpError):
+        member.train(10 * TAU)

@@ -6,8 +6,9 @@ Two workers survive of three, and rank 2 is lost, which has kept the last third 
 
 import numpy as np
 
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.core.parts.slices import BLOCK
-from support.membership import LR, LateOracle
+from support.membership import LR, TAU, LateOracle
 
 CHUNK, FRAGMENTS = 6 * BLOCK, 2
 LENGTH = CHUNK * FRAGMENTS
@@ -71,3 +72,20 @@ def compare(found, oracle, bits, workers=(0, 1)):
     np.testing.assert_allclose(sum(vectors["v"] for *_, vectors in found), LR * oracle.v, **near)
     if bits == 32:
         np.testing.assert_allclose(sum(vectors["anchor"] for *_, vectors in found), oracle.anchor, **near)
+
+
+def together_again(members, oracle, then=TAU + 3):
+    """Bring the survivors together, and compare them with the oracle there and some steps later."""
+
+    def after(comm):
+        member = members[comm.rank]
+        reformed = member.reform(comm)
+        first = member.state
+        member.train(then)
+        return first, member.state, reformed
+
+    found = ThreadWorld(len(members)).run(after)
+    compare([each[0] for each in found], oracle, members[0].bits)
+    oracle.train(list(range(len(members))), then)
+    compare([each[1] for each in found], oracle, members[0].bits)
+    return found[0][2]

@@ -123,7 +123,7 @@ def trained(config: dict[str, Any], lengths: list[int], epochs: int = 2) -> list
 
 
 def few_bits(settings: dict[str, Any]) -> np.ndarray:
-    """Train a dense layer and return its weights, as tests/pytorch/test_few_bits.py does with those of PyTorch."""
+    """Train a dense layer and return its weights, as tests/support/few_bits.py does with those of PyTorch."""
     rank, config = horovod().rank(), SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
     parameter_map, start = (
         ParameterMap({"weight": "net/dense/kernel", "bias": "net/dense/bias"}),

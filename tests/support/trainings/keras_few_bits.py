@@ -1,4 +1,4 @@
-"""Train a matrix and a bias in few bits under Keras, as tests/pytorch/test_few_bits.py does under PyTorch."""
+"""Train a matrix and a bias in few bits under Keras, as tests/support/few_bits.py does under PyTorch."""
 
 from __future__ import annotations
 
