@@ -66,11 +66,15 @@ class ElasticState:
     Args:
         optimizers: one at least.
         values: become attributes. Objects with `state_dict` and `load_state_dict` (schedulers, samplers, scalers) keep
-            their identity; all others are replaced, so they must be picklable.
+            their identity; all others are replaced, so they must be picklable. In a job of several frameworks those
+            with a state, and those that the other framework's workers lack, are the framework's own.
 
     Attributes:
+        framework: its name.
         changes: each time that the workers came together, the start included.
     """
+
+    framework = ""
 
     def __init__(self, optimizers: Sequence[ElasticOptimizer], values: dict[str, Any]) -> None:
         self.changes: list[Change] = []
@@ -107,10 +111,8 @@ class ElasticState:
         started = time.monotonic() if self._noticed is None else self._noticed
         together = [optimizer.come_together() for optimizer in self._optimizers]
         comm, leader, newcomers, behind = together[0]
-        own = {name: self._value(name) for name in self._names} if comm.rank == leader else None
-        received = comm.scoped("state").gather("values", own)[leader]
-        for name, value in received.items():
-            self._set(name, value)  # on the leader too: a sampler deals anew when it loads
+        first = sorted(range(comm.size), key=lambda rank: (rank != leader, rank in newcomers, rank in behind, rank))
+        self._take_values(comm.scoped("state"), first)
         change = Change(self._optimizers[0].steps, comm.size, newcomers, behind, time.monotonic() - started)
         self.changes.append(change)
         self._noticed = None
@@ -141,6 +143,32 @@ class ElasticState:
     def steps(self) -> int:
         """Inner steps of all optimizers together."""
         return sum(optimizer.steps for optimizer in self._optimizers)
+
+    def _take_values(self, comm: ScopedComm, first: Sequence[int]) -> None:
+        """Take the values of the first worker, and those of a framework's own from its first worker. A collective.
+
+        Args:
+            first: all ranks, in the order in which their values count.
+
+        Raises:
+            ValueError: on every worker, if the names of the values differ between two of one framework.
+        """
+        everyone = comm.gather("names", (self.framework, self._names))
+        givers: dict[str, int] = {}
+        for rank in first:
+            framework, names = everyone[rank]
+            giver = givers.setdefault(framework, rank)
+            if set(names) != set(everyone[giver][1]):
+                raise ValueError(
+                    f"the states of rank {comm.ranks[giver]} and rank {comm.ranks[rank]} have different values: "
+                    f"{', '.join(everyone[giver][1]) or 'none'} and {', '.join(names) or 'none'}."
+                )
+        own = {name: (_has_state(getattr(self, name)), self._value(name)) for name in self._names}
+        received = comm.gather("values", own if comm.rank in givers.values() else None)
+        common = {name: value for name, (has_state, value) in received[first[0]].items() if not has_state}
+        for name, (has_state, value) in received[givers[self.framework]].items():
+            # On the giver too: a sampler deals anew when it loads.
+            self._set(name, value if has_state else common.get(name, value))
 
     def _tell(self) -> None:
         for optimizer in self._optimizers:

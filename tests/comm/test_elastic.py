@@ -163,6 +163,52 @@ def test_a_new_keras_worker_takes_part(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.workers
+@pytest.mark.parametrize(
+    ("victim", "settings"),
+    [
+        ("127.1", {"tau": 12}),
+        pytest.param("127.0.0.1", {"tau": 12}, marks=pytest.mark.thorough),
+        pytest.param("127.1", {"tau": 12, "fragments": 4, "delay": 1}, marks=pytest.mark.thorough),
+        pytest.param("127.1", {"tau": 12, "warmup_steps": 60}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_survivors_of_both_frameworks_go_on_where_they_were(tmp_path, victim, settings):
+    found = elastic(tmp_path, NAMES, 4, settings, victim=victim, job="train_mixed")
+    assert set(found) == set(NAMES) - {victim}
+    for seen in found.values():
+        assert [change["workers"] for change in seen["changes"]] == [3, 2]
+        assert 29 <= seen["changes"][1]["step"] <= 42
+        assert (seen["size"], seen["epoch"]) == (2, 4)
+    _compare_frameworks(found)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.workers
+@pytest.mark.parametrize(
+    ("first", "then"), [(("localhost", "127.1"), NAMES), (NAMES[:2], NAMES)], ids=["Keras", "PyTorch"]
+)
+def test_a_new_worker_of_either_framework_takes_part(tmp_path, first, then):
+    found = elastic(tmp_path, first, 40, {"tau": 12}, then=then, job="train_mixed")
+    assert set(found) == set(NAMES)
+    for seen in found.values():
+        assert seen["changes"][-1]["workers"] == seen["size"] == 3
+        assert seen["changes"][-1]["newcomers"] == [2]
+        assert seen["epoch"] == 40
+    _compare_frameworks(found)
+
+
+def _compare_frameworks(found):
+    """Compare the sums of the parameters, which the frameworks hold in another order."""
+    sums = [[float.fromhex(each) for each in seen["parameters"]] for seen in found.values()]
+    for each in sums[1:]:
+        assert each == pytest.approx(sums[0], rel=1e-12)
+    assert len({seen["steps"] for seen in found.values()}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.workers
 @pytest.mark.thorough
 def test_the_others_go_on_without_a_worker_that_hangs(tmp_path):
     found = elastic(tmp_path, NAMES, 120, {"tau": 12}, victim="127.1", HANGS="1", HVD_SLOWMO_TIMEOUT="20")
@@ -271,7 +317,7 @@ def test_before_the_start_an_elastic_worker_says_how_to_start(monkeypatch):
     [
         ({"gradients": "node"}, "gradients='node'"),
         ({"tau": None}, "tau=None with local gradients"),
-        ({"parameter_map": slowmo.ParameterMap()}, "a parameter_map"),
+        ({"parameter_map": slowmo.ParameterMap(), "shard": True}, "a parameter_map with few bits or shard=True"),
         ({"transport": "torch"}, "a transport"),
     ],
 )

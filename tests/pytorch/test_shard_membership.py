@@ -116,6 +116,28 @@ def test_slices_of_survivors_are_dealt_anew(waits, caplog):
     assert one[3] == other[3] == 2 * TAU
 
 
+def test_values_that_are_not_finite_take_no_part_in_what_replaces_a_lost_anchor():
+    """Else anchor and momentum of all workers would be NaN there, though the one that is broken is excluded."""
+    members = lost(2 * TAU - 1, (0, 0, 0), nonfinite="exclude")
+
+    def after(comm):
+        member = members[comm.rank]
+        if comm.rank == 1:
+            with torch.no_grad():
+                member.model.weight[0, ::7] = torch.nan
+        reform(member.worker, comm)
+        return member.values, member.slices("anchor"), member.slices("v")
+
+    one, other = ThreadWorld(2).run(after)
+    kept = ~of_lost_worker()
+    anchor, v = outer(members[0].start, np.zeros(LENGTH), members[0].start - LR * TAU * GRADIENTS.mean(axis=0), True)
+    anchor, v = outer(anchor, np.where(kept, v, 0), anchor - LR * TAU * GRADIENTS[0], kept)
+    np.testing.assert_allclose(one[2] + other[2], v, atol=1e-12)
+    np.testing.assert_allclose(one[0], anchor, atol=1e-12)
+    np.testing.assert_allclose(one[1] + other[1], anchor, atol=1e-12)
+    assert np.array_equal(one[0], other[0])
+
+
 def test_a_survivor_that_has_missed_the_end_of_an_outer_step_gives_its_part_of_it():
     """Its slice has gone to the other one, which has finished the step and made another block."""
     members = lost(2 * TAU - 1, (6, 7, 7))

@@ -48,8 +48,8 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
             due = began + pause
             while time.monotonic() - began < 60 * minutes and job.process.poll() is None:
                 time.sleep(1)
-                # On a slow machine the workers' starts would take longer than the faults let them.
-                if time.monotonic() >= due and job.wrote_since(done[-1][0] if done else 0.0):
+                # A worker that hangs or starts slowly holds the job up for longer than the faults are apart.
+                if time.monotonic() >= due and job.goes_on():
                     line = faults.next()
                     due = time.monotonic() + pause
                     if line is not None:
@@ -61,6 +61,7 @@ def soak(framework: str, minutes: float, pause: float, seed: int, out: Path) -> 
             figure(job, done, out / f"soak_{framework}.png")
             if not found.faultless:
                 (out / f"soak_{framework}.log").write_text(job.log(), encoding="utf-8")
+                job.keep_diaries(out / f"soak_{framework}")
             return found
         finally:
             job.kill()

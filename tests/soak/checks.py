@@ -43,20 +43,23 @@ def last_losses(found: Sequence[tuple[int, float]], step: float = float("inf")) 
     return [loss for at, loss in found if at <= step][-LAST:]
 
 
-def lost_steps(everything: Entries) -> tuple[int, int]:
-    """Return how often a survivor came together with others, and how many of its own steps were lost by that.
+def lost_steps(everything: Entries) -> tuple[int, list[str]]:
+    """Return how often a survivor came together with others, and where steps of its own were lost by that.
 
     A survivor's count of steps does not go back, and its own steps in a block that goes on still count.
     """
-    survived, lost = 0, 0
+    survived, cases = 0, []
     for entry in everything:
         if entry["kind"] == "change" and entry["before"][0] > 0:
             survived += 1
             before, own = entry["before"]
-            lost += max(0, before - entry["step"])
+            lost = max(0, before - entry["step"])
             if entry["step"] // TAU == before // TAU:
                 lost += max(0, own - entry["own"])
-    return survived, lost
+            if lost:
+                now = entry["step"], entry["own"]
+                cases.append(f"{lost} on {entry['host']}, at (step, own in the block) {before, own}, then {now}")
+    return survived, cases
 
 
 def longest_pause(everything: Entries) -> float:

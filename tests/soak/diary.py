@@ -34,6 +34,9 @@ class Diary:
 
     Args:
         folder: of the job.
+
+    Attributes:
+        count: batches of this epoch.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +44,7 @@ class Diary:
         self.host = os.environ.get("HOROVOD_HOSTNAME", "alone")
         self._saved = folder / "saved.slowmo"
         self._stand = (0, 0)  # steps, own steps in the block
-        self._short = False
+        self._short, self.count = False, 0
 
     def note(self, kind: str, **facts: Any) -> None:
         """Append an entry to this worker's file."""
@@ -93,7 +96,8 @@ class Diary:
         """Return this worker's number of batches in an epoch, which differs between workers, and a generator."""
         rng = np.random.default_rng((epoch, rank))
         self._short = self.ordered("short")
-        return SHORT_EPOCH if self._short else int(rng.integers(10, 30)), rng
+        self.count = SHORT_EPOCH if self._short else int(rng.integers(10, 30))
+        return self.count, rng
 
     def begin_join(self) -> None:
         """Tell that this worker waits for the others, if it was ordered to; its steps are theirs from now on."""

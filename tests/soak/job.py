@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -70,9 +71,15 @@ class Job:
         incoming.write_text("".join(f"{host}:1\n" for host in hosts), encoding="utf-8")
         incoming.replace(self.folder / "hosts")
 
-    def wrote_since(self, moment: float) -> bool:
-        """Return whether a worker has written its diary since that time: the job goes on."""
-        return any(each.stat().st_mtime > moment for each in self.folder.glob("*.jsonl"))
+    def goes_on(self, seconds: float = 5) -> bool:
+        """Return whether a worker has written its diary in the last seconds: no fault holds the job up."""
+        return any(time.time() - each.stat().st_mtime < seconds for each in self.folder.glob("*.jsonl"))
+
+    def keep_diaries(self, folder: Path) -> None:
+        """Copy what the workers have noted to this folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in self.folder.glob("*.jsonl"):
+            shutil.copy(each, folder)
 
     def rested(self, host: str) -> bool:
         """Return whether a host that has left can be announced again."""

@@ -44,7 +44,7 @@ class Report(NamedTuple):
     compared: int  # outer steps, averages and joins that two or more workers have noted
     unequal: list[str]  # those after which they were not bitwise equal
     survived: int  # times that a survivor came together with others
-    lost: int  # steps that a survivor has lost by that
+    lost: list[str]  # where a survivor has lost steps by that
     behind: int  # times that a survivor skipped to the others' block
     killed: int  # workers, with at most a block of their own each
     losses: list[float]  # the last ones
@@ -97,8 +97,9 @@ class Report(NamedTuple):
             f"  outer steps, averages, joins and changes compared: {self.compared}; "
             f"not bitwise equal: {len(self.unequal)}",
             *(f"    {each}" for each in self.unequal[:5]),
-            f"  survivors lost {self.lost} steps in {self.survived} cases, and skipped to the others' block in "
+            f"  survivors lost steps in {len(self.lost)} cases of {self.survived}, and skipped to the others' block in "
             f"{self.behind}; {self.killed} lost workers' own blocks of {TAU} steps",
+            *(f"    {each}" for each in self.lost[:5]),
             f"  saves and loads: {_counts(self.saves)}",
             *(f"    {each}" for each in self.errors[:5]),
             f"  loss at the end: {loss}",

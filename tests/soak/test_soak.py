@@ -44,15 +44,17 @@ def test_a_process_that_grows_is_found_and_not_one_that_has_more_workers():
 
 
 def changed(step, own, before):
-    return {"kind": "change", "step": step, "own": own, "before": before}
+    return {"kind": "change", "host": "a", "step": step, "own": own, "before": before}
 
 
 def test_steps_that_a_survivor_loses_are_found():
     newcomer = changed(35, 0, (0, 0))
     kept = [changed(35, 3, (35, 3)), changed(36, 4, (35, 3)), changed(40, 0, (39, 7))]
-    assert lost_steps([newcomer, *kept]) == (3, 0)
-    assert lost_steps([*kept, changed(32, 0, (35, 3))]) == (4, 3 + 3)  # steps, and own ones in the block
-    assert lost_steps([changed(35, 1, (35, 3))]) == (1, 2)
+    assert lost_steps([newcomer, *kept]) == (3, [])
+    survived, (case,) = lost_steps([*kept, changed(32, 0, (35, 3))])  # steps, and own ones in the block
+    assert (survived, case) == (4, "6 on a, at (step, own in the block) (35, 3), then (32, 0)")
+    survived, (case,) = lost_steps([changed(35, 1, (35, 3))])
+    assert (survived, case.split()[0]) == (1, "2")
 
 
 def test_time_without_an_outer_step_is_found():

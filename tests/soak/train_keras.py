@@ -45,6 +45,8 @@ class Writer(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         optimizer = self.model.optimizer
         self._diary.stand(optimizer.steps, own(optimizer))
+        if batch + 1 == self._diary.count:  # not where the data end: Keras reads ahead
+            self._diary.begin_join()
         self._diary.hang_if_ordered()
         if optimizer.steps % TAU == 0:
             self._diary.note("outer", step=optimizer.steps, digest=self._everything(), since=self._where)
@@ -110,7 +112,6 @@ def main() -> None:
                 batch = rng.integers(0, 1500, 16)
                 weight = np.inf if diary.ordered("overflow") else 1
                 yield images[batch], classes[batch], np.full(16, weight, np.float32)
-            diary.begin_join()
 
         signature = (tf.TensorSpec((16, 8, 8), tf.float32), tf.TensorSpec((16,), tf.int64), tf.TensorSpec((16,)))
         since = [change.step, change.workers, list(change.newcomers)]

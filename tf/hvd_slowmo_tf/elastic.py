@@ -56,6 +56,8 @@ class State(ElasticState):
         (3, 12)
     """
 
+    framework = "Keras"
+
     def __init__(self, model: keras.Model, optimizer: SlowMo | Sequence[SlowMo] | None = None, **values: Any) -> None:
         if not isinstance(model, keras.Model):
             raise TypeError(f"`model` must be a keras.Model. Received: {type(model).__name__}")

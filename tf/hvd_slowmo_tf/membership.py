@@ -24,20 +24,23 @@ from hvd_slowmo_tf.worker import KerasWorker
 class KerasMember(StartingKerasWorker):
     """`hvd_slowmo.core.regroup.membership.Member` of a Keras optimizer. Nothing here is traced."""
 
+    elastic = True
+
     @property
     def machine(self) -> Machine:
         return self._assembled_step.assembly.machine
 
     def place(self) -> Place:
         if self._worker.job is None:
-            return Place()
+            return Place(framework=self.framework)
         variables = self._worker.variables
         now = variables.now
         step = int(now.step)
-        # Of an outer step that was broken off nothing is written: `Runtime.whole`.
         made = int(variables.made.numpy()) == step + 1
+        written = tuple(sorted(self._worker.written or ()))
         owner = variables.owner if self.config.sliced_vectors else None
-        return Place(True, step, made, (), tuple(now.flight.launched.tolist()), owner, self._worker.torn)
+        launched = tuple(now.flight.launched.tolist())
+        return Place(True, step, made, written, launched, owner, self._worker.torn, framework=self.framework)
 
     @property
     def torn(self) -> bool:
@@ -54,6 +57,7 @@ class KerasMember(StartingKerasWorker):
         if graph is not None:
             worker.variables.gossip_over(graph, worker.optimizer._variables)
         self.assemble(description, graph)
+        self.machine.written = worker.written
         initial = self.machine.initial()
         if worker.job is None:
             self.write_progress(initial)

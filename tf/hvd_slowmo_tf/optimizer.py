@@ -118,7 +118,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
     ) -> None:
         config = configured(SlowMo, config, settings)
         if comm is None and elastic():
-            refuse_in_elastic_job(config, parameter_map=parameter_map, process_set=process_set)
+            refuse_in_elastic_job(config, parameter_map, process_set=process_set)
         check_name(name)
         check_parameter_map(parameter_map)
         check_workers(config, comm, process_set=process_set)

@@ -71,6 +71,7 @@ class StartingKerasWorker:
 
     framework = "Keras"
     whole_in_flight = True  # variables do not come and go
+    elastic = False
 
     def __init__(
         self,

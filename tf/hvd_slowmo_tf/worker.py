@@ -82,6 +82,8 @@ class KerasWorker:
         fingerprint: of the trained variables that the last join left.
         torn: other workers were lost while this one took their state.
         former_slices: of former workers until they have been dealt anew, and whose they are; None else.
+        written: numbers of the chunks of an outer step that was broken off which PyTorch workers had written and have
+            handed over; None without. A Keras worker writes nothing before all is there.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
@@ -104,6 +106,7 @@ class KerasWorker:
         self.left: tuple[int, ...] = ()
         self.elastic = comm is None and elastic()
         self.former_slices: FormerSlices | None = None
+        self.written: set[int] | None = None
         self.torn = self.averaging = self.only_builds = False
         self.travelling = TravellingVariables(optimizer, inner, self.config, parameter_map)
         self.fingerprint = Fingerprint(optimizer)
@@ -370,6 +373,8 @@ class KerasWorker:
         """Go on with other workers: all variables stay."""
         self._sent_before = self.bytes_sent
         self._comm, self.left = comm, ()
+        if self.step is not None:
+            self.written = self.step.assembly.machine.written
         self.traces.step = None
         self.fingerprint.forget()
         tell_steps(comm, self, KerasWorker._steps)

@@ -58,6 +58,8 @@ class State(ElasticState):
         4
     """
 
+    framework = "PyTorch"
+
     def __init__(
         self, model: nn.Module | Sequence[nn.Module], optimizer: SlowMo | Sequence[SlowMo], **values: Any
     ) -> None:

@@ -19,6 +19,8 @@ from hvd_slowmo_torch.worker import TorchWorker
 class TorchMember(StartingTorchWorker):
     """`hvd_slowmo.core.regroup.membership.Member` of a PyTorch optimizer."""
 
+    elastic = True
+
     @property
     def machine(self) -> Machine:
         return self._worker.assembly.machine
@@ -26,11 +28,14 @@ class TorchMember(StartingTorchWorker):
     def place(self) -> Place:
         worker = self._worker
         if not worker.started:
-            return Place()
+            return Place(framework=self.framework)
         progress, written = worker.progress, tuple(sorted(self.machine.written or ()))
         launched = tuple(progress.flight.launched.tolist())
         owner = worker.store.owner if self.config.sliced_vectors else None
-        return Place(True, int(progress.step), worker.interrupted is not None, written, launched, owner, worker.torn)
+        interrupted = worker.interrupted is not None
+        return Place(
+            True, int(progress.step), interrupted, written, launched, owner, worker.torn, framework=self.framework
+        )
 
     @property
     def torn(self) -> bool:
@@ -90,6 +95,6 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     member = TorchMember(worker)
     with torch.no_grad():
         reformed = come_together(member, worker.comm)
-    worker.started = True
+    worker.started, worker.mixed = True, reformed.job.mixed
     worker.prepare()
     return reformed

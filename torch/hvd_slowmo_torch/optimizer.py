@@ -119,9 +119,9 @@ class SlowMo(Outermost, Optimizer):
         check_workers(config, comm, process_set=process_set, process_group=process_group, transport=transport)
         deferred = comm is None and elastic()  # until all workers come together, see elastic.py
         if deferred:
-            given = {"parameter_map": parameter_map, "process_set": process_set, "process_group": process_group}
+            given = {"process_set": process_set, "process_group": process_group}
             given["transport"] = None if transport == "horovod" else transport
-            refuse_in_elastic_job(config, **given)
+            refuse_in_elastic_job(config, parameter_map, **given)
         if comm is None:
             comm = connect(process_set, process_group, transport, node=config.gradients == "node")
         others = Settings(config, name, metrics, parameter_map, statistics, self._chunk_bytes, error)

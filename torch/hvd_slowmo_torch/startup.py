@@ -39,7 +39,7 @@ class StartingTorchWorker:
 
     framework = "PyTorch"
     started_before = False  # a start is part of the construction
-    whole_in_flight = False
+    whole_in_flight = elastic = False
     carrier: Carrier = TorchCarrier()
 
     def __init__(self, worker: TorchWorker, param_group: dict[str, Any] | None = None) -> None:

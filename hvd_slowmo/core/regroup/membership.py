@@ -36,9 +36,17 @@ from hvd_slowmo.core.regroup.late_members import (
     take_applied,
 )
 from hvd_slowmo.core.regroup.sliced_members import SlicedWorker, deal_slices
-from hvd_slowmo.core.start.bulk import Parcel, give
 from hvd_slowmo.core.start.graph import Graph, agreed_graph
-from hvd_slowmo.core.start.startup import Description, Job, StartingWorker, agree, start
+from hvd_slowmo.core.start.startup import (
+    Description,
+    Job,
+    StartingWorker,
+    agree,
+    common_groups,
+    hand_out,
+    regrouped,
+    start,
+)
 from hvd_slowmo.core.step.machine import Machine
 
 R = TypeVar("R", bound=Ref)
@@ -56,6 +64,7 @@ class Place(NamedTuple):
     launched: tuple[int, ...] = ()  # `Flight.launched` of its state
     owner: Owner | None = None  # whose slices it has, of vectors of which each worker keeps its own slice alone
     torn: bool = False  # others were lost while it took their state: it has parts of two
+    framework: str = ""
 
     def ahead(self, config: SlowMoConfig) -> tuple[bool, bool, int, int, bool, int]:
         """Return something that is greater for a worker that is further."""
@@ -131,8 +140,12 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         return Reformed(start(member, comm), 0, (), ())
     config, own = member.config, places[comm.rank]
     description = agree(member, comm)
-    leader = max(range(comm.size), key=lambda rank: (*places[rank].ahead(config), -rank))
-    lead = places[leader]
+    groups = description.groups
+    if member.parameter_map is not None:
+        groups = common_groups([groups.of] * comm.size, comm.rank)
+        description = regrouped(description, groups)
+    order = sorted(range(comm.size), key=lambda rank: (*places[rank].ahead(config), -rank), reverse=True)
+    leader, lead = order[0], places[order[0]]
     copies = _equal(config, lead.step)
     within = [in_block_of(config, place, lead) for place in places]
     stays = [rank == leader or (each and not copies) for rank, each in enumerate(within)]
@@ -142,14 +155,12 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     machine = member.machine
     late = config.delay > 0 and not copies
     tells = comm.rank == leader or (late and own.started)
-    everyone = comm.gather("progress", _plain(member.read_progress()) if tells else None)
-    job = Job((member.framework,) * comm.size, (lead.step,) * comm.size, description.groups)
+    told = comm.gather("progress", (_plain(member.read_progress()) if tells else None, _finite(member)))
+    everyone, finite = zip(*told, strict=True)
+    job = Job(tuple(place.framework for place in places), (lead.step,) * comm.size, groups)
     takes = [not place.started or (copies and rank != leader) for rank, place in enumerate(places)]
     if any(takes):
-        mine = (lambda: member.own(job)) if takes[comm.rank] or comm.rank == leader else None
-        (values,) = give(comm, "start", [Parcel(leader, mine)], member.carrier)
-        if takes[comm.rank]:
-            member.take(values)
+        hand_out(member, comm, job, order, takes)
     progress = Progress.from_flat(everyone[leader])
     written: set[int] | None = None
     flying, workers = None, []
@@ -165,7 +176,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         written = _roll_forward(member, places, stays, comm.rank)
     arrived: dict[int, Any] = {}
     if config.sliced_vectors:
-        sliced = _sliced_workers(machine, places, lead, within, stays)
+        sliced = _sliced_workers(machine, places, lead, within, stays, finite)
         member.torn = member.torn or not stays[comm.rank]
         former = member.former_slices() if sliced[comm.rank].owner is not None else None
         arrived = deal_slices(machine, former, member.read_progress(), sliced, flying, written)
@@ -257,21 +268,35 @@ def _plain(progress: Progress) -> dict[str, Any]:
     return {field: np.asarray(value) for field, value in progress.flat().items()}
 
 
+def _finite(member: Member[R]) -> bool:
+    """Return whether the values of this worker are finite of which a mean may take the place of a lost anchor."""
+    if "anchor" not in member.config.sliced_vectors:
+        return True
+    store, launched = member.machine.runtime.store, member.read_progress().flight.launched.tolist()
+    flying = (store.finite("in_flight", fragment) for fragment, step in enumerate(launched) if step)
+    return bool(store.finite("model", None)) and all(map(bool, flying))
+
+
 def _sliced_workers(
-    machine: Machine, places: Sequence[Place], lead: Place, within: Sequence[bool], stays: Sequence[bool]
+    machine: Machine,
+    places: Sequence[Place],
+    lead: Place,
+    within: Sequence[bool],
+    stays: Sequence[bool],
+    finite: Sequence[bool],
 ) -> list[SlicedWorker]:
     """Return which workers have slices, and of which fragments they lack the last exchange."""
     config, fragments = machine.config, machine.layout.fragments
     done = [_applied(config, place) for place, stay in zip(places, stays, strict=True) if stay] if config.delay else []
     most = [max(each) for each in zip(*done, strict=True)]
     workers = []
-    for place, inside, stay in zip(places, within, stays, strict=True):
+    for place, inside, stay, usable in zip(places, within, stays, finite, strict=True):
         lacks = (place.started and not inside,) * fragments
         if config.delay and place.started:
             lacks = tuple(own < all_done for own, all_done in zip(_applied(config, place), most, strict=True))
         # Before the end of the warm-up there is no anchor of a block.
         begun = place.step >= config.warmup_steps or lead.step < config.warmup_steps
-        workers.append(SlicedWorker(place.owner if begun else None, stay, lacks))
+        workers.append(SlicedWorker(place.owner if begun else None, stay, lacks, usable))
     return workers
 
 
@@ -301,6 +326,8 @@ def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bo
         if takes and machine.written is not None:
             machine.written.add(chunk.index)
         written.add(chunk.index)
+    if machine.runtime.whole and written:
+        store.settle()  # tensors of which some parts have come; the outer step that goes on brings the others
     member.torn = member.torn and not stays[rank]
     return written
 

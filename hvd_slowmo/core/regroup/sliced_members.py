@@ -26,6 +26,7 @@ class SlicedWorker(NamedTuple):
     owner: Owner | None  # of its slices; None: it has none of use
     stays: bool  # it keeps its parameters
     lacks: tuple[bool, ...]  # by fragment, whether others have applied an exchange that it has not
+    finite: bool  # its values, of which a mean may take the place of a lost anchor
 
 
 def deal_slices(
@@ -81,7 +82,10 @@ def _share(
     gives = machine.runtime.ops.keeps_handles
     owners = [worker.owner if gives or not worker.lacks[fragment] else None for worker in workers]
     has = [float(worker.stays and not worker.lacks[fragment]) for worker in workers]
-    weights = [float(w) for w in flying.weights[fragment]] if flying is not None else has
+    if any(each and worker.finite for each, worker in zip(has, workers, strict=True)):
+        has = [each * worker.finite for each, worker in zip(has, workers, strict=True)]
+    steps = flying.weights[fragment] if flying is not None else has
+    weights = [float(w) if each else 0.0 for w, each in zip(steps, has, strict=True)]
     flies = machine.config.delay > 0 and progress.flight.launched[fragment] > 0 and not own.lacks[fragment]
     if flying is not None and not flying.launched[fragment]:  # it will be dropped
         flies = False

@@ -122,17 +122,19 @@ def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
         )
 
 
-def refuse_in_elastic_job(config: SlowMoConfig, **given: object) -> None:
+def refuse_in_elastic_job(config: SlowMoConfig, parameter_map: object, **given: object) -> None:
     """Refuse arguments with which workers can't come and go yet.
 
     Args:
-        given: the constructor's other arguments that can't be given, None where they are not.
+        parameter_map: the constructor's.
+        given: its other arguments that can't be given, None where they are not.
 
     Raises:
         ValueError: it names the argument.
     """
     reasons = {
         "gradients='node'": config.gradients == "node",
+        "a parameter_map with few bits or shard=True": parameter_map is not None and bool(config.sliced_vectors),
         "tau=None with local gradients": config.tau is None and config.gossip is None and config.gradients == "local",
         **{f"a {name}": value is not None for name, value in given.items()},
     }

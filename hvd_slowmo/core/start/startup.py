@@ -98,6 +98,7 @@ class StartingWorker(Protocol[R]):
         started_before: this optimizer has been brought to a start before.
         whole_in_flight: as of `hvd_slowmo.core.start.memory.bytes_beside_model`.
         carrier: of the tensors that the chunks do not carry.
+        elastic: other workers may take the place of these.
     """
 
     framework: str
@@ -107,6 +108,7 @@ class StartingWorker(Protocol[R]):
     started_before: bool
     whole_in_flight: bool
     carrier: Carrier
+    elastic: bool
 
     def describe(self) -> Description[R]:
         """Check the arguments and lay out the model.
@@ -150,13 +152,12 @@ def start(worker: StartingWorker[R], comm: ScopedComm) -> Job:
     own = Position(worker.framework, step, workers, description.groups.of, worker.entered(), slices_of)
     job = meet(comm, own)
     if worker.parameter_map is not None:
-        layout = description.layout.regrouped(job.groups, description.specs)
-        description = replace(description, groups=job.groups, layout=layout)
+        description = regrouped(description, job.groups)
     worker.assemble(description, graph)
     if worker.config.delay:
         comm.open_beside()
     if job.fresh or job.restored_first:
-        hand_out(worker, comm, job)
+        hand_out(worker, comm, job, range(comm.size), [True] * comm.size)
     worker.first_vectors(job)
     if comm.rank == 0 and not worker.started_before:
         words = announcement(
@@ -198,7 +199,17 @@ def facts_of(worker: StartingWorker[R], description: Description[R]) -> dict[str
     else:
         facts["parameters"] = describe(description.specs)
         facts["state of the inner optimizer"] = [list(x) for x in layout.describe() if x[0] == "optimizer_state"]
+        if worker.elastic:
+            # The position of those that go on has a place for each group.
+            groups = common_groups([description.groups.of], 0).of
+            facts["parameter groups, which an elastic job needs to be the same on all workers"] = groups
     return facts
+
+
+def regrouped(description: Description[R], groups: ParameterGroups) -> Description[R]:
+    """Return the description with the groups that all workers have in common."""
+    layout = description.layout.regrouped(groups, description.specs)
+    return replace(description, groups=groups, layout=layout)
 
 
 def common_groups(everyone: Sequence[Sequence[int]], rank: int) -> ParameterGroups:
@@ -255,17 +266,27 @@ def meet(comm: ScopedComm, position: Position) -> Job:
     return job
 
 
-def hand_out(worker: StartingWorker[R], comm: ScopedComm, job: Job) -> None:
+def hand_out(
+    worker: StartingWorker[R], comm: ScopedComm, job: Job, order: Sequence[int], takes: Sequence[bool]
+) -> None:
     """Hand out the state that the chunks do not carry. A collective.
 
-    Rank 0 gives the frozen tensors of a map to all. The first worker of each framework gives the rest to the others of
-    it: only they can read it.
+    The first worker gives the frozen tensors of a map to all. The first worker of each framework gives the rest to the
+    others of it: only they can read it.
+
+    Args:
+        order: all ranks, first those whose state counts.
+        takes: by rank, whether a worker takes the others' state where it gives none.
     """
-    parcels = [Parcel(0, lambda: Gift(worker.frozen()))]
-    frameworks = list(dict.fromkeys(job.frameworks))
-    for framework in frameworks:
-        giver, mine = job.frameworks.index(framework), framework == worker.framework
-        parcels.append(Parcel(giver, (lambda: worker.own(job)) if mine else None))
+    givers: dict[str, int] = {}
+    for rank in order:
+        givers.setdefault(job.frameworks[rank], rank)
+    giver = givers[worker.framework]
+    takes_part = takes[comm.rank] or comm.rank in (order[0], giver)
+    parcels = [Parcel(order[0], (lambda: Gift(worker.frozen())) if takes_part else None)]
+    for framework, rank in givers.items():
+        mine = framework == worker.framework and takes_part
+        parcels.append(Parcel(rank, (lambda: worker.own(job)) if mine else None))
     _, *owns = give(comm, "start", parcels, worker.carrier)
-    if job.frameworks.index(worker.framework) != comm.rank:
-        worker.take(owns[frameworks.index(worker.framework)])
+    if takes[comm.rank] and comm.rank != giver:
+        worker.take(owns[list(givers).index(worker.framework)])
