@@ -33,6 +33,35 @@ def test_the_result_is_that_of_the_undivided_state(settings):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [{"bits": 32, "fragments": 2, "delay": 1}, pytest.param({"bits": 32}, marks=pytest.mark.thorough)],
+    ids=str,
+)
+def test_the_workers_measure_their_slices(settings):
+    """Together these are the whole; what was measured in flight comes through the trace."""
+
+    def work(comm, shard):
+        weights, optimizer = build(comm, metrics=True, shard=shard, **settings)
+        apply = tf.function(lambda gradients: optimizer.apply(gradients, weights))
+        seen = []
+        for k in range(12):
+            step(weights, optimizer, comm.rank, k, apply)
+            seen.append(optimizer.metrics())
+        return seen
+
+    divided, whole = (ThreadWorld(2).run(lambda comm, s=shard: work(comm, s)) for shard in (True, False))
+    measured = 0
+    for *parts, all_of_it in zip(*divided, whole[0], strict=True):
+        assert (all_of_it is None) == (parts[0] is None)
+        if all_of_it is not None:
+            measured += all_of_it.v_norm > 0
+            assert sum(part.delta_norm**2 for part in parts) == pytest.approx(all_of_it.delta_norm**2, rel=1e-5)
+            assert sum(part.v_norm**2 for part in parts) == pytest.approx(all_of_it.v_norm**2, rel=1e-5)
+            assert all(part.divergence > 0 for part in parts)
+    assert measured
+
+
+@pytest.mark.parametrize(
     ("settings", "kind"),
     [
         ({"bits": 8}, "variables"),

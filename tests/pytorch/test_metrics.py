@@ -114,7 +114,45 @@ def test_what_is_owed_and_trained_meanwhile_is_measured():
         assert first[0].local != second[0].local
 
 
-def test_a_divided_outer_state_is_not_measured():
-    model = few_bits.Weights()
-    with pytest.raises(ValueError, match="metrics=True"):
-        SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, shard=True, metrics=True)
+@pytest.mark.parametrize(
+    ("settings", "near"),
+    [({"bits": 32}, 1e-6), ({"bits": 32, "delay": 1}, 1e-6), ({"bits": 8, "delay": 2}, 0.05)],
+    ids=str,
+)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_divided_outer_state_is_measured_slice_by_slice(workers, settings, near):
+    """Together the workers' slices are the whole; with few bits but for what is rounded, and for the biases."""
+
+    def work(comm, shard):
+        model, optimizer = few_bits.build(comm, tau=4, metrics=True, shard=shard, **settings)
+        seen, means = [], 0.0
+        for k in range(8 + settings.get("delay", 0)):
+            few_bits.step(model, optimizer, comm.rank, k)
+            if k == 3 + settings.get("delay", 0):
+                seen.append(optimizer.metrics())
+                means = slice_of(optimizer) if shard else 0.0  # without momentum the new anchor is the mean
+        return [*seen, optimizer.metrics()], means
+
+    divided, whole = (ThreadWorld(workers).run(lambda comm, s=shard: work(comm, s)) for shard in (True, False))
+    for place in (0, 1):
+        parts, all_of_it = [seen[place] for seen, _ in divided], whole[0][0][place]
+        assert sum(part.delta_norm**2 for part in parts) == pytest.approx(all_of_it.delta_norm**2, rel=near)
+        assert sum(part.v_norm**2 for part in parts) == pytest.approx(all_of_it.v_norm**2, rel=near)
+        product = sum(part.cosine * part.delta_norm * part.v_norm for part in parts)
+        assert product == pytest.approx(all_of_it.cosine * all_of_it.delta_norm * all_of_it.v_norm, rel=near)
+    means = np.array([mean for _, mean in divided])
+    divergence = sum(mean * seen[0].divergence for seen, mean in divided) / means.sum()
+    assert divergence == pytest.approx(whole[0][0][1].divergence, rel=near)  # which is known an outer step later there
+
+
+def slice_of(optimizer):
+    """Return the squared norm of this worker's slice of the anchor."""
+    runtime = optimizer.worker.assembly.runtime
+    total = 0.0
+    for chunk in runtime.slices.chunks:
+        part = runtime.slices.part(chunk)
+        if part is not None:
+            sliced = runtime.slices.keeps("anchor", chunk.index)
+            values = runtime.store.read_slice("anchor", chunk.index) if sliced else runtime.store.read("anchor", part)
+            total += float((values[: part.size].double() ** 2).sum())
+    return total

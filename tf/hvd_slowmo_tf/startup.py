@@ -97,7 +97,7 @@ class StartingKerasWorker:
 
     def describe(self) -> Description[VariableRef]:
         worker = self._worker
-        check_metrics(self.config, worker.observe)
+        check_metrics(worker.observe)
         check_model_variables(self._model_variables, self._model, self.parameter_map is not None)
         empty = without_values(list(self._model_variables))
         if empty:

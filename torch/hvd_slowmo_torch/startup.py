@@ -70,7 +70,7 @@ class StartingTorchWorker:
         layout = lay_out(refs, groups, settings.chunk_bytes, self.config.fragments, sliced)
         self._description = Description(specs, groups, layout)
         check_inner_optimizer(inner, self.config)
-        check_metrics(self.config, settings.metrics)
+        check_metrics(settings.metrics)
         return self._description
 
     def position(self) -> tuple[int, int, int | None]:

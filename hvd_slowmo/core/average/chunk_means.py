@@ -99,16 +99,12 @@ class ChunkMeans:
             return result
         return self._two_phase.arrived(comm, self.relayed(comm, result, exchange, table))
 
-    def finished(
-        self, comm: ScopedComm, handle: SlicedChunk, exchange: Exchange, table: Any
-    ) -> Iterator[tuple[Chunk, Any]]:
+    def finished(self, there: SlicedChunk, exchange: Exchange) -> Iterator[tuple[Chunk, Any]]:
         """Yield the workers' mean of a chunk in slices, or its new anchor if the outer state is divided, in parts.
 
         Args:
-            handle: whose first phase is over, or both.
-            table: of the ledger.
+            there: whose phases are over.
         """
-        there = self.over(comm, handle, exchange, table)
         return self._two_phase.finish(there, exchange.weights[exchange.purpose.fragment or 0], exchange.finite)
 
     def tensors(self, chunk: Chunk, result: Any) -> Sequence[Any]:

@@ -7,7 +7,7 @@ the training, from a copy of the model; what a failed verdict finds in flight is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from hvd_slowmo.core.average.mixing import Mixing
 from hvd_slowmo.core.average.two_phase import SlicedChunk
 from hvd_slowmo.core.parts import names
 from hvd_slowmo.core.parts.layout import Chunk
-from hvd_slowmo.core.parts.progress import Progress, Scalar
+from hvd_slowmo.core.parts.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo.wire.tensors import Role
@@ -234,10 +234,15 @@ class Meetings:
             with suppress(Exception):  # a worker was lost
                 self.exchanged(self._discarded.pop(0))
 
-    def sums(self, meeting: Meeting, roles: Sequence[Role]) -> Iterator[tuple[Chunk, Any, Scalar]]:
+    def sums(
+        self, meeting: Meeting, roles: Sequence[Role], observe: Callable[[Vector], None] = lambda _: None
+    ) -> Iterator[tuple[Chunk, Any, Scalar]]:
         """Yield each chunk, the workers' sum of it, and the divisor of the mean; the next chunk travels meanwhile.
 
         Chunks that travel in slices come in parts; if the outer state is divided, with the new anchor for the sum.
+
+        Args:
+            observe: takes the measurements of a chunk whose outer state is divided.
         """
         chunks = [chunk for chunk in self._left(meeting.exchange.purpose.fragment) if chunk.role in roles]
         if self.tracks and self.written is None:
@@ -247,7 +252,10 @@ class Meetings:
             results = self._together(meeting, results)
         for chunk, result in results:
             if isinstance(result, SlicedChunk):
-                parts = self._means.finished(self._comm, result, meeting.exchange, meeting.table)
+                there = self._means.over(self._comm, result, meeting.exchange, meeting.table)
+                if there.observed is not None:
+                    observe(there.observed)
+                parts = self._means.finished(there, meeting.exchange)
                 yield from ((part, mean, 1.0) for part, mean in parts)
             else:
                 yield chunk, result, self.divisor(chunk, meeting)
@@ -334,7 +342,10 @@ class Meetings:
 
 def _tensors(result: Any) -> Sequence[Any]:
     """Return the tensors of a sum, or of an exchange in slices that is over."""
-    return [*result.parts, *result.received, *result.kept] if isinstance(result, SlicedChunk) else [result]
+    if not isinstance(result, SlicedChunk):
+        return [result]
+    observed = [] if result.observed is None else [result.observed]
+    return [*result.parts, *result.received, *result.kept, *observed]
 
 
 def _with_tensors(result: Any, tensors: Iterator[Any]) -> Any:
@@ -342,4 +353,5 @@ def _with_tensors(result: Any, tensors: Iterator[Any]) -> Any:
     if not isinstance(result, SlicedChunk):
         return next(tensors)
     parts, received, kept = ([next(tensors) for _ in each] for each in (result.parts, result.received, result.kept))
-    return result._replace(parts=parts, received=received, kept=kept)
+    observed = None if result.observed is None else next(tensors)
+    return result._replace(parts=parts, received=received, kept=kept, observed=observed)

@@ -26,7 +26,7 @@ from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.parts import names
 from hvd_slowmo.core.parts.codec import payload_bytes, tiles
 from hvd_slowmo.core.parts.layout import ITEMSIZE, Chunk
-from hvd_slowmo.core.parts.progress import Scalar
+from hvd_slowmo.core.parts.progress import Observed, Scalar
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.slices import BLOCK, Slices
 
@@ -44,6 +44,7 @@ class SlicedChunk(NamedTuple):
     received: Sequence[Any] = ()  # the messages of the phase that is over, by sender
     relayed: bool = False  # the second phase has begun
     kept: Sequence[Any] = ()  # then, the new slices of the vectors that are kept in slices
+    observed: Any = None  # then, `Observed` of this worker's slice as a vector; None where nothing is measured
 
 
 class TwoPhase:
@@ -62,6 +63,7 @@ class TwoPhase:
         self._ops, self._store, self._codec = runtime.ops, runtime.store, runtime.codec
         self._config, self._layout, self._own = runtime.config, runtime.layout, runtime.slices
         self._few_bits = runtime.config.bits < 32
+        self._observes = runtime.observe and runtime.config.shards
         self._rank, self._size = runtime.comm.rank, runtime.comm.size
         self._parts: dict[tuple[int, int, int], Chunk] = {}
 
@@ -115,7 +117,11 @@ class TwoPhase:
         self.unanswered.pop(chunk.index, None)
         blocks = self._own.lengths[chunk.index] // BLOCK
         means = self._means(sliced, weights, total, blocks)
-        values, kept = self._stepped(chunk, means, outer_step) if self._config.shards else (list(means), [])
+        observed = None
+        if self._config.shards:
+            values, kept, observed = self._stepped(sliced, weights, list(means), outer_step)
+        else:
+            values, kept = list(means), []
         values = values or [self._empty(chunk)]
         if self._few_bits:
             residual = self._store.read_slice("slice_residual", chunk.index)
@@ -135,7 +141,7 @@ class TwoPhase:
             kept.append(self._ops.joined(rests))
         if self._ops.keeps_handles:
             self.unanswered[chunk.index] = kept
-        return sliced._replace(handle=handle, received=(), relayed=True, kept=kept)
+        return sliced._replace(handle=handle, received=(), relayed=True, kept=kept, observed=observed)
 
     def _means(self, sliced: SlicedChunk, weights: Any, total: Scalar, blocks: int) -> Iterator[Any]:
         """Yield the tiles of the mean of this worker's slice."""
@@ -148,12 +154,20 @@ class TwoPhase:
                 mean = part if mean is None else mean + part
             yield mean / self._ops.cast_like(total, mean)
 
-    def _stepped(self, chunk: Chunk, means: Iterator[Any], outer_step: OuterStep) -> tuple[list[Any], list[Any]]:
-        """Take the outer step of this worker's slice; return the tiles that it sends, and the new anchor and v."""
-        part, store, padded = self._own.part(chunk), self._store, self._codec.padded
+    def _stepped(
+        self, sliced: SlicedChunk, weights: Any, means: Sequence[Any], outer_step: OuterStep
+    ) -> tuple[list[Any], list[Any], Any]:
+        """Take the outer step of this worker's slice.
+
+        Returns:
+            The tiles that it sends; the new anchor and v; `SlicedChunk.observed`.
+        """
+        chunk, store, padded = sliced.chunk, self._store, self._codec.padded
+        part = self._own.part(chunk)
         if part is None:
-            return [], [self._empty(chunk)] * len({"anchor", "v"} & set(self._config.sliced_vectors))
-        mean = self._ops.joined(list(means))[: part.size]
+            nothing = self._ops.vector([0.0] * len(Observed._fields)) if self._observes else None
+            return [], [self._empty(chunk)] * len({"anchor", "v"} & set(self._config.sliced_vectors)), nothing
+        mean = self._ops.joined(means)[: part.size]
         length = self._own.lengths[chunk.index]
         if self._few_bits:
             before = store.read("anchor", part)
@@ -162,12 +176,40 @@ class TwoPhase:
             before = store.read_slice("anchor", chunk.index)[: part.size]
         # Copies: nothing is written before the verdict.
         v = store.read_slice("v", chunk.index)[: part.size] * 1 if self._config.beta else None
+        observed = self._observed(sliced, weights, means, mean, before - mean, v) if self._observes else None
         anchor, v = outer_step(part, mean, before * 1, v)
         sent = padded(anchor - before if self._few_bits else anchor, length)
         kept = [] if self._few_bits else [sent]
         kept += [] if v is None else [padded(v, length)]
         spans = tiles(self._codec, 0, length // BLOCK)
-        return [sent[start * BLOCK : stop * BLOCK] for start, stop in spans], kept
+        return [sent[start * BLOCK : stop * BLOCK] for start, stop in spans], kept, observed
+
+    def _observed(self, sliced: SlicedChunk, weights: Any, means: Sequence[Any], mean: Any, delta: Any, v: Any) -> Any:
+        """Return the measurements of this worker's slice as a vector; the drift is that of all workers.
+
+        Args:
+            weights: of all workers, by rank.
+            means: the tiles of what has arrived; in few bits that is no parameters.
+            mean: of the parameters.
+        """
+        dot, bits = self._ops.dot, self._bits(sliced.chunk)
+        blocks = self._own.lengths[sliced.chunk.index] // BLOCK
+        drift = 0.0
+        for tile, (start, stop) in zip(means, tiles(self._codec, 0, blocks), strict=True):
+            for rank, message in enumerate(sliced.received):
+                away = self._codec.decode(message, bits, start, stop) - tile
+                drift = drift + self._ops.where(weights[rank] > 0, dot(away, away), 0.0)
+        seen = Observed(
+            drift=drift,
+            mean=dot(mean, mean),
+            divergence=0.0,
+            delta=dot(delta, delta),
+            v=0.0 if v is None else dot(v, v),
+            product=0.0 if v is None else dot(delta, v),
+            residual=0.0,
+            local=0.0,
+        )
+        return self._ops.vector(seen)
 
     def finish(self, sliced: SlicedChunk, weight: Scalar, finite: Scalar) -> Iterator[tuple[Chunk, Any]]:
         """Write what is kept, and yield parts of the chunk with the workers' mean, or with the new anchor.
@@ -230,13 +272,15 @@ class TwoPhase:
     def tensors(self, sliced: SlicedChunk) -> list[Any]:
         """Return the tensors of an exchange whose phases are over, for `from_tensors`."""
         parts = sliced.parts or [self._codec.encode([self._empty(sliced.chunk)], 0, self._bits(sliced.chunk))]
-        return [self._ops.joined(parts), self._ops.joined(sliced.received), *sliced.kept]
+        observed = [sliced.observed] if self._observes else []
+        return [self._ops.joined(parts), self._ops.joined(sliced.received), *sliced.kept, *observed]
 
     def nothing(self, chunk: Chunk) -> list[Any]:
         """Return as many tensors, which are empty."""
         empty = self._empty(chunk)
         message = self._codec.encode([empty], 0, self._bits(chunk))
-        return [message, message, *[empty] * len(self._config.sliced_vectors)]
+        observed = [self._ops.vector([0.0] * len(Observed._fields))] if self._observes else []
+        return [message, message, *[empty] * len(self._config.sliced_vectors), *observed]
 
     def from_tensors(self, chunk: Chunk, tensors: Iterator[Any]) -> SlicedChunk:
         """Take a late exchange's tensors and return it."""
@@ -250,8 +294,10 @@ class TwoPhase:
         sent, received = next(tensors), next(tensors)
         own = (self._own.lengths[chunk.index],)
         kept = [self._ops.reshape(next(tensors), own) for _ in self._config.sliced_vectors]
+        observed = self._ops.reshape(next(tensors), (len(Observed._fields),)) if self._observes else None
         values = self._store.read("in_flight", chunk)
-        return SlicedChunk(chunk, values, cut(sent) if self._few_bits else (), None, cut(received), True, kept)
+        parts = cut(sent) if self._few_bits else ()
+        return SlicedChunk(chunk, values, parts, None, cut(received), True, kept, observed)
 
     def _bits(self, chunk: Chunk) -> int:
         exact = 8 * ITEMSIZE[self._layout.segments[chunk.segment].dtype]

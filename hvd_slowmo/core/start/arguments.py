@@ -106,20 +106,10 @@ def check_workers(config: SlowMoConfig, comm: Comm | None, **given: object) -> N
         raise ValueError("gradients='node' needs the workers of each node. Give a comm that has them as `comm.node`.")
 
 
-def check_metrics(config: SlowMoConfig, metrics: bool) -> None:
-    """Refuse to measure what no worker has.
-
-    Raises:
-        TypeError: `metrics` is no bool.
-        ValueError: the outer state is divided among the workers.
-    """
+def check_metrics(metrics: bool) -> None:
+    """Raise TypeError if `metrics` is no bool."""
     if not isinstance(metrics, bool):
         raise TypeError(f"`metrics` must be True or False. Received: {spell_value(metrics)}")
-    if metrics and config.shards:
-        raise ValueError(
-            "metrics=True measures the outer step of all parameters, and with shard=True no worker has it. Use "
-            "metrics=False or shard=False."
-        )
 
 
 def refuse_in_elastic_job(config: SlowMoConfig, parameter_map: object, **given: object) -> None:

@@ -17,7 +17,8 @@ class Metrics(NamedTuple):
 
     `residual` and `local`, and those from `seconds_waited` on, are this worker's own; the others are equal on all.
     Without the average (noaverage) they are of this worker's own Delta and v, and the divergence stays 0, because no
-    worker knows it.
+    worker knows it. With `shard=True` the first four are of this worker's own slice of the parameters, which differs
+    between workers, and the divergence is of this outer step; what is rounded to few bits is in it as it was sent.
 
     Example:
         >>> seen = Observed(drift=0, mean=1, divergence=0, delta=4, v=0, product=0, residual=1, local=0)
@@ -70,22 +71,29 @@ class Observer:
         """Measure a chunk of parameters before anything of it is written.
 
         Args:
-            mean: of the workers; without the average, this worker's own parameters.
+            mean: of the workers; without the average, this worker's own parameters. Where the outer state is divided
+                it is not looked at: see `slice`.
             vector: name of the one whose mean it is.
         """
         ops, store, vectors = self._runtime.ops, self._runtime.store, self._runtime.config.vectors
-        away = store.read(vector, chunk) - mean
-        parts = [ops.dot(away, away), ops.dot(mean, mean), *[0.0] * 6]
-        if vectors:
-            delta = store.read("anchor", chunk) - mean
-            parts[3] = ops.dot(delta, delta)
-            if "v" in vectors:
-                v = store.read("v", chunk)
-                parts[4:6] = [ops.dot(v, v), ops.dot(delta, v)]
+        parts: list[Any] = [0.0] * len(Observed._fields)
+        if not self._runtime.config.shards:
+            away = store.read(vector, chunk) - mean
+            parts[:2] = [ops.dot(away, away), ops.dot(mean, mean)]
+            if vectors:
+                delta = store.read("anchor", chunk) - mean
+                parts[3] = ops.dot(delta, delta)
+                if "v" in vectors:
+                    v = store.read("v", chunk)
+                    parts[4:6] = [ops.dot(v, v), ops.dot(delta, v)]
         if vector == "in_flight":
             trained = store.read("model", chunk) - store.read(vector, chunk)
             parts[7] = ops.dot(trained, trained)
         self._seen = self._seen + ops.vector(parts)
+
+    def slice(self, observed: Vector) -> None:
+        """Take the measurements of this worker's slice of a chunk, of which it has taken the outer step."""
+        self._seen = self._seen + observed
 
     def owed(self, fragment: int) -> None:
         """Measure what this worker owes of a fragment, before anything of it is written."""
@@ -98,12 +106,17 @@ class Observer:
                 self._seen = self._seen + runtime.ops.vector([*[0.0] * 6, runtime.ops.dot(residual, residual), 0.0])
 
     def completed(self, meeting: Meeting | None = None) -> Vector:
-        """Return the measurements, with the divergence of the outer step before, which the ledger completes."""
+        """Return the measurements, with the divergence of the outer step before, which the ledger completes.
+
+        Where the outer state is divided a worker has that of its slice at once.
+        """
         if not self._runtime.observe or meeting is None:
             return self._seen
-        ops = self._runtime.ops
-        mean = self._before[Observed._fields.index("mean")]
+        ops, sliced = self._runtime.ops, self._runtime.config.shards
+        seen = self._seen if sliced else self._before
+        mean, drift = seen[Observed._fields.index("mean")], seen[Observed._fields.index("drift")]
         measured = mean > 0
         size = ops.where(measured, mean, 1.0) * self._runtime.comm.size
-        divergence = ops.where(measured, ops.sum(columns(meeting.table).drift) / size, 0.0)
+        drift = drift if sliced else ops.sum(columns(meeting.table).drift)
+        divergence = ops.where(measured, drift / size, 0.0)
         return self._seen + ops.vector([0.0, 0.0, divergence, *[0.0] * 5])

@@ -13,6 +13,7 @@ from hvd_slowmo.core.parts.outer_update import Momentum, momentum, next_gamma
 from hvd_slowmo.core.parts.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.step.metrics import Observer
+from hvd_slowmo.wire.tensors import Role
 
 
 class OuterSteps:
@@ -75,7 +76,8 @@ class OuterSteps:
         observed = meeting.exchange.progress.observed
         observer, divide = Observer(self._runtime, observed), self._runtime.kernels.divide
         observer.owed(purpose.fragment)
-        for chunk, total, weight in self._meetings.sums(meeting, ("parameter", "statistic", "optimizer_state")):
+        roles: tuple[Role, ...] = ("parameter", "statistic", "optimizer_state")
+        for chunk, total, weight in self._meetings.sums(meeting, roles, observer.slice):
             divisor = ops.cast_like(weight, total)
             if self._runtime.observe and chunk.role == "parameter":
                 total, divisor = total / divisor, 1  # the sum may lie where the own values are read to

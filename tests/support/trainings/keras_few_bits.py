@@ -14,7 +14,9 @@ from support.trainings.keras import GraphComm, horovod_rank
 SHAPE = (50, 70)
 
 
-def build(comm: Any, lr: float = 0.125, start: bool = True, **settings: Any) -> tuple[list[keras.Variable], SlowMo]:
+def build(
+    comm: Any, lr: float = 0.125, start: bool = True, metrics: bool = False, **settings: Any
+) -> tuple[list[keras.Variable], SlowMo]:
     rng = np.random.default_rng(0)
     weights = [
         keras.Variable(rng.normal(size=SHAPE), dtype="float32", name="weight"),
@@ -22,16 +24,22 @@ def build(comm: Any, lr: float = 0.125, start: bool = True, **settings: Any) -> 
     ]
     config = SlowMoConfig(**{"tau": 4, "bits": 8, **settings})
     where = {} if comm is None else {"comm": GraphComm(comm)}
-    optimizer = SlowMo(keras.optimizers.SGD(lr), config, **where)
+    optimizer = SlowMo(keras.optimizers.SGD(lr), config, metrics=metrics, **where)
     if start:
         optimizer.broadcast(weights)
     return weights, optimizer
 
 
-def step(weights: list[keras.Variable], optimizer: SlowMo, rank: int, k: int) -> None:
+def step(weights: list[keras.Variable], optimizer: SlowMo, rank: int, k: int, apply: Any = None) -> None:
+    """Take a step.
+
+    Args:
+        apply: takes the gradients; None for `optimizer.apply`.
+    """
     places = [np.random.default_rng([rank, k]).normal(size=v.shape).astype(np.float32) for v in weights]
     gradients = [v.numpy() - place for v, place in zip(weights, places, strict=True)]
-    optimizer.apply([tf.constant(g) for g in gradients], weights)
+    own = [tf.constant(g) for g in gradients]
+    apply(own) if apply else optimizer.apply(own, weights)
 
 
 def trained(settings: dict[str, Any], comm: Any = None) -> dict[str, np.ndarray]:
