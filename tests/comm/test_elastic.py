@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -401,3 +403,30 @@ def test_what_is_no_state_of_a_keras_job_is_refused():
         slowmo_tf.elastic.State(model)
     with pytest.raises(TypeError, match=r"`state` must be a slowmo.elastic.State. Received: int"):
         slowmo_tf.SlowMoCallback(state=1)
+
+
+def test_threads_of_a_fit_that_was_broken_off_end_with_it():
+    """Else a survivor of many changes holds those of all its datasets."""
+    keras, tf = pytest.importorskip("keras"), pytest.importorskip("tensorflow")
+    import hvd_slowmo.tf as slowmo_tf
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(slowmo_tf.SlowMo("sgd", tau=2), "mse")
+    state = slowmo_tf.elastic.State(model, epoch=0)
+    kept = []
+
+    class Lost(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise RuntimeError("lost")
+
+    def batches():
+        yield from [(np.ones((4, 2), np.float32), np.ones((4, 1), np.float32))] * 4
+
+    signature = (tf.TensorSpec((4, 2)), tf.TensorSpec((4, 1)))
+    data = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    for _ in range(6):
+        with pytest.raises(RuntimeError, match="lost"):
+            model.fit(data, verbose=0, shuffle=False, callbacks=[slowmo_tf.SlowMoCallback(state=state), Lost()])
+        state.notice()
+        kept.append(psutil.Process().num_threads())
+    assert kept[-1] <= kept[1] + 2

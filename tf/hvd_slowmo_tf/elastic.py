@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,11 @@ class State(ElasticState):
         self.model = model
         self.optimizer = optimizers[0] if len(optimizers) == 1 else optimizers
         super().__init__([_Elastic(model, optimizers, number) for number in range(len(optimizers))], values)
+
+    def notice(self) -> None:
+        super().notice()
+        # A fit() that was broken off holds the threads of its data and its traces, in cycles of references.
+        gc.collect()
 
 
 class _Elastic:
