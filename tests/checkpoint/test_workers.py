@@ -31,6 +31,7 @@ def test_pytorch_and_then_keras(workers, keras_workers, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["osgp", "momentum"])
+@pytest.mark.sample("momentum")
 def test_a_run_goes_on_over_the_other_transport(horovod_workers, distributed_workers, tmp_path, case):
     """Bitwise, with two workers: a sum of two numbers has one order."""
     pools = [horovod_workers(2), distributed_workers(2)]

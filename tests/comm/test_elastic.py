@@ -58,7 +58,7 @@ def elastic(folder, names, steps, settings, victim="nobody", then=(), job="train
 @pytest.mark.parametrize(
     "settings",
     [
-        {"tau": 12},
+        pytest.param({"tau": 12}, marks=pytest.mark.thorough),  # beside the other framework in any case, below
         pytest.param({"tau": 12, "fragments": 12, "bits": 8}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "fragments": 4, "delay": 7}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "fragments": 12, "delay": 2, "bits": 8}, marks=pytest.mark.thorough),

@@ -99,6 +99,7 @@ def grown(tmp_path, before, end, **variables):
     return first + output, errors
 
 
+@pytest.mark.thorough
 def test_the_others_wait_for_a_newcomer_that_starts_slowly(tmp_path):
     end = "hvd.size() == 3"
     output, errors = grown(tmp_path, "time.sleep(6)", end, HOROVOD_GLOO_TIMEOUT_SECONDS="3")

@@ -105,6 +105,8 @@ TRAININGS = {
 }
 FAST = {"uneven", "unbuilt", "executions of 4"}
 IN_TEST_ALL = {
+    "eager",
+    "equal",
     "unknown length, executions of 3",
     "unbuilt, executions of 3",
     "unbuilt, eager",

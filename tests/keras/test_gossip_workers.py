@@ -41,7 +41,7 @@ def test_resume_in_the_middle_of_a_flight(keras_workers):
         (True, {"accumulated": 2}),
         pytest.param(True, {"unknown": True}, marks=pytest.mark.thorough),
         pytest.param(False, {"unknown": True}, marks=pytest.mark.thorough),
-        (False, {"unknown": True, "steps_per_execution": 2}),
+        pytest.param(False, {"unknown": True, "steps_per_execution": 2}, marks=pytest.mark.thorough),
     ],
 )
 def test_fit_equals_the_oracle(keras_workers, average, options):

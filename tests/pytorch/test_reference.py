@@ -65,9 +65,8 @@ def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
 @pytest.mark.parametrize(
     "size",
     [
-        2,
-        pytest.param(3, marks=pytest.mark.slow),
-        *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.thorough]) for n in (4, 8)),
+        3,
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in (2, 4, 8)),
     ],
 )
 @pytest.mark.slow

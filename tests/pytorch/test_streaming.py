@@ -92,7 +92,7 @@ def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.slow
 def test_workers_equal_the_reference(workers, size):
     for name, problem in STREAMED.items():
