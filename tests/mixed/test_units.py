@@ -194,7 +194,7 @@ def test_what_one_framework_alone_can_read_comes_from_its_first_worker():
         worker = HandingOut("abab"[comm.rank], comm.rank)
         job = meet(ScopedComm(comm, "x"), Position(worker.framework, 0, 0, (0,)))
         assert job.mixed
-        hand_out(worker, ScopedComm(TorchComm(comm), "x"), job)
+        hand_out(worker, ScopedComm(TorchComm(comm), "x"), job, range(comm.size), [True] * comm.size)
         return worker.common.unique().item(), worker.taken
 
     assert ThreadWorld(4).run(work) == [(0.0, None), (0.0, None), (0.0, "own 0"), (0.0, "own 1")]

@@ -272,7 +272,7 @@ def _finite(member: Member[R]) -> bool:
     """Return whether the values of this worker are finite of which a mean may take the place of a lost anchor."""
     if "anchor" not in member.config.sliced_vectors:
         return True
-    store, launched = member.machine.runtime.store, member.read_progress().flight.launched.tolist()
+    store, launched = member.machine.runtime.store, np.asarray(member.read_progress().flight.launched)
     flying = (store.finite("in_flight", fragment) for fragment, step in enumerate(launched) if step)
     return bool(store.finite("model", None)) and all(map(bool, flying))
 
