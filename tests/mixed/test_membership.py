@@ -40,6 +40,7 @@ def blocks(anchor, v, steps, workers):
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 1), (2, 1), (1, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
+@pytest.mark.sample("torch-keras-2-1", "torch-keras-2-3", "keras-torch-3-2")
 def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(kinds, first, second):
     """The survivors have received `first` and `second` chunks of the outer step when they notice."""
     reached = [first, second, max(first, second)]
@@ -83,6 +84,7 @@ def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(kinds, first, s
 
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
 @pytest.mark.parametrize("new", ["torch", "keras"])
+@pytest.mark.sample("torch-torch-keras", "keras-keras-torch")
 def test_a_newcomer_starts_at_the_anchor_with_the_inner_state_of_its_framework(kinds, new):
     def work(member):
         member.start = member.values
@@ -130,8 +132,9 @@ def test_what_a_keras_worker_was_handed_of_an_outer_step_is_not_taken_twice():
     assert found[1] == TAU
 
 
-@pytest.mark.parametrize("fragments", [1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
+@pytest.mark.sample("torch-keras-1")
 def test_late_exchanges_are_sent_again_by_those_that_are_left(kinds, fragments):
     """The Keras worker, whose exchange belongs to its step, has not made the step that the PyTorch worker has."""
     first = TAU // fragments
@@ -154,6 +157,7 @@ def test_late_exchanges_are_sent_again_by_those_that_are_left(kinds, fragments):
 
 
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
+@pytest.mark.sample("keras-torch")
 def test_averaged_gradients_leave_both_frameworks_equal(kinds):
     def work(member):
         member.start = member.values
@@ -181,6 +185,7 @@ def test_averaged_gradients_leave_both_frameworks_equal(kinds):
 @pytest.mark.filterwarnings("ignore:tau=None")
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
 @pytest.mark.parametrize("method", ["sgp", "osgp"])
+@pytest.mark.sample("osgp-torch-keras")
 def test_gossip_begins_anew_at_the_mean_of_the_survivors(method, kinds):
     def work(member):
         member.train(4)

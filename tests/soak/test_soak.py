@@ -92,6 +92,7 @@ class PretendedJob:
 def test_all_faults_come_and_the_job_keeps_its_workers(monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("os.kill", lambda process, number: None)
+    monkeypatch.setattr("soak.faults.STOPPED_LONG_S", 0)  # nobody ends the worker that is stopped
     job = PretendedJob()
     faults, found = Faults(job, seed=0), set()
     for _ in range(40):
