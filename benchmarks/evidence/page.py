@@ -72,7 +72,8 @@ def questions_section(methods: Results, buffers: Results, plan: Plan) -> Iterato
             yield f"- SlowMo over Local SGD is better than {other}: {found}."
         yield ""
     without, exact = (accuracies(buffers, f"SGP, {name}", plan.workers[0]) for name in ("noaverage", "average"))
-    yield f"- SGP with SlowMo gains without the exact average: {verdict(without, exact)}.\n"
+    where = f"with {plan.workers[0]} workers"
+    yield f"- SGP with SlowMo gains without the exact average, {where}: {verdict(without, exact)}.\n"
 
 
 def theorem_section(results: Results) -> Iterator[str]:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import math
+import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -163,12 +164,13 @@ class ElasticState:
                     f"the states of rank {comm.ranks[giver]} and rank {comm.ranks[rank]} have different values: "
                     f"{', '.join(everyone[giver][1]) or 'none'} and {', '.join(names) or 'none'}."
                 )
-        own = {name: (_has_state(getattr(self, name)), self._value(name)) for name in self._names}
+        # Packed one by one: only workers of its framework may be able to unpack what one framework alone has.
+        own = {name: (_has_state(getattr(self, name)), pickle.dumps(self._value(name))) for name in self._names}
         received = comm.gather("values", own if comm.rank in givers.values() else None)
         common = {name: value for name, (has_state, value) in received[first[0]].items() if not has_state}
         for name, (has_state, value) in received[givers[self.framework]].items():
             # On the giver too: a sampler deals anew when it loads.
-            self._set(name, value if has_state else common.get(name, value))
+            self._set(name, pickle.loads(value if has_state else common.get(name, value)))
 
     def _tell(self) -> None:
         for optimizer in self._optimizers:

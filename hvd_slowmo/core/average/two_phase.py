@@ -194,13 +194,13 @@ class TwoPhase:
         """
         dot, bits = self._ops.dot, self._bits(sliced.chunk)
         blocks = self._own.lengths[sliced.chunk.index] // BLOCK
-        drift = 0.0
+        drift, counted = 0.0, self._ops.sum(self._ops.where(weights > 0, 1.0, 0.0))
         for tile, (start, stop) in zip(means, tiles(self._codec, 0, blocks), strict=True):
             for rank, message in enumerate(sliced.received):
                 away = self._codec.decode(message, bits, start, stop) - tile
                 drift = drift + self._ops.where(weights[rank] > 0, dot(away, away), 0.0)
         seen = Observed(
-            drift=drift,
+            drift=drift * self._size / self._ops.where(counted > 0, counted, 1.0),
             mean=dot(mean, mean),
             divergence=0.0,
             delta=dot(delta, delta),

@@ -323,11 +323,11 @@ def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bo
                 take_chunks(machine.runtime, having[0], [chunk], vector, takes)
             if takes and chunk.role == "parameter" and "residual" in config.vectors:
                 store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
-        if takes and machine.written is not None:
-            machine.written.add(chunk.index)
+        if takes:  # noted at once: if another is lost before the step goes on, this chunk must not be stepped again
+            if machine.runtime.whole:
+                store.settle()  # tensors of which some parts have come
+            machine.written = {*(machine.written or ()), chunk.index}
         written.add(chunk.index)
-    if machine.runtime.whole and written:
-        store.settle()  # tensors of which some parts have come; the outer step that goes on brings the others
     member.torn = member.torn and not stays[rank]
     return written
 

@@ -17,8 +17,8 @@ class Metrics(NamedTuple):
 
     `residual` and `local`, and those from `seconds_waited` on, are this worker's own; the others are equal on all.
     Without the average (noaverage) they are of this worker's own Delta and v, and the divergence stays 0, because no
-    worker knows it. With `shard=True` the first four are of this worker's own slice of the parameters, which differs
-    between workers, and the divergence is of this outer step; what is rounded to few bits is in it as it was sent.
+    worker knows it. With `shard=True` all of them are of this worker's own slice of the parameters that are divided, a
+    different one on each worker, and the divergence is of this outer step; in few bits it is of what was sent.
 
     Example:
         >>> seen = Observed(drift=0, mean=1, divergence=0, delta=4, v=0, product=0, residual=1, local=0)
@@ -76,34 +76,41 @@ class Observer:
             vector: name of the one whose mean it is.
         """
         ops, store, vectors = self._runtime.ops, self._runtime.store, self._runtime.config.vectors
-        parts: list[Any] = [0.0] * len(Observed._fields)
-        if not self._runtime.config.shards:
-            away = store.read(vector, chunk) - mean
-            parts[:2] = [ops.dot(away, away), ops.dot(mean, mean)]
-            if vectors:
-                delta = store.read("anchor", chunk) - mean
-                parts[3] = ops.dot(delta, delta)
-                if "v" in vectors:
-                    v = store.read("v", chunk)
-                    parts[4:6] = [ops.dot(v, v), ops.dot(delta, v)]
-        if vector == "in_flight":
-            trained = store.read("model", chunk) - store.read(vector, chunk)
-            parts[7] = ops.dot(trained, trained)
+        if self._runtime.config.shards:
+            return
+        away = store.read(vector, chunk) - mean
+        parts = [ops.dot(away, away), ops.dot(mean, mean), *[0.0] * 6]
+        if vectors:
+            delta = store.read("anchor", chunk) - mean
+            parts[3] = ops.dot(delta, delta)
+            if "v" in vectors:
+                v = store.read("v", chunk)
+                parts[4:6] = [ops.dot(v, v), ops.dot(delta, v)]
         self._seen = self._seen + ops.vector(parts)
 
     def slice(self, observed: Vector) -> None:
         """Take the measurements of this worker's slice of a chunk, of which it has taken the outer step."""
         self._seen = self._seen + observed
 
-    def owed(self, fragment: int) -> None:
-        """Measure what this worker owes of a fragment, before anything of it is written."""
-        runtime = self._runtime
-        if not runtime.observe or "residual" not in runtime.config.vectors:
+    def own(self, fragment: int, late: bool) -> None:
+        """Measure what this worker owes of a fragment and has trained meanwhile, before anything of it is written."""
+        runtime, store, ops = self._runtime, self._runtime.store, self._runtime.ops
+        owes = "residual" in runtime.config.vectors
+        if not runtime.observe or not (owes or late):
             return
         for chunk in runtime.layout.of_fragment(fragment):
-            if chunk.role == "parameter":
-                residual = runtime.store.read("residual", chunk)
-                self._seen = self._seen + runtime.ops.vector([*[0.0] * 6, runtime.ops.dot(residual, residual), 0.0])
+            # Relative to Delta, which is of this worker's slice where the outer state is divided.
+            part = runtime.slices.part(chunk) if runtime.config.shards else chunk
+            if chunk.role != "parameter" or part is None:
+                continue
+            seen: list[Any] = [0.0] * len(Observed._fields)
+            if owes:
+                residual = store.read("residual", part)
+                seen[6] = ops.dot(residual, residual)
+            if late:
+                trained = store.read("model", part) - store.read("in_flight", part)
+                seen[7] = ops.dot(trained, trained)
+            self._seen = self._seen + ops.vector(seen)
 
     def completed(self, meeting: Meeting | None = None) -> Vector:
         """Return the measurements, with the divergence of the outer step before, which the ledger completes.

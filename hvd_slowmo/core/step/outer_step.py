@@ -75,7 +75,7 @@ class OuterSteps:
         # What the ledger completes is known since this worker sent its row.
         observed = meeting.exchange.progress.observed
         observer, divide = Observer(self._runtime, observed), self._runtime.kernels.divide
-        observer.owed(purpose.fragment)
+        observer.own(purpose.fragment, purpose.late)
         roles: tuple[Role, ...] = ("parameter", "statistic", "optimizer_state")
         for chunk, total, weight in self._meetings.sums(meeting, roles, observer.slice):
             divisor = ops.cast_like(weight, total)
