@@ -13,6 +13,8 @@ import torch
 
 import hvd_slowmo.torch as slowmo
 from hvd_slowmo.comm import naming
+from hvd_slowmo.comm.elastic import ElasticState
+from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.comm.threads import ThreadWorld
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -430,3 +432,37 @@ def test_threads_of_a_fit_that_was_broken_off_end_with_it():
         state.notice()
         kept.append(psutil.Process().num_threads())
     assert kept[-1] <= kept[1] + 2
+
+
+class Schedule:
+    """A value with a state."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def state_dict(self):
+        return {"rate": self.rate}
+
+    def load_state_dict(self, state):
+        self.rate = state["rate"]
+
+
+def test_values_come_from_the_first_worker_and_those_of_a_framework_from_its_own():
+    def work(comm):
+        state = ElasticState([], {"epoch": 10 + comm.rank})
+        state.framework = "ab"[comm.rank % 2]
+        if comm.rank % 2:
+            state.schedule, state._names = Schedule(comm.rank), ("epoch", "schedule")
+        state._take_values(ScopedComm(comm, "state"), [2, 3, 0, 1])
+        return state.epoch, state.schedule.rate if comm.rank % 2 else None
+
+    assert ThreadWorld(4).run(work) == [(12, None), (12, 3), (12, None), (12, 3)]
+
+
+def test_states_with_other_values_are_refused_on_all_workers():
+    def work(comm):
+        state = ElasticState([], {"batch" if comm.rank == 1 else "epoch": 0})
+        with pytest.raises(ValueError, match="rank 0 and rank 1 have different values: epoch and batch"):
+            state._take_values(ScopedComm(comm, "state"), [0, 1, 2])
+
+    ThreadWorld(3).run(work)
