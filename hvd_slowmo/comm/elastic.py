@@ -164,13 +164,18 @@ class ElasticState:
                     f"the states of rank {comm.ranks[giver]} and rank {comm.ranks[rank]} have different values: "
                     f"{', '.join(everyone[giver][1]) or 'none'} and {', '.join(names) or 'none'}."
                 )
-        # Packed one by one: only workers of its framework may be able to unpack what one framework alone has.
-        own = {name: (_has_state(getattr(self, name)), pickle.dumps(self._value(name))) for name in self._names}
-        received = comm.gather("values", own if comm.rank in givers.values() else None)
+        received = comm.gather("values", self._packed() if comm.rank in givers.values() else None)
         common = {name: value for name, (has_state, value) in received[first[0]].items() if not has_state}
         for name, (has_state, value) in received[givers[self.framework]].items():
             # On the giver too: a sampler deals anew when it loads.
             self._set(name, pickle.loads(value if has_state else common.get(name, value)))
+
+    def _packed(self) -> dict[str, tuple[bool, bytes]]:
+        """Return, of each value, whether it has a state, and the value or its state as bytes.
+
+        One by one: only workers of its framework may be able to unpack what one framework alone has.
+        """
+        return {name: (_has_state(getattr(self, name)), pickle.dumps(self._value(name))) for name in self._names}
 
     def _tell(self) -> None:
         for optimizer in self._optimizers:

@@ -11,7 +11,8 @@ import hvd_slowmo.torch as slowmo_torch
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from hvd_slowmo_tf.membership import reform as reform_keras
 from hvd_slowmo_torch.membership import reform as reform_torch
-from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Breaking, Killed
+from support import keras_member
+from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, Killed
 from support.trainings.keras import GraphComm, doubles
 from support.trainings.mixed import TorchComm
 
@@ -137,16 +138,11 @@ def train_until_lost(member):
 def lost(kinds, work, **settings):
     """Let three workers do this until each has noticed that the last one is lost; return the other two."""
 
-    def before(comm):
-        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
-        member = KINDS[kinds[comm.rank]](comm.rank, **settings)
-        member.reform(broken)
-        member.broken = broken
-        work(member)
-        return member
+    def make(rank, _, **settings):
+        return KINDS[kinds[rank]](rank, **settings)
 
     with doubles():
-        return ThreadWorld(3).run(before)[:2]
+        return keras_member.lost(make, work, **settings)
 
 
 def again(members, then, new=(), **settings):

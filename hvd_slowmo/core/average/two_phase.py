@@ -116,12 +116,11 @@ class TwoPhase:
         chunk, bits = sliced.chunk, self._bits(sliced.chunk)
         self.unanswered.pop(chunk.index, None)
         blocks = self._own.lengths[chunk.index] // BLOCK
-        means = self._means(sliced, weights, total, blocks)
+        values: Sequence[Any] = list(self._means(sliced, weights, total, blocks))
+        kept: list[Any] = []
         observed = None
         if self._config.shards:
-            values, kept, observed = self._stepped(sliced, weights, list(means), outer_step)
-        else:
-            values, kept = list(means), []
+            values, kept, observed = self._stepped(sliced, weights, values, outer_step)
         values = values or [self._empty(chunk)]
         if self._few_bits:
             residual = self._store.read_slice("slice_residual", chunk.index)
