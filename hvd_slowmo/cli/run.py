@@ -1,4 +1,4 @@
-"""The subcommand `run`: horovodrun with a fast start, readable output, and the failed worker's error at the end."""
+"""The subcommand `run`: horovodrun with readable output and the failed worker's error at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 from hvd_slowmo.cli.workers import Job
 from hvd_slowmo.errors import CommandError, spell_error
-from hvd_slowmo.installer import recipe
 
 
 def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,7 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"Horovod can't be imported: {error}. Run: hvd-slowmo install-horovod") from error
     parsed = _parsed(launch, arguments.arguments)
     job = Job(elastic=launch._is_elastic(parsed))
-    with _prepared(launch, gloo_run, job), _interpreter_first():
+    with _prepared(gloo_run, job), _interpreter_first():
         try:
             launch._run(parsed)
             if job.elastic and job.received is None:
@@ -65,19 +64,12 @@ def _parsed(launch: Any, arguments: Sequence[str]) -> Any:
 
 
 @contextmanager
-def _prepared(launch: Any, gloo_run: Any, job: Job) -> Iterator[None]:
-    """Have Horovod's launcher start its workers as `job`, and read from the record of the build if it includes MPI.
-
-    Horovod would import all frameworks to find out, each in another process.
-    """
+def _prepared(gloo_run: Any, job: Job) -> Iterator[None]:
+    """Have Horovod's launcher start its workers as `job`."""
     replaced: list[tuple[Any, str, Any]] = [
         (gloo_run, "safe_shell_exec", SimpleNamespace(execute=job.execute)),
         (gloo_run, "register_shutdown_event", lambda: _register(job)),
     ]
-    built = recipe.installed()
-    if built is not None:
-        mpi = built.options.get("mpi", False)
-        replaced += [(launch, "gloo_built", lambda **_: True), (launch, "mpi_built", lambda **_: mpi)]
     originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for module, name, value in replaced:

@@ -40,11 +40,11 @@ class Change(NamedTuple):
 class ElasticOptimizer(Protocol):
     """An adapter's optimizer as a `State` sees it."""
 
-    def come_together(self) -> tuple[ScopedComm, int, Sequence[int], Sequence[int]]:
+    def come_together(self) -> tuple[ScopedComm, Sequence[int], Sequence[int], Sequence[int]]:
         """Bring the present workers together. A collective.
 
         Returns:
-            The workers; the rank from which newcomers have their state; the newcomers' ranks; those that were behind.
+            The workers; all ranks, first those whose state counts; the newcomers' ranks; those that were behind.
         """
 
     def leave(self) -> None:
@@ -111,9 +111,8 @@ class ElasticState:
         """Bring the present workers together, and give all of them the leader's values. A collective."""
         started = time.monotonic() if self._noticed is None else self._noticed
         together = [optimizer.come_together() for optimizer in self._optimizers]
-        comm, leader, newcomers, behind = together[0]
-        first = sorted(range(comm.size), key=lambda rank: (rank != leader, rank in newcomers, rank in behind, rank))
-        self._take_values(comm.scoped("state"), first)
+        comm, order, newcomers, behind = together[0]
+        self._take_values(comm.scoped("state"), order)
         change = Change(self._optimizers[0].steps, comm.size, newcomers, behind, time.monotonic() - started)
         self.changes.append(change)
         self._noticed = None
@@ -145,18 +144,18 @@ class ElasticState:
         """Inner steps of all optimizers together."""
         return sum(optimizer.steps for optimizer in self._optimizers)
 
-    def _take_values(self, comm: ScopedComm, first: Sequence[int]) -> None:
+    def _take_values(self, comm: ScopedComm, order: Sequence[int]) -> None:
         """Take the values of the first worker, and those of a framework's own from its first worker. A collective.
 
         Args:
-            first: all ranks, in the order in which their values count.
+            order: all ranks, first those whose values count.
 
         Raises:
             ValueError: on every worker, if the names of the values differ between two of one framework.
         """
         everyone = comm.gather("names", (self.framework, self._names))
         givers: dict[str, int] = {}
-        for rank in first:
+        for rank in order:
             framework, names = everyone[rank]
             giver = givers.setdefault(framework, rank)
             if set(names) != set(everyone[giver][1]):
@@ -165,7 +164,7 @@ class ElasticState:
                     f"{', '.join(everyone[giver][1]) or 'none'} and {', '.join(names) or 'none'}."
                 )
         received = comm.gather("values", self._packed() if comm.rank in givers.values() else None)
-        common = {name: value for name, (has_state, value) in received[first[0]].items() if not has_state}
+        common = {name: value for name, (has_state, value) in received[order[0]].items() if not has_state}
         for name, (has_state, value) in received[givers[self.framework]].items():
             # On the giver too: a sampler deals anew when it loads.
             self._set(name, pickle.loads(value if has_state else common.get(name, value)))

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from hvd_slowmo.installer import check, patches, preflight, recipe, repairs
 from hvd_slowmo.installer.elastic_repair import ELASTIC_RECOVERY
 from hvd_slowmo.installer.errors import InstallError
 from hvd_slowmo.installer.frameworks import MINIMUM, Framework, detect, package_folder
+from hvd_slowmo.installer.launcher_repair import LAUNCHER
 from hvd_slowmo.installer.patches import Repair
 from hvd_slowmo.installer.services_repair import SIGNED_SERVICES
 from hvd_slowmo.version import __version__
@@ -212,9 +213,13 @@ def _repairs(framework: Framework, built: recipe.Recipe | None) -> Iterator[Find
     else:
         result = check.stall(framework.name)
         yield _repair(repairs.STALL_CHECK, result.error, f" ({result.seconds:.1f} s)")
-    unknown = None if ELASTIC_RECOVERY.name in recorded else "no record says that Horovod was built with it"
-    yield _repair(ELASTIC_RECOVERY, unknown)
+    yield _repair(ELASTIC_RECOVERY, _unrecorded(ELASTIC_RECOVERY, recorded))
     yield _repair(SIGNED_SERVICES, check.strangers().error, " (a stranger's requests were refused)")
+    yield _repair(LAUNCHER, _unrecorded(LAUNCHER, recorded))
+
+
+def _unrecorded(repair: Repair, recorded: Sequence[str]) -> str | None:
+    return None if repair.name in recorded else "no record says that Horovod was built with it"
 
 
 def _repair(repair: Repair, error: str | None, evidence: str = "") -> Finding:

@@ -1,4 +1,4 @@
-"""Environment of workers on this machine, as set by horovodrun but without its startup time of 7 to 11 seconds."""
+"""Environment of workers on this machine, as set by horovodrun, for processes that are started in another way."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvd_slowmo.installer.elastic_repair import ELASTIC_RECOVERY
+from hvd_slowmo.installer.launcher_repair import LAUNCHER
 from hvd_slowmo.installer.patches import Patch, Repair
 from hvd_slowmo.installer.services_repair import SIGNED_SERVICES
 
@@ -93,7 +94,7 @@ STALL_CHECK = Repair(
     ),
 )
 
-REPAIRS: tuple[Repair, ...] = (STALL_CHECK, ELASTIC_RECOVERY, SIGNED_SERVICES)
+REPAIRS: tuple[Repair, ...] = (STALL_CHECK, ELASTIC_RECOVERY, SIGNED_SERVICES, LAUNCHER)
 
 PATCHES: tuple[Patch, ...] = (*BUILD, *(patch for repair in REPAIRS for patch in repair.patches))
 

@@ -24,17 +24,18 @@ def report(monkeypatch, built, stall, strangers):
 def test_the_doctor_names_each_repair_that_is_there(monkeypatch):
     built = recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {})
     findings = report(monkeypatch, built, "not asked, because the record says it", None)
-    assert [finding.level for finding in findings] == [Level.OK] * 3
+    assert [finding.level for finding in findings] == [Level.OK] * 4
     assert [finding.text.split(" (")[0] for finding in findings] == [
         "Horovod's stall check: repaired",
         "Horovod's elastic recovery: repaired",
         "Horovod's signed services: repaired",
+        "Horovod's launcher: repaired",
     ]
 
 
 def test_the_doctor_warns_of_each_repair_that_is_missing_and_says_what_for(monkeypatch):
     findings = report(monkeypatch, None, "no error was raised", "it serves unsigned requests")
-    assert [finding.level for finding in findings] == [Level.WARNING] * 3
+    assert [finding.level for finding in findings] == [Level.WARNING] * 4
     for finding, repair in zip(findings, repairs.REPAIRS, strict=True):
         assert finding.text == f"Horovod's {repair.name}: not repaired: {repair.without}"
         assert finding.fix == "run `hvd-slowmo install-horovod`."
@@ -42,4 +43,4 @@ def test_the_doctor_warns_of_each_repair_that_is_missing_and_says_what_for(monke
 
 def test_a_horovod_from_elsewhere_is_judged_by_what_it_does(monkeypatch):
     findings = report(monkeypatch, None, None, None)
-    assert [finding.level for finding in findings] == [Level.OK, Level.WARNING, Level.OK]
+    assert [finding.level for finding in findings] == [Level.OK, Level.WARNING, Level.OK, Level.WARNING]

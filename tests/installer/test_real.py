@@ -17,6 +17,7 @@ def test_the_doctor_is_content_with_the_development_environment():
     assert "Horovod's stall check: repaired" in said
     assert "Horovod's elastic recovery: repaired" in said
     assert "Horovod's signed services: repaired (a stranger's requests were refused)" in said
+    assert "Horovod's launcher: repaired" in said
 
 
 def test_the_stall_check_of_our_build_reports_a_tensor_that_never_comes():
@@ -24,6 +25,15 @@ def test_the_stall_check_of_our_build_reports_a_tensor_that_never_comes():
     assert built is not None, "this environment's Horovod was not built by `hvd-slowmo install-horovod`: run make setup"
     assert "stall check" in built.repairs
     assert check.stall("torch").error is None
+
+
+def test_the_launcher_knows_its_build_without_importing_a_framework():
+    asked = (
+        "import sys; from horovod.common.util import gloo_built, mpi_built; "
+        "sys.modules.update(dict.fromkeys(('horovod.tensorflow', 'horovod.torch')));"  # in forked processes too
+        "print(mpi_built(), gloo_built())"
+    )
+    assert run(python_here, "-c", asked, cwd=ROOT).split() == ["False", "True"]
 
 
 def test_a_check_that_fails_says_what_the_workers_said():

@@ -42,7 +42,7 @@ def test_the_key_changes_with_each_ingredient():
 def test_a_record_reads_back_and_anything_else_is_none():
     made = recipe.recipe(sdist.HOROVOD, (TORCH, TENSORFLOW), Options(), {"CXX": "g++"})
     assert recipe.read(made.to_json()) == made
-    assert made.repairs == ("stall check", "elastic recovery", "signed services")
+    assert made.repairs == ("stall check", "elastic recovery", "signed services", "launcher")
     assert recipe.recipe(sdist.HOROVOD, (TORCH,), Options(), {}, repairs.BUILD).repairs == ()
     assert recipe.read("{}") is None
     assert recipe.read("no json") is None

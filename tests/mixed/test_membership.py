@@ -1,15 +1,20 @@
 """Elastic jobs of both frameworks: a PyTorch worker writes an outer step chunk by chunk, a Keras worker at once."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch
 
+import hvd_slowmo.tf as slowmo_tf
+import hvd_slowmo.torch as slowmo_torch
 from hvd_slowmo.comm.threads import ThreadWorld, WorldError
 from support.gossip_membership import METHODS
 from support.late_membership import BOTH, masks_of, together_again
-from support.membership import CHUNKS, GRADIENTS, LENGTH, LR, TAU, LateOracle, outer
+from support.membership import BETA, CHUNKS, GRADIENTS, LENGTH, LR, TAU, LateOracle, outer
 from support.mixed_member import LOST, again, lost, train_until_lost
-from support.trainings.keras import doubles
+from support.trainings.keras import GraphComm, doubles
+from support.trainings.mixed import TorchComm
 
 pytestmark = [pytest.mark.slow]
 tf.config.threading.set_inter_op_parallelism_threads(16)  # see tests/keras/test_threads.py
@@ -132,6 +137,41 @@ def test_what_a_keras_worker_was_handed_of_an_outer_step_is_not_taken_twice():
     assert found[1] == TAU
 
 
+@pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
+@pytest.mark.sample("keras-torch")
+def test_an_outer_step_that_was_answered_from_joins_is_written_by_both(kinds):
+    """The one that trained is lost when the PyTorch worker has written a chunk; a Keras worker has written none."""
+
+    def work(member):
+        member.start = member.values
+        if member.number < 2:
+            member.train(1 + member.number)
+        else:
+            member.train(TAU - 1)
+        member.broken.left = 2  # the ledger, and a chunk
+        with pytest.raises(LOST):
+            member.join() if member.number < 2 else member.train(1 + TAU)
+
+    members = lost((*kinds, "torch"), work)
+
+    def then(member, reformed):
+        resumed, steps, vectors = member.values, member.optimizer.steps, [member.vector(n) for n in ("anchor", "v")]
+        member.join()
+        return resumed, steps, vectors, member.values
+
+    found = again(members, then)
+    start, done = members[0].start, np.arange(LENGTH) < LENGTH // CHUNKS
+    anchor, v = (np.where(done, x, y) for x, y in zip(blocks(start, 0, [1, 2, TAU], range(3)), (start, 0), strict=True))
+    now = [np.where(done, anchor, start - LR * (1 + n) * GRADIENTS[n]) for n in BOTH]
+    for number, (resumed, steps, vectors, joined) in enumerate(found):
+        assert steps == 2
+        np.testing.assert_allclose(resumed, now[number], atol=1e-13)
+        np.testing.assert_allclose(vectors, [anchor, LR * v], atol=1e-13)
+        np.testing.assert_allclose(joined, np.average(now, axis=0, weights=[1, 2]), atol=1e-13)
+    assert np.array_equal(found[0][2], found[1][2])
+    assert np.array_equal(found[0][3], found[1][3])
+
+
 @pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
 @pytest.mark.sample("torch-keras-1")
@@ -145,15 +185,15 @@ def test_late_exchanges_are_sent_again_by_those_that_are_left(kinds, fragments):
         train_until_lost(member)
 
     members = lost((*kinds, "torch"), work, delay=1, fragments=fragments)
-    torch = kinds.index("torch")
-    oracle = LateOracle(members[0].start, masks_of(members[torch].optimizer.worker.assembly.layout.layout), 3, delay=1)
+    ahead = kinds.index("torch")
+    oracle = LateOracle(members[0].start, masks_of(members[ahead].optimizer.worker.assembly.layout.layout), 3, delay=1)
     oracle.train(range(3), first)
-    oracle.inner([torch])
+    oracle.inner([ahead])
     oracle.step += 1
     oracle.events(BOTH)
     with doubles():
         reformed = together_again(members, oracle, first + 1)
-    assert (reformed.leader, reformed.behind) == (torch, ())
+    assert (reformed.leader, reformed.behind) == (ahead, ())
 
 
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
@@ -206,3 +246,28 @@ def test_gossip_begins_anew_at_the_mean_of_the_survivors(method, kinds):
         np.testing.assert_allclose(began, mean, atol=1e-13)
         assert steps == found[0][1]
         np.testing.assert_allclose(values, mean - LR * 5 * GRADIENTS[:2].mean(axis=0), atol=1e-13)
+
+
+def test_without_the_elastic_launcher_a_keras_state_is_refused_on_all_workers():
+    """A PyTorch worker starts in SlowMo's constructor, where the Keras worker's state would never come."""
+
+    def work(comm):
+        settings = {"tau": TAU, "beta": BETA}
+        if comm.rank == 0:
+            model = torch.nn.Linear(LENGTH, 1)
+            inner = torch.optim.SGD(model.parameters(), lr=LR)
+            slowmo_torch.SlowMo(
+                inner, model, comm=TorchComm(comm), parameter_map=slowmo_torch.ParameterMap(), **settings
+            )
+            return
+        model = keras.Sequential([keras.Input((LENGTH,)), keras.layers.Dense(1)])
+        connection = GraphComm(comm)
+        optimizer = slowmo_tf.SlowMo("sgd", comm=connection, parameter_map=slowmo_tf.ParameterMap(), **settings)
+        model.compile(optimizer, "mse")
+        slowmo_tf.elastic.run(lambda state: None)(slowmo_tf.elastic.State(model))
+
+    with doubles():
+        errors = ThreadWorld(2).run(work, return_exceptions=True)
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert "needs the elastic launcher" in str(error)

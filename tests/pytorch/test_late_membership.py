@@ -131,6 +131,29 @@ def test_a_worker_in_its_join_has_applied_what_the_others_still_have_in_flight()
     together_again(members, oracle, TAU + 2)
 
 
+def test_a_survivor_that_lacks_the_others_meeting_in_a_join_gets_its_result():
+    """Workers meet there without a launch, so that the one that lacks it has nothing in flight."""
+
+    def work(member):
+        member.train(TAU + 1)
+        member.broken.left = 2 if member.number == 0 else 1  # the exchange in flight; the meeting after it
+        with pytest.raises((WorldError, Killed)):
+            member.optimizer.join() if member.number < 2 else member.train(2 * TAU)
+
+    members = lost(work)
+    assert [member.optimizer.steps for member in members] == [2 * TAU, TAU + 1]
+    oracle = LateOracle(members[0].start, members[0].masks, 3, delay=2)
+    oracle.train(ALL, TAU + 1)
+    oracle.land(0, ALL)
+    for _ in range(TAU - 1):
+        oracle.inner([2])
+    oracle.step = 2 * TAU
+    oracle.launch(0, ALL)
+    oracle.land(0, BOTH, senders=ALL)
+    reformed = together_again(members, oracle, 2 * TAU)
+    assert (reformed.leader, reformed.behind) == (0, ())
+
+
 def test_an_exchange_that_can_not_begin_is_in_flight_all_the_same():
     """In the same step another one has been applied, which must not be applied once more."""
 

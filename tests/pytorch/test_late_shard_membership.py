@@ -97,6 +97,35 @@ def oracle_of(members, workers=3):
 
 
 @pytest.mark.parametrize("bits", [32, 8])
+def test_a_survivor_that_lacks_the_others_meeting_in_a_join_gets_its_result(bits):
+    """See test_late_membership.py: the values are the same as there, and each has its slices."""
+
+    def work(member):
+        member.train(TAU + 1)
+        member.broken.left = 2 if member.number == 0 else 1
+        with pytest.raises((WorldError, Killed)):
+            member.optimizer.join() if member.number < 2 else member.train(2 * TAU)
+
+    members = lost(work, bits=bits)
+    assert [member.optimizer.steps for member in members] == [2 * TAU, TAU + 1]
+    met = members[0].values
+
+    def after(comm):
+        member = members[comm.rank]
+        member.reform(comm)
+        began = member.optimizer.steps, member.values
+        member.optimizer.join()
+        return *began, member.values
+
+    for steps, values, joined in ThreadWorld(2).run(after):
+        assert steps == 2 * TAU
+        # In a lost slice of the anchor both have the mean of what they have.
+        kept = ~LOST if bits == 32 else slice(None)
+        np.testing.assert_array_equal(values[kept], met[kept])
+        np.testing.assert_array_equal(joined, values)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("fragments", [1, FRAGMENTS])
 def test_an_exchange_that_nobody_has_is_sent_again(fragments, bits, caplog):
     """A block is behind them. Where the anchor is lost, the outer step is a plain mean of what is in flight."""

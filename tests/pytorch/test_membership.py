@@ -105,6 +105,55 @@ def test_a_survivor_of_an_older_block_weighs_nothing_in_the_newer_one():
     assert np.array_equal(found[0][0], found[1][0])
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (3, 2)])
+def test_an_outer_step_that_was_answered_from_joins_is_written_by_all_or_none(first, second):
+    """The one that trained is lost; the others have written `first` and `second` chunks of its outer step."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+    own_steps, reached = (2, 3, TAU), (first, second, max(first, second))
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, min(own_steps[comm.rank], TAU - 1))
+        broken.left = 1 + reached[comm.rank]  # the ledger, and so many chunks
+        with pytest.raises((WorldError, Killed)):
+            optimizer.join() if comm.rank < 2 else train(model, optimizer, comm.rank, 1 + TAU)
+        return model, optimizer, start
+
+    everyone = ThreadWorld(3).run(before)
+    start = everyone[0][2]
+
+    def after(comm):
+        model, optimizer = everyone[comm.rank][:2]
+        reformed = reform(optimizer.worker, comm)
+        vectors = [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+        resumed, steps = values(model), optimizer.steps
+        train(model, optimizer, comm.rank, TAU - steps % TAU)
+        return resumed, steps, vectors, values(model), reformed
+
+    found = ThreadWorld(2).run(after)
+    models = [start - LR * own * GRADIENTS[n] for n, own in enumerate(own_steps)]
+    of_three = outer(start, np.zeros(LENGTH), models, own_steps)
+    done = np.arange(LENGTH) < max(first, second) * LENGTH // CHUNKS
+    whole = bool(done.all())  # one has ended the outer step, and the other skips to its block
+    steps = TAU if whole else 3
+    anchor, v = np.where(done, of_three[0], start), np.where(done, of_three[1], 0)
+    more = TAU - steps % TAU
+    weights = [more] * 2 if whole else [own_steps[n] + more for n in range(2)]
+    now = [np.where(done, anchor, models[n]) for n in range(2)]
+    last = outer(anchor, v, [now[n] - LR * more * GRADIENTS[n] for n in range(2)], weights)[0]
+    for number, (resumed, at, vectors, end, reformed) in enumerate(found):
+        np.testing.assert_allclose(resumed, now[number], atol=1e-13)
+        np.testing.assert_allclose(vectors[0], anchor, atol=1e-13)
+        np.testing.assert_allclose(vectors[1], LR * v, atol=1e-13)
+        np.testing.assert_allclose(end, last, atol=1e-13)
+        assert (at, reformed.behind) == (steps, (1,) * whole)
+    for one, other in zip(found[0][2], found[1][2], strict=True):
+        assert np.array_equal(one, other)
+    assert np.array_equal(found[0][3], found[1][3])
+
+
 def test_a_worker_in_its_join_may_have_written_more_than_the_leader():
     """All chunks that anybody in the block has written count, and none is stepped twice."""
     config = SlowMoConfig(tau=TAU, beta=BETA)

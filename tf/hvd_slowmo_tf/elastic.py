@@ -16,8 +16,15 @@ from hvd_slowmo_tf.horovod import lost_worker, workers
 from hvd_slowmo_tf.membership import reform
 from hvd_slowmo_tf.model.layout import parts_of
 from hvd_slowmo_tf.optimizer import SlowMo
+from hvd_slowmo_tf.startup import fail_together
 
 __all__ = ["Change", "State", "run"]
+
+_NO_LAUNCHER = (
+    "the elastic.State of a Keras worker with a parameter_map needs the elastic launcher: without it PyTorch workers start "
+    "in SlowMo's constructor, and Keras workers in fit(). Give horovodrun a --host-discovery-script, or train without the "
+    "State."
+)
 
 run = run_with("horovod.tensorflow", lost_worker)
 """Decorate the function that trains: it is called again whenever workers were lost or added.
@@ -102,16 +109,18 @@ class _Elastic:
     def steps(self) -> int:
         return self._optimizer.steps
 
-    def come_together(self) -> tuple[ScopedComm, int, Sequence[int], Sequence[int]]:
+    def come_together(self) -> tuple[ScopedComm, Sequence[int], Sequence[int], Sequence[int]]:
         worker = self._optimizer.worker
         if not elastic():  # SlowMoCallback or `broadcast` brings the workers to one start
-            return worker.comm, 0, (), ()
+            if worker.parameter_map is not None and worker.comm.size > 1:
+                fail_together(worker, ValueError(_NO_LAUNCHER))
+            return worker.comm, range(worker.comm.size), (), ()
         self._model.train_function = None  # a trace has the number of workers in it
         self._model._eval_epoch_iterator = None  # of a fit() that has not come to its end
         alone = len(self._optimizers) == 1
         part = ModelPart(*parts_of(self._model)) if alone else split_model(self._model, self._optimizers)[self._number]
         reformed = reform(worker, workers.connect(), *part, self._model if alone else None)
-        return worker.comm, reformed.leader, reformed.newcomers, reformed.behind
+        return worker.comm, reformed.order, reformed.newcomers, reformed.behind
 
     def leave(self) -> None:
         """Do nothing: a trace leaves nothing in flight."""

@@ -40,7 +40,8 @@ class KerasMember(StartingKerasWorker):
         written = tuple(sorted(self._worker.written or ()))
         owner = variables.owner if self.config.sliced_vectors else None
         launched = tuple(now.flight.launched.tolist())
-        return Place(True, step, made, written, launched, owner, self._worker.torn, framework=self.framework)
+        answers = self._worker.answered == step and not made
+        return Place(True, step, made, written, launched, owner, self._worker.torn, self.framework, answers)
 
     @property
     def torn(self) -> bool:
@@ -130,6 +131,6 @@ def reform(
         if isinstance(comm, HorovodComm):
             raise comm.failures.explain(error) from error
         raise
-    worker.job = reformed.job
+    worker.job, worker.answered = reformed.job, None
     worker.variables.belong_to(worker.comm.rank, worker.comm.size)
     return reformed

@@ -84,6 +84,7 @@ class KerasWorker:
         former_slices: of former workers until they have been dealt anew, and whose they are; None else.
         written: numbers of the chunks of an outer step that was broken off which PyTorch workers had written and have
             handed over; None without. A Keras worker writes nothing before all is there.
+        answered: steps at which its join was broken off, in which it answered the others; None else.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
@@ -107,6 +108,7 @@ class KerasWorker:
         self.elastic = comm is None and elastic()
         self.former_slices: FormerSlices | None = None
         self.written: set[int] | None = None
+        self.answered: int | None = None
         self.torn = self.averaging = self.only_builds = False
         self.travelling = TravellingVariables(optimizer, inner, self.config, parameter_map)
         self.fingerprint = Fingerprint(optimizer)
@@ -240,7 +242,14 @@ class KerasWorker:
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
         preemption.tell(self.roll)
-        leavers = self.call(self.traces.join_now(), tf.constant(float(leaving), tf.float64)).numpy()
+        self.answered = None
+        try:
+            leavers = self.call(self.traces.join_now(), tf.constant(float(leaving), tf.float64)).numpy()
+        except ValueError:  # the verdict of a meeting
+            raise
+        except Exception:  # of a transport, or TensorFlow's around it
+            self.answered = self.optimizer.steps
+            raise
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
         if not left:

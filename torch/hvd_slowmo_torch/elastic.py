@@ -95,12 +95,12 @@ class _Elastic:
     def steps(self) -> int:
         return int(self._worker.progress.step)
 
-    def come_together(self) -> tuple[ScopedComm, int, Sequence[int], Sequence[int]]:
+    def come_together(self) -> tuple[ScopedComm, Sequence[int], Sequence[int], Sequence[int]]:
         worker = self._worker
         if not elastic():
-            return worker.comm, 0, (), ()
+            return worker.comm, range(worker.comm.size), (), ()
         reformed = reform(worker, connect(transport="horovod"))
-        return worker.comm, reformed.leader, reformed.newcomers, reformed.behind
+        return worker.comm, reformed.order, reformed.newcomers, reformed.behind
 
     def leave(self) -> None:
         if self._worker.started:

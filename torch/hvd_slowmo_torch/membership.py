@@ -32,10 +32,9 @@ class TorchMember(StartingTorchWorker):
         progress, written = worker.progress, tuple(sorted(self.machine.written or ()))
         launched = tuple(progress.flight.launched.tolist())
         owner = worker.store.owner if self.config.sliced_vectors else None
-        interrupted = worker.interrupted is not None
-        return Place(
-            True, int(progress.step), interrupted, written, launched, owner, worker.torn, framework=self.framework
-        )
+        step, interrupted = int(progress.step), worker.interrupted is not None
+        answers = worker.answered == step and not interrupted
+        return Place(True, step, interrupted, written, launched, owner, worker.torn, self.framework, answers)
 
     @property
     def torn(self) -> bool:
@@ -95,6 +94,6 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     member = TorchMember(worker)
     with torch.no_grad():
         reformed = come_together(member, worker.comm)
-    worker.started, worker.mixed = True, reformed.job.mixed
+    worker.started, worker.mixed, worker.answered = True, reformed.job.mixed, None
     worker.prepare()
     return reformed

@@ -91,6 +91,17 @@ def _part(progress: Progress, fragment: int, lacks: bool) -> int:
     return int(flight.sent_since[fragment] if launched else progress.since[fragment])
 
 
+def launch_unlaunched(machine: Machine, progress: Progress, flying: Flying, rank: int) -> Progress:
+    """Return the state of a worker that has launched each exchange whose result it lacks.
+
+    Others may have such a result from a join, where workers meet without a launch.
+    """
+    for fragment, lack in enumerate(flying.lack):
+        if rank in lack and not progress.flight.launched[fragment]:
+            progress, _ = machine.flights.set_aside(progress, fragment)
+    return progress
+
+
 def take_applied(machine: Machine, flying: Flying, rank: int) -> None:
     """Take anchor and v of the exchanges that another worker has applied. A collective of all workers.
 

@@ -5,9 +5,10 @@ members → digest → graph → progress → handed-out state → chunks → me
 All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A survivor
 that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught it: what the
 leader has written of an outer step that was broken off is handed to those that have not, and the rest of the outer step
-is taken again. A newcomer, and a survivor whose last block is over elsewhere, starts from the anchor with no steps of
-its own. Between gossiping workers no mass of a lost one is kept: one mean of the parameters that the models show leaves
-all weights at 1 and nothing in flight.
+is taken again. Where all of them have answered it from their joins, what is written by some is written by all, and nobody
+has trained who would take the rest. A newcomer, and a survivor whose last block is over elsewhere, starts from the anchor
+with no steps of its own. Between gossiping workers no mass of a lost one is kept: one mean of the parameters that the
+models show leaves all weights at 1 and nothing in flight.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hvd_slowmo.core.regroup.late_members import (
     catch_up,
     give_in_flight,
     in_flight_together,
+    launch_unlaunched,
     set_aside_anew,
     state_of_leader,
     take_applied,
@@ -65,6 +67,7 @@ class Place(NamedTuple):
     owner: Owner | None = None  # whose slices it has, of vectors of which each worker keeps its own slice alone
     torn: bool = False  # others were lost while it took their state: it has parts of two
     framework: str = ""
+    answers: bool = False  # the exchange that was broken off is one that it has answered from its join
 
     def ahead(self, config: SlowMoConfig) -> tuple[bool, bool, int, int, bool, int]:
         """Return something that is greater for a worker that is further."""
@@ -116,16 +119,21 @@ class Reformed(NamedTuple):
     """The outcome, the same on all workers.
 
     Attributes:
-        leader: rank of the worker from which newcomers have their state.
+        order: all ranks, first those that are further; see `leader`.
         newcomers: ranks without a state before.
         behind: ranks whose last block was over elsewhere; their steps since then are lost.
         job: the workers.
     """
 
     job: Job
-    leader: int
+    order: tuple[int, ...]
     newcomers: tuple[int, ...]
     behind: tuple[int, ...]
+
+    @property
+    def leader(self) -> int:
+        """Rank of the worker from which newcomers have their state."""
+        return self.order[0]
 
 
 def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
@@ -137,14 +145,14 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     # Under the common prefix: names have not been compared yet.
     places = [Place(*each) for each in comm.handshake.gather("members", tuple(member.place()))]
     if not any(place.started for place in places):
-        return Reformed(start(member, comm), 0, (), ())
+        return Reformed(start(member, comm), tuple(range(comm.size)), (), ())
     config, own = member.config, places[comm.rank]
     description = agree(member, comm)
     groups = description.groups
     if member.parameter_map is not None:
         groups = common_groups([groups.of] * comm.size, comm.rank)
         description = regrouped(description, groups)
-    order = sorted(range(comm.size), key=lambda rank: (*places[rank].ahead(config), -rank), reverse=True)
+    order = tuple(sorted(range(comm.size), key=lambda rank: (*places[rank].ahead(config), -rank), reverse=True))
     leader, lead = order[0], places[order[0]]
     copies = _equal(config, lead.step)
     within = [in_block_of(config, place, lead) for place in places]
@@ -171,8 +179,11 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         flying = in_flight_together(config, workers, leader)
         progress = state_of_leader(workers, leader, flying)
         member.torn = own.torn or any(comm.rank in take for take in flying.take)
+        if stays[comm.rank]:
+            launched = launch_unlaunched(machine, member.read_progress(), flying, comm.rank)
+            member.write_progress(launched, own.interrupted)
         take_applied(machine, flying, comm.rank)
-    elif lead.interrupted:
+    elif lead.interrupted or _all_answer(places, stays):
         written = _roll_forward(member, places, stays, comm.rank)
     arrived: dict[int, Any] = {}
     if config.sliced_vectors:
@@ -197,7 +208,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     if config.gossip is not None and not copies:
         average_chunks(machine.runtime, _unwritten(machine, written), stays)
         machine.runtime.store.settle()
-    machine.written = written
+    machine.written = written if lead.interrupted else None  # else nobody has trained who would take the rest
     if lead.interrupted and (copies or together):
         member.finish_step()
     elif lead.interrupted and (late or config.gossip is not None):
@@ -217,7 +228,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
             len(newcomers),
             len(behind),
         )
-    return Reformed(job, leader, newcomers, behind)
+    return Reformed(job, order, newcomers, behind)
 
 
 def in_block_of(config: SlowMoConfig, place: Place, lead: Place) -> bool:
@@ -248,6 +259,11 @@ def _spoiled(config: SlowMoConfig, place: Place) -> bool:
 def _at_step_of(place: Place, lead: Place) -> bool:
     """Return whether a worker has made the step whose exchange was broken off on the leader."""
     return place.interrupted and lead.interrupted and place.step == lead.step
+
+
+def _all_answer(places: Sequence[Place], stays: Sequence[bool]) -> bool:
+    """Return whether all that stay have answered one exchange from their joins: who trained in it is lost."""
+    return all(place.answers for place, stay in zip(places, stays, strict=True) if stay)
 
 
 def _applied(config: SlowMoConfig, place: Place) -> tuple[int, ...]:
