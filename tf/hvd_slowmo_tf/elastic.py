@@ -21,9 +21,9 @@ from hvd_slowmo_tf.startup import fail_together
 __all__ = ["Change", "State", "run"]
 
 _NO_LAUNCHER = (
-    "the elastic.State of a Keras worker with a parameter_map needs the elastic launcher: without it PyTorch workers start "
-    "in SlowMo's constructor, and Keras workers in fit(). Give horovodrun a --host-discovery-script, or train without the "
-    "State."
+    "the elastic.State of a Keras worker with a parameter_map needs the elastic launcher: without it PyTorch workers "
+    "start in SlowMo's constructor, and Keras workers in fit(). Give horovodrun a --host-discovery-script, or train "
+    "without the State."
 )
 
 run = run_with("horovod.tensorflow", lost_worker)

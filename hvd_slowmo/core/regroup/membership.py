@@ -2,13 +2,13 @@
 
 members → digest → graph → progress → handed-out state → chunks → mean of what gossips → the interrupted step
 
-All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A survivor
-that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught it: what the
-leader has written of an outer step that was broken off is handed to those that have not, and the rest of the outer step
-is taken again. Where all of them have answered it from their joins, what is written by some is written by all, and nobody
-has trained who would take the rest. A newcomer, and a survivor whose last block is over elsewhere, starts from the anchor
-with no steps of its own. Between gossiping workers no mass of a lost one is kept: one mean of the parameters that the
-models show leaves all weights at 1 and nothing in flight.
+All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A
+survivor that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught
+it: what the leader has written of an outer step that was broken off is handed to those that have not, and the rest of
+the outer step is taken again. Where all of them have answered it from their joins, what is written by some is written
+by all, and nobody has trained who would take the rest. A newcomer, and a survivor whose last block is over elsewhere,
+starts from the anchor with no steps of its own. Between gossiping workers no mass of a lost one is kept: one mean of
+the parameters that the models show leaves all weights at 1 and nothing in flight.
 """
 
 from __future__ import annotations
