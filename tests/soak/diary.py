@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.errors import CheckpointError
 
-STOP = "stop"
+STOP, OUTER_STEP = "stop", "outer step"  # files: the job is to end; when it has taken the last one
 TAU = 8
 SHORT_EPOCH = 4
 """Batches of a worker that is to wait in its join: others have ten at least. The averages come before."""
@@ -51,6 +51,8 @@ class Diary:
         entry = {"kind": kind, "time": time.time(), "process": os.getpid(), "host": self.host, **facts}
         with (self.folder / f"{self.host}.jsonl").open("a", encoding="utf-8") as file:
             print(json.dumps(entry), file=file)
+        if kind == "outer":
+            (self.folder / OUTER_STEP).touch()
 
     def note_change(self, own: int, **facts: Any) -> None:
         """Note that this worker has come together with the others, where it stands, and which process it is."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from soak.diary import STOP
+from soak.diary import OUTER_STEP, STOP
 from support.installation import ROOT
 
 REST_S = 25.0
@@ -72,8 +72,9 @@ class Job:
         incoming.replace(self.folder / "hosts")
 
     def goes_on(self, seconds: float = 5) -> bool:
-        """Return whether a worker has written its diary in the last seconds: no fault holds the job up."""
-        return any(time.time() - each.stat().st_mtime < seconds for each in self.folder.glob("*.jsonl"))
+        """Return whether the workers have taken an outer step in the last seconds: no fault holds the job up."""
+        last = self.folder / OUTER_STEP
+        return last.exists() and time.time() - last.stat().st_mtime < seconds
 
     def keep_diaries(self, folder: Path) -> None:
         """Copy what the workers have noted to this folder."""

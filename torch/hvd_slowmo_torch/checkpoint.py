@@ -50,7 +50,7 @@ class TorchWorkerState:
         assembly: the optimizer's parts, whose store is a TorchStore.
         progress: the scalar state.
         parameter_map: None for the automatic one or, where there is none, PyTorch's own names.
-        settle: takes the scalars and the watch's notes over once everything else is set.
+        take_over: takes the scalars and the watch's notes over once everything else is set.
 
     Raises:
         ValueError: the map leaves out trained parameters.
@@ -65,10 +65,10 @@ class TorchWorkerState:
         assembly: Assembly[TensorRef],
         progress: Progress,
         parameter_map: ParameterMap | None,
-        settle: Callable[[Progress, WatchNotes | None], None],
+        take_over: Callable[[Progress, WatchNotes | None], None],
         whole: Whole | None = None,
     ) -> None:
-        self._model, self._inner, self._settle = model, inner_optimizer, settle
+        self._model, self._inner, self._take_over = model, inner_optimizer, take_over
         self._common_groups = assembly.groups
         store = cast("TorchStore", assembly.runtime.store)
         self._store, self._watch = store, store.watch
@@ -282,7 +282,7 @@ class TorchWorkerState:
                 group["lr"].fill_(rates[common])
             else:
                 group["lr"] = float(rates[common])
-        self._settle(progress, self._notes(framework))
+        self._take_over(progress, self._notes(framework))
 
 
 def name_model(model: nn.Module, parameter_map: ParameterMap | None) -> NamedTensors:

@@ -315,7 +315,7 @@ class SlowMo(Outermost, Optimizer):
         worker.presence.refuse_if_left()
         agree(worker.comm, {RESTART_FACT: self.steps}, {}, None)
         with torch.no_grad():
-            worker.settle(worker.assembly.machine.restart(worker.progress))
+            worker.take_over(worker.assembly.machine.restart(worker.progress))
             worker.store.settle(equal=True)
 
     @contextmanager

@@ -163,7 +163,9 @@ def restore(loadable: Loadable, worker: TorchWorker) -> None:
         for index, target in by_chunk.items():
             target.copy_(saved.slices[name][index])
     store.in_flight = {index: x.to(store.segment_of(index).device, copy=True) for index, x in saved.in_flight.items()}
-    worker.settle(loadable.progress, None if saved.watch is None else WatchNotes(**msgspec.structs.asdict(saved.watch)))
+    worker.take_over(
+        loadable.progress, None if saved.watch is None else WatchNotes(**msgspec.structs.asdict(saved.watch))
+    )
     worker.evaluating = saved.evaluating
 
 

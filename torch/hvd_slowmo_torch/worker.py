@@ -212,7 +212,7 @@ class TorchWorker:
         self._planned = self.progress.step, self.assembly.machine.plan(self.progress)
         self.hooks.prepare(self._planned[1])
 
-    def settle(self, progress: Progress, notes: WatchNotes | None = None) -> None:
+    def take_over(self, progress: Progress, notes: WatchNotes | None = None) -> None:
         """Go on from this position; the vectors have their values already.
 
         Args:
@@ -408,7 +408,7 @@ class TorchWorker:
         """
         self.refuse_elsewhere("save() or load()")
         names = parameter_map or self.settings.parameter_map
-        return TorchWorkerState(self.model, self.inner, self.assembly, self.progress, names, self.settle, whole)
+        return TorchWorkerState(self.model, self.inner, self.assembly, self.progress, names, self.take_over, whole)
 
     @property
     def bytes_sent(self) -> int:

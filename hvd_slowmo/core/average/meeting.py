@@ -248,7 +248,7 @@ class Meetings:
         if self.tracks and self.written is None:
             self.written = set()
         results = self._results(meeting, chunks)
-        if self._runtime.whole:
+        if self._runtime.writes_at_once:
             results = self._together(meeting, results)
         for chunk, result in results:
             if isinstance(result, SlicedChunk):

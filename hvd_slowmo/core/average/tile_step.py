@@ -24,7 +24,7 @@ def tile_step(
         entered: true where values from outside have come since the workers were last equal.
     """
     config, ops = runtime.config, runtime.ops
-    written = runtime.store.written(tile, anchor)
+    written = runtime.store.as_stored(tile, anchor)
     if written is not anchor and not config.delay:
         # The block began at what half precision kept of the anchor. The rounding is no progress of the block: given
         # back to the mean, it stays out of Delta = anchor - mean and so out of the momentum. After a late exchange

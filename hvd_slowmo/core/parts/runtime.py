@@ -38,7 +38,7 @@ class Runtime:
         watches: some worker can tell values that come from outside; see `Condition`.
         roll: what exchanges tell about all workers.
         regrouping: the news of workers that come or go.
-        whole: a mean is written once all of it is there, so that one that is broken off has changed nothing.
+        writes_at_once: a mean is written once all of it is there, so that one that is broken off has changed nothing.
         stacked: each tensor has a second axis, of all workers, which are at the same step. `comm` is then that of one
             worker, whose contribution to a sum is the mean over that axis.
     """
@@ -52,7 +52,7 @@ class Runtime:
     observe: bool = False
     watches: bool = True
     codec: Codec = field(default_factory=NumpyCodec)
-    whole: bool = False
+    writes_at_once: bool = False
     stacked: bool = False
     roll: RollCall = field(init=False)
     regrouping: Regrouping = field(init=False)

@@ -46,7 +46,7 @@ class Store(Protocol):
     def drop(self, chunk: Chunk) -> None:
         """Free a chunk of "in_flight"."""
 
-    def written(self, stretch: Stretch, anchor: Any) -> Any:
+    def as_stored(self, stretch: Stretch, anchor: Any) -> Any:
         """Return the anchor as the parameters' own type holds it, in the wire's type; `anchor` itself where exact."""
 
     def zeros(self, stretch: Stretch) -> Any:
@@ -69,7 +69,7 @@ class Store(Protocol):
             fragment: None for all.
         """
 
-    def cut(self, fragment: int | None) -> None:
+    def mark_block(self, fragment: int | None) -> None:
         """Begin a new block of a fragment: its next `condition` looks back to here. None for all."""
 
     def sent_condition(self, fragment: int) -> Condition:

@@ -340,7 +340,7 @@ def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bo
             if takes and chunk.role == "parameter" and "residual" in config.vectors:
                 store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
         if takes:  # noted at once: if another is lost before the step goes on, this chunk must not be stepped again
-            if machine.runtime.whole:
+            if machine.runtime.writes_at_once:
                 store.settle()  # tensors of which some parts have come
             machine.written = {*(machine.written or ()), chunk.index}
         written.add(chunk.index)

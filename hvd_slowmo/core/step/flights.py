@@ -74,7 +74,7 @@ class Flights:
         """Do all of a launch but begin the exchange; return also the condition in which the fragment is sent."""
         ops, store = self._ops, self._store
         condition = store.condition(fragment)
-        store.cut(fragment)
+        store.mark_block(fragment)
         for chunk in self._runtime.layout.of_fragment(fragment):
             # A model of another form is not looked at: the verdict will refuse it.
             store.set_aside(chunk, zeros=condition.misfit != 0)

@@ -69,7 +69,7 @@ class OuterSteps:
         ops, purpose, gamma = self._ops, meeting.exchange.purpose, meeting.verdict.gamma
         assert purpose.fragment is not None, "an outer step is about one fragment"
         if not purpose.late and self._meetings.written is None:  # else it is taken again
-            self._store.cut(purpose.fragment)
+            self._store.mark_block(purpose.fragment)
             self._meetings.written = set() if self._meetings.tracks else None
         coefficients = momentum(self._config, ops, gamma, progress.gamma[purpose.fragment])
         # What the ledger completes is known since this worker sent its row.

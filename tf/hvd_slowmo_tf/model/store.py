@@ -95,7 +95,7 @@ class VariableStore:
         """Drop the new values of variables that have not got all of them: a call has failed."""
         self._pending.forget()
 
-    def written(self, stretch: Stretch, anchor: tf.Tensor) -> tf.Tensor:
+    def as_stored(self, stretch: Stretch, anchor: tf.Tensor) -> tf.Tensor:
         own = tf.as_dtype(self._layout.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else tf.cast(tf.cast(anchor, own), anchor.dtype)
 
@@ -136,7 +136,7 @@ class VariableStore:
         # when a training begins.
         return Condition(0, 0, tf.ones([len(self._layout.refs_of("parameter"))], tf.float64))
 
-    def cut(self, fragment: int | None) -> None:
+    def mark_block(self, fragment: int | None) -> None:
         """Do nothing: `condition` needs no notes."""
 
     def sent_condition(self, fragment: int) -> Condition:

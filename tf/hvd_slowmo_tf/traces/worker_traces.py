@@ -103,7 +103,7 @@ class WorkerTraces:
             observe=self._observe,
             watches=self._watches,  # PyTorch workers tell of values from outside
             codec=KerasCodec(),
-            whole=elastic,
+            writes_at_once=elastic,
         )
         assembly = assemble(runtime, layout, groups, graph)
         self.step = TracedStep(self._optimizer, self._inner, variables, assembly, safe, elastic)

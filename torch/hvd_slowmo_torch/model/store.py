@@ -215,7 +215,7 @@ class TorchStore:
                 whole[chunk.start : chunk.stop] = self.in_flight[chunk.index]
         return whole
 
-    def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
+    def as_stored(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
         own = getattr(torch, self.layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
@@ -252,8 +252,8 @@ class TorchStore:
     def condition(self, fragment: int | None) -> Condition:
         return self.watch.condition(fragment)
 
-    def cut(self, fragment: int | None) -> None:
-        self.watch.cut(fragment)
+    def mark_block(self, fragment: int | None) -> None:
+        self.watch.mark_block(fragment)
 
     def sent_condition(self, fragment: int) -> Condition:
         return self.watch.sent_condition(fragment)

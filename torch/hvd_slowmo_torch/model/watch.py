@@ -77,7 +77,7 @@ class ModelWatch:
         moved, entered = self._sent[fragment]
         return Condition(0, int(entered), [float(each) for each in moved])
 
-    def cut(self, fragment: int | None) -> None:
+    def mark_block(self, fragment: int | None) -> None:
         """Begin a new block of a fragment; None for all."""
         for number in self._fragments if fragment is None else (fragment,):
             self._sent[number] = self._moving(number), self._entered[number]

@@ -144,7 +144,7 @@ class StackStore:
     def drop(self, chunk: Chunk) -> None:
         del self._in_flight[chunk.index]
 
-    def written(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
+    def as_stored(self, stretch: Stretch, anchor: torch.Tensor) -> torch.Tensor:
         own = getattr(torch, self._layout.segments[stretch.segment].tensors[0].dtype)
         return anchor if own == anchor.dtype else anchor.to(own).to(anchor.dtype)
 
@@ -174,7 +174,7 @@ class StackStore:
     def sent_condition(self, fragment: int) -> Condition:
         return self.condition(fragment)
 
-    def cut(self, fragment: int | None) -> None:
+    def mark_block(self, fragment: int | None) -> None:
         """Do nothing: no values come from outside."""
 
     def hold(self, moved: Vector) -> None:
