@@ -126,7 +126,7 @@ def train(args, model: keras.Model, method: str, seed: int, data: common.Data, p
 
 def main() -> None:
     hvd.init()
-    args = common.parse(__doc__, hvd.rank(), seeds=3)  # a step takes longer than PyTorch's
+    args = common.parse(__doc__, hvd.rank())
     choose_device()
     data = common.load()
 

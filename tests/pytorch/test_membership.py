@@ -233,6 +233,61 @@ def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
         assert reformed.leader == 0
 
 
+def new_worker(config):
+    """Return a model and an optimizer that has not been started."""
+    model, optimizer = worker_of(ThreadWorld(1).member(0), config)
+    optimizer.worker.started = False
+    return model, optimizer
+
+
+@pytest.mark.parametrize("apart", [(0, 0), (1, 0), (0, 1)], ids=str)
+@pytest.mark.parametrize("waits", range(0, 12, 2))
+def test_a_newcomer_that_is_lost_while_it_starts_costs_the_survivors_nothing(waits, apart):
+    """One survivor has written a chunk of the outer step, and hands it on; then the newcomer is lost, at any point."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, TAU - 1)
+        broken.left = 2 - (comm.rank == 1)  # the ledger, and a chunk on one
+        with pytest.raises((WorldError, Killed)):
+            train(model, optimizer, comm.rank, 1 + TAU)
+        return model, optimizer, start
+
+    everyone = ThreadWorld(3).run(before)
+    start = everyone[0][2]
+
+    def with_newcomer(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = everyone[comm.rank][:2] if comm.rank < 2 else new_worker(config)
+        broken.left = waits + (*apart, max(apart))[comm.rank]
+        try:
+            reform(optimizer.worker, broken)
+        except (WorldError, Killed):
+            return
+        with pytest.raises(WorldError):  # it was lost behind its own last message
+            train(model, optimizer, 3, 1)
+
+    def without(comm):
+        optimizer = everyone[comm.rank][1]
+        reform(optimizer.worker, comm)
+        vectors = [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+        return vectors, optimizer.steps
+
+    ThreadWorld(3).run(with_newcomer)
+    found = ThreadWorld(2).run(without)
+    assert all(np.array_equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    models = [start - LR * TAU * GRADIENTS[n] for n in range(3)]
+    of_three, of_two = (outer(start, np.zeros(LENGTH), models[:n], [1] * n) for n in (3, 2))
+    done = LENGTH // CHUNKS
+    for (anchor, v), steps in found:
+        np.testing.assert_allclose(anchor, np.concatenate([of_three[0][:done], of_two[0][done:]]), atol=1e-13)
+        np.testing.assert_allclose(v, LR * np.concatenate([of_three[1][:done], of_two[1][done:]]), atol=1e-13)
+        assert steps == TAU
+
+
 class Noting:
     """A Comm that notes the names of the collectives."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,12 +36,29 @@ def take_chunks(
 ) -> None:
     """Give one worker's values of these chunks to all that take them, bitwise identical. A collective.
 
-    A broadcast is a sum to which all others contribute zeros.
+    Args:
+        source, vector, comm: as in `values_of`.
+        takes: this worker writes what comes.
+    """
+    for chunk, values in values_of(runtime, source, chunks, vector, comm):
+        if takes:
+            runtime.store.write(vector, chunk, values)
+
+
+def values_of(
+    runtime: Runtime,
+    source: Scalar,
+    chunks: Sequence[Chunk],
+    vector: str = "model",
+    comm: ScopedComm | None = None,
+) -> Iterator[tuple[Chunk, Any]]:
+    """Yield one worker's values of these chunks, bitwise identical on all workers. A collective.
+
+    A broadcast is a sum to which all others contribute zeros. Values must be used, or copied, before the next ones.
 
     Args:
         source: the worker's rank in `comm`.
         vector: name of the one of which it gives chunks.
-        takes: this worker writes what comes.
         comm: the workers; None for all.
     """
     workers, store, ops = comm or runtime.comm, runtime.store, runtime.ops
@@ -57,8 +74,7 @@ def take_chunks(
         # One after the other: a trace would read all chunks at once, and hold the model a second time.
         handle = start(chunk) if total is None else ops.after(total[0], partial(start, chunk))
         total = workers.wait(handle)
-        if takes:
-            store.write(vector, chunk, total)
+        yield chunk, total
 
 
 def average_chunks(runtime: Runtime, chunks: Sequence[Chunk], counts: Sequence[bool] | None = None) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.average.broadcast import average_chunks, take_chunks
+from hvd_slowmo.core.average.broadcast import average_chunks, take_chunks, values_of
 from hvd_slowmo.core.parts.layout import Chunk, Ref
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.schedule import meetings_so_far
@@ -208,6 +208,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     if config.gossip is not None and not copies:
         average_chunks(machine.runtime, _unwritten(machine, written), stays)
         machine.runtime.store.settle()
+    member.torn = False
     machine.written = written if lead.interrupted else None  # else nobody has trained who would take the rest
     if lead.interrupted and (copies or together):
         member.finish_step()
@@ -330,21 +331,22 @@ def _roll_forward(member: Member[R], places: Sequence[Place], stays: Sequence[bo
         having = [n for n, place in enumerate(places) if stays[n] and chunk.index in place.written]
         if not having:
             continue
-        takes = stays[rank] and rank not in having
-        member.torn = member.torn or takes
+        written.add(chunk.index)
+        given = []
         if len(having) < sum(stays):
             for vector in vectors if chunk.role == "parameter" else vectors[:1]:
-                if keeps(vector, chunk.index):
-                    continue
-                take_chunks(machine.runtime, having[0], [chunk], vector, takes)
-            if takes and chunk.role == "parameter" and "residual" in config.vectors:
-                store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
-        if takes:  # noted at once: if another is lost before the step goes on, this chunk must not be stepped again
-            if machine.runtime.writes_at_once:
-                store.settle()  # tensors of which some parts have come
-            machine.written = {*(machine.written or ()), chunk.index}
-        written.add(chunk.index)
-    member.torn = member.torn and not stays[rank]
+                if not keeps(vector, chunk.index):
+                    given += [(vector, x * 1) for _, x in values_of(machine.runtime, having[0], [chunk], vector)]
+        if not stays[rank] or rank in having:
+            continue
+        # All at once, and noted: if another is lost before the step goes on, a chunk has been stepped or it has not.
+        for vector, values in given:
+            store.write(vector, chunk, values)
+        if chunk.role == "parameter" and "residual" in config.vectors:
+            store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
+        if machine.runtime.writes_at_once:
+            store.settle()  # tensors of which some parts have come
+        machine.written = {*(machine.written or ()), chunk.index}
     return written
 
 
