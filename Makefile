@@ -139,7 +139,7 @@ log=$(subst /.,/,$@).log; rm -f $@; touch $(UNFINISHED); trap 'exit 130' INT; \
 endef
 
 demo: setup-demo  ## train a classifier with SlowMo on four local workers; FRAMEWORK=tf: with Keras
-	@echo "Training on four workers of this machine, which start in some seconds"
+	@echo "Training on four workers of this machine, whose start takes some seconds"
 	@$(QUIET) $(BIN)/horovodrun -np 4 $(BIN)/python $(DEMO_$(FRAMEWORK)) $(ARGS)
 
 demo-mixed: setup  ## train one model with PyTorch and Keras workers together, and with each framework alone

@@ -154,6 +154,72 @@ def test_an_outer_step_that_was_answered_from_joins_is_written_by_all_or_none(fi
     assert np.array_equal(found[0][3], found[1][3])
 
 
+def test_an_outer_step_that_was_taken_again_and_broken_off_again_is_written_by_all():
+    """One of two that train is lost in it, and the other one when they take it again with two that answer."""
+    config = SlowMoConfig(tau=TAU, beta=BETA)
+    own_steps = (2, 3, TAU, TAU)
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 3 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, min(own_steps[comm.rank], TAU - 1))
+        broken.left = 0
+        with pytest.raises((WorldError, Killed)):
+            optimizer.join() if comm.rank < 2 else train(model, optimizer, comm.rank, 1)
+        return model, optimizer, start
+
+    everyone = ThreadWorld(4).run(before)
+
+    def again(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        broken.left = (2, 1, 2)[comm.rank]  # the ledger, and a chunk on one of those that answer
+        with pytest.raises((WorldError, Killed)):
+            reform(everyone[comm.rank][1].worker, broken)
+
+    def after(comm):
+        model, optimizer = everyone[comm.rank][:2]
+        reform(optimizer.worker, comm)
+        return values(model), [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+
+    ThreadWorld(3).run(again)
+    found = ThreadWorld(2).run(after)
+    start, done = everyone[0][2], np.arange(LENGTH) < LENGTH // CHUNKS
+    models = [start - LR * own_steps[n] * GRADIENTS[n] for n in range(3)]
+    anchor, v = outer(start, np.zeros(LENGTH), models, own_steps[:3])
+    for number, (resumed, vectors) in enumerate(found):
+        np.testing.assert_allclose(resumed, np.where(done, anchor, models[number]), atol=1e-13)
+        np.testing.assert_allclose(vectors, [np.where(done, anchor, start), LR * np.where(done, v, 0)], atol=1e-13)
+    assert np.array_equal(found[0][1], found[1][1])
+
+
+def test_a_mean_at_the_end_of_a_join_that_was_broken_off_is_handed_to_nobody():
+    """It is no outer step: each worker's own parameters are as good, and anchor and momentum are not concerned."""
+
+    def before(comm):
+        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
+        model, optimizer = worker_of(broken, SlowMoConfig(tau=TAU, beta=BETA))
+        train(model, optimizer, comm.rank, 2)
+        own = values(model)
+        broken.left = (2, 1, 2)[comm.rank]  # the ledger, and a chunk
+        with pytest.raises((WorldError, Killed)):
+            optimizer.join()
+        return model, optimizer, own
+
+    everyone = ThreadWorld(3).run(before)
+    mean = np.mean([own for _, _, own in everyone], axis=0)
+
+    def after(comm):
+        model, optimizer = everyone[comm.rank][:2]
+        reform(optimizer.worker, comm)
+        return values(model)
+
+    first, second = ThreadWorld(2).run(after)
+    done = np.arange(LENGTH) < LENGTH // CHUNKS
+    np.testing.assert_allclose(first, np.where(done, mean, everyone[0][2]), atol=1e-14)
+    np.testing.assert_array_equal(second, everyone[1][2])
+
+
 def test_a_worker_in_its_join_may_have_written_more_than_the_leader():
     """All chunks that anybody in the block has written count, and none is stepped twice."""
     config = SlowMoConfig(tau=TAU, beta=BETA)

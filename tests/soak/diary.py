@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.errors import CheckpointError
 
-STOP, OUTER_STEP = "stop", "outer step"  # files: the job is to end; when it has taken the last one
+STOP, OUTER_STEP = "stop", "outer step"  # files: asks the job to end; touched at each outer step
 TAU = 8
 SHORT_EPOCH = 4
 """Batches of a worker that is to wait in its join: others have ten at least. The averages come before."""

@@ -112,7 +112,7 @@ class _Elastic:
     def come_together(self) -> tuple[ScopedComm, Sequence[int], Sequence[int], Sequence[int]]:
         worker = self._optimizer.worker
         if not elastic():  # SlowMoCallback or `broadcast` brings the workers to one start
-            if worker.parameter_map is not None and worker.comm.size > 1:
+            if worker.job is None and worker.parameter_map is not None and worker.comm.size > 1:
                 fail_together(worker, ValueError(_NO_LAUNCHER))
             return worker.comm, range(worker.comm.size), (), ()
         self._model.train_function = None  # a trace has the number of workers in it

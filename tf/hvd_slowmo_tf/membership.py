@@ -51,6 +51,14 @@ class KerasMember(StartingKerasWorker):
     def torn(self, value: bool) -> None:
         self._worker.torn = value
 
+    @property
+    def answered(self) -> int | None:
+        return self._worker.answered
+
+    @answered.setter
+    def answered(self, value: int | None) -> None:
+        self._worker.answered = value
+
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         worker = self._worker
         if self.config.sliced_vectors:

@@ -84,7 +84,7 @@ class KerasWorker:
         former_slices: of former workers until they have been dealt anew, and whose they are; None else.
         written: numbers of the chunks of an outer step that was broken off which PyTorch workers had written and have
             handed over; None without. A Keras worker writes nothing before all is there.
-        answered: steps at which its join was broken off, in which it answered the others; None else.
+        answered: see `hvd_slowmo.core.regroup.membership.Member`.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """

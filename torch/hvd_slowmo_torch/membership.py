@@ -44,6 +44,14 @@ class TorchMember(StartingTorchWorker):
     def torn(self, value: bool) -> None:
         self._worker.torn = value
 
+    @property
+    def answered(self) -> int | None:
+        return self._worker.answered
+
+    @answered.setter
+    def answered(self, value: int | None) -> None:
+        self._worker.answered = value
+
     def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
         if self._worker.started:
             self._worker.reassemble(graph)

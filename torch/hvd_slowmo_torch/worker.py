@@ -96,7 +96,7 @@ class TorchWorker:
         started: the workers have been brought to one start.
         interrupted: learning rates of an inner step that has been made and is not counted, since the exchange behind it
             was broken off; None else.
-        answered: steps at which its join was broken off, in which it answered the others; None else.
+        answered: see `hvd_slowmo.core.regroup.membership.Member`.
         torn: other workers were lost while this one took their state.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().

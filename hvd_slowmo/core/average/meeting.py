@@ -60,9 +60,9 @@ class Meetings:
         mixing: of this worker.
 
     Attributes:
-        tracks: note what has been written, so that a mean that is broken off can be completed.
-        written: numbers of the chunks that have been written of a mean that is under way; None where none is. Where it
-            is broken off, by a worker that is lost, the survivors take the other chunks again.
+        tracks: note what has been written, so that an outer step that is broken off can be completed.
+        written: numbers of the chunks that have been written of an outer step that is under way; None where none is.
+            Where it is broken off, by a worker that is lost, the survivors hand these to each other.
         unanswered: see `hvd_slowmo.core.average.two_phase.TwoPhase`.
     """
 
@@ -245,8 +245,6 @@ class Meetings:
             observe: takes the measurements of a chunk whose outer state is divided.
         """
         chunks = [chunk for chunk in self._left(meeting.exchange.purpose.fragment) if chunk.role in roles]
-        if self.tracks and self.written is None:
-            self.written = set()
         results = self._results(meeting, chunks)
         if self._runtime.writes_at_once:
             results = self._together(meeting, results)
@@ -277,8 +275,11 @@ class Meetings:
         """Return the results with all their phases over, none of which can be used before all of them are there."""
         exchange, table = meeting.exchange, meeting.table
         over = [(chunk, self._means.over(self._comm, result, exchange, table)) for chunk, result in results]
-        there = iter(self._ops.together([tensor for _, result in over for tensor in _tensors(result)]))
-        return iter([(chunk, _with_tensors(result, there)) for chunk, result in over])
+        tensors = [
+            x for _, result in over for x in (result.all_tensors if isinstance(result, SlicedChunk) else [result])
+        ]
+        there = iter(self._ops.together(tensors))
+        return iter([(c, x.with_tensors(there) if isinstance(x, SlicedChunk) else next(there)) for c, x in over])
 
     def _left(self, fragment: int | None) -> Sequence[Chunk]:
         """Return the chunks of a meeting that have not been written."""
@@ -338,20 +339,3 @@ class Meetings:
         """Start a chunk whose turn comes only once the verdict is known."""
         start = partial(self._means.start, self._comm, chunk, meeting.exchange, True)
         return self._ops.after(meeting.verdict.weight, start)
-
-
-def _tensors(result: Any) -> Sequence[Any]:
-    """Return the tensors of a sum, or of an exchange in slices that is over."""
-    if not isinstance(result, SlicedChunk):
-        return [result]
-    observed = [] if result.observed is None else [result.observed]
-    return [*result.parts, *result.received, *result.kept, *observed]
-
-
-def _with_tensors(result: Any, tensors: Iterator[Any]) -> Any:
-    """Return the same with other tensors, taken in the order of `_tensors`."""
-    if not isinstance(result, SlicedChunk):
-        return next(tensors)
-    parts, received, kept = ([next(tensors) for _ in each] for each in (result.parts, result.received, result.kept))
-    observed = None if result.observed is None else next(tensors)
-    return result._replace(parts=parts, received=received, kept=kept, observed=observed)

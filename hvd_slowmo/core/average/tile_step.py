@@ -24,12 +24,12 @@ def tile_step(
         entered: true where values from outside have come since the workers were last equal.
     """
     config, ops = runtime.config, runtime.ops
-    written = runtime.store.as_stored(tile, anchor)
-    if written is not anchor and not config.delay:
+    stored = runtime.store.as_stored(tile, anchor)
+    if stored is not anchor and not config.delay:
         # The block began at what half precision kept of the anchor. The rounding is no progress of the block: given
         # back to the mean, it stays out of Delta = anchor - mean and so out of the momentum. After a late exchange
         # each worker begins elsewhere, and roundings cancel in the mean.
-        own_mean, rounding = mean, anchor - written
+        own_mean, rounding = mean, anchor - stored
         mean = mean + rounding
         if runtime.watches:  # values from outside have nothing to do with the old anchor
             mean = ops.choose(entered, lambda: own_mean, mean)

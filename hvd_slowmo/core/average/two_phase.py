@@ -46,6 +46,17 @@ class SlicedChunk(NamedTuple):
     kept: Sequence[Any] = ()  # then, the new slices of the vectors that are kept in slices
     observed: Any = None  # then, `Observed` of this worker's slice as a vector; None where nothing is measured
 
+    @property
+    def all_tensors(self) -> list[Any]:
+        """Those of an exchange that is over."""
+        return [*self.parts, *self.received, *self.kept, *([] if self.observed is None else [self.observed])]
+
+    def with_tensors(self, tensors: Iterator[Any]) -> SlicedChunk:
+        """Return the same with other tensors, in the order of `all_tensors`."""
+        parts, received, kept = ([next(tensors) for _ in each] for each in (self.parts, self.received, self.kept))
+        observed = None if self.observed is None else next(tensors)
+        return self._replace(parts=parts, received=received, kept=kept, observed=observed)
+
 
 class TwoPhase:
     """Means, and outer steps where the outer state is divided, by two exchanges of bytes.

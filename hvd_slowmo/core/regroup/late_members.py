@@ -1,7 +1,8 @@
 """Late exchanges when the workers come together: some have applied one that others have not, and some have none.
 
 The exchanges of a fragment have numbers; a worker has launched so many and applied so many, and one is in flight where
-these differ. A worker applies an exchange only once all have launched it, so that survivors are at most one apart:
+these differ. A worker applies an exchange only once all have launched it, or meet in a join, which counts as both at
+once. So survivors are at most one apart:
 
     applied by some     the others take anchor and v from one of them, and keep what they have trained since they sent
     launched by some    the others launch it now, with the steps that they have: they count as slower workers do
@@ -94,7 +95,8 @@ def _part(progress: Progress, fragment: int, lacks: bool) -> int:
 def launch_unlaunched(machine: Machine, progress: Progress, flying: Flying, rank: int) -> Progress:
     """Return the state of a worker that has launched each exchange whose result it lacks.
 
-    Others may have such a result from a join, where workers meet without a launch.
+    Others may have such a result from a join, where workers meet without a launch. Nobody must see this state before
+    the result is there: its number of launches would be wrong.
     """
     for fragment, lack in enumerate(flying.lack):
         if rank in lack and not progress.flight.launched[fragment]:
@@ -131,6 +133,7 @@ def catch_up(
         arrived: by chunk, the model's new values where no worker keeps the anchor whole.
     """
     store, flights = machine.runtime.store, machine.flights
+    progress = launch_unlaunched(machine, progress, flying, rank)
     for fragment, launched in enumerate(flying.launched):
         if rank in flying.lack[fragment]:
             for chunk in machine.layout.of_fragment(fragment):

@@ -5,10 +5,10 @@ members → digest → graph → progress → handed-out state → chunks → me
 All workers that go on have made the same blocks, or are brought there by the one that is ahead, the leader. A
 survivor that is in the leader's block keeps its parameters and its part of the block, wherever the loss has caught
 it: what the leader has written of an outer step that was broken off is handed to those that have not, and the rest of
-the outer step is taken again. Where all of them have answered it from their joins, what is written by some is written
-by all, and nobody has trained who would take the rest. A newcomer, and a survivor whose last block is over elsewhere,
-starts from the anchor with no steps of its own. Between gossiping workers no mass of a lost one is kept: one mean of
-the parameters that the models show leaves all weights at 1 and nothing in flight.
+the outer step is taken again. Where all of them have answered it from their joins, no worker is left that made this
+step: what some have written is handed to all, and the rest is not taken. A newcomer, and a survivor whose last block
+is over elsewhere, starts from the anchor with no steps of its own. Between gossiping workers no mass of a lost one is
+kept: one mean of the parameters that the models show leaves all weights at 1 and nothing in flight.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Place(NamedTuple):
     owner: Owner | None = None  # whose slices it has, of vectors of which each worker keeps its own slice alone
     torn: bool = False  # others were lost while it took their state: it has parts of two
     framework: str = ""
-    answers: bool = False  # the exchange that was broken off is one that it has answered from its join
+    answers: bool = False  # the exchange that was broken off is one that it has answered, from its join say
 
     def ahead(self, config: SlowMoConfig) -> tuple[bool, bool, int, int, bool, int]:
         """Return something that is greater for a worker that is further."""
@@ -82,9 +82,11 @@ class Member(StartingWorker[R], Protocol):
 
     Attributes:
         torn: it is taking the others' state, of which it may have parts; see `Place`.
+        answered: steps at which it has answered an exchange whose step it had not made; None where that is over.
     """
 
     torn: bool
+    answered: int | None
 
     @property
     def machine(self) -> Machine:
@@ -179,18 +181,20 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         flying = in_flight_together(config, workers, leader)
         progress = state_of_leader(workers, leader, flying)
         member.torn = own.torn or any(comm.rank in take for take in flying.take)
-        if stays[comm.rank]:
-            launched = launch_unlaunched(machine, member.read_progress(), flying, comm.rank)
-            member.write_progress(launched, own.interrupted)
         take_applied(machine, flying, comm.rank)
     elif lead.interrupted or _all_answer(places, stays):
         written = _roll_forward(member, places, stays, comm.rank)
+        if not lead.interrupted:  # nobody forgets what has been written before all have it
+            comm.gather("written", None)
     arrived: dict[int, Any] = {}
     if config.sliced_vectors:
         sliced = _sliced_workers(machine, places, lead, within, stays, finite)
         member.torn = member.torn or not stays[comm.rank]
         former = member.former_slices() if sliced[comm.rank].owner is not None else None
-        arrived = deal_slices(machine, former, member.read_progress(), sliced, flying, written)
+        present = member.read_progress()
+        if flying is not None:
+            present = launch_unlaunched(machine, present, flying, comm.rank)
+        arrived = deal_slices(machine, former, present, sliced, flying, written)
         member.forget_former_slices()
     together = stays[comm.rank] and _at_step_of(own, lead)
     if flying is not None and stays[comm.rank]:  # at once: what follows may be broken off too
@@ -209,7 +213,9 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         average_chunks(machine.runtime, _unwritten(machine, written), stays)
         machine.runtime.store.settle()
     member.torn = False
-    machine.written = written if lead.interrupted else None  # else nobody has trained who would take the rest
+    machine.written = written if lead.interrupted else None  # else no worker is left that has made this step
+    if lead.interrupted and not (copies or together):
+        member.answered = lead.step  # as in a join: the others make this step
     if lead.interrupted and (copies or together):
         member.finish_step()
     elif lead.interrupted and (late or config.gossip is not None):
@@ -263,7 +269,7 @@ def _at_step_of(place: Place, lead: Place) -> bool:
 
 
 def _all_answer(places: Sequence[Place], stays: Sequence[bool]) -> bool:
-    """Return whether all that stay have answered one exchange from their joins: who trained in it is lost."""
+    """Return whether all that stay have answered one exchange: none is left that has made the step before it."""
     return all(place.answers for place, stay in zip(places, stays, strict=True) if stay)
 
 

@@ -72,7 +72,7 @@ class ModelWatch:
         return Condition(0, int(any(self._entered[number] for number in among)), moved)
 
     def sent_condition(self, fragment: int) -> Condition:
-        """Return the state in which a fragment was cut, whatever has become of it since."""
+        """Return the state in which a fragment's block was marked, whatever has become of it since."""
         self._resume()
         moved, entered = self._sent[fragment]
         return Condition(0, int(entered), [float(each) for each in moved])
