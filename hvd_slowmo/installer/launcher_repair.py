@@ -5,8 +5,10 @@ from __future__ import annotations
 from hvd_slowmo.installer.patches import Patch, Repair
 
 _UTIL = "horovod/common/util.py"
-_REASON = "the launcher asks an extension whether it has MPI, and then whether it has gloo; each question imports the "
-_REASON += "framework in a process of its own, which for TensorFlow takes two to six seconds of a processor"
+_REASON = (
+    "the launcher asks an extension whether it has MPI, and then whether it has gloo; each question imports the "
+    "framework in a process of its own, which for TensorFlow takes two to six seconds of a processor"
+)
 
 LAUNCHER = Repair(
     name="launcher",
