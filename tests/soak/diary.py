@@ -69,6 +69,7 @@ class Diary:
         process = psutil.Process()
         held = {"memory": process.memory_info().rss, "files": process.num_fds(), "threads": process.num_threads()}
         self.note("join", **facts, **held)
+        self.stand(facts["step"], 0)  # its steps are in the mean now
 
     def ordered(self, what: str) -> bool:
         """Return whether this worker has the order, once."""
