@@ -22,6 +22,40 @@ def worker_of(comm, config):
     return model, optimizer
 
 
+def new_worker(config):
+    """Return a model and an optimizer that has not been started."""
+    model, optimizer = worker_of(ThreadWorld(1).member(0), config)
+    optimizer.worker.started = False
+    return model, optimizer
+
+
+def broken_off(config, own_steps, waits, joining=0):
+    """Let workers train until the last one is lost in an outer step; return model, optimizer and start of each.
+
+    Args:
+        own_steps: of each worker before it.
+        waits: of each worker in the outer step, before it fails.
+        joining: the first so many answer it from their joins.
+    """
+
+    def work(comm):
+        broken = Breaking(comm, WorldError if comm.rank < comm.size - 1 else Killed)
+        model, optimizer = worker_of(broken, config)
+        start = values(model)
+        train(model, optimizer, comm.rank, min(own_steps[comm.rank], TAU - 1))
+        broken.left = waits[comm.rank]
+        with pytest.raises((WorldError, Killed)):
+            optimizer.join() if comm.rank < joining else train(model, optimizer, comm.rank, 1 + TAU)
+        return model, optimizer, start
+
+    return ThreadWorld(len(own_steps)).run(work)
+
+
+def vectors_of(optimizer):
+    """Return copies of anchor and momentum."""
+    return [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     # One may have received a chunk that the other has sent and not received.
@@ -111,23 +145,14 @@ def test_an_outer_step_that_was_answered_from_joins_is_written_by_all_or_none(fi
     config = SlowMoConfig(tau=TAU, beta=BETA)
     own_steps, reached = (2, 3, TAU), (first, second, max(first, second))
 
-    def before(comm):
-        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
-        model, optimizer = worker_of(broken, config)
-        start = values(model)
-        train(model, optimizer, comm.rank, min(own_steps[comm.rank], TAU - 1))
-        broken.left = 1 + reached[comm.rank]  # the ledger, and so many chunks
-        with pytest.raises((WorldError, Killed)):
-            optimizer.join() if comm.rank < 2 else train(model, optimizer, comm.rank, 1 + TAU)
-        return model, optimizer, start
-
-    everyone = ThreadWorld(3).run(before)
+    # The ledger, and so many chunks.
+    everyone = broken_off(config, own_steps, [1 + chunks for chunks in reached], joining=2)
     start = everyone[0][2]
 
     def after(comm):
         model, optimizer = everyone[comm.rank][:2]
         reformed = reform(optimizer.worker, comm)
-        vectors = [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+        vectors = vectors_of(optimizer)
         resumed, steps = values(model), optimizer.steps
         train(model, optimizer, comm.rank, TAU - steps % TAU)
         return resumed, steps, vectors, values(model), reformed
@@ -159,17 +184,7 @@ def test_an_outer_step_that_was_taken_again_and_broken_off_again_is_written_by_a
     config = SlowMoConfig(tau=TAU, beta=BETA)
     own_steps = (2, 3, TAU, TAU)
 
-    def before(comm):
-        broken = Breaking(comm, WorldError if comm.rank < 3 else Killed)
-        model, optimizer = worker_of(broken, config)
-        start = values(model)
-        train(model, optimizer, comm.rank, min(own_steps[comm.rank], TAU - 1))
-        broken.left = 0
-        with pytest.raises((WorldError, Killed)):
-            optimizer.join() if comm.rank < 2 else train(model, optimizer, comm.rank, 1)
-        return model, optimizer, start
-
-    everyone = ThreadWorld(4).run(before)
+    everyone = broken_off(config, own_steps, [0] * 4, joining=2)
 
     def again(comm):
         broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
@@ -180,7 +195,7 @@ def test_an_outer_step_that_was_taken_again_and_broken_off_again_is_written_by_a
     def after(comm):
         model, optimizer = everyone[comm.rank][:2]
         reform(optimizer.worker, comm)
-        return values(model), [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+        return values(model), vectors_of(optimizer)
 
     ThreadWorld(3).run(again)
     found = ThreadWorld(2).run(after)
@@ -241,8 +256,7 @@ def test_a_worker_in_its_join_may_have_written_more_than_the_leader():
     def after(comm):
         model, optimizer = everyone[comm.rank][:2]
         reform(optimizer.worker, comm)
-        worker = optimizer.worker
-        return values(model), optimizer.steps, [worker.store.vectors[name][0].numpy() for name in ("anchor", "v")]
+        return values(model), optimizer.steps, vectors_of(optimizer)
 
     found = ThreadWorld(2).run(after)
     weights = np.array(own_steps) / TAU
@@ -299,30 +313,13 @@ def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
         assert reformed.leader == 0
 
 
-def new_worker(config):
-    """Return a model and an optimizer that has not been started."""
-    model, optimizer = worker_of(ThreadWorld(1).member(0), config)
-    optimizer.worker.started = False
-    return model, optimizer
-
-
 @pytest.mark.parametrize("apart", [(0, 0), (1, 0), (0, 1)], ids=str)
 @pytest.mark.parametrize("waits", range(0, 12, 2))
 def test_a_newcomer_that_is_lost_while_it_starts_costs_the_survivors_nothing(waits, apart):
     """One survivor has written a chunk of the outer step, and hands it on; then the newcomer is lost, at any point."""
     config = SlowMoConfig(tau=TAU, beta=BETA)
 
-    def before(comm):
-        broken = Breaking(comm, WorldError if comm.rank < 2 else Killed)
-        model, optimizer = worker_of(broken, config)
-        start = values(model)
-        train(model, optimizer, comm.rank, TAU - 1)
-        broken.left = 2 - (comm.rank == 1)  # the ledger, and a chunk on one
-        with pytest.raises((WorldError, Killed)):
-            train(model, optimizer, comm.rank, 1 + TAU)
-        return model, optimizer, start
-
-    everyone = ThreadWorld(3).run(before)
+    everyone = broken_off(config, [TAU] * 3, [2, 1, 2])  # the ledger, and a chunk on one
     start = everyone[0][2]
 
     def with_newcomer(comm):
@@ -339,7 +336,7 @@ def test_a_newcomer_that_is_lost_while_it_starts_costs_the_survivors_nothing(wai
     def without(comm):
         optimizer = everyone[comm.rank][1]
         reform(optimizer.worker, comm)
-        vectors = [optimizer.worker.store.vectors[name][0].numpy().copy() for name in ("anchor", "v")]
+        vectors = vectors_of(optimizer)
         return vectors, optimizer.steps
 
     ThreadWorld(3).run(with_newcomer)
@@ -393,8 +390,7 @@ def test_the_order_of_collectives_is_the_same_on_survivors_and_newcomers():
         if comm.rank == 0:
             model, optimizer = survivor
         else:
-            model, optimizer = worker_of(ThreadWorld(1).member(0), config)
-            optimizer.worker.started = False
+            model, optimizer = new_worker(config)
         reform(optimizer.worker, Noting(comm, names))
         return names, values(model), optimizer.steps
 
