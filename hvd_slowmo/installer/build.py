@@ -131,7 +131,7 @@ def build_wheel(
     record.parent.mkdir(parents=True)
     record.write_text(recipe.to_json(), encoding="utf-8")
     titles = " and ".join(f"{TITLES[name]} {version}" for name, version in recipe.frameworks.items())
-    meter = Meter(list(recipe.frameworks), jobs)
+    meter = Meter(list(recipe.frameworks), jobs, together=not any(recipe.options.values()))
     minutes = round(meter.processor_seconds / 60)
     reporter.say(f"Building Horovod {recipe.horovod} for {titles}: some {minutes} minutes of one processor's time")
     reporter.say(f"Full log: {log}")

@@ -1,7 +1,7 @@
 """The share of Horovod's build that is done, and the time left at the speed measured so far.
 
-CMake counts files, and three of the last ones take a quarter of the time. Here each file counts with its cost, the
-processor seconds that compiling it took once (costs.py); relative costs are alike on other machines.
+CMake counts files, and one takes ten times as long as another. Here each file counts with its cost, the processor
+seconds that compiling it took once (costs.py). A "file" is also a group of files that are compiled together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from hvd_slowmo.installer.costs import SECONDS, cost, target_costs
+from hvd_slowmo.installer.costs import cost, target_costs
 
 _COMPILED = re.compile(r"^\[\s*\d+%\] Building \w+ object .*CMakeFiles/(?P<target>[^/]+)\.dir/(?P<file>.+)\.o$")
 _BUILT = re.compile(r"^\[\s*\d+%\] Built target (?P<target>\S+)$")
@@ -19,7 +19,7 @@ _BUILT = re.compile(r"^\[\s*\d+%\] Built target (?P<target>\S+)$")
 _MEASURED = 0.05
 """Share of the build from which on its speed predicts the rest."""
 
-_LARGE = 46
+_LARGE = 34
 """Cost of a file from which on its age tells the machine's speed; smaller ones may be finished already."""
 
 _ALMOST = 0.8
@@ -59,6 +59,7 @@ class Build:
 
     Attributes:
         jobs: files compiled at once.
+        together: files are compiled in groups.
         targets: libraries that are being built, or will be.
         last: time of the last file that was started, s; None before the first one.
         busy: job-seconds of compilation up to then.
@@ -68,6 +69,7 @@ class Build:
     """
 
     jobs: int
+    together: bool
     targets: tuple[str, ...]
     last: float | None = None
     busy: float = 0.0
@@ -76,19 +78,20 @@ class Build:
     built: frozenset[str] = frozenset()
 
 
-def begin(frameworks: Sequence[str], jobs: int) -> Build:
+def begin(frameworks: Sequence[str], jobs: int, together: bool = True) -> Build:
     """Return a build for these frameworks before its first line.
 
     Args:
         frameworks: "torch" and "tensorflow", or one of them.
         jobs: files compiled at once.
+        together: files are compiled in groups, as they are unless MPI or NCCL is asked for.
 
     Example:
         >>> begin(["torch"], jobs=2).targets
         ('gloo', 'pytorch')
     """
     targets = {"torch": ("pytorch",), "tensorflow": ("compatible17_gloo", "tensorflow")}
-    return Build(jobs, ("gloo", *(target for name in frameworks for target in targets[name])))
+    return Build(jobs, together, ("gloo", *(target for name in frameworks for target in targets[name])))
 
 
 def after_line(build: Build, line: str, seconds: float) -> Build:
@@ -104,9 +107,9 @@ def after_line(build: Build, line: str, seconds: float) -> Build:
 
     Example:
         >>> build = begin(["torch"], jobs=1)
-        >>> build = after_line(build, "[  2%] Building CXX object gloo/CMakeFiles/gloo.dir/allgather.cc.o", 10.0)
+        >>> build = after_line(build, "[  2%] Building CXX object gloo/CMakeFiles/gloo.dir/allreduce_local.cc.o", 10.0)
         >>> [file.name for file in build.running]
-        ['gloo/allgather.cc']
+        ['gloo/allreduce_local.cc']
     """
     if match := _BUILT.match(line):
         target = match["target"]
@@ -179,13 +182,13 @@ def spell(found: Estimate) -> str:
 class Meter:
     """The build that a running command's output shows."""
 
-    def __init__(self, frameworks: Sequence[str], jobs: int) -> None:
-        self._build = begin(frameworks, jobs)
+    def __init__(self, frameworks: Sequence[str], jobs: int, together: bool = True) -> None:
+        self._build = begin(frameworks, jobs, together)
 
     @property
     def processor_seconds(self) -> float:
         """Time that the rest of the build takes, as far as its files are known."""
-        return SECONDS * sum(_waiting(self._build))
+        return sum(_waiting(self._build))
 
     def read(self, line: str, seconds: float) -> None:
         """Take note of a line."""
@@ -221,7 +224,9 @@ def _alive(build: Build, speed: float, seconds: float) -> list[File]:
     return [
         file
         for file in build.running
-        if cost(file.name) >= _LARGE or speed * (seconds - file.since) < _OVERDUE * cost(file.name)
+        if file is build.running[-1]  # its library is not there yet, so the last file is not finished
+        or cost(file.name) >= _LARGE
+        or speed * (seconds - file.since) < _OVERDUE * cost(file.name)
     ]
 
 
@@ -243,7 +248,7 @@ def _waiting(build: Build) -> list[float]:
     started = set(build.compiled)
     found: list[tuple[bool, float, float]] = []
     for target in build.targets:
-        files = target_costs(target)
+        files = target_costs(target, build.together)
         if target not in build.built:
             # All gloo comes first, then the libraries that need it, side by side.
             places = ((not target.endswith("gloo"), number / len(files)) for number in range(len(files)))

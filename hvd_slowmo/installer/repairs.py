@@ -1,10 +1,11 @@
-"""All patches of Horovod 0.28.1: those that make it build, and the repairs by name."""
+"""All patches of Horovod 0.28.1: those that make it build, those that make that quick, and the repairs."""
 
 from __future__ import annotations
 
 from hvd_slowmo.installer.elastic_repair import ELASTIC_RECOVERY
 from hvd_slowmo.installer.launcher_repair import LAUNCHER
 from hvd_slowmo.installer.patches import Patch, Repair
+from hvd_slowmo.installer.quick_build import QUICK
 from hvd_slowmo.installer.services_repair import SIGNED_SERVICES
 
 CXX_STANDARD = "HVD_SLOWMO_CXX_STANDARD"
@@ -14,17 +15,6 @@ _CXX = (
     "PyTorch's headers need C++17 since 2.1 and C++20 in its newest releases; gloo and the PyTorch extension must be "
     "compiled with the same standard, or linking fails"
 )
-
-
-def _narrow_includes(path: str) -> Patch:
-    return Patch(
-        path=path,
-        before="#include <torch/extension.h>\n#include <torch/torch.h>\n",
-        after="#include <torch/csrc/utils/pybind.h>\n#include <torch/types.h>\n",
-        reason="PyTorch's whole C++ frontend takes a third of the time of Horovod's two largest files; they use "
-        "tensors and their binding to Python",
-    )
-
 
 BUILD: tuple[Patch, ...] = (
     Patch(
@@ -39,14 +29,6 @@ BUILD: tuple[Patch, ...] = (
         after=f"set(CMAKE_CXX_STANDARD $ENV{{{CXX_STANDARD}}})",
         reason=_CXX,
     ),
-    Patch(
-        path="CMakeLists.txt",
-        before='string(REPLACE "-O2" "-O3" CMAKE_CXX_FLAGS_RELWITHDEBINFO',
-        after='string(REPLACE "-O2 -g" "-O3" CMAKE_CXX_FLAGS_RELWITHDEBINFO',
-        reason="debug information takes a third of the build's time and most of the wheel's size",
-    ),
-    _narrow_includes("horovod/torch/adapter_v2.h"),
-    _narrow_includes("horovod/torch/mpi_ops_v2.cc"),
     Patch(
         path="cmake/Modules/FindPytorch.cmake",
         before='-c "import torch; from torch.utils.cpp_extension import CUDA_HOME; print(True if (',
@@ -96,7 +78,7 @@ STALL_CHECK = Repair(
 
 REPAIRS: tuple[Repair, ...] = (STALL_CHECK, ELASTIC_RECOVERY, SIGNED_SERVICES, LAUNCHER)
 
-PATCHES: tuple[Patch, ...] = (*BUILD, *(patch for repair in REPAIRS for patch in repair.patches))
+PATCHES: tuple[Patch, ...] = (*BUILD, *QUICK, *(patch for repair in REPAIRS for patch in repair.patches))
 
 
 def included(patches: tuple[Patch, ...]) -> tuple[str, ...]:
