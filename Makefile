@@ -172,7 +172,7 @@ test: setup  ## run all tests
 
 test-all: setup  ## run all tests, with more sizes and settings
 	@+$(call locked,.venv/.docs)
-	@$(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
+	@ALL_TESTS=1 $(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds and start no workers
 	@$(BIN)/python -m pytest -m "not slow and not workers and not thorough and not install and not integration" $(PARALLEL) $(ARGS)

@@ -173,7 +173,6 @@ def test_measuring_needs_pytorch(capsys: pytest.CaptureFixture[str], monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.both_transports
 def test_workers_measure_their_links(workers: PoolOf, tmp_path: Path) -> None:
     pool, table = workers(2), tmp_path / "table.csv"
     first, second = pool.run("support.jobs.advice:advise", arguments=[*STEP, "--csv", str(table)])

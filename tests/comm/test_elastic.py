@@ -170,7 +170,7 @@ def test_a_new_keras_worker_takes_part(tmp_path):
 @pytest.mark.parametrize(
     ("victim", "settings"),
     [
-        ("127.1", {"tau": 12}),
+        pytest.param("127.1", {"tau": 12}, marks=pytest.mark.thorough),
         pytest.param("127.0.0.1", {"tau": 12}, marks=pytest.mark.thorough),
         pytest.param("127.1", {"tau": 12, "fragments": 4, "delay": 1}, marks=pytest.mark.thorough),
         pytest.param("127.1", {"tau": 12, "warmup_steps": 60}, marks=pytest.mark.thorough),

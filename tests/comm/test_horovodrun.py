@@ -30,15 +30,10 @@ def horovodrun(tmp_path, text, *options):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(("-np", "2"), marks=pytest.mark.thorough),
-        ("-np", "4", "-H", "localhost:2,127.0.0.1:2"),
-    ],
-)
+@pytest.mark.parametrize("options", [("-np", "2"), ("-np", "4", "-H", "localhost:2,127.0.0.1:2")])
 def test_a_script_under_horovodrun(tmp_path, options):
     result = horovodrun(tmp_path, SCRIPT.format(init="hvd.init()"), *options)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -127,7 +127,8 @@ def test_a_plain_kill_saves_and_ends_all_workers(launcher, receiver, tmp_path):
         assert result["steps"] == stop, rank
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun, again", marks=pytest.mark.thorough), "torchrun, elastic"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("launcher", ["torchrun, again", "torchrun, elastic"])
 def test_torchrun_resumes_after_a_killed_worker_as_if_none_had_been(launcher, tmp_path):
     runs = {}
     for name, options in (("whole", ()), ("killed", ("--kill",))):

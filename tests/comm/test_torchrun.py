@@ -59,6 +59,7 @@ def train(steps, **settings):
 """
 
 
+@pytest.mark.thorough
 def test_without_init_every_rank_is_told_the_line(tmp_path):
     job = torchrun(script(tmp_path, MODEL + "train(2)"), options=["--tee", "3"])
     assert job.returncode != 0

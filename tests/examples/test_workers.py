@@ -22,12 +22,13 @@ def check(output, folder):
     assert [path.read_bytes()[:8] for path in folder.glob("*.png")] == [PNG]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "launcher"),
     [
         ("cifar10_torch", "torchrun"),
-        pytest.param("cifar10_torch", "horovodrun", marks=pytest.mark.thorough),
-        pytest.param("cifar10_keras", "horovodrun", marks=pytest.mark.thorough),
+        ("cifar10_torch", "horovodrun"),
+        ("cifar10_keras", "horovodrun"),
     ],
 )
 def test_images_on_two_workers(name, launcher, tmp_path):

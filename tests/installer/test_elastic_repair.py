@@ -69,6 +69,7 @@ def test_survivors_go_on_at_once(tmp_path):
     assert output.count("done 2") == 2
 
 
+@pytest.mark.thorough
 def test_a_stopped_worker_is_ended_and_the_others_go_on(tmp_path):
     stop = "if state.step == 200 and hvd.rank() == 2: os.kill(os.getpid(), signal.SIGSTOP)"
     end = "hvd.size() == 2 and state.step > 300"

@@ -8,6 +8,7 @@ from support.installation import ROOT, python_here, run
 pytestmark = [pytest.mark.slow, pytest.mark.workers]
 
 
+@pytest.mark.thorough
 def test_the_doctor_is_content_with_the_development_environment():
     said = run(python_here, "-m", "hvd_slowmo.cli.main", "doctor", cwd=ROOT)
     assert "Training works here" in said

@@ -5,8 +5,8 @@ import pytest
 pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["load", "restart", "nothing"])
-@pytest.mark.sample("load")
 def test_values_that_are_loaded_between_two_fits_are_no_progress(keras_workers, how):
     for rank, (weight, said) in enumerate(keras_workers(2).run("support.jobs.keras_changed:between_fits", how=how)):
         assert weight == 1.0

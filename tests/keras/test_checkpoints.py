@@ -76,6 +76,7 @@ def test_a_fit_that_is_done_restores_its_model_and_trains_no_more(tmp_path):
     assert fit(tmp_path, epochs=4).history.epoch == [3]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_save_within_an_epoch_resumes_at_the_begin_of_that_epoch(tmp_path):
     with pytest.raises(Interrupted):

@@ -211,6 +211,7 @@ def test_learning_rate_scheduler(keras_workers):
     assert results[0]["history"]["learning_rate"] == pytest.approx([0.01, 0.005, 0.01 / 3])
 
 
+@pytest.mark.thorough
 def test_a_resume_from_own_files_is_the_run_without_a_stop(keras_workers, tmp_path):
     whole = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path / "a"), stop=False)
     again = keras_workers(2).run("support.jobs.keras_fit:resumes", folder=str(tmp_path / "b"), stop=True)
@@ -257,6 +258,7 @@ def test_three_workers_train(keras_workers, name):
     train(keras_workers(3), name)
 
 
+@pytest.mark.thorough
 def test_two_go_on_to_their_join_when_a_third_leaves(keras_workers):
     results = keras_workers(3).run("support.jobs.keras_fit:leaves", epochs=[4, 2, 4])
     assert [result["epochs"] for result in results] == [3, 2, 3]

@@ -43,6 +43,7 @@ def test_threads_equal_the_oracle(name):
     assert distance(on_threads(3, problem), problem) < TOLERANCE
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_joins_with_uneven_data_equal_the_oracle_on_threads():
     plan = [(6, 3, 5), (0, 5, 1), (7, 2, 9)]

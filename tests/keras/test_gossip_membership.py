@@ -30,8 +30,8 @@ def lost(steps, messages, **settings):
     return ThreadWorld(3).run(before)[:2]
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:tau=None")
-@pytest.mark.sample("untraced-part of them-osgp")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("messages", [(0, 0, 0), (CHUNKS, CHUNKS - 1, CHUNKS - 1)], ids=["none", "part of them"])
 @pytest.mark.parametrize("traced", [False, True], ids=["untraced", "traced"])

@@ -66,6 +66,7 @@ def test_fit_equals_the_oracle(keras_workers, average, options):
             np.testing.assert_allclose(seen, joined.z[rank], rtol=0, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_a_file_saved_in_the_middle_of_a_flight(keras_workers, tmp_path):
     config = {**OSGP, "average": False}
     job = {"config": config, "folder": str(tmp_path), "limit": 240}
@@ -73,6 +74,7 @@ def test_a_file_saved_in_the_middle_of_a_flight(keras_workers, tmp_path):
         assert same(whole, again)
 
 
+@pytest.mark.thorough
 def test_rank_0s_state_from_the_middle_of_a_flight_starts_all_where_rank_0_was(keras_workers):
     results = keras_workers(2).run("support.jobs.keras_gossip:from_rank_0", config={**OSGP, "tau": 9})
     for weights, mean in results:

@@ -29,9 +29,9 @@ def oracle_of(members):
     return LateOracle(members[0].start, masks_of(layout), 3, delay=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("fragments", [1, 2])
-@pytest.mark.sample("2-True")
 def test_an_exchange_that_nobody_has_is_sent_again(fragments, traced):
     """Of the values that were set aside, by those that are left."""
     first = TAU // fragments  # launched after this step, and lost in the next one
@@ -78,8 +78,8 @@ def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(t
     assert (reformed.leader, reformed.behind) == (0, ())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.sample("32")
 def test_a_newcomer_has_no_part_in_what_is_in_flight(bits):
     """It starts at the anchor, is in the same exchanges from now on, and weighs its own steps in its first one."""
 

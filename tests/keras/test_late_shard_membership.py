@@ -82,9 +82,9 @@ def oracle_of(members):
     return ShardOracle(members[0].start, fragments, 3, delay=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(("fragments", "bits"), [(1, 32), (FRAGMENTS, 32), (FRAGMENTS, 8)])
-@pytest.mark.sample("2-32-True")
 def test_an_exchange_that_nobody_has_is_sent_again(fragments, bits, traced, caplog):
     """A block is behind them. Where the anchor is lost, the outer step is a plain mean of what is in flight."""
     first = TAU + TAU // fragments
@@ -144,8 +144,8 @@ def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(b
     assert (reformed.leader, reformed.behind) == (0, ())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.sample("32")
 def test_a_newcomer_gets_slices_and_has_no_part_in_what_is_in_flight(bits):
     """It starts at the anchor, is in the same exchanges from now on, and weighs its own steps in its first one."""
 

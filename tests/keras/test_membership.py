@@ -14,7 +14,7 @@ tf.config.threading.set_inter_op_parallelism_threads(16)  # see test_threads.py
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 2), (CHUNKS, CHUNKS - 1), (CHUNKS - 1, CHUNKS)])
-@pytest.mark.sample("1-2", "3-2")
+@pytest.mark.sample("1-2")
 def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(first, second):
     """The survivors have received `first` and `second` chunks of the outer step when they notice."""
     reached = [first, second, max(first, second)]
@@ -156,9 +156,9 @@ def test_averaged_gradients_leave_all_with_the_leaders_state():
     assert steps == other_steps == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("newcomer", [False, True])
-@pytest.mark.sample("False-8")
 def test_slices_of_survivors_are_dealt_anew(monkeypatch, bits, newcomer):
     """The lost worker's slice of momentum begins with zeros; in few bits the same holds for what rounding withheld."""
     blocks = 6  # two for each of three workers, three for each of two

@@ -32,9 +32,10 @@ def test_the_result_is_that_of_the_undivided_state(settings):
         assert np.array_equal(mine["weight"], divided[0]["weight"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 32, "fragments": 2, "delay": 1}, pytest.param({"bits": 32}, marks=pytest.mark.thorough)],
+    [{"bits": 32, "fragments": 2, "delay": 1}, {"bits": 32}],
     ids=str,
 )
 def test_the_workers_measure_their_slices(settings):
@@ -65,7 +66,7 @@ def test_the_workers_measure_their_slices(settings):
     ("settings", "kind"),
     [
         ({"bits": 8}, "variables"),
-        ({"bits": 32, "delay": 1}, "save"),
+        pytest.param({"bits": 32, "delay": 1}, "save", marks=pytest.mark.thorough),
         pytest.param({"bits": 8}, "save", marks=pytest.mark.thorough),
         pytest.param({"bits": 32, "delay": 1}, "variables", marks=pytest.mark.thorough),
     ],

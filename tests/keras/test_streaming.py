@@ -79,7 +79,7 @@ def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
 @pytest.mark.slow
 @pytest.mark.workers
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.sample(*IN_EVERY_RUN)
+@pytest.mark.sample(IN_EVERY_RUN[0])
 def test_workers_equal_the_reference(keras_workers, name):
     histories = keras_workers(2).run("support.trainings.keras:run", problem=SAME[name], chunk_bytes=40)
     assert distance(histories, SAME[name], 40) < 1e-12
@@ -95,8 +95,9 @@ def test_longer_delays_are_refused(settings, longest):
         SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(**settings))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [thorough(0), 1])
+@pytest.mark.parametrize("delay", [0, 1])
 def test_an_excluded_worker_returns_to_the_anchors_of_all_fragments(delay):
     """A variable has stretches in two fragments; each keeps the others' values while one is written."""
 

@@ -5,7 +5,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_slowmo.comm.threads import ThreadWorld
@@ -15,6 +15,7 @@ from hvd_slowmo.torch import SlowMo
 from reference.gossip import walk_gossip
 from support.graphs import any_graph
 from support.problems import LOCAL_SGD, SCHEDULES, Problem, config_of, distance
+from support.sample import examples
 from support.trainings.pytorch import build, epochs, run
 
 TOLERANCE = 1e-12
@@ -78,10 +79,6 @@ def problems(draw, workers):
     options = draw(st.sampled_from([{}, {"momentum": 0.8}, {"momentum": 0.9, "nesterov": True}]))
     groups = draw(st.sampled_from([(0, 0, 0, 0), (0, 0, 1, 1)]))
     return Problem(config, options=options, schedule=draw(st.sampled_from(sorted(SCHEDULES))), groups=groups)
-
-
-def examples(number):
-    return settings(max_examples=number, deadline=None, derandomize=True)
 
 
 @pytest.mark.slow

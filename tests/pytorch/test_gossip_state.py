@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,6 +15,7 @@ from hvd_slowmo.gossip import SGP
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.graphs import any_graph
 from support.problems import GOSSIP, LOCAL_SGD, Problem
+from support.sample import examples
 from support.trainings.pytorch import advance, build, held, same
 
 
@@ -38,7 +39,7 @@ def mass(model, optimizer, array, rank):
     return x, sum(progress["weights"]) + sum(progress["arriving"])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(
     workers=st.integers(2, 4), period=st.integers(1, 3), seed=st.integers(0, 99), overlap=st.booleans(),
     average=st.booleans(), tau=st.sampled_from([None, 1, 3, 5]), stop=st.integers(0, 9),

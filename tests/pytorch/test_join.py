@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from reference.join import run_epochs
 from support.problems import NESTEROV, Problem
+from support.sample import examples
 from support.trainings.pytorch import build, epochs, same
 
 SETTINGS = {
@@ -64,7 +65,7 @@ def test_uneven_epochs_equal_the_reference(name):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(
     name=st.sampled_from(sorted(SETTINGS)),
     plan=st.integers(2, 4).flatmap(lambda m: st.lists(st.tuples(*[st.integers(0, 9)] * m), min_size=1, max_size=5)),

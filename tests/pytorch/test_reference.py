@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from support.problems import NESTEROV, PROBLEMS, Problem, distance
+from support.sample import examples
 from support.trainings.pytorch import resumed, run, same
 
 TOLERANCE = 1e-12  # float64, values of size 1
@@ -50,7 +51,7 @@ def problems(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(problem=problems(), size=st.integers(1, 5), chunk_bytes=st.sampled_from([8, 24, 40, None]))
 def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
     histories = ThreadWorld(size).run(lambda comm: run(problem, comm, chunk_bytes))

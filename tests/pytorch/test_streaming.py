@@ -5,13 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import ADAM, LOCAL_SGD, NESTEROV, STREAMED, Problem, distance
+from support.sample import examples
 from support.trainings.pytorch import epochs, resumed, run, same
 
 TOLERANCE = 1e-12  # float64, values of size 1
@@ -52,7 +53,7 @@ def problems(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None, derandomize=True)
+@examples(80)
 @given(problem=problems(), size=st.integers(1, 4), chunk_bytes=st.sampled_from([8, 24, 40, None]))
 def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
     histories = ThreadWorld(size).run(lambda comm: run(problem, comm, chunk_bytes))
@@ -64,7 +65,7 @@ def test_any_settings_equal_the_reference(problem, size, chunk_bytes):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(
     problem=problems(),
     plan=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3).map(tuple), min_size=1, max_size=3),

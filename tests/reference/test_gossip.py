@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_slowmo.topology.checks import topology
 from reference.gossip import run_gossip, walk_gossip
 from support.gossip_quadratics import Array, D, Gradient, Rate, any_graph, climb, close, common, masses, problem, wavy
+from support.sample import examples
 
 # By hand
 
@@ -166,7 +167,7 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
     return told
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     data=st.data(), m=st.integers(1, 4), period=st.integers(1, 3), seed=st.integers(0, 99), warmup=st.integers(0, 4),
     tau=st.sampled_from([None, 1, 2, 3, 5]), alpha=st.sampled_from([0.5, 1.0, 1.3]), beta=st.sampled_from([0.0, 0.6]),
@@ -196,7 +197,7 @@ def test_message_by_message(
 # Mass and weights
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     data=st.data(), m=st.integers(1, 6), period=st.integers(1, 3), seed=st.integers(0, 99), average=st.booleans(),
     overlap=st.booleans(), tau=st.sampled_from([None, 1, 3, 4]), warmup_steps=st.integers(0, 3),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_slowmo.topology.checks import consecutive_nodes, topology
@@ -15,6 +15,7 @@ from reference.gossip import run_gossip, walk_gossip
 from reference.join import run_epochs
 from reference.slowmo import run
 from support.gossip_quadratics import BASES, Array, D, close, common, masses, problem, wavy
+from support.sample import examples
 
 # Against the other oracles
 
@@ -26,7 +27,7 @@ SLOWMO: dict[str, Any] = {
 }  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(name=st.sampled_from(sorted(BASES)), m=st.integers(1, 4), overlap=st.booleans(), **SLOWMO)
 def test_nobody_sends_is_local(name: str, m: int, overlap: bool, n_groups: int, **c: Any) -> None:
     """With the identity as topology, gossip equals local training."""
@@ -44,7 +45,7 @@ def test_nobody_sends_is_local(name: str, m: int, overlap: bool, n_groups: int, 
         assert (a.step, a.outer) == (b.step, b.outer)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(gossip=st.sampled_from(["sgp", "dpsgd"]), m=st.integers(1, 5), average=st.booleans(), **SLOWMO)
 def test_full_over_plain_sgd_is_averaged_gradients(gossip: str, m: int, average: bool, n_groups: int, **c: Any) -> None:
     """Averaging the parameters after each step equals a step with the mean gradient, and all workers are equal."""
@@ -57,7 +58,7 @@ def test_full_over_plain_sgd_is_averaged_gradients(gossip: str, m: int, average:
         close(a.v, np.tile(b.v, (m, 1)))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(
     name=st.sampled_from(sorted(BASES)), average=st.booleans(), overlap=st.booleans(),
     epochs=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=1), min_size=1, max_size=4), **SLOWMO,

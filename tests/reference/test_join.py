@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reference.join import Epoch, run_epochs
 from reference.slowmo import run
 from support.quadratics import Array, D, Gradient, Rate, close, common, problem, wavy
+from support.sample import examples
 
 Epochs = Sequence[Sequence[int]]
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,7 +165,7 @@ def test_averages_weigh_by_steps() -> None:
 # Against run
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(
     name=st.sampled_from(sorted(BASES)), workers=st.integers(1, 4), tau=st.integers(1, 4),
     lengths=st.lists(st.integers(0, 3), min_size=1, max_size=4), alpha=st.sampled_from([0.7, 1.0]),
@@ -252,7 +253,7 @@ def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: R
     return result
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     data=st.data(), workers=st.integers(1, 4), tau=st.integers(1, 6), seed=st.integers(0, 99),
     alpha=st.sampled_from([0.5, 1.0, 1.3]), beta=st.sampled_from([0.0, 0.6]), nesterov=st.booleans(),

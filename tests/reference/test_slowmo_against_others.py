@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reference.slowmo import Snapshot, run
 from support.quadratics import Array, D, Gradient, Rate, close, common, problem, wavy
+from support.sample import examples
 
 
 def xs(history: list[Snapshot]) -> Array:
@@ -132,7 +133,7 @@ def test_base_alone_is_torch(name: str) -> None:
     assert all(np.array_equal(s.anchor, x0) and not s.v.any() for s in history)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     name=st.sampled_from(sorted(BASES)), seed=st.integers(0, 999), workers=st.integers(1, 4), tau=st.integers(1, 6),
     steps=st.integers(0, 30), warmup_steps=st.integers(0, 7), alpha=st.sampled_from([0.5, 0.7, 1.0, 1.3]),

@@ -1,13 +1,16 @@
-"""The mark `sample`: of a test with many variants, those that belong to `make test`.
+"""Parts of a test that belong to `make test`, while `make test-all` runs all of it.
 
-@pytest.mark.sample("SGD", "Adam")    these ids
+@pytest.mark.sample("SGD", "Adam")    of many variants, these ids
 @pytest.mark.sample(every=3)          the first and each third one from there
+@examples(80)                         of generated examples, a quarter
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+import hypothesis
 import pytest
 
 
@@ -32,3 +35,9 @@ def leave_out(items: Sequence[pytest.Item]) -> None:
         for number, (item, variant) in enumerate(zip(found, ids, strict=True)):
             if number % every if every else variant not in mark.args:
                 item.add_marker(pytest.mark.thorough)
+
+
+def examples(number: int) -> hypothesis.settings:
+    """Return the settings of a test with `number` generated examples, which are the same in each run."""
+    count = number if os.environ.get("ALL_TESTS") else -(-number // 4)
+    return hypothesis.settings(max_examples=count, deadline=None, derandomize=True)

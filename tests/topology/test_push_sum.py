@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_slowmo.topology import push_sum as pushsum
 from hvd_slowmo.topology.checks import topology
 from support.graphs import CASES
+from support.sample import examples
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(100)
 @given(case=st.sampled_from(CASES), steps=st.integers(0, 30), start=st.integers(0, 9))
 def test_weights_are_conserved(case: tuple[str, int], steps: int, start: int) -> None:
     p = topology(*case)
