@@ -1,5 +1,6 @@
 """The contract of keras.optimizers: one trace, and what is in it."""
 
+import gc
 import time
 
 import keras
@@ -40,6 +41,23 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
     )
     assert not [op for op in operations(concrete.graph) if "PyFunc" in op]
     assert optimizer.worker.step.traces == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_trace_that_is_replaced_leaves_nothing_behind(scaled):
+    """As in an elastic job, at each change. TensorFlow would keep the graph around a custom gradient for ever."""
+    inner = SGD(0.1, momentum=0.5)
+    model, optimizer = net(), SlowMo(keras.optimizers.LossScaleOptimizer(inner) if scaled else inner, tau=2)
+    graphs = []
+    for _ in range(3):
+        fit(model, optimizer, range(3))
+        assert optimizer.worker.step.traces == 1
+        optimizer.worker.reassemble(optimizer.worker.comm)
+        model.train_function = None
+        gc.collect()
+        graphs.append(sum(isinstance(each, tf.__internal__.FuncGraph) for each in gc.get_objects()))
+    assert graphs[1] == graphs[2]
 
 
 @pytest.mark.slow

@@ -46,6 +46,9 @@ class InnerOptimizer:
             )
         self.innermost.gradient_accumulation_steps = None
         self.innermost.use_ema = False
+        # Its sum over the replicas of a tf.distribute strategy, which SlowMo refuses, is a custom gradient, and
+        # TensorFlow keeps the whole trace around one for ever. Not by setattr, which Keras tracks.
+        vars(self.innermost)["_all_reduce_sum_gradients"] = _of_one_replica
 
     def build(self, variables: list[keras.Variable], reset: bool) -> None:
         """Make the optimizer's variables; with `reset`, remember their values from before the first step."""
@@ -96,6 +99,10 @@ class InnerOptimizer:
 
 def _state(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     return [v for v in optimizer.variables if v is not optimizer._learning_rate]
+
+
+def _of_one_replica(gradients: Any) -> Any:
+    return gradients
 
 
 def _short(values: NDArray[Any]) -> Any:
