@@ -26,6 +26,7 @@ from hvd_slowmo.cli.main import main
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.checkpoints import RESET, damaged, files, saved
+from support.sample import ALL
 from support.trainings.pytorch import same
 
 MODELS = """
@@ -195,7 +196,7 @@ def test_damaged_sources_are_one_error_each(folder, capsys):
     rng = np.random.default_rng(0)
     refused = dict.fromkeys(("pt", "keras", "weights.h5", "safetensors", "slowmo"), 0)
     capsys.readouterr()
-    for suffix, _ in [(suffix, number) for suffix in refused for number in range(24)]:
+    for suffix, _ in [(suffix, number) for suffix in refused for number in range(24 if ALL else 8)]:
         source = folder / f"damaged.{suffix}"
         source.write_bytes((folder / f"whole.{suffix}").read_bytes())
         kind = damaged([source], rng)
@@ -207,7 +208,7 @@ def test_damaged_sources_are_one_error_each(folder, capsys):
         assert status or suffix != "slowmo" or kind == "swap", "a checkpoint has checksums of all that it holds"
         refused[suffix] += status
         (folder / "a.safetensors").unlink(missing_ok=True)
-    assert min(refused.values()) > 5
+    assert min(refused.values()) > (5 if ALL else 1)
 
 
 def test_a_file_from_a_gpu_is_read_without_one(folder, monkeypatch):

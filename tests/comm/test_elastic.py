@@ -93,7 +93,7 @@ def test_survivors_go_on_where_they_were(tmp_path, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"tau": 12},
+        pytest.param({"tau": 12}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "fragments": 4}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "warmup_steps": 60}, marks=pytest.mark.thorough),
         pytest.param({"tau": 12, "inner_state": "average"}, marks=pytest.mark.thorough),

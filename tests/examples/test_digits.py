@@ -131,8 +131,8 @@ def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "minimal_keras",
-        pytest.param("minimal_torch", marks=pytest.mark.thorough),
+        "minimal_torch",
+        pytest.param("minimal_keras", marks=pytest.mark.thorough),
         pytest.param("custom_loop_keras", marks=pytest.mark.thorough),
     ],
 )

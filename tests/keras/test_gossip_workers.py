@@ -27,6 +27,7 @@ def test_equal_to_the_oracle(keras_workers, size):
         assert distance(histories, problem) < TOLERANCE, name
 
 
+@pytest.mark.thorough
 def test_resume_in_the_middle_of_a_flight(keras_workers):
     problem = SAME["osgp, star, slowmo, noaverage"]
     whole = keras_workers(2).run("support.trainings.keras:run", problem=problem)

@@ -66,9 +66,10 @@ def test_a_worker_in_a_join_answers_gradients_and_late_fragments(keras_workers):
             assert np.abs(mine["x"] - expected.x[0]).max() < 1e-12
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["three fragments, constant", thorough("streaming Local SGD")])
-@pytest.mark.parametrize("stop", [thorough(6), 7])
+@pytest.mark.parametrize("name", ["three fragments, constant", "streaming Local SGD"])
+@pytest.mark.parametrize("stop", [6, 7])
 def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
     problem = SAME[name]
     whole, again = train(2, problem), train(2, problem, job=keras_training.resumed, stop=stop)

@@ -43,7 +43,7 @@ STREAMED = {
     "one step late": Problem({"tau": 3, "delay": 1, "warmup_steps": 2}),
 }
 
-FEW = ("slowmo", "sgp, slowmo", "osgp, slowmo")
+FEW = ("slowmo", "osgp, slowmo")
 
 
 def check(mixed_workers, kinds, problems):

@@ -12,7 +12,7 @@ from torch import nn
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.problems import ADAM, LOCAL_SGD, NESTEROV, STREAMED, Problem, distance
-from support.sample import examples
+from support.sample import examples, some
 from support.trainings.pytorch import epochs, resumed, run, same
 
 TOLERANCE = 1e-12  # float64, values of size 1
@@ -96,7 +96,7 @@ def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.slow
 def test_workers_equal_the_reference(workers, size):
-    for name, problem in STREAMED.items():
+    for name, problem in some(STREAMED):
         histories = workers(size).run("support.trainings.pytorch:run", problem=problem, chunk_bytes=40)
         assert distance(histories, problem, 40) < TOLERANCE, name
 

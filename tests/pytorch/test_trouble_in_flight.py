@@ -192,10 +192,7 @@ def broken_worker(settings, where):
 @pytest.mark.parametrize("settings", [{"delay": 2}, {"delay": 2, "bits": 8, "shard": True}], ids=str)
 @pytest.mark.parametrize("where", ["script", "thread"])
 @pytest.mark.slow
-@pytest.mark.sample(
-    "horovod.torch-thread-{'delay': 2, 'bits': 8, 'shard': True}",
-    "torch.distributed-script-{'delay': 2, 'bits': 8, 'shard': True}",
-)
+@pytest.mark.sample("horovod.torch-thread-{'delay': 2, 'bits': 8, 'shard': True}")
 def test_an_exception_on_one_real_worker_is_a_clear_error_on_the_others(workers, settings, where):
     first, broken, third = workers(3).outcomes(
         "pytorch.test_trouble_in_flight:broken_worker", settings=settings, where=where, fatal=True

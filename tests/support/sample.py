@@ -3,15 +3,21 @@
 @pytest.mark.sample("SGD", "Adam")    of many variants, these ids
 @pytest.mark.sample(every=3)          the first and each third one from there
 @examples(80)                         of generated examples, a quarter
+for name, problem in some(PROBLEMS)   of problems that one test goes through, each third one
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import hypothesis
 import pytest
+
+Value = TypeVar("Value")
+
+ALL = bool(os.environ.get("ALL_TESTS"))  # set by `make test-all`
 
 
 def leave_out(items: Sequence[pytest.Item]) -> None:
@@ -39,5 +45,10 @@ def leave_out(items: Sequence[pytest.Item]) -> None:
 
 def examples(number: int) -> hypothesis.settings:
     """Return the settings of a test with `number` generated examples, which are the same in each run."""
-    count = number if os.environ.get("ALL_TESTS") else -(-number // 4)
+    count = number if ALL else -(-number // 4)
     return hypothesis.settings(max_examples=count, deadline=None, derandomize=True)
+
+
+def some(problems: Mapping[str, Value]) -> list[tuple[str, Value]]:
+    """Return the names and problems that belong to this run."""
+    return list(problems.items())[:: 1 if ALL else 3]
