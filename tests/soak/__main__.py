@@ -85,9 +85,7 @@ def _trains(job: Job) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="of all jobs together (default: %(default)s)"
-    )
+    parser.add_argument("--minutes", type=float, default=60, help="of all jobs together (default: %(default)s)")
     parser.add_argument("--pause", type=float, default=15, help="seconds between two faults (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults (default: %(default)s)")
     parser.add_argument("--frameworks", nargs="+", choices=("torch", "keras"), default=["torch", "keras"])

@@ -10,7 +10,9 @@ import tensorflow as tf
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.regroup.dealing import FormerSlices
-from hvd_slowmo.core.regroup.membership import Place, Reformed, come_together
+from hvd_slowmo.core.regroup.member import BrokenOff
+from hvd_slowmo.core.regroup.membership import Reformed, come_together
+from hvd_slowmo.core.regroup.places import Place
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Description, Job
 from hvd_slowmo.core.step.machine import Machine
@@ -22,7 +24,7 @@ from hvd_slowmo_tf.worker import KerasWorker
 
 
 class KerasMember(StartingKerasWorker):
-    """`hvd_slowmo.core.regroup.membership.Member` of a Keras optimizer. Nothing here is traced."""
+    """`hvd_slowmo.core.regroup.member.Member` of a Keras optimizer. Nothing here is traced."""
 
     elastic = True
 
@@ -40,24 +42,12 @@ class KerasMember(StartingKerasWorker):
         written = tuple(sorted(self._worker.written or ()))
         owner = variables.owner if self.config.sliced_vectors else None
         launched = tuple(now.flight.launched.tolist())
-        answers = self._worker.answered == step and not made
-        return Place(True, step, made, written, launched, owner, self._worker.torn, self.framework, answers)
+        answers = self._worker.broken_off.answered == step and not made
+        return Place(True, step, made, written, launched, owner, self._worker.broken_off.torn, self.framework, answers)
 
     @property
-    def torn(self) -> bool:
-        return self._worker.torn
-
-    @torn.setter
-    def torn(self, value: bool) -> None:
-        self._worker.torn = value
-
-    @property
-    def answered(self) -> int | None:
-        return self._worker.answered
-
-    @answered.setter
-    def answered(self, value: int | None) -> None:
-        self._worker.answered = value
+    def broken_off(self) -> BrokenOff:
+        return self._worker.broken_off
 
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         worker = self._worker
@@ -139,6 +129,7 @@ def reform(
         if isinstance(comm, HorovodComm):
             raise comm.failures.explain(error) from error
         raise
-    worker.job, worker.answered = reformed.job, None
+    worker.job = reformed.job
+    worker.broken_off.answered = None
     worker.variables.belong_to(worker.comm.rank, worker.comm.size)
     return reformed

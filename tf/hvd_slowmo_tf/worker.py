@@ -24,6 +24,7 @@ from hvd_slowmo.core.parts.roll_call import RollCall
 from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.whole import Whole, divided_vectors, gather_whole
 from hvd_slowmo.core.regroup.dealing import FormerSlices
+from hvd_slowmo.core.regroup.member import BrokenOff
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Job
 from hvd_slowmo.core.step import preemption, refusals
@@ -80,11 +81,10 @@ class KerasWorker:
         travelling: the variables that take part in exchanges.
         traces: the step and the join.
         fingerprint: of the trained variables that the last join left.
-        torn: other workers were lost while this one took their state.
+        broken_off: by the loss of another worker.
         former_slices: of former workers until they have been dealt anew, and whose they are; None else.
         written: numbers of the chunks of an outer step that was broken off which PyTorch workers had written and have
             handed over; None without. A Keras worker writes nothing before all is there.
-        answered: see `hvd_slowmo.core.regroup.membership.Member`.
         averaging: within `averaged_parameters()`.
         only_builds: `apply` makes variables and does nothing else, while a model's variables are looked for.
     """
@@ -108,8 +108,8 @@ class KerasWorker:
         self.elastic = comm is None and elastic()
         self.former_slices: FormerSlices | None = None
         self.written: set[int] | None = None
-        self.answered: int | None = None
-        self.torn = self.averaging = self.only_builds = False
+        self.broken_off = BrokenOff()
+        self.averaging = self.only_builds = False
         self.travelling = TravellingVariables(optimizer, inner, self.config, parameter_map)
         self.fingerprint = Fingerprint(optimizer)
         watches = parameter_map is not None
@@ -242,13 +242,13 @@ class KerasWorker:
     def join(self, leaving: bool) -> tuple[int, ...]:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
         preemption.tell(self.roll)
-        self.answered = None
+        self.broken_off.answered = None
         try:
             leavers = self.call(self.traces.join_now(), tf.constant(float(leaving), tf.float64)).numpy()
         except ValueError:  # the verdict of a meeting
             raise
         except Exception:  # of a transport, or TensorFlow's around it
-            self.answered = self.optimizer.steps
+            self.broken_off.answered = self.optimizer.steps
             raise
         left = tuple(rank for rank, gone in zip(self.comm.ranks, leavers, strict=True) if gone)
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing

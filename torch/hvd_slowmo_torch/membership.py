@@ -7,7 +7,9 @@ import torch
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.regroup.dealing import FormerSlices
-from hvd_slowmo.core.regroup.membership import Place, Reformed, come_together
+from hvd_slowmo.core.regroup.member import BrokenOff
+from hvd_slowmo.core.regroup.membership import Reformed, come_together
+from hvd_slowmo.core.regroup.places import Place
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Description
 from hvd_slowmo.core.step.machine import Machine
@@ -17,7 +19,7 @@ from hvd_slowmo_torch.worker import TorchWorker
 
 
 class TorchMember(StartingTorchWorker):
-    """`hvd_slowmo.core.regroup.membership.Member` of a PyTorch optimizer."""
+    """`hvd_slowmo.core.regroup.member.Member` of a PyTorch optimizer."""
 
     elastic = True
 
@@ -33,24 +35,12 @@ class TorchMember(StartingTorchWorker):
         launched = tuple(progress.flight.launched.tolist())
         owner = worker.store.owner if self.config.sliced_vectors else None
         step, interrupted = int(progress.step), worker.interrupted is not None
-        answers = worker.answered == step and not interrupted
-        return Place(True, step, interrupted, written, launched, owner, worker.torn, self.framework, answers)
+        answers = worker.broken_off.answered == step and not interrupted
+        return Place(True, step, interrupted, written, launched, owner, worker.broken_off.torn, self.framework, answers)
 
     @property
-    def torn(self) -> bool:
-        return self._worker.torn
-
-    @torn.setter
-    def torn(self, value: bool) -> None:
-        self._worker.torn = value
-
-    @property
-    def answered(self) -> int | None:
-        return self._worker.answered
-
-    @answered.setter
-    def answered(self, value: int | None) -> None:
-        self._worker.answered = value
+    def broken_off(self) -> BrokenOff:
+        return self._worker.broken_off
 
     def reassemble(self, description: Description[TensorRef], graph: Graph | None) -> None:
         if self._worker.started:
@@ -102,6 +92,7 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     member = TorchMember(worker)
     with torch.no_grad():
         reformed = come_together(member, worker.comm)
-    worker.started, worker.mixed, worker.answered = True, reformed.job.mixed, None
+    worker.started, worker.mixed = True, reformed.job.mixed
+    worker.broken_off.answered = None
     worker.prepare()
     return reformed

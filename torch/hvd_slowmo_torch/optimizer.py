@@ -278,13 +278,13 @@ class SlowMo(Outermost, Optimizer):
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
         worker.store.watch.look(mixes=self.config.gossip is not None)
-        presence.joining, presence.leaving, worker.answered = True, leaving, None
+        presence.joining, presence.leaving, worker.broken_off.answered = True, leaving, None
         try:
             with torch.no_grad():
                 joining, assembly = JoiningTorchWorker(worker, worker.optimizer() or self, scaler), worker.assembly
                 left = take_part(assembly.machine, assembly.averages, joining, int(leaving))
         except RuntimeError:  # of a transport
-            worker.answered = self.steps
+            worker.broken_off.answered = self.steps
             raise
         finally:
             presence.joining = presence.leaving = False

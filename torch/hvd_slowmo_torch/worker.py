@@ -34,6 +34,7 @@ from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.schedule import StepPlan
 from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.whole import Whole, gather_whole
+from hvd_slowmo.core.regroup.member import BrokenOff
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.handshake import agree
 from hvd_slowmo.core.step import refusals
@@ -96,8 +97,7 @@ class TorchWorker:
         started: the workers have been brought to one start.
         interrupted: learning rates of an inner step that has been made and is not counted, since the exchange behind it
             was broken off; None else.
-        answered: see `hvd_slowmo.core.regroup.membership.Member`.
-        torn: other workers were lost while this one took their state.
+        broken_off: by the loss of another worker.
         mixed: the job has workers of several frameworks.
         averaging: within averaged_parameters().
         evaluating: between eval() and train() of a schedule-free inner optimizer.
@@ -119,8 +119,7 @@ class TorchWorker:
         self.elastic = elastic()
         self.started = False
         self.interrupted: NDArray[np.float64] | None = None
-        self.answered: int | None = None
-        self.torn = False
+        self.broken_off = BrokenOff()
         self.presence = WorkerPresence(inner)
         tell_steps(comm, self, TorchWorker._steps)
         self.mixed = False

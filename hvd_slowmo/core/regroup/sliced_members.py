@@ -17,6 +17,7 @@ from hvd_slowmo.core.parts.layout import Chunk
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.regroup.dealing import FormerSlices, Owner, Share, deal_anew
 from hvd_slowmo.core.regroup.late_members import Flying
+from hvd_slowmo.core.regroup.places import Standing, applied_at
 from hvd_slowmo.core.step.machine import Machine
 
 
@@ -27,6 +28,25 @@ class SlicedWorker(NamedTuple):
     stays: bool  # it keeps its parameters
     lacks: tuple[bool, ...]  # by fragment, whether others have applied an exchange that it has not
     finite: bool  # its values, of which a mean may take the place of a lost anchor
+
+
+def sliced_workers(machine: Machine, standing: Standing, finite: Sequence[bool]) -> list[SlicedWorker]:
+    """Return which workers have slices, and of which fragments they lack the last exchange."""
+    config, fragments = machine.config, machine.layout.fragments
+    places, lead, stays = standing.places, standing.lead, standing.stays
+    done = (
+        [applied_at(config, place) for place, stay in zip(places, stays, strict=True) if stay] if config.delay else []
+    )
+    most = [max(each) for each in zip(*done, strict=True)]
+    workers = []
+    for place, inside, stay, usable in zip(places, standing.within, stays, finite, strict=True):
+        lacks = (place.started and not inside,) * fragments
+        if config.delay and place.started:
+            lacks = tuple(own < all_done for own, all_done in zip(applied_at(config, place), most, strict=True))
+        # Before the end of the warm-up there is no anchor of a block.
+        begun = place.step >= config.warmup_steps or lead.step < config.warmup_steps
+        workers.append(SlicedWorker(place.owner if begun else None, stay, lacks, usable))
+    return workers
 
 
 def deal_slices(
