@@ -25,7 +25,7 @@ def owed_slice(optimizer):
 
 @pytest.mark.parametrize(
     ("bits", "size"),
-    [(8, 3), (4, 2), *(pytest.param(bits, size, marks=pytest.mark.thorough) for bits in (16, 8, 4) for size in (1, 5))],
+    [(4, 2), *(pytest.param(bits, size, marks=pytest.mark.thorough) for bits in (16, 8, 4) for size in (1, 3, 5))],
 )
 def test_an_outer_step_equals_the_reference_bitwise(bits, size):
     """tau = 1 and no momentum: the new anchor is the old one minus Delta."""
@@ -53,13 +53,14 @@ def test_an_outer_step_equals_the_reference_bitwise(bits, size):
             assert np.array_equal(s, rests[rank])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"bits": 16}, marks=pytest.mark.thorough),
-        pytest.param({"bits": 8, "fragments": 4, "delay": 2}, marks=pytest.mark.thorough),
+        {"bits": 16},
+        {"bits": 8, "fragments": 4, "delay": 2},
         {"bits": 8, "delay": 1},
-        pytest.param({"bits": 4, "delay": 2}, marks=pytest.mark.thorough),
+        {"bits": 4, "delay": 2},
     ],
     ids=str,
 )

@@ -105,6 +105,7 @@ TRAININGS = {
 }
 FAST = {"uneven", "unbuilt", "executions of 4"}
 IN_TEST_ALL = {
+    "none",
     "eager",
     "equal",
     "unknown length, executions of 3",

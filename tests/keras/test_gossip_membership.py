@@ -63,7 +63,8 @@ def test_the_mean_of_the_survivors_models_clears_weights_and_messages(traced, me
     np.testing.assert_allclose(pair[0].optimizer.worker.variables.now.mixing.weights, reference[-1].w, atol=1e-14)
 
 
-@pytest.mark.parametrize("method", ["sgp", pytest.param("osgp", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["sgp", "osgp"])
 def test_an_outer_step_with_a_loss_and_a_newcomer(method):
     """The survivors' mean counts, and the newcomer begins there; its slots of weights and messages are new."""
     settings = {"gossip": METHODS[method], "tau": TAU}

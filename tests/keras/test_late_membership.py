@@ -49,8 +49,8 @@ def test_an_exchange_that_nobody_has_is_sent_again(fragments, traced):
     assert (reformed.newcomers, reformed.behind) == ((), ())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.sample("False")
 def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(traced):
     """It takes anchor and momentum, keeps what it has trained since it sent, and launches what it has missed."""
 

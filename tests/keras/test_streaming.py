@@ -15,8 +15,6 @@ tf.config.threading.set_inter_op_parallelism_threads(16)
 
 SAME = {name: p for name, p in STREAMED.items() if p.same_everywhere and p.config.get("delay", 0) < 2}
 
-IN_EVERY_RUN = ("a fragment per step", "one step late, plain SGD, warm-up")
-
 
 def thorough(value):
     """Leave a value to `make test-all`: each takes half a minute to trace."""
@@ -33,7 +31,8 @@ def equal(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name if name in IN_EVERY_RUN else thorough(name) for name in SAME])
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.sample("a fragment per step")
 def test_threads_equal_the_reference(name):
     problem = SAME[name]
     histories = train(2, problem, chunk_bytes=40)
@@ -80,7 +79,7 @@ def test_a_resume_in_flight_is_bitwise_the_run_without_a_stop(name, stop):
 @pytest.mark.slow
 @pytest.mark.workers
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.sample(IN_EVERY_RUN[0])
+@pytest.mark.sample("a fragment per step")
 def test_workers_equal_the_reference(keras_workers, name):
     histories = keras_workers(2).run("support.trainings.keras:run", problem=SAME[name], chunk_bytes=40)
     assert distance(histories, SAME[name], 40) < 1e-12

@@ -76,6 +76,7 @@ def test_streamed_outer_steps_equal_the_reference(mixed_workers):
         assert distance(histories, problem, 40) < TOLERANCE, name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
@@ -86,7 +87,6 @@ def test_streamed_outer_steps_equal_the_reference(mixed_workers):
     ],
     ids=str,
 )
-@pytest.mark.sample("{'bits': 32, 'shard': True, 'delay': 1}")
 def test_outer_steps_in_slices_equal_one_frameworks(mixed_workers, horovod_workers, settings):
     """The workers decode the same bytes; each framework rounds its own outer update."""
     mixed = mixed_workers("tk").run("support.jobs.mixed:few_bits", settings=settings)
@@ -135,6 +135,7 @@ def test_gradients_averaged(mixed_workers, name):
     check(mixed_workers, "tk", {name: OTHERS[name]})
 
 
+@pytest.mark.thorough
 def test_parameter_groups_of_pytorch_alone(mixed_workers):
     """Two groups in another order than the wire's; Keras has one."""
     problem = Problem({"tau": 3, "warmup_steps": 2}, options=NESTEROV, steps=20)
@@ -210,11 +211,12 @@ def test_averaged_parameters(mixed_workers):
         np.testing.assert_allclose(inside, mean, rtol=0, atol=1e-15)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "config",
     [
         {"tau": 3, "warmup_steps": 2},
-        pytest.param({"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all"}, marks=pytest.mark.thorough),
+        {"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all"},
     ],
 )
 def test_batch_norm_and_a_flattened_feature_map(mixed_workers, config):
@@ -264,6 +266,7 @@ def test_misuse_raises_on_every_rank(mixed_workers):
             assert words in said, kind
 
 
+@pytest.mark.thorough
 def test_misuse_in_pytorch_raises_on_every_rank(mixed_workers):
     for kind in ("argument", "no map", "layers"):
         results = mixed_workers("kt").run("support.jobs.mixed:misuse", kind=kind, odd=1)
