@@ -88,6 +88,7 @@ def convert(source, target, *options):
     assert main(["convert", source, target, *options]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras' own, in saving
 def test_weights_go_around_all_formats_to_the_bit(folder, capsys):
     convert("checkpoint", "a.pt", *TORCH)

@@ -75,6 +75,7 @@ def rows(path: Path = Path("simulation.csv")) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_every_setting_and_writes_a_table_and_a_figure(
     module: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_row_is_the_simulation_of_its_settings(module: Any, capsys: pytest.Cap
     assert torch.initial_seed() == 4321  # the process's random numbers are left alone
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_ended(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module.stop_at[0] = 5
     assert "interrupted" in run(capsys, *SWEEP, status=128 + signal.SIGINT)
@@ -134,6 +136,7 @@ def test_an_interrupted_sweep_goes_on_where_it_ended(module: Any, capsys: pytest
     assert without == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(Path("whole.csv"))]
 
 
+@pytest.mark.slow
 def test_a_sweep_can_grow(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--workers", "2", "--tau", "2", "--seeds", "1"]
     assert "One seed tells nothing about the spread" in run(capsys, *few)

@@ -25,6 +25,7 @@ def vector(blocks, seed):
     return g.astype(np.float32).reshape(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 @settings(max_examples=20, deadline=None)
 @given(blocks=st.integers(0, 300), seed=st.integers(0, 1000), tile=st.sampled_from([None, 1, 7, 64]))

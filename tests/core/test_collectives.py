@@ -16,8 +16,6 @@ from hvd_slowmo.comm.protocol import SoloComm
 from support.collectives import SCENARIOS, Record, RecordingComm, record
 
 GOLDEN = Path(__file__).parent / "golden"
-FAST = ("local", "sgp", "gradients_all_join")
-"""Scenarios that fast tests run under Keras too; all run under PyTorch."""
 UPDATE = os.environ.get("UPDATE_GOLDEN", "") not in ("", "0")
 CASES = [(name, framework) for name, scenario in SCENARIOS.items() for framework in scenario.frameworks]
 
@@ -30,7 +28,7 @@ def runs():
     for name, framework in CASES:
         traced = SCENARIOS[name].traced
         if framework == "torch" or traced != "only":
-            marks = [pytest.mark.slow] * (framework == "keras" and name not in FAST)
+            marks = [pytest.mark.slow] * (framework == "keras")
             yield pytest.param(name, framework, False, id=f"{name}, {framework}", marks=marks)
         if framework != "torch":
             marks = [pytest.mark.slow, *([] if traced == "test" else [pytest.mark.thorough])]

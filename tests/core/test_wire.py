@@ -50,6 +50,7 @@ def test_a_view_is_a_bijection(view):
     assert view.orientation
 
 
+@pytest.mark.slow
 @given(views(), st.data())
 @settings(max_examples=300)
 def test_a_stretch_is_a_slice_of_the_whole(view, data):

@@ -23,6 +23,7 @@ def modules():
     return [name for name in names if not name.startswith(WITHOUT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", modules())
 def test_examples_run(name):
     module = importlib.import_module(name)

@@ -79,6 +79,7 @@ def test_the_loss_of_the_held_out_verses_is_per_piece(small_bible):
     assert 0 <= found.bleu < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["Local Adam + SlowMo", "SGP with Adam"])
 def test_a_run_learns(small_bible, method):
     (cell,) = [cell for cell in translators(FULL.translation) if cell.name == method]

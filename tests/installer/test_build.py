@@ -130,6 +130,7 @@ class Workshop:
         )
 
 
+@pytest.mark.slow
 def test_a_build_ends_in_a_patched_wheel_with_its_record_and_the_next_one_takes_it(tmp_path, fake_python, reporter):
     import zipfile
 
@@ -154,6 +155,7 @@ def test_a_build_ends_in_a_patched_wheel_with_its_record_and_the_next_one_takes_
     assert list((workshop.cache.root / "build").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "library", "says"),
     [
@@ -184,6 +186,7 @@ def test_build_tools_that_cannot_be_fetched(tmp_path, fake_python, reporter):
         workshop.obtain()
 
 
+@pytest.mark.slow
 def test_requirements_come_before_the_wheel(tmp_path, fake_python, reporter):
     workshop = Workshop(tmp_path, fake_python, reporter, GOOD_SETUP)
     wheel = workshop.obtain()

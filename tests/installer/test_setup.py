@@ -130,6 +130,7 @@ def test_a_second_call_does_nothing(checkout):
     assert checkout.setup() == ([], "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_failed_step_leaves_no_stamp_and_is_repeated(checkout, step):
     checkout.mark(f"fail-{step}")
@@ -162,6 +163,7 @@ def test_a_failure_after_a_change_is_repeated_even_if_the_change_is_undone(check
     assert checkout.setup()[0] == ["packages", "checkout", "horovod"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", ["venv", "packages", "checkout"])
 def test_an_interrupted_step_is_repeated_in_a_new_environment(checkout, step, number):

@@ -78,6 +78,7 @@ def test_a_metric_of_keras_is_that_of_all_data(kind):
     assert all(np.array_equal(v.numpy(), value) for v, value in zip(own[0].variables, before, strict=True))
 
 
+@pytest.mark.slow
 def test_metrics_of_compile_are_taken_apart_and_others_averaged_by_samples():
     workers = []
     for seed, size in ((0, 4), (1, 12)):

@@ -94,6 +94,7 @@ def test_each_callback_of_horovods_is_refused_with_its_replacement(module):
         assert optimizer.steps == 0
 
 
+@pytest.mark.slow
 def test_several_of_horovods_callbacks_are_one_error_and_the_next_fit_trains():
     from horovod.keras.callbacks import BroadcastGlobalVariablesCallback, MetricAverageCallback
 
@@ -108,6 +109,7 @@ def test_several_of_horovods_callbacks_are_one_error_and_the_next_fit_trains():
     assert optimizer.steps == 2
 
 
+@pytest.mark.slow
 def test_a_callback_of_horovods_name_alone_is_not_refused():
     class MetricAverageCallback(keras.callbacks.Callback):
         pass

@@ -43,6 +43,7 @@ def compiled(optimizer, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [keras.optimizers.SGD(0.1), slowmo.SlowMo("sgd", tau=2)], ids=["inner", "SlowMo"])
 def test_a_fit_is_measured(clock, tmp_path, optimizer):
     model = compiled(optimizer)
@@ -71,6 +72,7 @@ def test_accumulated_gradients_are_one_step(clock):
     assert (measured.training().seconds, measured.training().steps) == (2 * STEP, 3)
 
 
+@pytest.mark.slow
 def test_steps_with_an_exchange_count_apart(clock):
     def work(comm):
         model = net()

@@ -65,6 +65,7 @@ class Two(SoloComm):
     size, ranks = 2, (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("built", [True, False])
 def test_training_without_a_start_is_refused_again_and_again(built):
     """TensorFlow keeps a trace that has failed after it has made variables, and does nothing from then on."""

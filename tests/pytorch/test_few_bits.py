@@ -87,6 +87,7 @@ def test_all_workers_hold_the_same_after_a_join_and_are_near_to_more_bits(bits, 
     assert all(np.array_equal(a, each[0]) for each in anchors.values() for a in each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_constant_gradient_drives_the_parameters_to_the_same_place(bits):
     """The remainder of rounding is owed and comes later: the distance does not grow with the steps."""

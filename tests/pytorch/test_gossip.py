@@ -32,6 +32,7 @@ def test_resume_in_the_middle_of_a_flight(name):
         assert same([history[1:] for history in whole], again), stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOSSIP)
 def test_a_training_that_goes_back_does_not_mix_what_it_sent_since(name):
     problem = GOSSIP[name]
@@ -75,6 +76,7 @@ def test_a_group_is_added_where_nothing_is_in_flight(settings):
 PLAN = [(6, 3, 5), (4, 4, 4), (0, 5, 1), (0, 0, 0), (7, 2, 30)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOSSIP)
 def test_joins_with_uneven_data_equal_the_oracle(name):
     problem = GOSSIP[name]

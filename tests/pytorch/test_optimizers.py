@@ -109,6 +109,7 @@ def test_sparse_gradients_are_the_bare_optimizers_to_the_bit(name):
     assert_same(trajectory(name, {}, lambda base, model: SlowMo(base, model, BARE), *arguments), bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_optimizer_on_workers_with_equal_data_is_the_bare_one_to_the_bit(monkeypatch, name):
     monkeypatch.setattr("hvd_slowmo_torch.optimizer.SlowMo._chunk_bytes", 20)
@@ -124,6 +125,7 @@ def test_every_optimizer_on_workers_with_equal_data_is_the_bare_one_to_the_bit(m
 NO_AVERAGED_BUFFERS = ("LBFGS", "SparseAdam")  # refused: see test_wrong_arguments in test_slowmo.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "buffers"),
     [(n, b) for n in CLASSES for b in get_args(InnerState) if b != "average" or n not in NO_AVERAGED_BUFFERS],

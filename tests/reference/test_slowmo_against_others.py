@@ -117,6 +117,7 @@ def torch_slowmo(
 # The inner optimizers and the whole algorithm, against torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_base_alone_is_torch(name: str) -> None:
     base, options = BASES[name]
