@@ -167,10 +167,10 @@ evidence-quick: setup  ## the same with fewer seeds, workers and steps, without 
 bench: setup  ## compare the time of a step with the alternatives, on loopback and at 1 Gbit/s (about half an hour)
 	@$(QUIET) benchmarks/run.sh $(ARGS)
 
-test: setup  ## run all tests
+test: setup  ## run the tests that every change must pass
 	@$(BIN)/python -m pytest -m "not install and not integration and not thorough" $(PARALLEL) $(ARGS)
 
-test-all: setup  ## run all tests, with more sizes and settings
+test-all: setup  ## run more sizes and settings too (hours)
 	@+$(call locked,.venv/.docs)
 	@ALL_TESTS=1 $(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 

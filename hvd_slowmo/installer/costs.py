@@ -104,7 +104,7 @@ _PYTORCH = {
 }
 
 _WITHOUT_DEBUG_INFORMATION = 0.75
-"""The files one by one were measured with `-g`: 366 s for gloo and PyTorch, 270 without."""
+"""The files one by one were measured with `-g`: 366 s for some of gloo's and PyTorch's, 270 without."""
 
 _COMMON_ALONE = [("common", *item) for item in _COMMON.items()]
 _ALONE: dict[str, dict[str, float]] = {

@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         percent: of the cost; None before the first file.
-        left: seconds; None until the speed is known.
+        left: seconds; None until the speed is known, and of more than two jobs once the last file is started.
         file: the one in compilation that will take longest; "" if there is none.
         age: seconds for which it has been compiled.
     """
@@ -153,7 +153,10 @@ def estimate(build: Build, seconds: float) -> Estimate:
     }
     unfinished = list(rests.values())
     done = total - sum(unfinished) - sum(waiting)
-    left = _span([*unfinished, *waiting], build.jobs) / speed if speed and done >= _MEASURED * total else None
+    known = speed > 0 and done >= _MEASURED * total
+    # Of many jobs, few have work at the end, and what these few add tells less and less of the speed.
+    known = known and (bool(waiting) or build.jobs <= 2)
+    left = _span([*unfinished, *waiting], build.jobs) / speed if known else None
     longest = max(rests, key=lambda file: rests[file], default=None)
     return Estimate(
         int(100 * done / total),

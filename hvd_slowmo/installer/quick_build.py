@@ -1,8 +1,7 @@
-"""Patches that halve the time of Horovod's build; what is built stays the same.
+"""Patches that shorten Horovod's build; what is built stays the same.
 
-Files that are compiled together share the headers that each of them would parse. CMake joins them ("unity build", since
-3.16; older releases ignore the properties). Only the sources that every build has are known to bear it, so a build with
-MPI or for GPUs compiles each file by itself.
+Files that are compiled together share the headers that each of them would parse. CMake joins them ("unity build"). Only
+the sources that every build has are known to bear it, so a build with MPI or for GPUs compiles each file by itself.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ def _together(path: str, target: str, after: str, unless: tuple[str, ...], batch
         path=path,
         before=f"{after}\n",
         after="\n".join([after, *lines, ""]),
-        reason="the files of a library parse the same headers: together they take half of the time",
+        reason="the files of a library parse the same headers: together they take less time",
     )
 
 
-_OTHER_FILES = ("HAVE_MPI", "HAVE_CUDA", "HAVE_ROCM", "HAVE_CCL")
+_OTHER_FILES = ("HAVE_MPI", "HAVE_CUDA", "HAVE_ROCM", "HAVE_CCL", "HAVE_NVTX")
 
 QUICK: tuple[Patch, ...] = (
     Patch(
@@ -69,7 +68,7 @@ QUICK: tuple[Patch, ...] = (
         "horovod/torch/CMakeLists.txt",
         target="${PYTORCH_TARGET_LIB}",
         after='set_target_properties(${PYTORCH_TARGET_LIB} PROPERTIES PREFIX "")',
-        unless=_OTHER_FILES,
+        unless=(*_OTHER_FILES, "Pytorch_ROCM"),
         batch=8,
     ),
     _together(

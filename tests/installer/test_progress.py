@@ -76,23 +76,23 @@ BOTH = ["torch", "tensorflow"]
 CASES = [
     (frameworks, jobs, slow, together)
     for frameworks in (["torch"], ["tensorflow"], BOTH)
-    for jobs in (1, 2, 6)
+    for jobs in (1, 2, 4, 8)
     for slow in (0.5, 8.0)
     for together in (True, False)
-    if jobs < 6 or not together  # as many processors as groups: all are compiled at once, within a minute
 ]
 
 
 @pytest.mark.parametrize(("frameworks", "jobs", "slow", "together"), CASES)
 def test_share_and_time_left_are_those_of_the_build(frameworks, jobs, slow, together):
     found, end = course(frameworks, jobs, lambda seconds: slow, together)
-    tolerance = 0.25 if jobs < 6 else 0.4  # of many jobs, most have nothing to do at the end
+    tolerance = 0.25 if jobs < 4 else 0.4  # of many jobs, most have nothing to do at the end
     for seconds, each in found:
-        if seconds > 0.15 * end:
+        if seconds > 0.15 * end and (jobs < 4 or each.left is not None):
             assert abs(each.left - (end - seconds)) < tolerance * end, seconds
         if jobs == 1:
             assert abs(each.percent - 100 * seconds / end) < 10, seconds
-    assert found[-1][1].percent >= (90 if jobs < 6 else 85)
+    # As many jobs as groups are all at work from the beginning, and the largest one is the last.
+    assert found[-1][1].percent >= (90 if jobs < 4 else 60 if together else 85)
     assert sum(each.percent >= 98 for _, each in found) < 6  # of 100 times
 
 
@@ -134,7 +134,7 @@ def test_each_known_file_is_in_the_table(together):
 
 @pytest.mark.parametrize(("frameworks", "least", "most"), [(["torch"], 2, 3), (BOTH, 4, 6)])
 def test_the_time_that_is_announced_is_that_of_measured_builds(frameworks, least, most):
-    """PyTorch alone takes 150 s of a processor, both frameworks 320 s."""
+    """Compiling for PyTorch alone took 150 s of a processor, for both frameworks 290 s."""
     assert least <= Meter(frameworks, 2).processor_seconds / 60 <= most
 
 

@@ -104,21 +104,6 @@ TRAININGS = {
     "eager": ([2, 3, 2], {"run_eagerly": True}),
 }
 FAST = {"uneven", "unbuilt", "executions of 4"}
-IN_TEST_ALL = {
-    "none",
-    "eager",
-    "equal",
-    "unknown length, executions of 3",
-    "unbuilt, executions of 3",
-    "unbuilt, eager",
-    "short epochs",
-    "several fits",
-    "unknown length",
-    "executions of 3",
-    "unbuilt, none",
-    "subclassed",
-    "functional",
-}
 
 
 def train(pool, name):
@@ -178,9 +163,8 @@ def test_a_fit_with_the_callback_works_after_one_without(keras_workers, kind):
     assert all(any(w.any() for w in result["weights"]) for result in results)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in IN_TEST_ALL)) for n in sorted(set(TRAININGS) - FAST)]
-)
+@pytest.mark.parametrize("name", sorted(set(TRAININGS) - FAST))
+@pytest.mark.sample("compiled")
 def test_two_workers_train_in_every_way(keras_workers, name):
     train(keras_workers(2), name)
 

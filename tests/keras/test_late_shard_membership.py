@@ -144,8 +144,8 @@ def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(b
     assert (reformed.leader, reformed.behind) == (0, ())
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.sample("32")
 def test_a_newcomer_gets_slices_and_has_no_part_in_what_is_in_flight(bits):
     """It starts at the anchor, is in the same exchanges from now on, and weighs its own steps in its first one."""
 

@@ -380,3 +380,17 @@ def test_without_an_anchor_a_survivor_that_has_missed_an_exchange_starts_where_t
     np.testing.assert_allclose(one, leader, atol=1e-13)  # the exchange in flight was the leader's own, applied by now
     np.testing.assert_allclose(other, sent, atol=1e-13)  # whose result is the mean, and has nothing to add
     assert (steps, other_steps, behind) == (2 * TAU + 2, 2 * TAU + 2, (1,))
+
+
+@pytest.mark.parametrize("settings", [{"fragments": 1}, {"tau": 8}])
+def test_a_newcomer_with_other_settings_is_an_error_on_all(settings):
+    """Before anybody compares places, which mean something under equal settings alone."""
+    survivor = ThreadWorld(1).run(lambda comm: (member := Member(comm, 0, fragments=4)).train(TAU) or member)[0]
+    newcomer = new_member(**{"fragments": 4, **settings})
+
+    def meet(comm):
+        member = survivor if comm.rank == 0 else newcomer
+        with pytest.raises(ValueError, match=f"differs from rank 0: config: {next(iter(settings))}"):
+            member.reform(comm)
+
+    ThreadWorld(2).run(meet)

@@ -73,10 +73,10 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     if not any(place.started for place in places):
         return Reformed(start(member, comm), tuple(range(comm.size)), (), ())
     config = member.config
-    standing = standing_of(config, places, comm.rank)
     description = agree(member, comm)
     if member.parameter_map is not None:
         description = regrouped(description, common_groups([description.groups.of] * comm.size, comm.rank))
+    standing = standing_of(config, places, comm.rank)  # once settings are known to be equal
     member.reassemble(description, agreed_graph(config, comm))
     if config.delay:
         comm.open_beside()
@@ -92,6 +92,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         _catch_up(member, standing, late, arrived)
     if not all(standing.stays):
         progress = states[standing.leader] if late is None else late.of_leader
+        assert progress is not None, "the leader has told its state"
         start_at(member, standing, progress)
     if late is None and standing.own_stays:
         _count_interrupted(member, standing)
@@ -125,19 +126,21 @@ class _Late(NamedTuple):
     of_leader: Progress  # once it has caught up
 
 
-def _states_of_all(member: Member[R], comm: ScopedComm, standing: Standing) -> tuple[list[Progress], Sequence[bool]]:
-    """Return the scalar states by rank, that of a beginning for those that need not tell theirs, and `_finite`."""
+def _states_of_all(
+    member: Member[R], comm: ScopedComm, standing: Standing
+) -> tuple[list[Progress | None], Sequence[bool]]:
+    """Return by rank the scalar states, None of those that need not tell theirs, and `_finite`."""
     tells = comm.rank == standing.leader or (standing.late and standing.own.started)
     told = comm.gather("progress", (_plain(member.read_progress()) if tells else None, _finite(member)))
     everyone, finite = zip(*told, strict=True)
-    machine = member.machine
-    return [machine.initial() if each is None else Progress.from_flat(each) for each in everyone], finite
+    return [None if each is None else Progress.from_flat(each) for each in everyone], finite
 
 
-def _in_flight(member: Member[R], standing: Standing, states: Sequence[Progress]) -> _Late:
+def _in_flight(member: Member[R], standing: Standing, states: Sequence[Progress | None]) -> _Late:
     """Find what is in flight on all, and take anchor and v of what another worker has applied."""
+    initial = member.machine.initial()  # of newcomers
     seen = zip(states, standing.stays, standing.places, strict=True)
-    workers = [LateWorker(state, stay, place.torn) for state, stay, place in seen]
+    workers = [LateWorker(state or initial, stay, place.torn) for state, stay, place in seen]
     flying = in_flight_together(member.config, workers, standing.leader)
     of_leader = state_of_leader(workers, standing.leader, flying)
     member.broken_off.torn = standing.own.torn or any(standing.rank in take for take in flying.take)
@@ -158,7 +161,7 @@ def _written_by_some(member: Member[R], standing: Standing, comm: ScopedComm) ->
 def _slices(
     member: Member[R], standing: Standing, finite: Sequence[bool], late: _Late | None, written: set[int] | None
 ) -> dict[int, Any]:
-    """Deal slices among the present workers; return the values that have arrived, by fragment."""
+    """Deal slices among the present workers; return the values that have arrived, by chunk."""
     machine, flying = member.machine, late and late.flying
     workers = sliced_workers(machine, standing, finite)
     member.broken_off.torn = member.broken_off.torn or not standing.own_stays
