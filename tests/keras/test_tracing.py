@@ -56,7 +56,8 @@ def test_a_trace_that_is_replaced_leaves_nothing_behind(scaled):
         optimizer.worker.reassemble(optimizer.worker.comm)
         model.train_function = None
         gc.collect()
-        graphs.append(sum(isinstance(each, tf.__internal__.FuncGraph) for each in gc.get_objects()))
+        # By type: some objects of PyTorch warn when they are asked for their class.
+        graphs.append(sum(issubclass(type(each), tf.__internal__.FuncGraph) for each in gc.get_objects()))
     assert graphs[1] == graphs[2]
 
 
