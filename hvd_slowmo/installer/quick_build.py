@@ -1,7 +1,8 @@
 """Patches that shorten Horovod's build; what is built stays the same.
 
 Files that are compiled together share the headers that each of them would parse. CMake joins them ("unity build"). Only
-the sources that every build has are known to bear it, so a build with MPI or for GPUs compiles each file by itself.
+the sources that every build has are known to bear it, so in a build with MPI or for GPUs the libraries that have more
+are compiled file by file.
 """
 
 from __future__ import annotations

@@ -196,8 +196,9 @@ def test_damaged_sources_are_one_error_each(folder, capsys):
     (folder / "whole.slowmo").write_bytes((folder / "checkpoint").read_bytes())
     rng = np.random.default_rng(0)
     refused = dict.fromkeys(("pt", "keras", "weights.h5", "safetensors", "slowmo"), 0)
+    each = 24 if ALL else 8
     capsys.readouterr()
-    for suffix, _ in [(suffix, number) for suffix in refused for number in range(24 if ALL else 8)]:
+    for suffix, _ in [(suffix, number) for suffix in refused for number in range(each)]:
         source = folder / f"damaged.{suffix}"
         source.write_bytes((folder / f"whole.{suffix}").read_bytes())
         kind = damaged([source], rng)
@@ -209,7 +210,7 @@ def test_damaged_sources_are_one_error_each(folder, capsys):
         assert status or suffix != "slowmo" or kind == "swap", "a checkpoint has checksums of all that it holds"
         refused[suffix] += status
         (folder / "a.safetensors").unlink(missing_ok=True)
-    assert min(refused.values()) > (5 if ALL else 1)
+    assert min(refused.values()) >= each // 4
 
 
 def test_a_file_from_a_gpu_is_read_without_one(folder, monkeypatch):

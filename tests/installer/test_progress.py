@@ -76,7 +76,7 @@ BOTH = ["torch", "tensorflow"]
 CASES = [
     (frameworks, jobs, slow, together)
     for frameworks in (["torch"], ["tensorflow"], BOTH)
-    for jobs in (1, 2, 4, 8)
+    for jobs in (1, 2, 4, 6, 8)
     for slow in (0.5, 8.0)
     for together in (True, False)
 ]

@@ -24,4 +24,4 @@ LATE: dict[str, tuple[dict[str, Any], float]] = {
     "two in flight": ({"fragments": 4, "delay": 2}, 2 / 4),
     "less than a fragment": ({"fragments": 2, "delay": 1}, 1 / 2),
 }
-"""What is in flight, to be added to any of `BLOCKING`."""
+"""Settings of late exchanges, to be added to any of `BLOCKING`."""

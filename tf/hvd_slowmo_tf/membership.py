@@ -130,6 +130,5 @@ def reform(
             raise comm.failures.explain(error) from error
         raise
     worker.job = reformed.job
-    worker.broken_off.answered = None
     worker.variables.belong_to(worker.comm.rank, worker.comm.size)
     return reformed

@@ -93,6 +93,5 @@ def reform(worker: TorchWorker, comm: Comm) -> Reformed:
     with torch.no_grad():
         reformed = come_together(member, worker.comm)
     worker.started, worker.mixed = True, reformed.job.mixed
-    worker.broken_off.answered = None
     worker.prepare()
     return reformed

@@ -1,4 +1,4 @@
-"""What workers hand over when they come together: chunks of a broken-off outer step, and the leader's place."""
+"""Chunks that workers hand over when they come together: of a broken-off outer step, and of the leader's state."""
 
 from __future__ import annotations
 

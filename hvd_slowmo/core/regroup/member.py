@@ -18,7 +18,7 @@ R = TypeVar("R", bound=Ref)
 
 @dataclass
 class BrokenOff:
-    """What a loss leaves of a worker, until all have come together.
+    """Remains of a loss on a worker, until all have come together.
 
     Attributes:
         torn: it was taking the others' state, of which it may have parts; see `Place`.

@@ -106,6 +106,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
     if lead.interrupted:
         _end_interrupted_step(member, standing)
     machine.flights.resume(member.read_progress())
+    member.broken_off.answered = None
     if comm.rank == standing.leader:
         logger.info(
             "%s: %d workers go on at step %d; %d are new, %d had to skip a block",
@@ -119,7 +120,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
 
 
 class _Late(NamedTuple):
-    """What is in flight, and whose state it is."""
+    """Late exchanges, and the states that they belong to."""
 
     flying: Flying
     workers: Sequence[LateWorker]

@@ -1,4 +1,4 @@
-"""Where each worker is when they come together: who leads, who keeps its part of the block, who begins anew."""
+"""The workers' places when they come together: who leads, who keeps its part of the block, who begins anew."""
 
 from __future__ import annotations
 
@@ -55,48 +55,48 @@ class Standing(NamedTuple):
 
     @property
     def leader(self) -> int:
-        """Rank of the worker that is furthest."""
+        """Return the rank of the worker that is furthest."""
         return self.order[0]
 
     @property
     def lead(self) -> Place:
-        """The place of the worker that is furthest."""
+        """Return the place of the worker that is furthest."""
         return self.places[self.leader]
 
     @property
     def own(self) -> Place:
-        """The place of this worker."""
+        """Return the place of this worker."""
         return self.places[self.rank]
 
     @property
     def own_stays(self) -> bool:
-        """Whether this worker keeps its parameters and its part of the block."""
+        """Return whether this worker keeps its parameters and its part of the block."""
         return self.stays[self.rank]
 
     @property
     def together(self) -> bool:
-        """Whether this worker has made the step whose exchange was broken off on the leader, and stays."""
+        """Return whether this worker has made the step whose exchange was broken off on the leader, and stays."""
         own, lead = self.own, self.lead
         return self.own_stays and own.interrupted and lead.interrupted and own.step == lead.step
 
     @property
     def all_answer(self) -> bool:
-        """Whether all that stay have answered one exchange: none is left that has made the step before it."""
+        """Return whether all that stay have answered one exchange: none is left that has made the step before it."""
         return all(place.answers for place, stay in zip(self.places, self.stays, strict=True) if stay)
 
     @property
     def takes(self) -> list[bool]:
-        """By rank, whether a worker takes the state that is handed out."""
+        """Return by rank whether a worker takes the state that is handed out."""
         return [not place.started or (self.copies and rank != self.leader) for rank, place in enumerate(self.places)]
 
     @property
     def newcomers(self) -> tuple[int, ...]:
-        """Ranks without a state before."""
+        """Return the ranks without a state before."""
         return tuple(rank for rank, place in enumerate(self.places) if not place.started)
 
     @property
     def behind(self) -> tuple[int, ...]:
-        """Ranks whose last block was over elsewhere."""
+        """Return the ranks whose last block was over elsewhere."""
         inside = zip(self.places, self.within, strict=True)
         return tuple(n for n, (place, within) in enumerate(inside) if place.started and not within and n != self.leader)
 
