@@ -16,6 +16,7 @@ equally long; --pause replaces forward and backward by a wait, as if a separate 
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ from transport import name as transport_name
 
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 
+torchft = importlib.import_module("torchft_methods") if importlib.util.find_spec("torchft") else None
 TAU = turns.TAU
 Wrap = Callable[[nn.Module, torch.optim.Optimizer], tuple[nn.Module, torch.optim.Optimizer]]
 
@@ -75,9 +77,12 @@ def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.
 
     if pause is not None:  # a device computes while the host's cores are idle
         nn.functional.cross_entropy(model(x), y).backward()
+        gradients = [(p, p.grad) for p in model.parameters()]
 
         def paused() -> None:
             time.sleep(pause / 1e3)
+            for p, gradient in gradients:  # torchft's outer optimizer takes them away, and no step is cheaper than none
+                p.grad = gradient
             optimizer.step()
 
         return paused
@@ -111,6 +116,8 @@ METHODS: dict[str, Wrap] = {
 }
 if transport_name() == "torch.distributed":
     METHODS["PyTorch DDP"] = lambda model, inner: (DistributedDataParallel(model), inner)
+    if torchft is not None:
+        METHODS.update(torchft.methods(TAU))
 else:
     METHODS["Horovod DistributedOptimizer"] = horovod
 
@@ -133,6 +140,8 @@ def main() -> None:
 
     args.label = f"{args.label}, {transport_name()}"
     turns.run(args, make, dist.barrier, dist.get_rank(), dist.get_world_size())
+    if torchft is not None:
+        torchft.check_committed()
     dist.destroy_process_group()
 
 

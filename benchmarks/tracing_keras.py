@@ -1,7 +1,9 @@
 """Compare what a first `fit` costs with SlowMo and without: Keras and TensorFlow trace, and optimize what they traced.
 
     python benchmarks/tracing_keras.py                 # one worker, and two with Horovod
-    python benchmarks/tracing_keras.py --rounds 9 --workers 1
+    python benchmarks/tracing_keras.py --rounds 9 --methods "SGD" "SlowMo"
+    python benchmarks/tracing_keras.py --rounds 3 --methods "SGD" "SlowMo, 2 workers" "12 fragments, 2 workers" \
+        "12 fragments, 8 bits, 2 workers"
 
 Each figure is of a process of its own: one batch through a network of seven convolutions and two dense layers, and the
 end of the epoch, where SlowMoCallback joins. CPU time, since other processes change the time on a clock, and memory
@@ -19,8 +21,16 @@ import sys
 import time
 from typing import Any
 
-METHODS = {"SGD": 1, "SlowMo": 1, "SlowMo, 2 workers": 2}
-"""Number of workers of each."""
+STREAMED = {"fragments": 12, "delay": 1}
+METHODS: dict[str, tuple[int, dict[str, int]]] = {
+    "SGD": (1, {}),
+    "SlowMo": (1, {}),
+    "SlowMo, 2 workers": (2, {}),
+    "12 fragments, 2 workers": (2, STREAMED),
+    "12 fragments, 8 bits, 2 workers": (2, {**STREAMED, "bits": 8}),
+}
+"""Number of workers and settings of each."""
+USUAL = ("SGD", "SlowMo", "SlowMo, 2 workers")
 SECONDS, NODES = "until the first step is done", "nodes"
 
 
@@ -51,14 +61,15 @@ def measure(method: str) -> dict[str, float]:
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.stepped = time.process_time()
 
-    if METHODS[method] > 1:
+    workers, settings = METHODS[method]
+    if workers > 1:
         import horovod.tensorflow as hvd
 
         hvd.init()
     model, clock = network(), Clock()
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
     plain = method == "SGD"
-    model.compile(optimizer if plain else SlowMo(optimizer, SlowMoConfig(tau=12)), "mse", jit_compile=False)
+    model.compile(optimizer if plain else SlowMo(optimizer, SlowMoConfig(tau=12, **settings)), "mse", jit_compile=False)
     x, y = np.zeros((32, 16, 16, 3), np.float32), np.zeros((32, 10), np.float32)
     started = time.process_time()
     model.fit(x, y, batch_size=32, verbose=0, callbacks=[clock] if plain else [clock, SlowMoCallback()])
@@ -72,8 +83,9 @@ def measure(method: str) -> dict[str, float]:
 def measured(method: str) -> dict[str, float]:
     """Return the result of new processes, that of one of them."""
     command = [sys.executable, __file__, "--of", method]
-    if METHODS[method] > 1:
-        command = ["hvd-slowmo", "run", "-np", str(METHODS[method]), *command]
+    workers, _ = METHODS[method]
+    if workers > 1:
+        command = ["hvd-slowmo", "run", "-np", str(workers), *command]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [line[line.index("{") :] for line in output.splitlines() if f'"{NODES}"' in line]
     result: dict[str, float] = json.loads(lines[0])
@@ -83,17 +95,17 @@ def measured(method: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="processes per method")
-    parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="the most workers to try")
+    parser.add_argument("--methods", nargs="+", default=USUAL, choices=METHODS, metavar="METHOD", help="SGD first")
     parser.add_argument("--of", choices=METHODS, help="measure one method in this process")
     args = parser.parse_args()
     if args.of:
         print(json.dumps(measure(args.of)), flush=True)
         return
-    methods = [method for method, workers in METHODS.items() if workers <= args.workers]
-    rounds = [{method: measured(method) for method in methods} for _ in range(args.rounds)]
-    medians = {m: {key: statistics.median(r[m][key] for r in rounds) for key in rounds[0][m]} for m in methods}
-    for key in medians["SGD"]:
-        ratios = [f"{m} {found[key]:.4g} ({found[key] / medians['SGD'][key]:.2f} x)" for m, found in medians.items()]
+    rounds = [{method: measured(method) for method in args.methods} for _ in range(args.rounds)]
+    medians = {m: {key: statistics.median(r[m][key] for r in rounds) for key in rounds[0][m]} for m in args.methods}
+    first = medians[args.methods[0]]
+    for key, least in first.items():
+        ratios = [f"{m} {found[key]:.4g} ({found[key] / least:.2f} x)" for m, found in medians.items()]
         print(f"{'nodes of the train function' if key == NODES else f'CPU seconds {key}'}: {', '.join(ratios)}")
 
 

@@ -49,7 +49,9 @@ def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
 def block_of(name: str, tau_gossip: int) -> int:
     """Return a method's period in steps: a block, or 1 without blocks."""
     config, _ = ours(tau_gossip).get(name, (None, ""))
-    return (config.tau or 1) if config is not None else TAU if name == "PyTorch PostLocalSGD" else 1
+    if config is not None:
+        return config.tau or 1
+    return TAU if name == "PyTorch PostLocalSGD" or name.startswith("torchft ") else 1
 
 
 def options(description: str | None, methods: Iterable[str]) -> ArgumentParser:

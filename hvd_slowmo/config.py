@@ -1,39 +1,22 @@
-"""Settings: one frozen dataclass, its checks, and the field's named methods as presets."""
+"""Settings: one frozen dataclass and its checks."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import wraps
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, get_args
 
 from hvd_slowmo.checked_numbers import flag, integer, number_or_nan, one_of, real, spell_value
-from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip, Topology
+from hvd_slowmo.gossip import DPSGD, METHODS, SGP, Gossip
 from hvd_slowmo.keywords import refuse_unknown
+from hvd_slowmo.presets import Presets
 from hvd_slowmo.settings import OTHER_NAMES, Bits, Gradients, InnerState, Nonfinite, SlowMoSettings, SlowState
-
-Preset = TypeVar("Preset", bound=Callable[..., "SlowMoConfig"])
 
 _OWN_CHOICE = ("slow_state",)  # settings in which workers may differ
 
 
-def _preset(make: Preset) -> Preset:
-    """Let a preset refuse an unknown keyword in its own name; Python would name SlowMoConfig and no setting."""
-    own = [name for name, p in inspect.signature(make).parameters.items() if p.kind is not p.VAR_KEYWORD][1:]
-
-    @wraps(make)
-    def checked(cls: type[SlowMoConfig], /, *args: Any, **settings: Any) -> SlowMoConfig:
-        known = dict.fromkeys([*own, *SlowMoSettings.__annotations__])
-        refuse_unknown(f"SlowMoConfig.{make.__name__}", settings, known, OTHER_NAMES)
-        return make(cls, *args, **settings)
-
-    return cast(Preset, checked)
-
-
 @dataclass(frozen=True, kw_only=True)
-class SlowMoConfig:
+class SlowMoConfig(Presets):
     """Settings of SlowMo (Wang et al., ICLR 2020, arXiv 1910.00643, Algorithm 1) and of its relatives.
 
     Args:
@@ -289,139 +272,3 @@ class SlowMoConfig:
         settings = dict(gossip)
         method: Any = METHODS[settings.pop("method")]
         return cls(**{**facts, "gossip": method(**settings)})
-
-    # Presets: the table "special cases" of docs/algorithm.md. Each takes any further setting by keyword.
-
-    @classmethod
-    @_preset
-    def local_sgd(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Return Local SGD (Stich 2019): the plain mean of the parameters every tau steps.
-
-        Example:
-            >>> SlowMoConfig.local_sgd(tau=12).beta
-            0.0
-        """
-        return cls(**{"tau": tau, "alpha": 1.0, "beta": 0.0, **settings})
-
-    @classmethod
-    @_preset
-    def bmuf(
-        cls, tau: int, block_lr: float = 1.0, block_momentum: float = 0.5, nesterov: bool = False, **settings: Any
-    ) -> SlowMoConfig:
-        """Return blockwise model-update filtering (Chen and Huo 2016), classical or Nesterov.
-
-        Args:
-            tau: inner steps per block.
-            block_lr: the paper's zeta, alpha here.
-            block_momentum: the paper's eta, beta here.
-            nesterov: the Nesterov form.
-
-        Example:
-            >>> SlowMoConfig.bmuf(tau=16, block_momentum=0.9).scale_by_lr
-            False
-        """
-        momentum = {"nesterov": nesterov, "scale_by_lr": block_momentum == 0}
-        return cls(**{"tau": tau, "alpha": block_lr, "beta": block_momentum, **momentum, **settings})
-
-    @classmethod
-    @_preset
-    def lookahead(cls, tau: int, alpha: float = 0.5, **settings: Any) -> SlowMoConfig:
-        """Return Lookahead (Zhang et al. 2019): a step of length alpha towards the fast weights.
-
-        Example:
-            >>> SlowMoConfig.lookahead(tau=5).vectors
-            ('anchor',)
-        """
-        return cls(**{"tau": tau, "alpha": alpha, "beta": 0.0, **settings})
-
-    @classmethod
-    @_preset
-    def diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Return DiLoCo (Douillard et al. 2023): outer Nesterov SGD(0.7, 0.9) over AdamW with maintained state.
-
-        Example:
-            >>> config = SlowMoConfig.diloco(tau=500)
-            >>> config.alpha, config.beta, config.nesterov
-            (0.7, 0.9, True)
-        """
-        paper = {"alpha": 0.7, "beta": 0.9, "nesterov": True, "scale_by_lr": False, "inner_state": "maintain"}
-        return cls(**{"tau": tau, **paper, **settings})
-
-    @classmethod
-    @_preset
-    def streaming(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Return SlowMo for a slow network: a part of the parameters at every step, one step late, in 8 bits.
-
-        Example:
-            >>> config = SlowMoConfig.streaming(tau=12)
-            >>> config.fragments, config.delay, config.bits
-            (12, 1, 8)
-        """
-        return cls(**{"tau": tau, **_streamed(tau), **settings})
-
-    @classmethod
-    @_preset
-    def streaming_diloco(cls, tau: int, **settings: Any) -> SlowMoConfig:
-        """Return DiLoCo in parts, one step late and in 8 bits, as Streaming DiLoCo (Douillard et al. 2025).
-
-        There the parts are groups of layers and travel in 4 bits; the workers mix the late result with their own
-        parameters, where here they keep all that they have trained meanwhile.
-
-        Example:
-            >>> config = SlowMoConfig.streaming_diloco(tau=100, fragments=20)
-            >>> config.alpha, config.beta, config.fragments
-            (0.7, 0.9, 20)
-        """
-        return cls.diloco(**{"tau": tau, **_streamed(tau), **settings})
-
-    @classmethod
-    @_preset
-    def sgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
-        """Return stochastic gradient push (Assran et al. 2019) alone; with tau=... below SlowMo.
-
-        Example:
-            >>> SlowMoConfig.sgp().tau is None
-            True
-        """
-        return cls(**{"gossip": SGP(topology=topology), **cls._alone(settings), **settings})
-
-    @classmethod
-    @_preset
-    def osgp(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
-        """Return SGP with overlap: each message is mixed one step late and travels beside the computation.
-
-        Example:
-            >>> SlowMoConfig.osgp(tau=48, beta=0.6).gossip
-            SGP(topology=None, overlap=True)
-        """
-        return cls(**{"gossip": SGP(topology=topology, overlap=True), **cls._alone(settings), **settings})
-
-    @classmethod
-    @_preset
-    def dpsgd(cls, *, topology: Topology = None, **settings: Any) -> SlowMoConfig:
-        """Return decentralized parallel SGD (Lian et al. 2017) alone; with tau=... below SlowMo.
-
-        Example:
-            >>> SlowMoConfig.dpsgd().gossip
-            DPSGD(topology=None)
-        """
-        return cls(**{"gossip": DPSGD(topology=topology), **cls._alone(settings), **settings})
-
-    @staticmethod
-    def _alone(settings: dict[str, Any]) -> dict[str, Any]:
-        return {} if settings.get("tau") is not None else {"tau": None, "alpha": 1.0, "beta": 0.0}
-
-    @classmethod
-    @_preset
-    def ar_sgd(cls, **settings: Any) -> SlowMoConfig:
-        """Return AR-SGD: gradients averaged over all workers at every step, no outer step.
-
-        Example:
-            >>> SlowMoConfig.ar_sgd().gradients
-            'all'
-        """
-        return cls(**{"tau": None, "alpha": 1.0, "beta": 0.0, "gradients": "all", **settings})
-
-
-def _streamed(tau: int) -> dict[str, Any]:
-    return {"fragments": tau, "delay": 1, "bits": 8}

@@ -23,8 +23,9 @@ from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.model.layout import mapped_refs
 from hvd_slowmo_tf.model.store import VariableStore
 from hvd_slowmo_tf.traces.gradients import VariableGradients
+from hvd_slowmo_torch.model.gradients import TorchGradients
 from hvd_slowmo_torch.model.layout import groups_of, refs_of
-from hvd_slowmo_torch.model.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.model.store import TorchStore
 from hvd_slowmo_torch.model.watch import ModelWatch
 from hvd_slowmo_torch.tensors.bulk import TorchCarrier, bodies_of
 from support.problems import Problem, distance

@@ -23,7 +23,7 @@ def member_of(comm, number, config, momentum=0.0):
     model = torch.nn.Linear(LENGTH, 1, bias=False, dtype=torch.float64)
     broken = Breaking(comm, WorldError if number < 2 else Killed)
     optimizer = Short(torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum), model, config, comm=broken)
-    optimizer.worker.elastic = optimizer.worker.assembly.machine.tracks = True
+    optimizer.worker.elastic = optimizer.worker.assembly.machine.meetings.tracks = True
     return model, optimizer, broken
 
 

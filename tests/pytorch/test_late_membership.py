@@ -36,7 +36,7 @@ class Member(OfPyTorch):
         inner = torch.optim.SGD(self.model.parameters(), lr=LR)
         config = SlowMoConfig(**{"tau": TAU, "beta": BETA, "delay": 2, **settings})
         self.optimizer = Short(inner, self.model, config, comm=self.broken)
-        self.worker.elastic = self.worker.assembly.machine.tracks = True
+        self.worker.elastic = self.worker.assembly.machine.meetings.tracks = True
         self.start = self.values
 
     @property
@@ -273,7 +273,7 @@ def test_in_few_bits_what_was_set_aside_is_rounded_again(one_has_it):
         model = torch.nn.Linear(length, 1, bias=False)
         config = SlowMoConfig(tau=2, beta=BETA, delay=1, bits=8)
         optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=LR), model, config, comm=broken)
-        optimizer.worker.elastic = optimizer.worker.assembly.machine.tracks = True
+        optimizer.worker.elastic = optimizer.worker.assembly.machine.meetings.tracks = True
         start = model.weight.detach().numpy()[0].copy()
         broken.left = 1 if one_has_it and comm.rank == 0 else 0
         with pytest.raises((WorldError, Killed)):

@@ -40,7 +40,7 @@ class Member(OfPyTorch):
         inner = torch.optim.SGD(self.model.parameters(), lr=LR)
         config = SlowMoConfig(**{"tau": TAU, "beta": BETA, "delay": 2, "bits": bits, "shard": True, **settings})
         self.optimizer = Short(inner, self.model, config, comm=self.broken)
-        self.worker.elastic = self.worker.assembly.machine.tracks = True
+        self.worker.elastic = self.worker.assembly.machine.meetings.tracks = True
         self.start = self.values.astype(np.float64)
 
     def train(self, steps):

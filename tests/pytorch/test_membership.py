@@ -18,7 +18,7 @@ def worker_of(comm, config):
     torch.manual_seed(comm.rank)
     model = torch.nn.Linear(LENGTH, 1, bias=False, dtype=torch.float64)
     optimizer = Short(torch.optim.SGD(model.parameters(), lr=LR), model, config, comm=comm)
-    optimizer.worker.elastic = optimizer.worker.assembly.machine.tracks = True
+    optimizer.worker.elastic = optimizer.worker.assembly.machine.meetings.tracks = True
     return model, optimizer
 
 

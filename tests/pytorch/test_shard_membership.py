@@ -34,7 +34,7 @@ class Member(OfPyTorch):
         self.model = torch.nn.Linear(LENGTH, 1, bias=False, dtype=dtype)
         config = SlowMoConfig(**{"tau": TAU, "beta": BETA, "shard": True, **settings})
         self.optimizer = Short(torch.optim.SGD(self.model.parameters(), lr=LR), self.model, config, comm=self.broken)
-        self.worker.elastic = self.worker.assembly.machine.tracks = True
+        self.worker.elastic = self.worker.assembly.machine.meetings.tracks = True
         self.start = self.values
 
     def slices(self, name):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,22 +15,36 @@ from hvd_slowmo.checkpoint.file import Arrays
 from hvd_slowmo.checkpoint.inner_state import ADAM, SGD, OptimizerKind, OptimizerState
 from hvd_slowmo.checkpoint.naming import NamedTensors, name_tensors
 from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.whole import Whole
+from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.errors import CheckpointError
 from hvd_slowmo.wire.parameter_map import Framework, ParameterMap
 from hvd_slowmo.wire.tensors import Role, TensorSpec
 from hvd_slowmo.wire.views import View
+from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.interop.layers import entries_keras
 from hvd_slowmo_tf.interop.weights import array_of
-from hvd_slowmo_tf.model.layout import common_path, parts_of
-
-if TYPE_CHECKING:  # `convert` runs without Horovod
-    from hvd_slowmo_tf.worker import OptimizerParts
+from hvd_slowmo_tf.model.layout import KerasLayout, common_path, parts_of
+from hvd_slowmo_tf.model.variables import OptimizerVariables
 
 _AVERAGE = "average"  # the moving average of the weights
 
 Stretches = list[tuple[int, int, int]]
 """Stretches of the flat variables that a vector has per chunk of parameters: (number, from, to)."""
+
+
+@dataclass(frozen=True)
+class OptimizerParts:
+    """The parts of a built optimizer that a checkpoint reads and writes."""
+
+    inner: InnerOptimizer
+    variables: OptimizerVariables
+    layout: KerasLayout
+    graph: Graph | None  # of the gossip
+    rank: int  # place of this worker in the job
+    workers: int  # number of workers of the job
+    slices: OwnSlices
 
 
 class KerasWorkerState:

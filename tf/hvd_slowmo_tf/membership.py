@@ -8,7 +8,9 @@ import keras
 import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.parts.layout import Layout
 from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.regroup.dealing import FormerSlices
 from hvd_slowmo.core.regroup.member import BrokenOff
 from hvd_slowmo.core.regroup.membership import Reformed, come_together
@@ -52,16 +54,25 @@ class KerasMember(StartingKerasWorker):
     def reassemble(self, description: Description[VariableRef], graph: Graph | None) -> None:
         worker = self._worker
         if self.config.sliced_vectors:
-            worker.divide(description.layout.layout)
+            self._divide(description.layout.layout)
         if graph is not None:
             worker.variables.gossip_over(graph, worker.optimizer._variables)
         self.assemble(description, graph)
-        self.machine.written = worker.written
+        self.machine.meetings.written = worker.written
         initial = self.machine.initial()
         if worker.job is None:
             self.write_progress(initial)
         else:
             worker.variables.write(self.read_progress()._replace(mixing=initial.mixing))
+
+    def _divide(self, layout: Layout) -> None:
+        """Make room for the slices that this worker has among the present ones; those of former ones are kept."""
+        worker, variables = self._worker, self._worker.variables
+        if worker.job is not None and worker.former_slices is None:
+            kept = {name: {n: tf.identity(v) for n, v in each.items()} for name, each in variables.slices.items()}
+            worker.former_slices = FormerSlices(variables.owner, lambda name, chunk: kept[name][chunk])
+        own = OwnSlices(self.config, layout, worker.comm.rank, worker.comm.size)
+        variables.divide(own, worker.optimizer._variables)
 
     def former_slices(self) -> FormerSlices | None:
         return self._worker.former_slices
@@ -121,8 +132,8 @@ def reform(
         TypeError, ValueError: as `hvd_slowmo.core.regroup.membership.come_together`.
     """
     worker.reassemble(comm)
-    worker.take_name()
-    worker.remember(model, variables)
+    worker.connection.take_name()
+    worker.trained.remember(model, variables)
     try:
         reformed = come_together(KerasMember(worker, variables, statistics, model), worker.comm)
     except (tf.errors.UnknownError, tf.errors.FailedPreconditionError) as error:

@@ -376,17 +376,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         worker = self.worker
         worker.refuse_while_averaging("averaged_parameters()")
         worker.refuse_if_left()
-        variables = travelling(worker.ready().assembly.layout)
-        worker.complete()
-        own = [v.numpy() for v in variables]
-        worker.averaging = True
-        try:
-            worker.average()
+        with worker.holding_mean():
             yield
-        finally:
-            worker.averaging = False
-            for v, value in zip(variables, own, strict=True):
-                v.assign(value)
 
     def save(
         self, path: AnyPath, model: keras.Model | None = None, *, parameter_map: ParameterMap | None = None

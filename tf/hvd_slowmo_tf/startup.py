@@ -43,8 +43,8 @@ def start_together(
     worker.refuse_before_elastic_start()
     if worker.elastic:
         return  # in `slowmo.elastic.State.sync`
-    worker.take_name()
-    worker.remember(model, variables)
+    worker.connection.take_name()
+    worker.trained.remember(model, variables)
     worker.job = start(StartingKerasWorker(worker, variables, statistics, model), worker.comm)
     worker.left = ()
 

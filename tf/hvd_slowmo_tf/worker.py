@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -15,10 +13,9 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from hvd_slowmo.comm.failure import tell_steps
 from hvd_slowmo.comm.launcher import elastic
-from hvd_slowmo.comm.naming import distinct_name
 from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.parts.layout import Layout, ParameterGroups
+from hvd_slowmo.core.parts.layout import ParameterGroups
 from hvd_slowmo.core.parts.progress import Observed
 from hvd_slowmo.core.parts.roll_call import RollCall
 from hvd_slowmo.core.parts.slices import OwnSlices
@@ -32,13 +29,14 @@ from hvd_slowmo.core.step.metrics import Metrics, metrics_of
 from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.topology.checks import consecutive_nodes
 from hvd_slowmo.wire.parameter_map import ParameterMap
-from hvd_slowmo_tf.checkpoint import KerasWorkerState
+from hvd_slowmo_tf.checkpoint import KerasWorkerState, OptimizerParts
 from hvd_slowmo_tf.checks import refuse_strategies
-from hvd_slowmo_tf.horovod import workers
+from hvd_slowmo_tf.connection import Connection
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.interop.weights import array_of
 from hvd_slowmo_tf.model.fingerprint import Fingerprint
-from hvd_slowmo_tf.model.layout import KerasLayout
+from hvd_slowmo_tf.model.layout import KerasLayout, travelling
+from hvd_slowmo_tf.model.trained import TrainedModel
 from hvd_slowmo_tf.model.travelling import TravellingVariables
 from hvd_slowmo_tf.model.variables import OptimizerVariables
 from hvd_slowmo_tf.traces.failed_traces import drop_train_functions
@@ -46,19 +44,6 @@ from hvd_slowmo_tf.traces.traced_step import TracedStep
 from hvd_slowmo_tf.traces.worker_traces import WorkerTraces
 
 logger = logging.getLogger("hvd_slowmo")
-
-
-@dataclass(frozen=True)
-class OptimizerParts:
-    """The parts of a built optimizer that a checkpoint reads and writes."""
-
-    inner: InnerOptimizer
-    variables: OptimizerVariables
-    layout: KerasLayout
-    graph: Graph | None  # of the gossip
-    rank: int  # place of this worker in the job
-    workers: int  # number of workers of the job
-    slices: OwnSlices
 
 
 class KerasWorker:
@@ -78,6 +63,9 @@ class KerasWorker:
         job: once all workers have been brought to one start.
         left: ranks that have left for good.
         elastic: other workers may take the place of these, in an elastic job.
+        connection: the workers.
+        trained: the model, for checkpoints.
+        graph: of the gossip; None without.
         travelling: the variables that take part in exchanges.
         traces: the step and the join.
         fingerprint: of the trained variables that the last join left.
@@ -115,14 +103,12 @@ class KerasWorker:
         watches = parameter_map is not None
         self.traces = WorkerTraces(optimizer, inner, self.config, observe, watches)
         self._sent_before = 0  # bytes, to former workers
-        self._process_set = process_set
-        self._comm = comm
+        node = self.config.gradients == "node"
+        self.connection = Connection(optimizer.name, process_set, comm, node=node, met=self._meet)
         self._log = OuterStepLog(self.config)
-        self._name: str | None = None
-        self._graph: Graph | None = None
+        self.trained = TrainedModel()
+        self.graph: Graph | None = None
         self._variables: OptimizerVariables | None = None
-        self._model: weakref.ref[keras.Model] | None = None
-        self._model_variables: list[keras.Variable] = []
 
     @property
     def step(self) -> TracedStep | None:
@@ -132,17 +118,7 @@ class KerasWorker:
     @property
     def comm(self) -> ScopedComm:
         """The workers under the optimizer's name, connected at the first use."""
-        return ScopedComm(self._connected(), self.name)
-
-    @property
-    def name(self) -> str:
-        """The optimizer's name, or a distinct one if it is not the first of that name to start."""
-        return self._name or self.optimizer.name
-
-    def take_name(self) -> None:
-        """Take a distinct name: the first act of the start, the same on all workers."""
-        if self._name is None:
-            self._name = distinct_name(self._connected(), self.optimizer.name)
+        return self.connection.comm
 
     @property
     def variables(self) -> OptimizerVariables:
@@ -155,17 +131,6 @@ class KerasWorker:
         """Inner steps made; 0 before SlowMo's variables are made, which another thread may see: the watchdog's."""
         return 0 if self._variables is None else self._variables.steps()
 
-    @property
-    def model(self) -> keras.Model | list[keras.Variable]:
-        """The model of the start; its variables if it was not given itself, or is gone."""
-        model = None if self._model is None else self._model()
-        return self._model_variables if model is None else model
-
-    def remember(self, model: keras.Model | None, variables: list[keras.Variable]) -> None:
-        """Remember the model that is trained, and its variables, for checkpoints."""
-        self._model = None if model is None else weakref.ref(model)
-        self._model_variables = variables
-
     def build(self, trained: list[keras.Variable]) -> None:
         """Make SlowMo's variables and the inner optimizer's. No communication."""
         if self.optimizer.use_ema:
@@ -177,9 +142,9 @@ class KerasWorker:
             # The ranks of a node are not known yet; they do not change the vectors that are kept.
             comm = self.comm
             nodes = consecutive_nodes(comm.size, 1 if comm.node is None else comm.node.size)
-            self._graph = Graph(self.config, comm.size, nodes)
-            vectors, weights = (*vectors, *self._graph.vectors), comm.size
-        layout = self.travelling.layout_of_parameters(trained, None if self._model is None else self._model())
+            self.graph = Graph(self.config, comm.size, nodes)
+            vectors, weights = (*vectors, *self.graph.vectors), comm.size
+        layout = self.travelling.layout_of_parameters(trained, self.trained.whole)
         late = self.config.delay > 0
         vectors += ("in_flight",) if late else ()
         # Without slices the workers need not be known yet.
@@ -192,11 +157,11 @@ class KerasWorker:
 
     def assemble(self, layout: KerasLayout, groups: ParameterGroups, graph: Graph | None) -> TracedStep:
         """Return a step that is made for this layout: the former one, traces and all, if nothing has changed."""
-        self._graph = graph
+        self.graph = graph
         if self.parameter_map is not None:
             self.variables.regroup(len(groups.own), self.optimizer._variables)
-        comm, variables = self._connected(), self.variables
-        return self.traces.assemble(comm, self.name, self.elastic, variables, layout, groups, graph)
+        workers, variables = self.connection.workers, self.variables
+        return self.traces.assemble(workers, self.connection.name, self.elastic, variables, layout, groups, graph)
 
     def refuse_before_start(self) -> None:
         """Raise ValueError where `apply` can't train: a refusal in a trace comes before the trace makes variables.
@@ -231,7 +196,10 @@ class KerasWorker:
         """
         self.refuse_before_start()
         with tf.init_scope():
-            return self.step or self._assembled_alone()
+            if self.step is not None:
+                return self.step
+            layout = self.travelling.layout_of(self.travelling.refs())
+            return self.assemble(layout, ParameterGroups.single(len(layout.refs_of("parameter"))), self.graph)
 
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with collectives in it, traced or not; its errors and warnings come in plain words."""
@@ -271,45 +239,25 @@ class KerasWorker:
                 "%s: parameters were given other values after the last training on %s (loaded weights, or Keras' "
                 "moving average). All workers take rank 0's, and slow momentum begins anew. Call optimizer.restart() "
                 "after loading to say that it is meant.",
-                self.name,
+                self.connection.name,
                 ", ".join(f"rank {rank}" for rank in entered),
             )
 
-    def complete(self) -> None:
-        """Apply what is in flight. A collective."""
-        machine = self.ready().assembly.machine
+    @contextmanager
+    def holding_mean(self) -> Iterator[None]:
+        """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
+        machine, variables = self.ready().assembly.machine, travelling(self.ready().assembly.layout)
         if self.config.delay:
             self.call(lambda: self.variables.write(machine.complete(self.variables.read())))
-
-    def average(self) -> None:
-        """Set the model to the workers' mean. A collective."""
-        machine = self.ready().assembly.machine
-        self.call(lambda: machine.average(self.variables.read()))
-
-    def parts(self) -> OptimizerParts:
-        """Return the parts that a checkpoint needs, also before the start.
-
-        Raises:
-            ValueError: with a map, before the start.
-        """
-        if self.step is None and self.parameter_map is not None:
-            raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
-        layout = self.travelling.layout_of(self.travelling.refs()) if self.step is None else self.step.assembly.layout
-        slices = OwnSlices(self.config, layout.layout, self.comm.rank, self.comm.size)
-        comm = self.comm
-        return OptimizerParts(self.inner, self.variables, layout, self._graph, comm.rank, comm.size, slices)
-
-    def gather_whole(self) -> Whole:
-        """Return whole vectors, in host memory, of what is kept in slices. A collective once the workers have started.
-
-        Raises:
-            ValueError: a state has been loaded, and the workers have not started yet: they can't gather it.
-        """
-        if not divided_vectors(self.config) or (self.step is None and not self.optimizer.steps):
-            return {}
-        runtime = self.ready().assembly.runtime
-        whole: Whole = self.call(gather_whole, runtime, array_of)
-        return whole
+        own = [v.numpy() for v in variables]
+        self.averaging = True
+        try:
+            self.call(lambda: machine.average(self.variables.read()))
+            yield
+        finally:
+            self.averaging = False
+            for v, value in zip(variables, own, strict=True):
+                v.assign(value)
 
     @property
     def roll(self) -> RollCall:
@@ -321,7 +269,10 @@ class KerasWorker:
     ) -> Callable[[], KerasWorkerState]:
         """Return a function that returns this worker's state for a save. A collective; arguments as in `state`."""
         self.refuse_if_left()
-        whole = self.gather_whole()
+        whole: Whole = {}
+        # Before the start nobody can be asked for the other slices of a loaded state, and `ready` says so.
+        if divided_vectors(self.config) and (self.step is not None or self.optimizer.steps):
+            whole = self.call(gather_whole, self.ready().assembly.runtime, array_of)
         return lambda: self.state(model, parameter_map, whole)
 
     def state(
@@ -335,12 +286,18 @@ class KerasWorker:
             whole: vectors that are kept in slices, for a save.
         """
         self.refuse_while_averaging("save() or load()")
-        found = self.model if model is None else model
+        found = self.trained.known if model is None else model
         if isinstance(found, list) and not found:
             raise ValueError("give the Keras model: optimizer.save(path, model), optimizer.load(path, model).")
         if isinstance(found, keras.Model):
             self.optimizer.build(found.trainable_variables)
-        return KerasWorkerState(self.optimizer, self.parts(), found, parameter_map or self.parameter_map, whole)
+        if self.step is None and self.parameter_map is not None:
+            raise ValueError("with a parameter_map a checkpoint is of a job that has started: call broadcast(model).")
+        layout = self.travelling.layout_of(self.travelling.refs()) if self.step is None else self.step.assembly.layout
+        comm = self.comm
+        slices = OwnSlices(self.config, layout.layout, comm.rank, comm.size)
+        parts = OptimizerParts(self.inner, self.variables, layout, self.graph, comm.rank, comm.size, slices)
+        return KerasWorkerState(self.optimizer, parts, found, parameter_map or self.parameter_map, whole)
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
@@ -372,30 +329,15 @@ class KerasWorker:
         """Raise RuntimeError within `averaged_parameters()`."""
         refusals.refuse_while_averaging(self.averaging, what)
 
-    def _connected(self) -> Comm:
-        if self._comm is None:
-            self._comm = workers.connect(self._process_set, node=self.config.gradients == "node")
-            tell_steps(self._comm, self, KerasWorker._steps)
-        return self._comm
-
     def reassemble(self, comm: Comm) -> None:
         """Go on with other workers: all variables stay."""
         self._sent_before = self.bytes_sent
-        self._comm, self.left = comm, ()
+        self.left = ()
         if self.step is not None:
-            self.written = self.step.assembly.machine.written
+            self.written = self.step.assembly.machine.meetings.written
         self.traces.step = None
         self.fingerprint.forget()
-        tell_steps(comm, self, KerasWorker._steps)
-
-    def divide(self, layout: Layout) -> None:
-        """Make room for the slices that this worker has among the present ones; those of former ones are kept."""
-        variables = self.variables
-        if self.job is not None and self.former_slices is None:
-            kept = {name: {n: tf.identity(v) for n, v in each.items()} for name, each in variables.slices.items()}
-            self.former_slices = FormerSlices(variables.owner, lambda name, chunk: kept[name][chunk])
-        own = OwnSlices(self.config, layout, self.comm.rank, self.comm.size)
-        variables.divide(own, self.optimizer._variables)
+        self.connection.replace(comm)
 
     @property
     def bytes_sent(self) -> int:
@@ -407,9 +349,8 @@ class KerasWorker:
         if self.elastic and self.job is None:
             raise RuntimeError(refusals.not_started("model"))
 
+    def _meet(self, comm: Comm) -> None:
+        tell_steps(comm, self, KerasWorker._steps)
+
     def _steps(self) -> int | None:
         return None if self.job is None else self.steps
-
-    def _assembled_alone(self) -> TracedStep:
-        layout = self.travelling.layout_of(self.travelling.refs())
-        return self.assemble(layout, ParameterGroups.single(len(layout.refs_of("parameter"))), self._graph)

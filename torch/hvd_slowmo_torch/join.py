@@ -7,17 +7,45 @@ import torch
 from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverage
 from hvd_slowmo.core.parts.progress import Progress, Scalar
 from hvd_slowmo.core.parts.schedule import StepPlan
+from hvd_slowmo.core.regroup.join import take_part
 from hvd_slowmo_torch.startup import hand_over
 from hvd_slowmo_torch.worker import TorchWorker
+
+
+def take_part_in_join(
+    worker: TorchWorker, optimizer: torch.optim.Optimizer, leaving: bool, scaler: torch.amp.GradScaler | None
+) -> tuple[int, ...]:
+    """Take part in a join; return the ranks of the workers that leave. A collective.
+
+    Args:
+        worker: the optimizer's.
+        optimizer: SlowMo itself, whose step a scaler takes.
+        leaving: this worker stops for good.
+        scaler: the GradScaler, if gradients are averaged under one.
+    """
+    presence, assembly = worker.presence, worker.assembly
+    worker.store.watch.look(mixes=worker.config.gossip is not None)
+    presence.joining, presence.leaving, worker.broken_off.answered = True, leaving, None
+    try:
+        with torch.no_grad():
+            joining = JoiningTorchWorker(worker, optimizer, scaler)
+            left = take_part(assembly.machine, assembly.averages, joining, int(leaving))
+    except RuntimeError:  # of a transport
+        worker.broken_off.answered = int(worker.progress.step)
+        raise
+    finally:
+        presence.joining = presence.leaving = False
+        worker.prepare()
+    presence.left = tuple(rank for rank, gone in zip(worker.comm.ranks, left, strict=True) if gone)
+    if not presence.left:
+        worker.roll.joined(int(worker.progress.step))
+    return presence.left
 
 
 class JoiningTorchWorker:
     """`hvd_slowmo.core.regroup.join.JoiningWorker` of a PyTorch optimizer.
 
-    Args:
-        worker: the optimizer's.
-        optimizer: SlowMo itself, whose step a scaler takes.
-        scaler: the GradScaler, if gradients are averaged under one.
+    Args: as in `take_part_in_join`.
     """
 
     def __init__(

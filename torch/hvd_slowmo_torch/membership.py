@@ -31,7 +31,7 @@ class TorchMember(StartingTorchWorker):
         worker = self._worker
         if not worker.started:
             return Place(framework=self.framework)
-        progress, written = worker.progress, tuple(sorted(self.machine.written or ()))
+        progress, written = worker.progress, tuple(sorted(self.machine.meetings.written or ()))
         launched = tuple(progress.flight.launched.tolist())
         owner = worker.store.owner if self.config.sliced_vectors else None
         step, interrupted = int(progress.step), worker.interrupted is not None
@@ -58,7 +58,7 @@ class TorchMember(StartingTorchWorker):
 
     def forget_former_slices(self) -> None:
         self._worker.store.former_slices = None
-        self.machine.unanswered.clear()
+        self.machine.meetings.unanswered.clear()
 
     def read_progress(self) -> Progress:
         return self._worker.progress

@@ -17,7 +17,7 @@ from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.parts.layout import CHUNK_BYTES
-from hvd_slowmo.core.regroup.join import JoinResult, take_part
+from hvd_slowmo.core.regroup.join import JoinResult
 from hvd_slowmo.core.start.arguments import Outermost, check_name, check_workers, refuse_in_elastic_job
 from hvd_slowmo.core.start.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.start.startup import start
@@ -32,8 +32,9 @@ from hvd_slowmo_torch.checks import check_types, refuse_without_model, try_confi
 from hvd_slowmo_torch.comm.workers import Transport, connect
 from hvd_slowmo_torch.inner.inner_optimizer import scaled_step
 from hvd_slowmo_torch.inner.saved_inner import marked
-from hvd_slowmo_torch.join import JoiningTorchWorker
-from hvd_slowmo_torch.startup import StartingTorchWorker, add_param_group
+from hvd_slowmo_torch.join import take_part_in_join
+from hvd_slowmo_torch.param_groups import add_param_group
+from hvd_slowmo_torch.startup import StartingTorchWorker
 from hvd_slowmo_torch.step_hooks import hooked_at_need
 from hvd_slowmo_torch.worker import Settings, TorchWorker
 
@@ -161,7 +162,7 @@ class SlowMo(Outermost, Optimizer):
     @property
     def bytes_sent(self) -> int:
         """Bytes that this worker has handed over since construction (before a ring multiplies them)."""
-        return self.worker.bytes_sent
+        return self.worker.meter.bytes_sent
 
     if TYPE_CHECKING:  # which would take every name for an attribute
         train: Callable[[], Any]
@@ -206,7 +207,7 @@ class SlowMo(Outermost, Optimizer):
             return None
         refuse_foreign_checkpoints()
         worker.refuse_elsewhere("step()")
-        if worker.gradients_missing and closure is None:
+        if worker.hooks.missing and closure is None:
             if "found_inf" in self.__dict__:
                 raise RuntimeError(
                     "the scaler has looked at gradients that no backward has averaged yet. Under a GradScaler, leave "
@@ -226,7 +227,7 @@ class SlowMo(Outermost, Optimizer):
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         if "found_inf" not in self.__dict__:  # hasattr would go through __getattr__ in every step
             step = self.inner_optimizer.step
-            return step() if closure is None else step(self.worker.averaged(closure))
+            return step() if closure is None else step(self.worker.hooks.averaged(closure))
         return scaled_step(self.inner_optimizer, self.grad_scale, self.found_inf)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -270,30 +271,17 @@ class SlowMo(Outermost, Optimizer):
             >>> optimizer.join()
             JoinResult(behind=0, left=())
         """
-        worker, presence = self.worker, self.worker.presence
+        worker = self.worker
         worker.refuse_elsewhere("join()")
-        presence.refuse_if_left()
+        worker.presence.refuse_if_left()
         if worker.comm.size == 1:
             worker.store.watch.expect_values()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
-        worker.store.watch.look(mixes=self.config.gossip is not None)
-        presence.joining, presence.leaving, worker.broken_off.answered = True, leaving, None
-        try:
-            with torch.no_grad():
-                joining, assembly = JoiningTorchWorker(worker, worker.optimizer() or self, scaler), worker.assembly
-                left = take_part(assembly.machine, assembly.averages, joining, int(leaving))
-        except RuntimeError:  # of a transport
-            worker.broken_off.answered = self.steps
-            raise
-        finally:
-            presence.joining = presence.leaving = False
-            worker.prepare()
-        presence.left = tuple(rank for rank, gone in zip(worker.comm.ranks, left, strict=True) if gone)
-        if not presence.left:
-            worker.roll.joined(self.steps)
+        left = take_part_in_join(worker, worker.optimizer() or self, leaving, scaler)
+        if not left:
             preemption.save_and_end(worker.roll, self.steps, self.save)
-        return JoinResult(self.steps - before, presence.left)
+        return JoinResult(self.steps - before, left)
 
     def restart(self) -> None:
         """Begin anew from rank 0's parameters and buffers, without momentum. A collective.
@@ -365,27 +353,7 @@ class SlowMo(Outermost, Optimizer):
             ValueError: with gossip, between averages: weights and messages there belong to the parameters that have
                 been mixed so far. With a parameter_map: workers of another framework can't follow.
         """
-        worker = self.worker
-        if worker.settings.parameter_map is not None:
-            raise ValueError(
-                "with a parameter_map no parameters can be added: workers of another framework can't follow. Give the "
-                "inner optimizer all of them before SlowMo is constructed."
-            )
-        worker.refuse_elsewhere("add_param_group()")
-        worker.presence.refuse_if_left()
-        if not worker.assembly.machine.mixing.at_rest(worker.progress.mixing):
-            raise ValueError(
-                "parameters can't be added while messages are on their way or push-sum weights differ from 1. Add them "
-                "before the first step, or right after join() or an outer step."
-            )
-        if self.config.fragments > 1 or self.config.shards or any(worker.progress.flight.launched):
-            raise ValueError(
-                "parameters can't be added with fragments > 1 or shard=True, whose blocks and slices they would move "
-                f"to other parameters, or while an exchange is in flight. Received: fragments={self.config.fragments}, "
-                f"delay={self.config.delay}, shard={self.config.shard}. Construct another SlowMo, or, with one "
-                "fragment and shard=False, call join() first."
-            )
-        add_param_group(worker, param_group)
+        add_param_group(self.worker, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state_dict with one more entry, "slowmo". No communication.
@@ -397,7 +365,7 @@ class SlowMo(Outermost, Optimizer):
         refuse_foreign_checkpoints()
         broadcasts = initializes_state()
         if broadcasts:
-            self.worker.compare_states()
+            slowmo_state.compare_at_broadcast(self.worker)
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         inner = self.inner_optimizer.state_dict()

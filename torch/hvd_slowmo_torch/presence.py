@@ -21,6 +21,7 @@ class WorkerPresence:
         inner: the inner optimizer.
 
     Attributes:
+        inner: as given.
         groups: the parameter groups that all workers have in common.
         joining: within join().
         leaving: within join(leaving=True).
@@ -28,7 +29,7 @@ class WorkerPresence:
     """
 
     def __init__(self, inner: Optimizer) -> None:
-        self._inner = inner
+        self.inner = inner
         self.groups = ParameterGroups((), ())
         self.joining = False
         self.leaving = False
@@ -41,7 +42,7 @@ class WorkerPresence:
 
         The same array as before where no rate has changed; not to be written to.
         """
-        groups = self._inner.param_groups
+        groups = self.inner.param_groups
         given = [groups[own]["lr"] for own in self.groups.own]
         if len(given) == len(self._given) and all(map(is_, given, self._given)):
             return self._rates

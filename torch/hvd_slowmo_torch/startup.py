@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from hvd_slowmo.core.average.gradient_average import GradientAverage
 from hvd_slowmo.core.parts.layout import lay_out
 from hvd_slowmo.core.parts.slices import travels_in_slices
-from hvd_slowmo.core.regroup.dealing import deal_extended
 from hvd_slowmo.core.start.arguments import check_metrics
 from hvd_slowmo.core.start.bulk import Body, Carrier, Gift, Parcel, give
 from hvd_slowmo.core.start.graph import Graph
-from hvd_slowmo.core.start.startup import Description, Job, agree
+from hvd_slowmo.core.start.startup import Description, Job
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.inner import inner_settings
 from hvd_slowmo_torch.model.layout import TensorRef, groups_of, refs_of, state_refs
@@ -128,41 +127,6 @@ class StartingTorchWorker:
         carried |= {spec.own for spec in self._frozen}
         named = [*model.named_parameters(), *model.named_buffers()]
         return {name: x.detach() for name, x in named if name not in carried}
-
-
-def add_param_group(worker: TorchWorker, param_group: dict[str, Any]) -> None:
-    """Add a group to the inner optimizer: all workers get rank 0's values of it. A collective.
-
-    Raises:
-        ValueError: on every worker, if the group is wrong on one, or differs; the optimizer is as before.
-    """
-    inner, before, hooks, former = worker.inner, worker.store, worker.hooks, worker.assembly.runtime
-    count = len(inner.param_groups)
-    # Nothing is in flight but what a load has dropped, whose names are taken until it has been awaited.
-    progress = worker.assembly.machine.complete(worker.progress)
-    try:
-        description = agree(StartingTorchWorker(worker, param_group), worker.comm)
-    except Exception:
-        del inner.param_groups[count:]
-        raise
-    added = inner.param_groups[-1]
-    inner_settings.record(inner)
-    with torch.no_grad():
-        values = bodies_of({str(number): p for number, p in enumerate(added["params"])})
-        give(worker.comm, "group", [Parcel(0, lambda: Gift(values))], TorchCarrier())
-        hooks.remove()
-        worker.assemble(description.layout, description.groups, worker.assembly.graph)
-        worker.hooks.accumulating = hooks.accumulating
-        worker.store.adopt(before)
-        worker.assembly.runtime.keep_news(former)
-        deal_extended(worker.assembly.runtime, former)
-    ops = worker.assembly.runtime.ops
-    worker.progress = progress._replace(
-        rate_sums=ops.vector([[*progress.rate_sums[0], progress.rate_steps[0] * float(added["lr"])]]),
-        gamma=ops.vector([[*progress.gamma[0], 0.0]]),
-        flight=worker.assembly.machine.flights.initial(),
-    )
-    worker.prepare()
 
 
 def hand_over(inner: Optimizer, average: GradientAverage) -> None:

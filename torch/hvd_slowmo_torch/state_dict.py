@@ -20,6 +20,7 @@ from hvd_slowmo.checkpoint.progress import parse_progress
 from hvd_slowmo.core.parts.layout import Layout
 from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.schedule import workers_equal
+from hvd_slowmo.core.start.handshake import agree
 from hvd_slowmo.errors import CheckpointError, spell_error
 from hvd_slowmo_torch.inner import inner_settings
 from hvd_slowmo_torch.inner.saved_inner import check_saved, unmarked
@@ -57,6 +58,19 @@ def pack(worker: TorchWorker) -> dict[str, Any]:
         "evaluating": worker.evaluating,
         "inner_attributes": None if attributes is None else bytes(attributes).decode(),
     }
+
+
+def compare_at_broadcast(worker: TorchWorker) -> None:
+    """Refuse a broadcast of the optimizer's state that would have to move something. A collective.
+
+    Horovod broadcasts only what rank 0 has, and a rank without state would not even take part.
+
+    Raises:
+        ValueError: on every rank, if they are not at the same step or not all have inner state.
+    """
+    place = "hvd.broadcast_optimizer_state (load a state on every rank after SlowMo is made, and omit this call)"
+    facts = {f"steps at {place}": int(worker.progress.step), f"inner state at {place}": bool(worker.inner.state)}
+    agree(worker.comm.scoped("broadcast"), facts, {}, None)
 
 
 class _Parameter(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):

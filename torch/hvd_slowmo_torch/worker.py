@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,15 +19,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.comm.failure import tell_steps
 from hvd_slowmo.comm.launcher import elastic
 from hvd_slowmo.comm.naming import distinct_name
-from hvd_slowmo.comm.protocol import Comm, MeteredComm, ScopedComm
+from hvd_slowmo.comm.protocol import Comm, ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.parts.layout import CHUNK_BYTES, ParameterGroups
 from hvd_slowmo.core.parts.outer_update import Kernels
-from hvd_slowmo.core.parts.progress import Observed, Progress, Scalar
+from hvd_slowmo.core.parts.progress import Progress, Scalar
 from hvd_slowmo.core.parts.roll_call import RollCall
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.schedule import StepPlan
@@ -36,19 +34,21 @@ from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.whole import Whole, gather_whole
 from hvd_slowmo.core.regroup.member import BrokenOff
 from hvd_slowmo.core.start.graph import Graph
-from hvd_slowmo.core.start.handshake import agree
 from hvd_slowmo.core.step import refusals
 from hvd_slowmo.core.step.assembly import Assembly, assemble
-from hvd_slowmo.core.step.metrics import Metrics, metrics_of
+from hvd_slowmo.core.step.metrics import Metrics
 from hvd_slowmo.core.step.outer_log import OuterStepLog
 from hvd_slowmo.wire.parameter_map import ParameterMap
 from hvd_slowmo_torch.checkpoint import TorchWorkerState
+from hvd_slowmo_torch.comm.meter import WorkerMeter
 from hvd_slowmo_torch.inner import inner_settings
+from hvd_slowmo_torch.inner.rates import UsableRates
 from hvd_slowmo_torch.interop.weights import array_of
 from hvd_slowmo_torch.model.gradient_hooks import GradientHooks
+from hvd_slowmo_torch.model.gradients import TorchGradients
 from hvd_slowmo_torch.model.layout import TensorRef, TorchLayout
 from hvd_slowmo_torch.model.statistics import floating_buffers
-from hvd_slowmo_torch.model.store import TorchGradients, TorchStore
+from hvd_slowmo_torch.model.store import TorchStore
 from hvd_slowmo_torch.model.watch import WatchNotes
 from hvd_slowmo_torch.presence import WorkerPresence
 from hvd_slowmo_torch.tensors.codec import TorchCodec
@@ -58,10 +58,6 @@ from hvd_slowmo_torch.tensors.streams import caller_context
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
 _CACHED = 2**17
-
-_LARGEST_RATE = float(np.finfo(np.float32).max)  # PyTorch refuses greater ones for parameters in float32
-
-logger = logging.getLogger("hvd_slowmo")
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,7 @@ class TorchWorker:
         progress: the scalar state.
         elastic: other workers may take the place of these, in an elastic job.
         started: the workers have been brought to one start.
+        meter: of its exchanges.
         interrupted: learning rates of an inner step that has been made and is not counted, since the exchange behind it
             was broken off; None else.
         broken_off: by the loss of another worker.
@@ -113,9 +110,8 @@ class TorchWorker:
     def __init__(self, inner: Optimizer, model: nn.Module, settings: Settings, comm: Comm) -> None:
         self.inner, self.model, self.settings, self.config = inner, model, settings, settings.config
         self._name = distinct_name(comm, settings.name)
-        self._sent_before = 0  # bytes, to former workers
-        self._meter = MeteredComm(comm)
-        self.comm = ScopedComm(self._meter, self._name)
+        self.meter = WorkerMeter(comm)
+        self.comm = ScopedComm(self.meter.comm, self._name)
         self.elastic = elastic()
         self.started = False
         self.interrupted: NDArray[np.float64] | None = None
@@ -125,10 +121,8 @@ class TorchWorker:
         self.mixed = False
         self.averaging = False
         self.evaluating = False
-        self._usable: NDArray[np.float64] | None = None  # rates that were found so
-        self._metrics: Metrics | None = None
+        self._rates = UsableRates(self.presence)
         self._log = OuterStepLog(self.config)
-        self._metered = (0.0, 0.0, 0)  # seconds waited and exchanging, bytes sent, up to the last outer step
 
     if not TYPE_CHECKING:  # which would take every name for an attribute
 
@@ -148,9 +142,8 @@ class TorchWorker:
 
     def connect(self, comm: Comm) -> None:
         """Go on with other workers."""
-        self._sent_before += self._meter.bytes_sent
-        self._meter, self._metered = MeteredComm(comm), (0.0, 0.0, self._sent_before)
-        self.comm = ScopedComm(self._meter, self._name)
+        self.meter.connect(comm)
+        self.comm = ScopedComm(self.meter.comm, self._name)
         tell_steps(comm, self, TorchWorker._steps)
         self.presence.left = ()
 
@@ -165,8 +158,8 @@ class TorchWorker:
         self.store.keep(self._vectors(graph))
         self._connect(assembly.layout, assembly.groups, graph)
         machine = self.assembly.machine
-        machine.written, self.hooks.accumulating = former.written, hooks.accumulating
-        machine.unanswered.update(former.unanswered)
+        machine.meetings.written, self.hooks.accumulating = former.meetings.written, hooks.accumulating
+        machine.meetings.unanswered.update(former.meetings.unanswered)
         self.progress = self.progress._replace(mixing=machine.mixing.initial())
 
     def _steps(self) -> int | None:
@@ -194,7 +187,7 @@ class TorchWorker:
             codec=TorchCodec(),
         )
         self.assembly = assemble(runtime, layout, groups, graph)
-        self.assembly.machine.tracks = self.elastic
+        self.assembly.machine.meetings.tracks = self.elastic
         me = weakref.ref(self)  # the machine must not keep its owner alive
 
         def keep(progress: Progress) -> None:
@@ -234,8 +227,9 @@ class TorchWorker:
             plan = machine.plan(self.progress)
         if plan.outer or plan.mix or plan.check or plan.lands:
             self.presence.refuse_if_left()
-        rates, usable = self._usable_rates(meets=plan.outer or self.config.tau is not None)
-        watch.look(mixes=bool(plan.mix) and self.comm.size > 1)
+        several = self.comm.size > 1
+        rates, usable = self._rates.look(self.comm.name, meets=several and bool(plan.outer or self.config.tau))
+        watch.look(mixes=several and bool(plan.mix))
         usable = usable and watch.fits
         try:
             if averages.ever and averages.of_all.entered.get():
@@ -252,9 +246,11 @@ class TorchWorker:
         finally:
             self.prepare()
         if self.settings.metrics and self.progress.observed is not before:  # an outer step has been applied
-            self._measure()
+            self.meter.measure(self.progress)
         if plan.outer or plan.lands:
-            self._log.look(self.comm, lambda: int(self.progress.step), lambda: (self.bytes_sent, self._metrics))
+            self._log.look(
+                self.comm, lambda: int(self.progress.step), lambda: (self.meter.bytes_sent, self.meter.metrics)
+            )
         return result
 
     def finish_step(self) -> None:
@@ -276,48 +272,6 @@ class TorchWorker:
             self.interrupted = rates if self.progress.step == before else None
             raise
         self.interrupted = None
-
-    def _usable_rates(self, *, meets: bool) -> tuple[NDArray[np.float64], bool]:
-        """Return the learning rates, and whether a step can be taken with them.
-
-        A rate that no step can take (a text, 1e400) would raise from within the inner optimizer, here alone and while
-        the others wait. Such a step is left out, and the others refuse the NaN together when they meet.
-
-        Args:
-            meets: the workers will meet and compare their rates.
-
-        Raises:
-            ValueError: a rate is unusable, and nobody else will hear of it.
-        """
-        rates = self.presence.rates()
-        # NumPy takes longer for a few numbers.
-        if rates is self._usable or all(abs(rate) <= _LARGEST_RATE for rate in rates.tolist()):
-            self._usable = rates
-            return rates, True
-        unusable = ~(np.abs(rates) <= _LARGEST_RATE)
-        group = int(self.presence.groups.own[int(unusable.argmax())])
-        words = f"no step can be taken with the learning rate of parameter group {group}: it must be a finite number."
-        received = spell_value(self.inner.param_groups[group]["lr"])
-        if self.comm.size == 1 or not meets:
-            raise ValueError(f"{self.comm.name}: {words} Received: lr={received}")
-        logger.error("%s: %s Received: lr=%s", self.comm.name, words, received)
-        return np.where(unusable, np.nan, rates), False
-
-    @property
-    def gradients_missing(self) -> bool:
-        """True while this step is to average gradients and no backward has done it."""
-        return self.hooks.due and not self.hooks.done
-
-    def averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the closure with averaged gradients, also where it makes them without backward."""
-
-        def evaluate() -> Any:
-            loss = closure()
-            if self.gradients_missing:
-                self.hooks.average()
-            return loss
-
-        return evaluate
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield all parameters and buffers of the model by name."""
@@ -349,18 +303,6 @@ class TorchWorker:
     def averaged_ids(self) -> set[int]:
         """Return ids of the tensors that are averaged without being trained."""
         return {id(ref.find()) for ref in self.assembly.layout.refs_of("statistic")}
-
-    def compare_states(self) -> None:
-        """Refuse a broadcast of the optimizer's state that would have to move something. A collective.
-
-        Horovod broadcasts only what rank 0 has, and a rank without state would not even take part.
-
-        Raises:
-            ValueError: on every rank, if they are not at the same step or not all have inner state.
-        """
-        place = "hvd.broadcast_optimizer_state (load a state on every rank after SlowMo is made, and omit this call)"
-        facts = {f"steps at {place}": int(self.progress.step), f"inner state at {place}": bool(self.inner.state)}
-        agree(self.comm.scoped("broadcast"), facts, {}, None)
 
     def switch(self, mode: str) -> Any:
         """Call `train()` or `eval()` of a schedule-free inner optimizer, which writes other values to the parameters.
@@ -409,11 +351,6 @@ class TorchWorker:
         names = parameter_map or self.settings.parameter_map
         return TorchWorkerState(self.model, self.inner, self.assembly, self.progress, names, self.take_over, whole)
 
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes handed over for sums and messages."""
-        return self._sent_before + self._meter.bytes_sent
-
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.
 
@@ -421,11 +358,4 @@ class TorchWorker:
             RuntimeError: nothing is measured.
         """
         refusals.refuse_unmeasured(self.settings.metrics)
-        return self._metrics
-
-    def _measure(self) -> None:
-        totals = self._meter.seconds_waited, self._meter.seconds_exchanging, self.bytes_sent
-        waited, exchanging, sent = (now - before for now, before in zip(totals, self._metered, strict=True))
-        seen = Observed(*self.progress.observed.tolist())
-        self._metrics = metrics_of(seen, int(self.progress.step), waited, exchanging, int(sent))
-        self._metered = totals
+        return self.meter.metrics

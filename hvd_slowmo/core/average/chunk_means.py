@@ -116,6 +116,10 @@ class ChunkMeans:
         sliced = self._layout.segments[chunk.segment].sliced
         return self._two_phase.nothing(chunk) if sliced else [self._store.zeros(chunk)[:0]]
 
+    def tensor_count(self, chunk: Chunk) -> int:
+        """Return the number of tensors that a chunk's result is."""
+        return self._two_phase.tensor_count if self._layout.segments[chunk.segment].sliced else 1
+
     def from_tensors(self, chunk: Chunk, left: Iterator[Any]) -> Any:
         """Take a chunk's tensors and return its result."""
         if self._layout.segments[chunk.segment].sliced:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -111,6 +112,10 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
     Args:
         nonfinite: the setting of that name.
     """
+    return ops.shared("verdict", partial(_judge, ops, nonfinite), table)
+
+
+def _judge(ops: Ops, nonfinite: str, table: Any) -> Verdict:
     column, rates = Row(*ops.columns(table)[:RATES]), table[:, RATES:]
     workers, training, weight = table.shape[0], ops.sum(column.training), ops.sum(column.weight)
     valid = (rates >= 0) & (rates < math.inf)  # false for NaN too

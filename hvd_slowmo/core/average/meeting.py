@@ -77,6 +77,11 @@ class Meetings:
         self.unanswered = self._means.unanswered
         layout = runtime.layout
         self._chunks = {None: layout.in_turn} | {f: tuple(layout.of_fragment(f)) for f in range(layout.fragments)}
+        # By segment, the most chunks that a fragment has: so many of any fragment travel out of a branch of a trace.
+        self._slots = {
+            segment: max(len(self._of_fragment(f, segment)) for f in range(layout.fragments))
+            for segment in dict.fromkeys(chunk.segment for chunk in layout.chunks)
+        }
 
     def meet(self, progress: Progress, step: Scalar, purpose: Purpose) -> Meeting:
         """Exchange the ledger, and the first chunk beside it.
@@ -124,6 +129,8 @@ class Meetings:
             weights = ops.vector([counted] * layout.fragments)
         else:
             weights = progress.since / (config.tau or 1) * purpose.counts * counted
+        if arrived:
+            return Exchange(purpose, None, (), weights, counted, finite, condition, progress, arrived)
         at = purpose.fragment or 0
         row = Row(
             meeting_step=step,
@@ -141,8 +148,6 @@ class Meetings:
             ending=self._runtime.roll.ending(),
             regroups=self._runtime.regrouping.heard.get(),
         )
-        if arrived:
-            return Exchange(purpose, None, (), weights, counted, finite, condition, progress, arrived)
         parts = own_row(ops, comm.rank, comm.size, row, progress.rate_sums[at], clocks(ops, progress))
         ledger = ops.pack([*parts, condition.moved])
         exchange = Exchange(purpose, None, (), weights, counted, finite, condition, progress)
@@ -295,20 +300,33 @@ class Meetings:
         layout = self._runtime.layout
         length = self._comm.size * row_length(layout) + len(layout.groups)
         ledger, *results = arrived or [self._ops.pack([self._ops.vector([0.0] * length)])]
-        left, flat = iter(results), [ledger]
-        empty: dict[int, Sequence[Any]] = {}  # by segment: one operation of a trace each, not one per chunk
-        for chunk in layout.chunks:
-            if chunk.fragment == fragment:
-                flat += self._means.tensors(chunk, next(left))
-            else:
-                flat += empty.get(chunk.segment) or empty.setdefault(chunk.segment, self._means.nothing(chunk))
-        return flat
+        tensors: dict[int, list[Any]] = {segment: [] for segment in self._slots}
+        for chunk, result in zip(self._of_fragment(fragment), results, strict=True):
+            tensors[chunk.segment] += self._means.tensors(chunk, result)
+        for segment, most in self._slots.items():
+            missing = most - len(self._of_fragment(fragment, segment))
+            if missing:
+                tensors[segment] += [*self._means.nothing(self._first_of(segment))] * missing
+        return [ledger, *(x for each in tensors.values() for x in each)]
 
     def restored(self, flat: Sequence[Any], fragment: int) -> tuple[Any, ...]:
         """Return the results of a late meeting about a fragment with these tensors."""
-        ledger, left = flat[0], iter(flat[1:])
-        results = [(chunk, self._means.from_tensors(chunk, left)) for chunk in self._runtime.layout.chunks]
-        return (ledger, *(result for chunk, result in results if chunk.fragment == fragment))
+        left = iter(flat[1:])
+        found: dict[int, Any] = {}
+        for segment, most in self._slots.items():
+            mine = self._of_fragment(fragment, segment)
+            found |= {chunk.index: self._means.from_tensors(chunk, left) for chunk in mine}
+            for _ in range((most - len(mine)) * self._means.tensor_count(self._first_of(segment))):
+                next(left)
+        return (flat[0], *(found[chunk.index] for chunk in self._of_fragment(fragment)))
+
+    def _of_fragment(self, fragment: int | None, segment: int | None = None) -> list[Chunk]:
+        """Return the chunks of a fragment, or those in a segment; of no fragment there are none."""
+        chunks = () if fragment is None else self._chunks[fragment]
+        return [chunk for chunk in chunks if segment in (None, chunk.segment)]
+
+    def _first_of(self, segment: int) -> Chunk:
+        return next(chunk for chunk in self._runtime.layout.chunks if chunk.segment == segment)
 
     def divisor(self, chunk: Chunk, meeting: Meeting) -> Scalar:
         """Return the sum of the workers' weights in a chunk's mean."""

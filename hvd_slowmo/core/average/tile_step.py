@@ -51,10 +51,10 @@ def slice_step(runtime: Runtime, exchange: Exchange, table: Any) -> OuterStep:
     """
     ops, config, fragment = runtime.ops, runtime.config, exchange.purpose.fragment
     assert fragment is not None, "an outer step is about one fragment"
-    found = verdict(ops, table[:, : RATES + runtime.layout.group_count], config.nonfinite)
-    coefficients = momentum(config, ops, found.gamma, exchange.progress.gamma[fragment])
 
     def take(part: Chunk, mean: Any, anchor: Any, v: Any) -> tuple[Any, Any]:
+        found = verdict(ops, table[:, : RATES + runtime.layout.group_count], config.nonfinite)
+        coefficients = momentum(config, ops, found.gamma, exchange.progress.gamma[fragment])
         anchors, momenta = [], []
         for tile in part.tiles(runtime.kernels.tile):
             own_v = None if v is None else part.cut(v, tile)

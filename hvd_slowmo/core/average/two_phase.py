@@ -292,6 +292,11 @@ class TwoPhase:
         observed = [self._ops.vector([0.0] * len(Observed._fields))] if self._observes else []
         return [message, message, *[empty] * len(self._config.sliced_vectors), *observed]
 
+    @property
+    def tensor_count(self) -> int:
+        """Number of the tensors of `tensors`."""
+        return 2 + len(self._config.sliced_vectors) + self._observes
+
     def from_tensors(self, chunk: Chunk, tensors: Iterator[Any]) -> SlicedChunk:
         """Take a late exchange's tensors and return it."""
         lengths = [payload_bytes(self._slices(chunk).elements(rank), self._bits(chunk)) for rank in range(self._size)]

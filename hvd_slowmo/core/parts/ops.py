@@ -107,6 +107,9 @@ class Ops(Protocol):
             `guarded`, which in a trace has no value before that is decided: its users can't run too early.
         """
 
+    def shared(self, key: str, work: Callable[[Any], T], tensor: Any) -> T:
+        """Return the result of `work`, which depends on the key and the tensor alone; traces have it once."""
+
     def after(self, scalar: Scalar, work: Callable[[], T]) -> T:
         """Return the result of `work`, no part of which runs before `scalar` is known."""
 
@@ -233,6 +236,9 @@ class EagerOps:
         if failed:
             raise ValueError(describe(table))
         return guarded
+
+    def shared(self, key: str, work: Callable[[Any], T], tensor: Any) -> T:
+        return work(tensor)
 
     def after(self, scalar: Scalar, work: Callable[[], T]) -> T:
         return work()

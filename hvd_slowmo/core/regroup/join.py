@@ -11,6 +11,7 @@ from hvd_slowmo.core.average.broadcast import average_chunks, take_from
 from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverage, GradientAverages
 from hvd_slowmo.core.parts.progress import Progress, Scalar, Vector
 from hvd_slowmo.core.parts.schedule import StepPlan
+from hvd_slowmo.core.regroup import following
 from hvd_slowmo.core.step.machine import Machine
 
 
@@ -85,7 +86,7 @@ def take_part(machine: Machine, averages: GradientAverages, worker: JoiningWorke
         return ops.cond(attendance.training == 0, all_done, step)
 
     def meet(exchanging: Scalar) -> tuple[Scalar, Scalar, Vector]:
-        progress, over, left = machine.follow(worker.read_progress(), leaving)
+        progress, over, left = following.follow(machine, worker.read_progress(), leaving)
         worker.write_progress(progress)
         ops.cond(over, lambda: None, worker.outer_step_followed)
         return ops.cond(over, lambda: False, lambda: True), exchanging, left

@@ -22,6 +22,7 @@ import numpy as np
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.average.broadcast import average_chunks
 from hvd_slowmo.core.parts.progress import Progress
+from hvd_slowmo.core.regroup.following import follow
 from hvd_slowmo.core.regroup.handover import roll_forward, start_at, unwritten
 from hvd_slowmo.core.regroup.late_members import (
     Flying,
@@ -102,7 +103,7 @@ def come_together(member: Member[R], comm: ScopedComm) -> Reformed:
         average_chunks(machine.runtime, unwritten(machine, written), standing.stays)
         machine.runtime.store.settle()
     member.broken_off.torn = False
-    machine.written = written if lead.interrupted else None  # else no worker is left that has made this step
+    machine.meetings.written = written if lead.interrupted else None  # else no worker is left that has made this step
     if lead.interrupted:
         _end_interrupted_step(member, standing)
     machine.flights.resume(member.read_progress())
@@ -200,8 +201,7 @@ def _end_interrupted_step(member: Member[R], standing: Standing) -> None:
     if standing.late or member.config.gossip is not None:
         member.write_progress(machine.pass_step(member.read_progress()))
     else:
-        followed, _, _ = machine.follow(member.read_progress())
-        member.write_progress(followed)
+        member.write_progress(follow(machine, member.read_progress()).progress)
 
 
 def _plain(progress: Progress) -> dict[str, Any]:

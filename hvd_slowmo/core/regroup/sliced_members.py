@@ -117,7 +117,7 @@ def _with_unanswered(machine: Machine, former: FormerSlices, own: SlicedWorker, 
 
     Their results have not come here, but this worker's part of them, its slice, has gone to all others.
     """
-    unanswered, vectors, chunks = machine.unanswered, machine.config.sliced_vectors, machine.layout.chunks
+    unanswered, vectors, chunks = machine.meetings.unanswered, machine.config.sliced_vectors, machine.layout.chunks
 
     def read(vector: str, chunk: int) -> Any:
         if chunk in unanswered and (own.lacks[chunks[chunk].fragment] or chunk in written):

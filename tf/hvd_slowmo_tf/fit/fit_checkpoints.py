@@ -33,7 +33,7 @@ class FitCheckpoints:
         self._checkpoints.find(optimizer)
         model._initial_epoch = self._checkpoints.values.get(_EPOCH)  # as BackupAndRestore does
         if model.built and optimizer.worker.parameter_map is None:
-            optimizer.worker.remember(model, parts_of(model)[0])
+            optimizer.worker.trained.remember(model, parts_of(model)[0])
             self._checkpoints.restore()
 
     def restore(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import tensorflow as tf
 
 from hvd_slowmo.core.parts.codec import LEVELS, blocks_of, payload_bytes
 from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo_tf.traces.pieces import joined
+from hvd_slowmo_tf.traces.shared import SharedTraces
 
 EXACT = {16: tf.bfloat16, 32: tf.float32, 64: tf.float64}
 """Types of TensorFlow's own in which values travel."""
@@ -25,8 +28,20 @@ class KerasCodec:
 
     tile: int | None = None  # a trace has few operations, each of which uses all cores
 
+    def __init__(self) -> None:
+        self._shared = SharedTraces()
+
     def encode(self, pieces: Iterable[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
-        g = tf.concat(list(pieces), 0)
+        g = joined(list(pieces))
+        return self._shared.call(("encode", blocks, bits), lambda g: self._encoded(g, blocks, bits), g)
+
+    def decode(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> tf.Tensor:
+        blocks = blocks_of(message, bits)
+        last = blocks if last is None else last
+        work = partial(self._decoded, bits=bits, blocks=blocks, first=first, last=last)
+        return self._shared.call(("decode", bits, blocks, first, last), work, message)
+
+    def _encoded(self, g: tf.Tensor, blocks: int, bits: int) -> tf.Tensor:
         if bits in EXACT:
             codes = tf.bitcast(tf.cast(g, EXACT[bits]), tf.uint8)
             return tf.reshape(codes, [payload_bytes(blocks * BLOCK, bits)])
@@ -43,9 +58,7 @@ class KerasCodec:
         message = tf.concat([tf.reshape(tf.bitcast(scales, tf.uint8), [-1]), codes], 0)
         return tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])
 
-    def decode(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> tf.Tensor:
-        blocks = blocks_of(message, bits)
-        last = blocks if last is None else last
+    def _decoded(self, message: tf.Tensor, bits: int, blocks: int, first: int, last: int) -> tf.Tensor:
         elements = (last - first) * BLOCK
         if bits in EXACT:
             size = bits // 8

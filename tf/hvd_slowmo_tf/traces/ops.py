@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hvd_slowmo.core.parts.ops import TOPICS, Cell, Topic
 from hvd_slowmo_tf.horovod import lost_worker
 from hvd_slowmo_tf.traces.pieces import joined
+from hvd_slowmo_tf.traces.shared import SharedTraces
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class TracedOps:
         self._explain = explain
         self._notes = {topic: _Note(table) for topic in TOPICS}
         self._error = _Note(table)
+        self._shared = SharedTraces()
 
     def cell(self, value: bool | int) -> Cell:
         return _TracedCell(value)
@@ -137,6 +139,9 @@ class TracedOps:
         with tf.control_dependencies([checked] if tf.inside_function() else []):
             waiting: T = tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)
             return waiting
+
+    def shared(self, key: str, work: Callable[[tf.Tensor], T], tensor: tf.Tensor) -> T:
+        return self._shared.call(key, work, tensor)
 
     def after(self, scalar: tf.Tensor, work: Callable[[], T]) -> T:
         with tf.control_dependencies([scalar]):

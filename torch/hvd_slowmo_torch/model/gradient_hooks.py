@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd import Variable
@@ -19,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hvd_slowmo.core.average.gradient_average import Attendance, GradientAverages
 from hvd_slowmo.core.parts.schedule import StepPlan
-from hvd_slowmo_torch.model.store import TorchGradients
+from hvd_slowmo_torch.model.gradients import TorchGradients
 from hvd_slowmo_torch.presence import WorkerPresence
 
 
@@ -82,6 +83,11 @@ class GradientHooks:
             self._source.forget()
 
     @property
+    def missing(self) -> bool:
+        """True while the coming step is to average gradients and no backward has done it."""
+        return self.due and not self.done
+
+    @property
     def catch_up_from(self) -> int:
         """The worker whose parameters count at the end of the warm-up."""
         return 0 if self.attendance is None else int(self._average.catch_up_from.get())
@@ -91,6 +97,17 @@ class GradientHooks:
         """Average the gradients now, where no backward has done it."""
         self._send_rest()
         return self._finish()
+
+    def averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure with averaged gradients, also where it makes them without backward."""
+
+        def evaluate() -> Any:
+            loss = closure()
+            if self.missing:
+                self.average()
+            return loss
+
+        return evaluate
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo_torch.inner import inner_optimizer as inner_state
 from hvd_slowmo_torch.model.layout import TorchLayout
-from hvd_slowmo_torch.model.store import Pieces
+from hvd_slowmo_torch.model.pieces import Pieces
 from hvd_slowmo_torch.simulator.stack import mean_of
 
 Value = Callable[[torch.Tensor], torch.Tensor | None]
