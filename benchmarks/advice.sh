@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/advice.py on loopback, 1 Gbit/s and 100 Mbit/s with 2 and 4 workers (about 10 minutes):
+# benchmarks/advice.py on loopback, 1 Gbit/s and 100 Mbit/s with 2 and 4 workers (a quarter of an hour):
 #     benchmarks/advice.sh results/advice.jsonl
 # On loopback the processors compute; on a link a wait stands for a device that does, as in bandwidth.sh. The models are
 # small, so that a message takes at most seconds. It ends with the ratios of predicted to measured step times.
