@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, MutableMapping
 
-from hvd_slowmo.checked_numbers import spell_value
+from hvd_slowmo.checked_numbers import number_or_nan, spell_value
 from hvd_slowmo.comm.launcher import elastic
 
 VARIABLE = "HVD_SLOWMO_TIMEOUT"
@@ -49,7 +49,7 @@ def time_limit(timeout: float | None = None, environment: Mapping[str, str] = os
     else:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
             raise TypeError(f"`timeout` must be a number of seconds, or None. Received: {spell_value(timeout)}")
-        seconds, name, received = float(timeout), "`timeout`", spell_value(timeout)
+        seconds, name, received = number_or_nan(timeout), "`timeout`", spell_value(timeout)
     if not (math.isfinite(seconds) and seconds >= 1):
         raise ValueError(f"{name} must be at least 1 second. Received: {received}")
     return seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.topology.graphs import Array
 
 # Relative to weights of size 1, in float64; see checks.py.
@@ -73,8 +74,7 @@ def steps_to_consensus(array: Array, tolerance: float = 1e-3) -> int:
         >>> steps_to_consensus(exponential(8))
         3
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"`tolerance` must be a number in (0, 1). Received: tolerance={tolerance!r}")
+    tolerance = real("tolerance", tolerance, lambda t: 0 < t < 1, "a number in (0, 1)")
     reached: Array = np.eye(array.shape[1])
     if _worst(reached) <= tolerance:
         return 0

@@ -7,13 +7,13 @@ graph are linear algebra.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_slowmo.checked_numbers import integer
 from hvd_slowmo.topology.graphs import NAMED, Array, spread
 
 Spec = str | Callable[[int], Any] | Sequence[Any] | NDArray[Any] | None
@@ -47,7 +47,7 @@ def topology(
         >>> topology("exponential", 8).shape
         (3, 8, 8)
     """
-    m = _number(workers)
+    m = integer("workers", workers, 1, "a positive integer")
     if nodes is not None:
         _check_nodes(nodes, m)
         m = len(nodes)
@@ -65,20 +65,11 @@ def consecutive_nodes(workers: int, node_size: int) -> list[list[int]]:
         >>> consecutive_nodes(4, 2)
         [[0, 1], [2, 3]]
     """
-    m, size = _number(workers), _number(node_size, "node_size")
+    given = {"workers": workers, "node_size": node_size}
+    m, size = (integer(name, n, 1, "a positive integer") for name, n in given.items())
     if m % size:
         raise ValueError(f"{m} workers are not a whole number of nodes of {size}. Received: node_size={size}")
     return [list(range(first, first + size)) for first in range(0, m, size)]
-
-
-def _number(value: Any, name: str = "workers") -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be a positive integer. Received: {name}={value!r}") from None
-    if number < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    return number
 
 
 def _check_nodes(nodes: Sequence[Sequence[int]], m: int) -> None:

@@ -2,17 +2,28 @@
 
 import pytest
 
+from support.jobs.keras_changed import between_fits
+
 pytestmark = [pytest.mark.workers, pytest.mark.slow]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("how", ["load", "restart", "nothing"])
+@pytest.mark.parametrize("how", ["load", "average", "restart", "nothing"])
 def test_values_that_are_loaded_between_two_fits_are_no_progress(keras_workers, how):
     for rank, (weight, said) in enumerate(keras_workers(2).run("support.jobs.keras_changed:between_fits", how=how)):
         assert weight == 1.0
         assert len(
             [line for line in said if "given other values after the last training on rank 0, rank 1" in line]
-        ) == (how == "load"), (rank, said)
+        ) == (how in ("load", "average")), (rank, said)
+
+
+@pytest.mark.parametrize("how", ["load", "average", "restart", "nothing"])
+def test_nor_are_they_of_a_single_worker(how):
+    weight, said = between_fits(how)
+    assert weight == 1.0
+    assert sum("given other values after the last training on rank 0" in line for line in said) == (
+        how in ("load", "average")
+    )
 
 
 def test_restart_begins_a_block_from_rank_0s_values(keras_workers):

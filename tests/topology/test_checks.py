@@ -51,6 +51,7 @@ REFUSED: list[tuple[Any, int, dict[str, Any], type[Exception], str]] = [
     ("star", 3, {"symmetric": True}, ValueError, "must be symmetric"),
     ("ring", 0, {}, ValueError, "`workers` must be a positive integer. Received: workers=0"),
     ("ring", 2.5, {}, TypeError, "`workers` must be a positive integer"),
+    ("ring", 10**400, {}, ValueError, "`workers` must be a positive integer, at most 9223372036854775807"),
     (np.eye(3), 4, {}, ValueError, r"shape \(period, 4, 4\).*Received: shape \(3, 3\)"),
     (np.zeros((0, 4, 4)), 4, {}, ValueError, r"Received: shape \(0, 4, 4\)"),
     (np.ones(4), 4, {}, ValueError, "shape"),

@@ -329,6 +329,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         if missing:
             raise ValueError(f"broadcast() was not given {', '.join(missing)}: join() can't average them.")
         if worker.comm.size == 1:
+            worker.fingerprint.take_unless_entered()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
         left = worker.join(leaving)

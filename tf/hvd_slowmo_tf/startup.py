@@ -144,11 +144,11 @@ class StartingKerasWorker:
         machine = self._step.assembly.machine
         if job.fresh:
             worker.call(lambda: variables.write(machine.start()))
+        elif job.entered:  # also of a single worker, which is always the first to have a state
+            worker.restart(job.entered)
         elif job.restored_first:
             worker.call(lambda: take_from(machine.runtime, 0, ("parameter", "statistic", "optimizer_state")))
             worker.call(lambda: variables.write(machine.reset(variables.read())))
-        elif job.entered:
-            worker.restart(job.entered)
         variables.belong_to(worker.comm.rank, worker.comm.size)
 
     @property

@@ -211,6 +211,7 @@ class KerasWorker:
         """Take part in a join; return the global ranks of the workers that leave. A collective."""
         preemption.tell(self.roll)
         self.broken_off.answered = None
+        entered = self.fingerprint.differs()
         try:
             leavers = self.call(self.traces.join_now(), tf.constant(float(leaving), tf.float64)).numpy()
         except ValueError:  # the verdict of a meeting
@@ -222,7 +223,8 @@ class KerasWorker:
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
         if not left:
             self.roll.joined(self.optimizer.steps)
-        self.fingerprint.take()
+        if not entered:  # at the end of fit() Keras' moving average, say, of which the next start will tell
+            self.fingerprint.take()
         return left
 
     def restart(self, entered: Sequence[int] = ()) -> None:

@@ -10,17 +10,21 @@ from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
 
 
 def between_fits(how):
-    """Train, give the weight the value 1, and go on with gradients of zero; return the weight and the warnings."""
+    """Train, give the weight the value 1, and go on with gradients of zero; return the weight and the warnings.
+
+    With "average" Keras itself overwrites the weight, with its moving average, and 1 means that this one stays.
+    """
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("hvd_slowmo").addHandler(handler)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
+    optimizer = SlowMo(keras.optimizers.SGD(0.1, use_ema=how == "average"), SlowMoConfig(tau=2, beta=0.5))
     model.compile(optimizer, "mse")
     x = np.ones((12, 1), np.float32)
     model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
-    if how != "nothing":
+    average = model.get_weights()[0].item()
+    if how not in ("nothing", "average"):
         model.set_weights([np.ones((1, 1), np.float32)])
     if how == "restart":
         optimizer.restart()
@@ -30,7 +34,8 @@ def between_fits(how):
         return before != model.get_weights()[0].item(), said
     model.fit(0 * x, x, batch_size=2, verbose=0, callbacks=[SlowMoCallback()])
     logging.getLogger("hvd_slowmo").removeHandler(handler)
-    return model.get_weights()[0].item(), said
+    weight = model.get_weights()[0].item()
+    return weight / average if how == "average" else weight, said
 
 
 def restarted():

@@ -21,6 +21,11 @@ class Fingerprint:
         """Take the fingerprint of the variables as they are."""
         self._taken = self._present()
 
+    def take_unless_entered(self) -> None:
+        """Take it, but where the variables were given other values since: the next start will tell of these."""
+        if not self.differs():
+            self.take()
+
     def forget(self) -> None:
         """Take any values as they are from now on."""
         self._taken = None
