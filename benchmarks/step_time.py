@@ -81,7 +81,7 @@ def training(wrap: Wrap, batch: int, shrink: int, pause: float | None) -> turns.
 
         def paused() -> None:
             time.sleep(pause / 1e3)
-            for p, gradient in gradients:  # torchft's outer optimizer takes them away, and no step is cheaper than none
+            for p, gradient in gradients:  # torchft's outer optimizer clears them, and a step without any costs nothing
                 p.grad = gradient
             optimizer.step()
 

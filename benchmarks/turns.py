@@ -85,7 +85,7 @@ def measure(
             step()
     for number in range(rounds + 1):  # the first round warms up
         for name, step in steps.items():
-            if blocks[name] == 1:  # a message of OSGP, which the first step waits for, has arrived since the last turn
+            if blocks[name] == 1:  # OSGP's last message has arrived since its last turn: send one to wait for
                 step()
             barrier()
             started = time.perf_counter()

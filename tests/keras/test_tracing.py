@@ -98,7 +98,15 @@ def test_embeddings_of_any_number_of_words_take_few_traces():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{"tau": 2}, {"tau": 2, "inner_state": "reset", "nonfinite": "exclude"}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tau": 2},
+        {"tau": 2, "inner_state": "reset", "nonfinite": "exclude"},
+        {"tau": 2, "fragments": 2, "delay": 1, "bits": 8},
+    ],
+    ids=str,
+)
 @pytest.mark.sample("{'tau': 2}")
 def test_xla_compiles_a_worker_alone(config):
     compiled, plain = net(), net()

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import hvd_slowmo.torch as slowmo
 from hvd_slowmo.comm.threads import ThreadWorld
@@ -348,7 +349,6 @@ class WithBuffer(nn.Module):
 
 
 def mask(model):
-    from torch.nn.utils import prune
 
     prune.l1_unstructured(model.linear, "weight", 1)
 
@@ -381,6 +381,21 @@ def test_a_model_of_another_form_is_refused_on_every_rank_before_anything_is_sen
     first, second = ThreadWorld(2).run(work)
     assert ("later" in second) == (said == "there is a new buffer")
     assert first.startswith("slowmo: the model on rank 1")
+
+
+def test_pruning_that_one_rank_makes_permanent_is_refused_on_every_rank():
+    def work(comm):
+        model = WithBuffer()
+        mask(model)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = slowmo.SlowMo(inner, model, slowmo.SlowMoConfig(tau=2), comm=comm)
+        optimizer.step()
+        if comm.rank == 1:
+            prune.remove(model.linear, "weight")
+        with pytest.raises(ValueError, match=r"model on rank 1 is not the one .*weight_mask has another form"):
+            optimizer.join()
+
+    ThreadWorld(2).run(work)
 
 
 @pytest.mark.parametrize("config", [slowmo.SlowMoConfig.ar_sgd(), slowmo.SlowMoConfig(tau=2, warmup_steps=5)])

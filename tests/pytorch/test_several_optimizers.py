@@ -47,6 +47,38 @@ def test_one_join_answers_the_exchanges_of_all(config, lengths):
             assert behind == expected_behind
 
 
+def test_a_discriminator_that_each_iteration_leaves_frozen_is_joined():
+    """As in pix2pix, with 2 and 5 iterations; the workers' weights are their steps."""
+
+    def work(comm):
+        d, g = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+        inner = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (d, g)]
+        comms = comm, others.member(comm.rank)
+        try:
+            both = [
+                slowmo.SlowMo(each, model, tau=100, comm=own, name=name)
+                for each, model, own, name in zip(inner, (d, g), comms, "dg", strict=True)
+            ]
+            with torch.no_grad():
+                d.weight.zero_()
+            both[0].restart()
+            for _ in range((2, 5)[comm.rank]):
+                for optimizer, model in zip(both, (d, g), strict=True):
+                    d.requires_grad_(model is d)
+                    optimizer.zero_grad()
+                    (-(comm.rank + 1) * model.weight.sum()).backward()
+                    optimizer.step()
+            slowmo.join(*both)
+        finally:
+            others.end(comm.rank, "ended")
+        return d.weight.item(), g.weight.item()
+
+    others = ThreadWorld(2)
+    first, second = ThreadWorld(2).run(work)
+    assert first == second
+    assert first[0] == pytest.approx((2 * 2 + 5 * 10) / 7)
+
+
 def test_an_error_in_one_of_them_is_raised():
     optimizers = [several.optimizer({"tau": 2}, None, seed) for seed in range(2)]
     with optimizers[1].averaged_parameters(), pytest.raises(RuntimeError, match="within averaged_parameters"):

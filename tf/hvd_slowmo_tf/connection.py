@@ -14,7 +14,7 @@ class Connection:
     """Connects at the first use: an optimizer is made before Horovod is initialized, or without it.
 
     Args:
-        prefix: of the collectives' names: the optimizer's name.
+        prefix: of the collectives' names: the optimizer's name when it is constructed.
         process_set: the Horovod process set that trains together; None for all ranks.
         comm: the workers, in place of Horovod's.
         node: also among the workers of a machine.

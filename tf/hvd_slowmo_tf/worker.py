@@ -63,7 +63,7 @@ class KerasWorker:
         job: once all workers have been brought to one start.
         left: ranks that have left for good.
         elastic: other workers may take the place of these, in an elastic job.
-        connection: the workers.
+        connection: to the workers, made at the first use.
         trained: the model, for checkpoints.
         graph: of the gossip; None without.
         travelling: the variables that take part in exchanges.

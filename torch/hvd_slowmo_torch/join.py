@@ -45,7 +45,10 @@ def take_part_in_join(
 class JoiningTorchWorker:
     """`hvd_slowmo.core.regroup.join.JoiningWorker` of a PyTorch optimizer.
 
-    Args: as in `take_part_in_join`.
+    Args:
+        worker: the optimizer's.
+        optimizer: SlowMo itself, whose step a scaler takes.
+        scaler: the GradScaler, if gradients are averaged under one.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
     Args:
         nonfinite: the setting of that name.
     """
-    return ops.shared("verdict", partial(_judge, ops, nonfinite), table)
+    return ops.shared(f"verdict, {nonfinite}", partial(_judge, ops, nonfinite), table)
 
 
 def _judge(ops: Ops, nonfinite: str, table: Any) -> Verdict:

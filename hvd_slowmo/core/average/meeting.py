@@ -77,7 +77,7 @@ class Meetings:
         self.unanswered = self._means.unanswered
         layout = runtime.layout
         self._chunks = {None: layout.in_turn} | {f: tuple(layout.of_fragment(f)) for f in range(layout.fragments)}
-        # By segment, the most chunks that a fragment has: so many of any fragment travel out of a branch of a trace.
+        # By segment, the most chunks that a fragment has: each branch of a trace returns as many, whatever it is about.
         self._slots = {
             segment: max(len(self._of_fragment(f, segment)) for f in range(layout.fragments))
             for segment in dict.fromkeys(chunk.segment for chunk in layout.chunks)
@@ -318,6 +318,7 @@ class Meetings:
             found |= {chunk.index: self._means.from_tensors(chunk, left) for chunk in mine}
             for _ in range((most - len(mine)) * self._means.tensor_count(self._first_of(segment))):
                 next(left)
+        assert next(left, None) is None, "as many as `flattened` has returned"
         return (flat[0], *(found[chunk.index] for chunk in self._of_fragment(fragment)))
 
     def _of_fragment(self, fragment: int | None, segment: int | None = None) -> list[Chunk]:

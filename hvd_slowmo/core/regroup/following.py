@@ -79,11 +79,11 @@ def _average(machine: Machine, progress: Progress, meeting: Meeting, clock: Scal
     """Take the mean at the end of the join."""
     ops = machine.runtime.ops
 
-    def mean(meeting: Meeting, some: Scalar) -> Progress:
+    def mean(of: Meeting, some: Scalar) -> Progress:
         return ops.cond(
             some,
-            lambda: machine.outer_steps.take_mean(meeting, progress),
-            lambda: _without_steps(machine, progress, meeting.verdict, clock),
+            lambda: machine.outer_steps.take_mean(of, progress),
+            lambda: _without_steps(machine, progress, of.verdict, clock),
         )
 
     if machine.layout.fragments == 1 and not machine.runtime.slices.chunks:

@@ -107,7 +107,7 @@ class Flights:
                 self._begun[fragment] = self._begin(progress, fragment, training=1)
 
     def exchange(self, progress: Progress, fragment: int) -> list[Any]:
-        """Exchange a fragment in flight, for `land`: the ledger, and each chunk of the layout, empty if not of it."""
+        """Exchange a fragment in flight, for `land`: the ledger and its chunks, as many tensors for each fragment."""
         begun = self._begin(progress, fragment, training=1)
         return self._meetings.flattened(fragment, self._meetings.exchanged(begun))
 

@@ -35,6 +35,7 @@ class Machine:
         graph: of the gossip between outer steps; None without.
 
     Attributes:
+        mixing, meetings, outer_steps, flights: its parts, for workers that join or come together.
         keep: takes the state in the middle of a transition, where a loss may break off the rest.
     """
 
@@ -187,6 +188,10 @@ class Machine:
         self.keep(done)
         return self.send_ahead(done, done.step)
 
+    def average(self, progress: Progress) -> None:
+        """Set the model to the workers' plain mean; the state stays as it is. Nothing is in flight, see `complete`."""
+        self.meetings.write_mean(self.meetings.meet(progress, progress.step, PLAIN_AVERAGE))
+
     def complete(self, progress: Progress) -> Progress:
         """Apply all that is in flight, before its time. A collective."""
         self.meetings.drop_discarded()
@@ -218,11 +223,7 @@ class Machine:
             rate_sums=progress.rate_sums + rates,
         )
 
-    def average(self, progress: Progress) -> None:
-        """Set the model to the workers' plain mean; the state stays as it is. Nothing is in flight, see `complete`."""
-        self.meetings.write_mean(self.meetings.meet(progress, progress.step, PLAIN_AVERAGE))
-
-    # Within
+    # Parts of a step, for a worker in a join too
 
     def of_fragment(self, number: Scalar, work: Callable[[int], T]) -> T:
         """Return the result of `work` for this fragment."""

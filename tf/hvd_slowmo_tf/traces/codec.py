@@ -33,7 +33,7 @@ class KerasCodec:
 
     def encode(self, pieces: Iterable[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
         g = joined(list(pieces))
-        return self._shared.call(("encode", blocks, bits), lambda g: self._encoded(g, blocks, bits), g)
+        return self._shared.call(("encode", blocks, bits), partial(self._encoded, blocks=blocks, bits=bits), g)
 
     def decode(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> tf.Tensor:
         blocks = blocks_of(message, bits)
