@@ -65,8 +65,8 @@ def consecutive_nodes(workers: int, node_size: int) -> list[list[int]]:
         >>> consecutive_nodes(4, 2)
         [[0, 1], [2, 3]]
     """
-    given = {"workers": workers, "node_size": node_size}
-    m, size = (integer(name, n, 1, "a positive integer") for name, n in given.items())
+    m = integer("workers", workers, 1, "a positive integer")
+    size = integer("node_size", node_size, 1, "a positive integer")
     if m % size:
         raise ValueError(f"{m} workers are not a whole number of nodes of {size}. Received: node_size={size}")
     return [list(range(first, first + size)) for first in range(0, m, size)]
