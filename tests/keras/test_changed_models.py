@@ -1,10 +1,17 @@
 """Keras models that are given values by other means than steps; several optimizers in one training."""
 
+import keras
+import numpy as np
 import pytest
 
+from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
 from support.jobs.keras_changed import between_fits
 
-pytestmark = [pytest.mark.workers, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.workers,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+]
 
 
 @pytest.mark.thorough
@@ -24,6 +31,37 @@ def test_nor_are_they_of_a_single_worker(how):
     assert sum("given other values after the last training on rank 0" in line for line in said) == (
         how in ("load", "average")
     )
+
+
+@pytest.mark.parametrize("by", ["SlowMo", "Keras"])
+def test_a_saved_state_tells_of_them(by, tmp_path, caplog):
+    """The weight given between two fits is no progress of a block in the resumed training either."""
+
+    def made():
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+        optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
+        model.compile(optimizer, "mse")
+        return model, optimizer
+
+    x = np.ones((12, 1), np.float32)
+    model, optimizer = made()
+    model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
+    model.set_weights([np.ones((1, 1), np.float32)])
+    if by == "SlowMo":
+        optimizer.save(tmp_path / "a", model)
+        again, other = made()
+        other.load(tmp_path / "a", again)
+    else:
+        model.save(tmp_path / "a.keras")
+        again = keras.models.load_model(tmp_path / "a.keras")
+    for each in (model, again):
+        caplog.clear()
+        each.fit(0 * x, x, batch_size=2, verbose=0, callbacks=[SlowMoCallback()])
+        assert each.get_weights()[0].item() == 1.0
+        assert "given other values after the last training on rank 0" in caplog.text
+    caplog.clear()
+    again.fit(0 * x, x, batch_size=2, verbose=0, callbacks=[SlowMoCallback()])
+    assert not caplog.text
 
 
 def test_restart_begins_a_block_from_rank_0s_values(keras_workers):

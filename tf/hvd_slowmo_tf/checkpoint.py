@@ -221,13 +221,14 @@ class KerasWorkerState:
         return commit
 
     def read_framework(self) -> Arrays:
-        return {name: array_of(v) for name, v in {**self._others, **self._scaler()}.items()}
+        return {name: array_of(v) for name, v in self._of_keras().items()}
 
-    def _scaler(self) -> dict[str, keras.Variable]:
-        scaler = self._inner.optimizer
-        if scaler is self._inner.innermost:
-            return {}
-        return {"loss_scale.step_counter": scaler.step_counter, "loss_scale.dynamic_scale": scaler.dynamic_scale}
+    def _of_keras(self) -> dict[str, keras.Variable]:
+        scaler, found = self._inner.optimizer, {**self._others, "entered": self._kept.entered}
+        if scaler is not self._inner.innermost:
+            found["loss_scale.step_counter"] = scaler.step_counter
+            found["loss_scale.dynamic_scale"] = scaler.dynamic_scale
+        return found
 
     def finish(self, progress: Progress, rates: NDArray[np.float64], framework: Mapping[str, NDArray[Any]]) -> None:
         for vector, number in self._changed:
@@ -240,7 +241,8 @@ class KerasWorkerState:
                 self._kept.vectors[vector][number].assign(whole)
         for index, v in self._kept.slices.get("slice_residual", {}).items():
             v.assign(self.slice_residuals.get(str(index), np.zeros(v.shape, np.float32)))
-        others = {**self._others, **self._scaler()}
+        self._kept.entered.assign(-1)  # another framework's checkpoint has no word on it
+        others = self._of_keras()
         for name, value in framework.items():
             others[name].assign(value)
         optimizer = self._optimizer

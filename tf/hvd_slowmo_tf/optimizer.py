@@ -215,6 +215,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: MutableMapping[str, NDArray[Any]]) -> None:
         # The inner optimizer's are saved with it: it is an attribute.
+        if self.built:
+            self.worker.fingerprint.note()
         for number, v in enumerate(self._variables):
             store[str(number)] = v.numpy()
 
@@ -229,7 +231,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         values = saved_values(store, self._variables, self.worker.variables.scalars)
         for v, value in zip(self._variables, values, strict=True):
             v.assign(value)
-        self.worker.fingerprint.forget()
+        self.worker.fingerprint.follow_note()
 
     def get_config(self) -> dict[str, Any]:
         rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
@@ -416,7 +418,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         self.worker.refuse_if_left()
         checkpoint.load(lambda: self.worker.state(model, parameter_map), self.worker.comm, path)
         self.worker.traces.resend_statistics()
-        self.worker.fingerprint.forget()
+        self.worker.fingerprint.follow_note()
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")

@@ -275,6 +275,8 @@ class KerasWorker:
         # Before the start nobody can be asked for the other slices of a loaded state, and `ready` says so.
         if divided_vectors(self.config) and (self.step is not None or self.optimizer.steps):
             whole = self.call(gather_whole, self.ready().assembly.runtime, array_of)
+        if self.optimizer.built:
+            self.fingerprint.note()
         return lambda: self.state(model, parameter_map, whole)
 
     def state(

@@ -31,6 +31,8 @@ class OptimizerVariables:
         scalars: `Progress.flat()`, a variable per name.
         workers: number of workers of the job; 0 before it has started.
         rank: place of the worker among them, whose slices these are.
+        entered: inner steps at which the parameters were given values from outside, where a saved state has to tell of
+            these; else -1. See `Fingerprint`.
         made: inner steps that this worker has made, in an elastic job: one more than `step` while the exchange behind
             the last one is not over. No part of a saved state.
         vectors: per name, a flat variable for each chunk of parameters, by its number.
@@ -68,6 +70,9 @@ class OptimizerVariables:
         }
         self.workers = add_variable(shape=(), dtype="int64", name="workers")
         self.rank = add_variable(shape=(), dtype="int64", name="rank")
+        self.entered = add_variable(
+            shape=(), dtype="int64", initializer=keras.initializers.Constant(-1), name="entered"
+        )
         self.made = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._layout, self._on_host = layout, on_host
         own = {} if slices is None else slices.allocations()
