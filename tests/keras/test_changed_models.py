@@ -70,6 +70,24 @@ def test_restart_begins_a_block_from_rank_0s_values(keras_workers):
         assert "number of steps at restart(): it has 6 where 7 is expected" in said
 
 
+def test_broadcasts_that_were_left_in_a_script_of_horovods_do_no_harm(keras_workers):
+    """They give all workers what rank 0 has after its first step: from there the blocks are the algorithm's."""
+    results = keras_workers(2).run("support.jobs.keras_changed:broadcasts_left_in")
+    begin = results[0][0]
+    outer, v, momentum, anchor = [begin, begin], 0.0, [0.0, 0.0], begin
+    for step in range(1, 9):
+        momentum = [0.5 * m + 0.25 * (1 + rank) for rank, m in enumerate(momentum)]
+        outer = [x + m for x, m in zip(outer, momentum, strict=True)]
+        if step == 1:
+            outer, momentum = [outer[0]] * 2, [momentum[0]] * 2
+        if step % 3 == 0:
+            v = 0.5 * v + (anchor - sum(outer) / 2) / 0.25
+            anchor -= 0.25 * v
+            outer = [anchor, anchor]
+    for found in results:
+        assert found == (begin, pytest.approx(sum(outer) / 2, rel=1e-6), 8)
+
+
 def test_one_join_answers_the_exchanges_of_all_optimizers(keras_workers):
     """Two workers, 2 and 5 steps: each optimizer's result is the one that it has alone."""
     results = keras_workers(2).run("support.jobs.keras_changed:joined_together", lengths=[2, 5])

@@ -64,8 +64,10 @@ def test_a_variable_of_two_optimizers_is_refused():
 
 @pytest.mark.workers
 @pytest.mark.slow
-def test_two_workers_train_a_gan_and_a_vae(keras_workers):
-    first, second = keras_workers(2).run("support.jobs.keras_custom_steps:both")
+@pytest.mark.parametrize("given", [False, True])
+def test_two_workers_train_a_gan_and_a_vae(given, keras_workers):
+    """The callback finds the optimizers and builds the models, or is given both."""
+    first, second = keras_workers(2).run("support.jobs.keras_custom_steps:both", given=given)
     for shape, steps in (("adversaries", [10, 10]), ("autoencoder", 10)):
         a, b = first[shape], second[shape]
         assert len(a["weights"]) == len(b["weights"]) > 0

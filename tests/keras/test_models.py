@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
+from hvd_slowmo_tf.model.layout import parts_of
 from support.models.keras import bare, batch, fill, fit, held, layers, net, same, sentences, with_statistics, words
 from support.models.keras_optimizers import SGD, Adam
 
@@ -30,8 +31,29 @@ class Own(keras.Model):
         return self.b(self.drop(self.a(x), training=training))
 
 
+def spectral():
+    model = fill(keras.Sequential([keras.Input((4,)), layers.SpectralNormalization(layers.Dense(3)), layers.Dense(2)]))
+    model.layers[0].vector_u.assign([[1, 2, 3]])
+    return model
+
+
 MODELS = {"shared": (shared, batch), "subclassed": (Own, batch), "statistics": (with_statistics, batch)}
+MODELS["spectral"] = (spectral, batch)
 MODELS["embedding"] = (words, sentences)
+
+
+def test_the_vector_of_spectral_normalization_stays_a_workers_own():
+    model = spectral()
+    variables, statistics = parts_of(model)
+    vector = model.layers[0].vector_u
+    assert any(v is vector for v in variables)  # all begin with rank 0's
+    assert not any(v is vector for v in statistics)
+    optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2))
+    optimizer.broadcast(model)
+    fit(model, optimizer, range(3))
+    optimizer.join(model)
+    assert np.linalg.norm(vector.numpy()) == pytest.approx(1)
+    assert [ref.variable.name for ref in optimizer.worker.step.assembly.layout.refs_of("statistic")] == []
 
 
 @pytest.mark.slow

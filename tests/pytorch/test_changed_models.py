@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim import swa_utils
 
 import hvd_slowmo.torch as slowmo
 from hvd_slowmo.comm.threads import ThreadWorld
@@ -21,6 +22,27 @@ def one_weight(comm, value=0.0, lr=1.0, **config):
 def step(model, optimizer, gradient):
     model.weight.grad = torch.full_like(model.weight, gradient)
     optimizer.step()
+
+
+# Averages of the weights
+
+
+def test_an_averaged_model_that_is_updated_after_each_join_is_the_same_on_all_workers():
+    """AveragedModel then averages the workers' means: equal values, that of each epoch's end in the average."""
+
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.0)
+        average, ends = swa_utils.AveragedModel(model), []
+        for _ in range(3):
+            for _ in range(3):
+                step(model, optimizer, -1.0 - comm.rank)
+            optimizer.join()
+            average.update_parameters(model)
+            ends.append(model.weight.item())
+        return average.module.weight.item(), ends
+
+    first, second = ThreadWorld(2).run(work)
+    assert first == second == (pytest.approx(9.0), [4.5, 9.0, 13.5])
 
 
 # Frozen parameters

@@ -61,6 +61,24 @@ def restarted():
     return found, ""
 
 
+def broadcasts_left_in():
+    """Train as Horovod's example of a custom loop does: it broadcasts model and optimizer after the first batch."""
+    import horovod.tensorflow as hvd
+
+    keras.utils.set_random_seed(hvd.rank())
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    optimizer = SlowMo(keras.optimizers.SGD(0.25, momentum=0.5), SlowMoConfig(tau=3, beta=0.5))
+    optimizer.broadcast(model)
+    begin = model.get_weights()[0].item()
+    for batch in range(8):
+        optimizer.apply([tf.constant([[-1.0 - hvd.rank()]])], model.trainable_variables)
+        if batch == 0:  # Horovod can't broadcast Keras 3's own variables, those of any optimizer
+            for variables in (model.variables, optimizer.variables):
+                hvd.broadcast_variables([v.value for v in variables], root_rank=0)
+    optimizer.join(model)
+    return begin, model.get_weights()[0].item(), optimizer.steps
+
+
 def joined_together(lengths):
     """Train two optimizers of one name by different numbers of steps."""
     import horovod.tensorflow as hvd

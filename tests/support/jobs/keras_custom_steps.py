@@ -27,18 +27,22 @@ def stack(inputs: int, *inside: Any, built: bool) -> keras.Sequential:
 class Adversaries(keras.Model):
     """GAN in the shape of keras.io's: two optimizers, given to compile, in a custom train_step, and no call.
 
-    One network is built, the other one is not.
+    One network is built, the other one is not. Whoever hides the optimizers gives them to the callback.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hides: bool) -> None:
         super().__init__()
+        self.hides = hides
         self.generator = stack(NOISE, layers.Dense(4), layers.BatchNormalization(), layers.Dense(2), built=True)
         self.discriminator = stack(2, layers.Dense(4), layers.Dropout(0.2), layers.Dense(1), built=False)
         self.noise = keras.random.SeedGenerator(7 + hvd.rank())
 
     def compile(self, d_optimizer: SlowMo, g_optimizer: SlowMo, loss: keras.losses.Loss) -> None:
         super().compile()
-        self.d_optimizer, self.g_optimizer, self.criterion = d_optimizer, g_optimizer, loss
+        self.criterion = loss
+        self.found = lambda: (d_optimizer, g_optimizer)  # no attribute, list or dict has them
+        if not self.hides:
+            self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer
         self.d_loss, self.g_loss = keras.metrics.Mean("d_loss"), keras.metrics.Mean("g_loss")
 
     @property
@@ -46,19 +50,20 @@ class Adversaries(keras.Model):
         return [self.d_loss, self.g_loss]
 
     def train_step(self, real: tf.Tensor) -> dict[str, tf.Tensor]:
+        d_optimizer, g_optimizer = self.found()
         count = tf.shape(real)[0]
         fake = self.generator(keras.random.normal((count, NOISE), seed=self.noise))
         labels = tf.concat([tf.ones((count, 1)), tf.zeros((count, 1))], 0)
         with tf.GradientTape() as tape:
             d_loss = self.criterion(labels, self.discriminator(tf.concat([fake, real], 0), training=True))
         weights = self.discriminator.trainable_weights
-        self.d_optimizer.apply_gradients(zip(tape.gradient(d_loss, weights), weights, strict=True))
+        d_optimizer.apply_gradients(zip(tape.gradient(d_loss, weights), weights, strict=True))
         noise = keras.random.normal((count, NOISE), seed=self.noise)
         with tf.GradientTape() as tape:
             judged = self.discriminator(self.generator(noise, training=True))
             g_loss = self.criterion(tf.zeros((count, 1)), judged)
         weights = self.generator.trainable_weights
-        self.g_optimizer.apply_gradients(zip(tape.gradient(g_loss, weights), weights, strict=True))
+        g_optimizer.apply_gradients(zip(tape.gradient(g_loss, weights), weights, strict=True))
         self.d_loss.update_state(d_loss)
         self.g_loss.update_state(g_loss)
         return {"d_loss": self.d_loss.result(), "g_loss": self.g_loss.result()}
@@ -67,13 +72,14 @@ class Adversaries(keras.Model):
 class Autoencoder(keras.Model):
     """VAE in the shape of keras.io's: one optimizer, a custom train_step, and no call.
 
-    One network is built, the other one is not.
+    Args:
+        built: both networks are, or one of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, built: bool) -> None:
         super().__init__()
         self.encoder = stack(2, layers.Dense(4, "relu"), layers.Dense(2), built=True)
-        self.decoder = stack(1, layers.Dense(4, "relu"), layers.Dense(2), built=False)
+        self.decoder = stack(1, layers.Dense(4, "relu"), layers.Dense(2), built=built)
         self.total = keras.metrics.Mean("total_loss")
 
     @property
@@ -107,16 +113,20 @@ def data(batches: int) -> np.ndarray:
     return np.random.default_rng(hvd.rank()).normal(hvd.rank(), size=(BATCH * batches, 2)).astype(np.float32)
 
 
-def adversaries(batches: list[int]) -> dict[str, Any]:
-    """Train a GAN for two epochs of batches[rank] batches, with two optimizers of the same name."""
+def adversaries(batches: list[int], *, given: bool) -> dict[str, Any]:
+    """Train a GAN for two epochs of batches[rank] batches, with two optimizers of the same name.
+
+    Args:
+        given: the callback is given the optimizers, which the model does not show.
+    """
     keras.utils.set_random_seed(hvd.rank())
-    model = Adversaries()
+    model = Adversaries(hides=given)
     d, g = slowmo(), slowmo()
     model.compile(d, g, keras.losses.BinaryCrossentropy(from_logits=True))
-    losses = Losses()
+    losses, callback = Losses(), SlowMoCallback(*((d, g) if given else ()))
     with Log() as lines:
         history = model.fit(
-            data(batches[hvd.rank()]), batch_size=BATCH, epochs=2, verbose=0, callbacks=[losses, SlowMoCallback()]
+            data(batches[hvd.rank()]), batch_size=BATCH, epochs=2, verbose=0, callbacks=[losses, callback]
         )
     networks = [model.generator, model.discriminator]
     return {
@@ -134,10 +144,10 @@ def adversaries(batches: list[int]) -> dict[str, Any]:
     }
 
 
-def autoencoder(batches: list[int]) -> dict[str, Any]:
+def autoencoder(batches: list[int], *, built: bool) -> dict[str, Any]:
     """Train a VAE for two epochs of batches[rank] batches."""
     keras.utils.set_random_seed(hvd.rank())
-    model = Autoencoder()
+    model = Autoencoder(built=built)
     model.compile(slowmo())
     losses = Losses()
     with Log() as lines:
@@ -153,6 +163,6 @@ def autoencoder(batches: list[int]) -> dict[str, Any]:
     }
 
 
-def both() -> dict[str, Any]:
-    """Train both, one after the other."""
-    return {"adversaries": adversaries([3, 5]), "autoencoder": autoencoder([2, 5])}
+def both(*, given: bool) -> dict[str, Any]:
+    """Train both, one after the other; with all given, nothing is left for the callback to find or to build."""
+    return {"adversaries": adversaries([3, 5], given=given), "autoencoder": autoencoder([2, 5], built=given)}
