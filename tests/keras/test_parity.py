@@ -45,7 +45,6 @@ ONLY_KERAS = {
 }
 SETTINGS_OF_ONE = {
     "model": "broadcast and apply take variables",
-    "statistics": "broadcast takes the variables that are averaged",
     "process_group": "torch.distributed carries PyTorch's tensors only",
     "transport": "likewise",
 }

@@ -93,6 +93,7 @@ class SavedOptimizer(Struct, frozen=True, forbid_unknown_fields=True):
     inner_optimizer: dict[str, Any]
     config: dict[str, Any]  # see `hvd_slowmo.checkpoint.facts.parse_config`
     metrics: bool = False
+    statistics: dict[str, bool] | None = None
 
 
 def saved_values(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from hvd_slowmo.core.start.arguments import (
     configured,
     refuse_in_elastic_job,
 )
+from hvd_slowmo.core.start.choice import check_statistics
 from hvd_slowmo.core.start.handshake import RESTART_FACT, agree
 from hvd_slowmo.core.step.metrics import Metrics
 from hvd_slowmo.errors import CheckpointError, spell_error
@@ -79,6 +80,10 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         parameter_map: names of the tensors in other frameworks, to train together with their workers. Every worker
             gives the same map; `ParameterMap()` for models with the same layers in the same order. Not part of a saved
             model.
+        statistics: variables that are not trained, by patterns of their paths without Keras' numbers (as in
+            `fnmatch`), and whether outer steps and joins average them; by itself that are the floating-point ones of
+            layers that are not frozen, or of the list that `broadcast` is given. The last pattern that fits decides:
+            {"*/queue": False, "teacher/*": True}.
 
     Attributes:
         worker: this worker's part apart from Keras; internal.
@@ -114,6 +119,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         name: str = "slowmo",
         metrics: bool = False,
         parameter_map: ParameterMap | None = None,
+        statistics: Mapping[str, bool] | None = None,
         **settings: Unpack[SlowMoSettings],
     ) -> None:
         config = configured(SlowMo, config, settings)
@@ -121,6 +127,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             refuse_in_elastic_job(config, parameter_map, process_set=process_set)
         check_name(name)
         check_parameter_map(parameter_map)
+        check_statistics(statistics, parameter_map)
         check_workers(config, comm, process_set=process_set)
         refuse_strategies()
         inner_optimizer = resolved(inner_optimizer)
@@ -130,7 +137,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         keras.optimizers.Optimizer.__init__(self, name=name, **inner.moved)
         self.inner_optimizer = inner_optimizer
         self.config = config
-        self.worker = KerasWorker(self, inner, parameter_map, process_set, comm, metrics)
+        self.worker = KerasWorker(self, inner, parameter_map, process_set, comm, metrics, statistics)
 
     # Keras' contract of an optimizer
 
@@ -240,6 +247,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             "inner_optimizer": self.worker.inner.serialized(rate),
             "config": json.loads(json.dumps(self.config.facts())),  # lists for tuples, which Keras would wrap
             "metrics": self.worker.observe,
+            "statistics": self.worker.statistics,
         }
 
     @classmethod
@@ -250,7 +258,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             # Keras' safe mode, which is on by default, refuses code such as that of a Lambda.
             inner = keras.saving.deserialize_keras_object(saved.inner_optimizer, custom_objects=custom_objects)
             check_inner(inner)
-            return SlowMo(inner, settings, name=saved.name, metrics=saved.metrics)
+            return SlowMo(inner, settings, name=saved.name, metrics=saved.metrics, statistics=saved.statistics)
         except Exception as error:  # Keras lets through anything about a damaged config
             raise CheckpointError(f"SlowMo can't be made from its config: {spell_error(error)}") from error
 

@@ -18,6 +18,7 @@ from hvd_slowmo.core.start.startup import Description, Job, start
 from hvd_slowmo_tf.checks import check_model_variables
 from hvd_slowmo_tf.model.bulk import KerasCarrier, in_place, on_wire
 from hvd_slowmo_tf.model.layout import VariableRef, travelling
+from hvd_slowmo_tf.model.statistics import chosen_statistics
 from hvd_slowmo_tf.traces.failed_traces import without_values
 from hvd_slowmo_tf.traces.traced_step import TracedStep
 from hvd_slowmo_tf.worker import KerasWorker
@@ -112,7 +113,10 @@ class StartingKerasWorker:
             raise ValueError(
                 f"`variables` lacks some that the optimizer trains: {', '.join(missing)}. Give model.variables."
             )
-        self._refs = worker.travelling.refs(self._statistics, self._model)
+        trained = worker.optimizer._trainable_variables
+        choice = worker.statistics or {}
+        statistics = chosen_statistics(self._model_variables, self._statistics, trained, choice)
+        self._refs = worker.travelling.refs(statistics, self._model)
         specs = [ref.spec for ref in self._refs]
         groups = ParameterGroups.single(sum(spec.role == "parameter" for spec in specs))
         return Description(specs, groups, worker.travelling.layout_of(self._refs))

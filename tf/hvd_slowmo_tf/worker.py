@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -58,6 +58,7 @@ class KerasWorker:
         process_set: the Horovod process set that trains together; None for all ranks.
         comm: the workers, in place of Horovod's.
         observe: measure at every outer step.
+        statistics: as of SlowMo.
 
     Attributes:
         job: once all workers have been brought to one start.
@@ -85,12 +86,14 @@ class KerasWorker:
         process_set: Any,
         comm: Comm | None,
         observe: bool,
+        statistics: Mapping[str, bool] | None,
     ) -> None:
         self.optimizer = optimizer
         self.config: SlowMoConfig = optimizer.config
         self.inner = inner
         self.parameter_map = parameter_map
         self.observe = observe
+        self.statistics = None if statistics is None else dict(statistics)
         self.job: Job | None = None
         self.left: tuple[int, ...] = ()
         self.elastic = comm is None and elastic()

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from hvd_slowmo.checked_numbers import real, spell_value
+from hvd_slowmo.checked_numbers import real
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.start.arguments import HOROVODS_ARGUMENTS, check_parameter_map, configured, refuse_wrapped
-from hvd_slowmo.wire.parameter_map import ParameterMap
+from hvd_slowmo.core.start.choice import check_statistics
 from hvd_slowmo_torch.inner.inner_optimizer import check_state_dict, fresh
 from hvd_slowmo_torch.inner.saved_inner import refuse_marked
 from hvd_slowmo_torch.model.parallel import refuse_sharded
@@ -78,26 +78,6 @@ def check_values(model: nn.Module) -> None:
             raise ValueError(f"{name} of a lazy module has no shape yet. Pass one batch through the model first.")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: it has no values. Give it some first.")
-
-
-def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> None:
-    """Refuse a choice of statistics of the wrong type, or beside a map.
-
-    Raises:
-        TypeError, ValueError: naming the argument and the value received.
-    """
-    if statistics is None:
-        return
-    right = isinstance(statistics, Mapping) and all(
-        isinstance(key, str) and isinstance(value, bool) for key, value in statistics.items()
-    )
-    if not right:
-        raise TypeError(
-            '`statistics` must map patterns of names to bools, as {"queue": False}. Received: '
-            + spell_value(statistics)
-        )
-    if parameter_map is not None:
-        raise ValueError("with a parameter_map the wire decides which tensors are averaged: give no `statistics`.")
 
 
 def check_inner_optimizer(inner: Optimizer, config: SlowMoConfig) -> None:

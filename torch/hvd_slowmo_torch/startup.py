@@ -14,13 +14,14 @@ from hvd_slowmo.core.parts.layout import lay_out
 from hvd_slowmo.core.parts.slices import travels_in_slices
 from hvd_slowmo.core.start.arguments import check_metrics
 from hvd_slowmo.core.start.bulk import Body, Carrier, Gift, Parcel, give
+from hvd_slowmo.core.start.choice import check_patterns
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.start.startup import Description, Job
 from hvd_slowmo_torch.checks import check_inner_optimizer, check_types
 from hvd_slowmo_torch.inner import inner_settings
 from hvd_slowmo_torch.model.layout import TensorRef, groups_of, refs_of, state_refs
 from hvd_slowmo_torch.model.parallel import refuse_data_parallel
-from hvd_slowmo_torch.model.statistics import check_patterns
+from hvd_slowmo_torch.model.statistics import untrained_names
 from hvd_slowmo_torch.tensors.bulk import TorchCarrier, bodies_of, is_plain, on_wire
 from hvd_slowmo_torch.worker import TorchWorker
 
@@ -60,7 +61,7 @@ class StartingTorchWorker:
         refs = refs_of(model, inner, settings.parameter_map, settings.statistics)
         if self._param_group is None:  # a group that is added may be what a pattern is of: it is trained from now on
             trained = {id(p) for group in inner.param_groups for p in group["params"]}
-            check_patterns(model, trained, settings.statistics or {})
+            check_patterns(untrained_names(model, trained), settings.statistics or {})
         groups = groups_of(refs, model, inner)
         specs = [ref.spec for ref in refs]
         if self.config.inner_state == "average" and self.config.tau is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-logger = logging.getLogger("hvd_slowmo")
+from hvd_slowmo.core.start.choice import choice_of, is_averaged
 
 
 def chosen_statistics(
@@ -22,58 +20,31 @@ def chosen_statistics(
 
     Args:
         trained: ids of the parameters that the optimizer has.
-        choice: for patterns of names, whether what they fit is averaged; the last one that fits decides.
+        choice: as in `is_averaged`.
 
     Raises:
         TypeError: one that is to be averaged has no mean.
     """
     for name, tensor, usual in _untrained(model, trained):
-        chosen = choice_of(name, choice)
-        if not (usual if chosen is None else chosen):
-            continue
-        if chosen and not tensor.is_floating_point():
-            raise TypeError(f"`statistics` averages {name}, which has type {tensor.dtype} and no mean.")
-        yield name, tensor
+        has_mean, dtype = tensor.is_floating_point(), str(tensor.dtype)
+        if is_averaged(name, choice, usual=usual, dtype=dtype, has_mean=has_mean):
+            yield name, tensor
 
 
-def check_patterns(model: nn.Module, trained: set[int], choice: Mapping[str, bool]) -> None:
-    """Refuse a pattern by which nothing would be averaged, and warn of one by which nothing is left alone yet.
+def untrained_names(model: nn.Module, trained: set[int]) -> list[str]:
+    """Return the names of the tensors among which there is a choice.
 
     Args:
-        trained, choice: as in `chosen_statistics`.
-
-    Raises:
-        ValueError: naming the pattern.
+        trained: as in `chosen_statistics`.
     """
-    found = [name for name, _, _ in _untrained(model, trained)]
-    for pattern, averaged in choice.items():
-        if any(fnmatchcase(name, pattern) for name in found):
-            continue
-        words = (
-            f"`statistics` has {pattern!r}, and no tensor of that name is there that is not trained. These are: "
-            f"{', '.join(found) or 'none'}."
-        )
-        if averaged:
-            raise ValueError(words)
-        # The model may make such a buffer in its first forward pass.
-        logger.warning("%s One that the model makes later will be left alone.", words)
-
-
-def choice_of(name: str, choice: Mapping[str, bool]) -> bool | None:
-    """Return whether a tensor of this name is averaged by choice; None where no pattern fits it.
-
-    Example:
-        >>> choice_of("block.cache", {"*": True, "*cache": False})
-        False
-    """
-    return next((choice[pattern] for pattern in reversed(list(choice)) if fnmatchcase(name, pattern)), None)
+    return [name for name, _, _ in _untrained(model, trained)]
 
 
 def floating_buffers(model: nn.Module, choice: Mapping[str, bool]) -> set[str]:
     """Return the names of the floating-point buffers that workers must have in common.
 
     Args:
-        choice: as in `chosen_statistics`.
+        choice: as in `is_averaged`.
     """
     named = model.named_buffers()
     return {name for name, x in named if x.is_floating_point() and choice_of(name, choice) is not False}
