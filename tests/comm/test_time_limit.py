@@ -9,7 +9,7 @@ import pytest
 
 from hvd_slowmo.comm.absence import absent_ranks
 from hvd_slowmo.comm.rendezvous import RendezvousBoard
-from hvd_slowmo.comm.time_limit import limit_horovod, time_limit
+from hvd_slowmo.comm.time_limit import horovods_limit, limit_horovod, time_limit
 from support.elastic import hvd_slowmo_run
 from support.installation import ROOT
 
@@ -97,6 +97,20 @@ def test_a_longer_limit_of_gloo_stays():
     environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600"}
     limit_horovod(60, environment)
     assert environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "600"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("120", 120), (" +5 s", 5), ("2.9", 2), ("soon", None), ("", None), ("-3", None), ("0", None)]
+)
+def test_horovods_own_limit_is_read_as_horovod_reads_it(text, seconds):
+    assert horovods_limit({"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": text}) == seconds
+    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": text}
+    limit_horovod(1, environment)
+    assert environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] == str(max(30, seconds or 0))
+
+
+def test_a_number_of_many_digits_is_for_ever():
+    assert horovods_limit({"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "9" * 400}) == 999_999_999
 
 
 def test_who_reports_to_horovodruns_server_is_not_missing():
