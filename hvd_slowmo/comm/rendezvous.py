@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from hvd_slowmo.comm.time_limit import as_horovod_reads
+
 _PAUSE_S = 0.05
 _open = build_opener(ProxyHandler({})).open  # the server belongs to this job and is not behind a proxy
 
@@ -28,7 +30,7 @@ class Rendezvous:
             raise LookupError("this job has no rendezvous server: horovodrun has not started it over gloo.")
         address, port = (environment[name] for name in names)
         self._url = f"http://{address}:{port}"
-        self.limit_s = float(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "30"))
+        self.limit_s = as_horovod_reads(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "")) or 30.0
 
     def put(self, path: str, value: bytes) -> None:
         """Leave a message.

@@ -73,7 +73,7 @@ def limit_horovod(limit: float, environment: MutableMapping[str, str] = os.envir
         ('120', '30')
     """
     check = max(1, min(_LONGEST_CHECK_S, limit // 4))
-    gloo = max(_GLOO_S, limit, _as_horovod_reads(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "")))
+    gloo = max(_GLOO_S, limit, as_horovod_reads(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "")))
     environment[_DISABLE] = "0"
     environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] = str(int(check))
     environment[_SHUTDOWN] = str(math.ceil(limit))
@@ -87,10 +87,15 @@ def horovods_limit(environment: Mapping[str, str] = os.environ) -> float | None:
         >>> horovods_limit({"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "120"}), horovods_limit({})
         (120.0, None)
     """
-    return _as_horovod_reads(environment.get(_SHUTDOWN, "")) or None
+    return as_horovod_reads(environment.get(_SHUTDOWN, "")) or None
 
 
-def _as_horovod_reads(text: str) -> float:
-    """Return the integer that a text begins with, at least 0, as C's strtol does; 0 without one."""
+def as_horovod_reads(text: str) -> float:
+    """Return the integer that a text begins with, at least 0, as C's strtol does; 0 without one.
+
+    Example:
+        >>> as_horovod_reads("120"), as_horovod_reads("2 minutes"), as_horovod_reads("soon")
+        (120.0, 2.0, 0.0)
+    """
     found = re.match(r"\s*\+?(\d{1,9})", text, re.ASCII)  # 30 years are for ever
     return float(found[1]) if found else 0.0
