@@ -12,6 +12,7 @@ from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import DPSGD, SGP, Simulation, SlowMo, SlowMoConfig
+from hvd_slowmo_torch.simulator.stack import StackCodec, StackComm, mean_of
 
 WORKERS, STEPS, BATCH = 4, 13, 8
 
@@ -312,3 +313,30 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
     normalized = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="spectral normalization"):
         Simulation(normalized, sgd, nn.functional.mse_loss, 2)
+
+
+@pytest.mark.parametrize("messages", [0, 1, 3, 4, 5])
+def test_a_push_sends_each_worker_its_shares_and_nothing_else(messages: int) -> None:
+    """Up to four messages are picked, more are a product of matrices."""
+    rng = np.random.default_rng(messages)
+    shares = np.zeros((7, 7))
+    for receiver in range(7):
+        others = rng.permutation(7)[: messages if receiver else messages // 2]  # not all receive as many
+        shares[receiver, others] = rng.random(len(others))
+    x = torch.from_numpy(rng.normal(size=(5, 7)))
+    comm = StackComm(StackCodec(), 32)
+    for _ in range(2):  # in the same memory
+        torch.testing.assert_close(comm.start_push("gossip.0", x, shares), x @ torch.from_numpy(shares).T)
+    broken = int(np.argmin(shares.sum(axis=0)))
+    x[:, broken] = torch.inf
+    if 0 < messages <= 4:  # infinity arrives where it is sent to
+        finite = comm.start_push("gossip.0", x, shares).isfinite().all(dim=0).numpy()
+        elsewhere = np.arange(7) != broken
+        assert np.array_equal(finite[elsewhere], shares[elsewhere, broken] == 0)
+
+
+def test_a_mean_of_many_workers_is_taken_in_parts() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(100_000, 5)))
+    torch.testing.assert_close(mean_of(x), x.mean(dim=1, keepdim=True))
+    alike = x[:, :1].expand(-1, 3)
+    assert torch.equal(mean_of(alike), x[:, :1])

@@ -64,11 +64,11 @@ def take_part(machine: Machine, averages: GradientAverages, worker: JoiningWorke
         plan = machine.plan(worker.read_progress())
         return ops.cond(
             plan.all_gradients,
-            lambda: follow(averages.of_all, plan, left),
-            lambda: follow(averages.of_node, plan, left),
+            lambda: answer(averages.of_all, plan, left),
+            lambda: answer(averages.of_node, plan, left),
         )
 
-    def follow(average: GradientAverage, plan: StepPlan, left: Vector) -> tuple[Scalar, Scalar, Vector]:
+    def answer(average: GradientAverage, plan: StepPlan, left: Vector) -> tuple[Scalar, Scalar, Vector]:
         attendance = worker.exchange_nothing(average, leaving)
 
         def all_done() -> tuple[Scalar, Scalar, Vector]:

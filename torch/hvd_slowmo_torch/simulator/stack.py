@@ -19,6 +19,10 @@ from hvd_slowmo_torch.tensors.codec import TorchCodec
 from hvd_slowmo_torch.tensors.ops import TorchOps
 
 T = TypeVar("T")
+_CACHED = 2**17
+"""Elements of which a few copies find place in a processor's cache."""
+_FEW = 4
+"""Messages per worker up to which picking them takes less time than a product of matrices."""
 
 
 class StackCodec:
@@ -74,15 +78,36 @@ class StackComm:
     def __init__(self, codec: StackCodec, bits: int) -> None:
         self._codec = codec
         self._bits = bits
+        self._received: dict[str, torch.Tensor] = {}  # new memory takes longer than the messages
 
     def start_sum(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dim() == 1 else mean_of(x)
 
     def start_push(self, name: str, x: torch.Tensor, shares: Any) -> torch.Tensor:
-        # Most graphs send few messages per worker.
-        sent = torch.from_numpy(np.ascontiguousarray(shares)).to(x).to_sparse()
-        received: torch.Tensor = torch.sparse.mm(sent, x.T)
-        return received.T
+        left, rows = np.array(shares), x.T
+        most = int(np.count_nonzero(left, axis=1).max())
+        if most > _FEW:
+            received: torch.Tensor = torch.from_numpy(left).to(x) @ rows
+            return received.T
+        found, workers = self._memory_for(name, rows), np.arange(len(left))
+        for turn in range(max(1, most)):  # most graphs send few messages per worker
+            source = left.argmax(axis=1)
+            factors = left[workers, source]
+            left[workers, source] = 0
+            source[factors == 0] = workers[factors == 0]  # 0 times another worker's infinity would be NaN
+            picked, weights = (torch.from_numpy(each).to(x.device) for each in (source, factors))
+            weights = weights.to(x.dtype)[:, None]
+            if turn == 0:
+                torch.index_select(rows, 0, picked, out=found).mul_(weights)
+            else:
+                found.addcmul_(rows.index_select(0, picked), weights)
+        return found.T
+
+    def _memory_for(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Return memory for the messages of one name, which have been mixed before the next ones are sent."""
+        if name not in self._received or self._received[name].shape != like.shape:
+            self._received[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return self._received[name]
 
     def start_alltoall(self, name: str, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         (message,) = parts
@@ -120,5 +145,8 @@ def mean_of(x: torch.Tensor) -> torch.Tensor:
         >>> mean_of(torch.full((1, 3), 0.1)).item() == torch.tensor(0.1).item()
         True
     """
-    first = x[:, :1]
-    return first + (x - first).mean(dim=1, keepdim=True)
+    rows = x.T
+    first, total = rows[:1], x.new_zeros(1, len(x))
+    for some in torch.split(rows, max(1, _CACHED // max(1, len(x)))):
+        total += (some - first).sum(dim=0, keepdim=True)
+    return (first + total / len(rows)).T
