@@ -90,7 +90,7 @@ def test_a_trace_grows_little_with_each_fragment(bits, most):
             fit(model, optimizer, range(2))
         gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
         counts[fragments] = len(operations(optimizer.worker.step.function.get_concrete_function(gradients).graph))
-    # 570 and 419; it was 975 in 8 bits and 566 in 32 where a branch repeated what all have in common.
+    # 570 and 419; in 8 bits it was 975 where a branch repeated what all have in common.
     assert (counts[4] - counts[2]) / 2 < most
 
 
