@@ -32,7 +32,8 @@ class Fingerprint:
     def forget(self) -> None:
         """Take any values as they are from now on."""
         self._taken = None
-        self._optimizer.worker.variables.entered.assign(-1)
+        if self._optimizer.built:  # else it has no variables, and has told of nothing
+            self._optimizer.worker.variables.entered.assign(-1)
 
     def note(self) -> None:
         """Note in SlowMo's variables what the next start is to be told: they are about to be saved."""
