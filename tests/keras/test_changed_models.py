@@ -64,6 +64,61 @@ def test_a_saved_state_tells_of_them(by, tmp_path, caplog):
     assert not caplog.text
 
 
+class Scaling(keras.callbacks.Callback):
+    """Callback that changes the weight after each epoch and then saves, as Checkpoints do between two epochs."""
+
+    def __init__(self, optimizer, path):
+        super().__init__()
+        self.optimizer, self.path = optimizer, path
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.set_weights([0.9 * w for w in self.model.get_weights()])
+        self.optimizer.save(self.path / str(epoch), self.model)
+        self.model.save(self.path / f"{epoch}.keras")
+
+
+@pytest.mark.parametrize("by", ["SlowMo", "Keras"])
+def test_changes_between_two_epochs_of_a_fit_are_a_part_of_it_and_resume_so(by, tmp_path, caplog):
+    x = np.ones((12, 1), np.float32)
+
+    def made():
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+        optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
+        model.compile(optimizer, "mse")
+        return model, optimizer
+
+    def train(model, optimizer, epochs):
+        callbacks = [SlowMoCallback(), Scaling(optimizer, tmp_path)]
+        model.fit(x, x, batch_size=4, epochs=epochs, verbose=0, callbacks=callbacks)
+        return model.get_weights()[0].item()
+
+    whole = train(*made(), 3)
+    if by == "SlowMo":
+        model, optimizer = made()
+        optimizer.load(tmp_path / "1", model)
+    else:
+        model = keras.models.load_model(tmp_path / "1.keras")
+        optimizer = model.optimizer
+    assert train(model, optimizer, 1) == whole
+    assert "given other values" not in caplog.text
+
+
+def test_a_save_tells_of_other_values_and_changes_nothing(tmp_path, caplog):
+    """Values that are put into the model, saved and taken out again have never been there for the training."""
+    x = np.ones((12, 1), np.float32)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
+    model.compile(optimizer, "mse")
+    model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
+    own = model.get_weights()
+    model.set_weights([np.ones((1, 1), np.float32)])
+    optimizer.save(tmp_path / "a", model)
+    model.save(tmp_path / "a.keras")
+    model.set_weights(own)
+    model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
+    assert "given other values" not in caplog.text
+
+
 def test_restart_begins_a_block_from_rank_0s_values(keras_workers):
     for found, said in keras_workers(2).run("support.jobs.keras_changed:restarted"):
         assert found == [5.0, 5.0]

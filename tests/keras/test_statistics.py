@@ -17,10 +17,11 @@ from support.jobs.keras_statistics import student
         ({"*/queue": False}, []),
         ({"net/teacher/*": True}, ["queue", "kernel"]),
         ({"*": False, "*/teacher/*": True}, ["kernel"]),
+        ({"net*/q_7/queue": False}, []),
     ],
 )
 def test_patterns_choose_and_the_last_that_fits_decides(choice, averaged):
-    model = student()
+    model = student("q_7")
     found = chosen_statistics(*parts_of(model), model.trainable_variables, choice)
     assert [v.name for v in found] == averaged
 

@@ -55,6 +55,8 @@ class KerasWorkerState:
         parts: of it.
         model: a Keras model; or variables, which are named by their order then.
         parameter_map: None for the automatic one or, where there is none, the order of the variables.
+        gathered: vectors that are kept in slices, for a save.
+        entered: of the variable of this name, for a save.
 
     Raises:
         ValueError: the model or its map lacks trained variables.
@@ -69,8 +71,9 @@ class KerasWorkerState:
         model: keras.Model | Sequence[keras.Variable],
         parameter_map: ParameterMap | None,
         gathered: Whole | None = None,
+        entered: int = -1,
     ) -> None:
-        self._parts, self._gathered = parts, gathered
+        self._parts, self._gathered, self._entered = parts, gathered, entered
         self._optimizer, self._inner, self._kept = optimizer, parts.inner, parts.variables
         self._rank, self._workers = parts.rank, parts.workers
         self.config = optimizer.config
@@ -221,7 +224,8 @@ class KerasWorkerState:
         return commit
 
     def read_framework(self) -> Arrays:
-        return {name: array_of(v) for name, v in self._of_keras().items()}
+        arrays = {name: array_of(v) for name, v in self._of_keras().items()}
+        return {**arrays, "entered": np.asarray(self._entered)}
 
     def _of_keras(self) -> dict[str, keras.Variable]:
         scaler, found = self._inner.optimizer, {**self._others, "entered": self._kept.entered}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
@@ -80,7 +81,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         parameter_map: names of the tensors in other frameworks, to train together with their workers. Every worker
             gives the same map; `ParameterMap()` for models with the same layers in the same order. Not part of a saved
             model.
-        statistics: variables that are not trained, by patterns of their paths without Keras' numbers (as in
+        statistics: variables that are not trained, by patterns of their paths, with or without Keras' numbers (as in
             `fnmatch`), and whether outer steps and joins average them; by itself that are the floating-point ones of
             layers that are not frozen, or of the list that `broadcast` is given. The last pattern that fits decides:
             {"*/queue": False, "teacher/*": True}.
@@ -222,10 +223,9 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: MutableMapping[str, NDArray[Any]]) -> None:
         # The inner optimizer's are saved with it: it is an attribute.
-        if self.built:
-            self.worker.fingerprint.note()
         for number, v in enumerate(self._variables):
-            store[str(number)] = v.numpy()
+            told = self.built and v is self.worker.variables.entered
+            store[str(number)] = np.int64(self.worker.fingerprint.told()) if told else v.numpy()
 
     def load_own_variables(self, store: MutableMapping[str, NDArray[Any]]) -> None:
         if not self.built:  # weights may well be loaded for another training than the one that they come from
@@ -238,7 +238,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         values = saved_values(store, self._variables, self.worker.variables.scalars)
         for v, value in zip(self._variables, values, strict=True):
             v.assign(value)
-        self.worker.fingerprint.follow_note()
+        self.worker.fingerprint.follow_loaded()
 
     def get_config(self) -> dict[str, Any]:
         rate = keras.optimizers.Optimizer.get_config(self)["learning_rate"]
@@ -340,6 +340,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             raise ValueError(f"broadcast() was not given {', '.join(missing)}: join() can't average them.")
         if worker.comm.size == 1:
             worker.fingerprint.take_unless_entered()
+            if leaving:
+                worker.fingerprint.end()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
         left = worker.join(leaving)
@@ -426,7 +428,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         self.worker.refuse_if_left()
         checkpoint.load(lambda: self.worker.state(model, parameter_map), self.worker.comm, path)
         self.worker.traces.resend_statistics()
-        self.worker.fingerprint.follow_note()
+        self.worker.fingerprint.follow_loaded()
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="ScaledSlowMo")

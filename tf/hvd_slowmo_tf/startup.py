@@ -48,6 +48,7 @@ def start_together(
     worker.trained.remember(model, variables)
     worker.job = start(StartingKerasWorker(worker, variables, statistics, model), worker.comm)
     worker.left = ()
+    worker.fingerprint.forget()
 
 
 def fail_together(worker: KerasWorker, error: Exception) -> NoReturn:

@@ -228,6 +228,8 @@ class KerasWorker:
             self.roll.joined(self.optimizer.steps)
         if not entered:  # at the end of fit() Keras' moving average, say, of which the next start will tell
             self.fingerprint.take()
+        if leaving:
+            self.fingerprint.end()
         return left
 
     def restart(self, entered: Sequence[int] = ()) -> None:
@@ -278,8 +280,6 @@ class KerasWorker:
         # Before the start nobody can be asked for the other slices of a loaded state, and `ready` says so.
         if divided_vectors(self.config) and (self.step is not None or self.optimizer.steps):
             whole = self.call(gather_whole, self.ready().assembly.runtime, array_of)
-        if self.optimizer.built:
-            self.fingerprint.note()
         return lambda: self.state(model, parameter_map, whole)
 
     def state(
@@ -304,7 +304,8 @@ class KerasWorker:
         comm = self.comm
         slices = OwnSlices(self.config, layout.layout, comm.rank, comm.size)
         parts = OptimizerParts(self.inner, self.variables, layout, self.graph, comm.rank, comm.size, slices)
-        return KerasWorkerState(self.optimizer, parts, found, parameter_map or self.parameter_map, whole)
+        told = self.fingerprint.told()
+        return KerasWorkerState(self.optimizer, parts, found, parameter_map or self.parameter_map, whole, told)
 
     def metrics(self) -> Metrics | None:
         """Return the measurements of the last outer step; None before the first one.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 from hvd_slowmo.checked_numbers import spell_value
 from hvd_slowmo.wire.parameter_map import ParameterMap
+
+Names: TypeAlias = tuple[str, ...]
+"""The names of a tensor, of which a pattern has to fit one; messages have the first."""
 
 logger = logging.getLogger("hvd_slowmo")
 
@@ -33,7 +36,7 @@ def check_statistics(statistics: Any, parameter_map: ParameterMap | None) -> Non
         raise ValueError("with a parameter_map the wire decides which tensors are averaged: give no `statistics`.")
 
 
-def check_patterns(untrained: Sequence[str], choice: Mapping[str, bool]) -> None:
+def check_patterns(untrained: Sequence[Names], choice: Mapping[str, bool]) -> None:
     """Refuse a pattern by which nothing would be averaged, and warn of one by which nothing is left alone yet.
 
     Args:
@@ -44,11 +47,11 @@ def check_patterns(untrained: Sequence[str], choice: Mapping[str, bool]) -> None
         ValueError: naming the pattern.
     """
     for pattern, averaged in choice.items():
-        if any(fnmatchcase(name, pattern) for name in untrained):
+        if any(_fits(names, pattern) for names in untrained):
             continue
         words = (
             f"`statistics` has {pattern!r}, and no tensor of that name is there that is not trained. These are: "
-            f"{', '.join(untrained) or 'none'}."
+            f"{', '.join(name for name, *_ in untrained) or 'none'}."
         )
         if averaged:
             raise ValueError(words)
@@ -56,7 +59,7 @@ def check_patterns(untrained: Sequence[str], choice: Mapping[str, bool]) -> None
         logger.warning("%s One that the model makes later will be left alone.", words)
 
 
-def is_averaged(name: str, choice: Mapping[str, bool], *, usual: bool, dtype: str, has_mean: bool) -> bool:
+def is_averaged(names: Names, choice: Mapping[str, bool], *, usual: bool, dtype: str, has_mean: bool) -> bool:
     """Return whether a tensor that is not trained is averaged.
 
     Args:
@@ -69,17 +72,21 @@ def is_averaged(name: str, choice: Mapping[str, bool], *, usual: bool, dtype: st
     Raises:
         TypeError: it is chosen and has no mean.
     """
-    chosen = choice_of(name, choice)
+    chosen = choice_of(names, choice)
     if chosen and not has_mean:
-        raise TypeError(f"`statistics` averages {name}, which has type {dtype} and no mean.")
+        raise TypeError(f"`statistics` averages {names[0]}, which has type {dtype} and no mean.")
     return usual if chosen is None else chosen
 
 
-def choice_of(name: str, choice: Mapping[str, bool]) -> bool | None:
-    """Return whether a tensor of this name is averaged by choice; None where no pattern fits it.
+def choice_of(names: Names, choice: Mapping[str, bool]) -> bool | None:
+    """Return whether a tensor of these names is averaged by choice; None where no pattern fits it.
 
     Example:
-        >>> choice_of("block.cache", {"*": True, "*cache": False})
+        >>> choice_of(("block.cache",), {"*": True, "*cache": False})
         False
     """
-    return next((choice[pattern] for pattern in reversed(list(choice)) if fnmatchcase(name, pattern)), None)
+    return next((choice[pattern] for pattern in reversed(list(choice)) if _fits(names, pattern)), None)
+
+
+def _fits(names: Names, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)

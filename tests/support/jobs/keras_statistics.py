@@ -25,10 +25,12 @@ class Queue(layers.Layer):
         return x + keras.ops.mean(self.queue, axis=0)
 
 
-def student() -> keras.Model:
-    """Return a student with a frozen teacher behind it."""
+def student(queue: str = "q") -> keras.Model:
+    """Return a student with a frozen teacher behind it, and a queue of this name before it."""
     teacher = layers.Dense(1, trainable=False, use_bias=False, name="teacher")
-    return keras.Sequential([keras.Input((2,)), Queue(name="q"), layers.Dense(1, name="student"), teacher], name="net")
+    return keras.Sequential(
+        [keras.Input((2,)), Queue(name=queue), layers.Dense(1, name="student"), teacher], name="net"
+    )
 
 
 class Moved(keras.callbacks.Callback):

@@ -173,6 +173,8 @@ class SlowMoCallback(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         if self._begun and not self._left:
+            for optimizer in self._optimizers:
+                optimizer.worker.fingerprint.end()  # Keras' moving average is in the model already
             self._between_epochs(self._epoch + 1)
             self._join(self._optimizers, leaving=True)
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from hvd_slowmo_tf.model.layout import statistics_of
 from hvd_slowmo_tf.optimizer import SlowMo
 
 
@@ -141,7 +140,7 @@ def _statistics(layer: keras.Layer, trained_by: dict[int, int], around: int) -> 
     owners = {trained_by[id(v)] for v in layer.trainable_variables if id(v) in trained_by}
     owner = owners.pop() if len(owners) == 1 else around
     if layer.trainable:  # a frozen layer's stay as they are
-        yield from ((id(v), owner) for v in statistics_of(layer))
+        yield from ((id(v), owner) for v in layer._non_trainable_variables)
     for inner in layer._layers:
         yield from _statistics(inner, trained_by, owner)
 

@@ -95,21 +95,10 @@ def parts_of(model: keras.Model) -> tuple[list[keras.Variable], list[keras.Varia
         v
         for layer in model._flatten_layers()
         if layer.trainable  # a frozen layer's stay as they are
-        for v in statistics_of(layer)
+        for v in layer._non_trainable_variables
     ]
     metrics = {id(v) for metric in model.metrics for v in metric.variables}
     return [v for v in model.variables if id(v) not in metrics], [v for v in statistics if id(v) not in metrics]
-
-
-def statistics_of(layer: keras.Layer) -> list[keras.Variable]:
-    """Return a layer's own variables that may be averaged without being trained.
-
-    Not the vector of spectral normalization, where it was in this worker's kernel: vectors of opposite signs would have
-    a mean of nothing, by which the next step divides the kernel.
-    """
-    if isinstance(layer, keras.layers.SpectralNormalization):
-        return [v for v in layer._non_trainable_variables if v is not layer.vector_u]
-    return list(layer._non_trainable_variables)
 
 
 def common_path(path: str) -> str:

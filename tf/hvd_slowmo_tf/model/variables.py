@@ -32,7 +32,7 @@ class OptimizerVariables:
         workers: number of workers of the job; 0 before it has started.
         rank: place of the worker among them, whose slices these are.
         entered: inner steps at which the parameters were given values from outside, where a saved state has to tell of
-            these; else -1. See `Fingerprint`.
+            these; else -1. Of this process's values `Fingerprint` knows.
         made: inner steps that this worker has made, in an elastic job: one more than `step` while the exchange behind
             the last one is not over. No part of a saved state.
         vectors: per name, a flat variable for each chunk of parameters, by its number.

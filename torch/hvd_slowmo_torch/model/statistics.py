@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hvd_slowmo.core.start.choice import choice_of, is_averaged
+from hvd_slowmo.core.start.choice import Names, choice_of, is_averaged
 
 
 def chosen_statistics(
@@ -27,17 +27,17 @@ def chosen_statistics(
     """
     for name, tensor, usual in _untrained(model, trained):
         has_mean, dtype = tensor.is_floating_point(), str(tensor.dtype)
-        if is_averaged(name, choice, usual=usual, dtype=dtype, has_mean=has_mean):
+        if is_averaged((name,), choice, usual=usual, dtype=dtype, has_mean=has_mean):
             yield name, tensor
 
 
-def untrained_names(model: nn.Module, trained: set[int]) -> list[str]:
+def untrained_names(model: nn.Module, trained: set[int]) -> list[Names]:
     """Return the names of the tensors among which there is a choice.
 
     Args:
         trained: as in `chosen_statistics`.
     """
-    return [name for name, _, _ in _untrained(model, trained)]
+    return [(name,) for name, _, _ in _untrained(model, trained)]
 
 
 def floating_buffers(model: nn.Module, choice: Mapping[str, bool]) -> set[str]:
@@ -47,7 +47,7 @@ def floating_buffers(model: nn.Module, choice: Mapping[str, bool]) -> set[str]:
         choice: as in `is_averaged`.
     """
     named = model.named_buffers()
-    return {name for name, x in named if x.is_floating_point() and choice_of(name, choice) is not False}
+    return {name for name, x in named if x.is_floating_point() and choice_of((name,), choice) is not False}
 
 
 def _untrained(model: nn.Module, trained: set[int]) -> Iterator[tuple[str, torch.Tensor, bool]]:

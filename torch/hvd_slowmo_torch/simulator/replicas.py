@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,26 +55,8 @@ class Replicas:
         self._workers, self._settings, self._one = workers, settings, one
         self._parameters = {name: nn.Parameter(_stack(p, workers)) for name, p in trained.items()}
         self._buffers = {name: _stack(buffer, workers) for name, buffer in self.template.named_buffers()}
-        self._gradients: dict[int, torch.Tensor] = {}  # by number of the parameter
         self.stacked: dict[str, torch.Tensor] = {**self._parameters, **self._buffers}
         self.inner = inner(list(self._parameters.values()))
-
-    def take_gradients(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
-        """Set the gradients of all replicas, in memory that is used again, and return the losses before the step, (m,).
-
-        Args:
-            x, y: as in `losses`.
-        """
-        losses, parameters = self.losses(loss, x, y), list(self._parameters.values())
-        found: Sequence[torch.Tensor | None] = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
-        for number, (p, gradient) in enumerate(zip(parameters, found, strict=True)):
-            if gradient is None:
-                p.grad = None
-                continue
-            if number not in self._gradients:
-                self._gradients[number] = torch.empty_like(p)
-            p.grad = self._gradients[number].copy_(gradient)
-        return losses.detach()
 
     def losses(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
         """Return each replica's loss (m,) for its own batch; BatchNorm's statistics follow, per replica.

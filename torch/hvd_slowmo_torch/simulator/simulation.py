@@ -145,7 +145,9 @@ class Simulation:
         """
         machine, inner = self._assembly.machine, self.inner_optimizer
         plan = machine.plan(self._progress)
-        losses = self._replicas.take_gradients(self._loss, x, y)
+        inner.zero_grad(set_to_none=True)
+        losses = self._replicas.losses(self._loss, x, y)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
         rates = self._rates()
         with torch.no_grad():
             if plan.all_gradients:
@@ -156,7 +158,7 @@ class Simulation:
                 inner.step()
             with self._naming_workers(self.steps + 1):
                 self._progress = machine.after_inner_step(self._progress, rates)
-        return losses
+        return losses.detach()
 
     def model(self, worker: int) -> nn.Module:
         """Return a copy of one worker's model, in evaluation mode."""

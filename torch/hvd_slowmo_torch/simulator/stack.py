@@ -22,7 +22,7 @@ T = TypeVar("T")
 _CACHED = 2**17
 """Elements of which a few copies find place in a processor's cache."""
 _FEW = 4
-"""Messages per worker up to which picking them takes less time than a product of matrices."""
+"""Messages per worker up to which picking them takes less time than a product with a sparse matrix."""
 
 
 class StackCodec:
@@ -87,7 +87,7 @@ class StackComm:
         left, rows = np.array(shares), x.T
         most = int(np.count_nonzero(left, axis=1).max())
         if most > _FEW:
-            received: torch.Tensor = torch.from_numpy(left).to(x) @ rows
+            received: torch.Tensor = torch.sparse.mm(torch.from_numpy(left).to(x).to_sparse(), rows)
             return received.T
         found, workers = self._memory_for(name, rows), np.arange(len(left))
         for turn in range(max(1, most)):  # most graphs send few messages per worker
