@@ -108,13 +108,16 @@ def test_a_parameter_that_one_worker_has_moved_becomes_equal_on_all():
 # Values from outside
 
 
-@pytest.mark.parametrize("how", ["load", "restart"])
+@pytest.mark.parametrize("how", ["load", "data", "restart"])
 def test_loaded_values_are_no_progress(how, caplog):
     """Zero gradients after loading 1 into a weight of 0 leave 1."""
 
     def work(comm):
         model, optimizer = one_weight(comm, tau=2, beta=0.5)
-        model.load_state_dict({"weight": torch.ones(1, 1)})
+        if how == "data":  # a change that PyTorch does not count
+            model.weight.data.fill_(1.0)
+        else:
+            model.load_state_dict({"weight": torch.ones(1, 1)})
         if how == "restart":
             optimizer.restart()
         for _ in range(6):
@@ -123,7 +126,25 @@ def test_loaded_values_are_no_progress(how, caplog):
 
     with caplog.at_level(logging.WARNING, logger="hvd_slowmo"):
         assert ThreadWorld(2).run(work) == [1.0, 1.0]
-    assert ("given other values from outside on rank 0, rank 1" in caplog.text) == (how == "load")
+    assert ("given other values from outside on rank 0, rank 1" in caplog.text) == (how != "restart")
+
+
+def test_a_frozen_parameter_that_is_written_by_way_of_data_does_not_stay_apart():
+    """After a join nobody has moved it; then one worker's teacher, say, follows its student."""
+
+    def work(comm):
+        model, optimizer = one_weight(comm, tau=2, beta=0.5)
+        model.weight.requires_grad_(False)
+        for _ in range(2):
+            optimizer.step()
+        optimizer.join()
+        if comm.rank == 1:
+            model.weight.data.fill_(1.0)
+        for _ in range(2):
+            optimizer.step()
+        return model.weight.item()
+
+    assert ThreadWorld(2).run(work) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("how", ["load", "restart"])

@@ -15,6 +15,9 @@ from hvd_slowmo_torch.model.layout import TensorRef, TorchLayout
 
 logger = logging.getLogger("hvd_slowmo")
 
+_ROUNDING = 1e-6
+"""Relative difference of two norms of the same values, on other threads say."""
+
 
 class WatchNotes(NamedTuple):
     """A watch's notes for a checkpoint: by the parameters' own names, and by fragment."""
@@ -30,8 +33,8 @@ class WatchNotes(NamedTuple):
 class ModelWatch:
     """Compares the model with the layout, and with its own state after the last meeting.
 
-    PyTorch counts the changes of each tensor, so that a look costs no pass over the values. Changes by way of `.data`
-    are not counted and not seen.
+    PyTorch counts the changes of each tensor, so that most looks cost no pass over the values. It does not count those
+    by way of `.data`: these are seen where all were equal before, in the tensors' norms.
 
     Args:
         layout: of the model.
@@ -102,8 +105,13 @@ class ModelWatch:
             return
         tensors = self._tensors()
         changed = [p._version for p in tensors] != self._versions
-        if changed and not torch.allclose(_norms(tensors), self._norms, rtol=0, atol=0, equal_nan=True):
+        # Without a change that PyTorch counts, values came through `.data`, or the norms were summed in another order.
+        tolerance = 0 if changed else _ROUNDING
+        same = torch.isclose(_norms(tensors), self._norms, rtol=tolerance, atol=0, equal_nan=True).tolist()
+        if not all(same):
             self._entered, self._apart = [True for _ in self._fragments], True
+            for moved in self._moved:
+                moved[:] = [before or not unchanged for before, unchanged in zip(moved, same, strict=True)]
         self._norms = None
 
     def take_apart(self) -> bool:
