@@ -76,7 +76,10 @@ def test_the_cause_comes_last_and_gives_the_status_and_the_launcher_imports_no_f
         import os, sys, time
         print(sys.prefix)
         if os.environ["HOROVOD_RANK"] == "0":
+            while not os.path.exists("started"):
+                time.sleep(0.05)
             raise RuntimeError("HorovodInternalError: a peer has ended")
+        open("started", "w").close()
         time.sleep(0.5)
         try:
             raise ValueError("the cause")
