@@ -46,7 +46,11 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scaled", "config"),
-    [(False, {"tau": 2}), (True, {"tau": 2}), (False, {"tau": 2, "fragments": 2, "delay": 1, "bits": 8})],
+    [
+        (False, {"tau": 2}),
+        pytest.param(True, {"tau": 2}, marks=pytest.mark.thorough),
+        (False, {"tau": 2, "fragments": 2, "delay": 1, "bits": 8}),
+    ],
     ids=str,
 )
 def test_a_trace_that_is_replaced_leaves_nothing_behind(scaled, config):
@@ -80,7 +84,7 @@ def test_no_variable_is_assigned_in_part():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "most"), [(8, 700), (32, 500)])
+@pytest.mark.parametrize(("bits", "most"), [(8, 700), pytest.param(32, 500, marks=pytest.mark.thorough)])
 def test_a_trace_grows_little_with_each_fragment(bits, most):
     """Each operation takes a millisecond or two before the first step, and twelve fragments have 36 branches."""
     counts = {}
