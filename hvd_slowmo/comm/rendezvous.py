@@ -30,9 +30,8 @@ class Rendezvous:
             raise LookupError("this job has no rendezvous server: horovodrun has not started it over gloo.")
         address, port = (environment[name] for name in names)
         self._url = f"http://{address}:{port}"
-        self.limit_s = (
-            as_horovod_reads(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", "")) or 30.0
-        )  # where Horovod reads none
+        given = as_horovod_reads(environment.get("HOROVOD_GLOO_TIMEOUT_SECONDS", ""))
+        self.limit_s = given or 30.0  # Horovod's own where none is given
 
     def put(self, path: str, value: bytes) -> None:
         """Leave a message.

@@ -14,6 +14,13 @@ pytestmark = [
 ]
 
 
+def made():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
+    model.compile(optimizer, "mse")
+    return model, optimizer
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", ["load", "average", "restart", "nothing"])
 def test_values_that_are_loaded_between_two_fits_are_no_progress(keras_workers, how):
@@ -36,12 +43,6 @@ def test_nor_are_they_of_a_single_worker(how):
 @pytest.mark.parametrize("by", ["SlowMo", "Keras"])
 def test_a_saved_state_tells_of_them(by, tmp_path, caplog):
     """The weight given between two fits is no progress of a block in the resumed training either."""
-
-    def made():
-        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-        optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
-        model.compile(optimizer, "mse")
-        return model, optimizer
 
     x = np.ones((12, 1), np.float32)
     model, optimizer = made()
@@ -81,12 +82,6 @@ class Scaling(keras.callbacks.Callback):
 def test_changes_between_two_epochs_of_a_fit_are_a_part_of_it_and_resume_so(by, tmp_path, caplog):
     x = np.ones((12, 1), np.float32)
 
-    def made():
-        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-        optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
-        model.compile(optimizer, "mse")
-        return model, optimizer
-
     def train(model, optimizer, epochs):
         callbacks = [SlowMoCallback(), Scaling(optimizer, tmp_path)]
         model.fit(x, x, batch_size=4, epochs=epochs, verbose=0, callbacks=callbacks)
@@ -106,9 +101,7 @@ def test_changes_between_two_epochs_of_a_fit_are_a_part_of_it_and_resume_so(by, 
 def test_a_save_tells_of_other_values_and_changes_nothing(tmp_path, caplog):
     """Values that are put into the model, saved and taken out again have never been there for the training."""
     x = np.ones((12, 1), np.float32)
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))
-    model.compile(optimizer, "mse")
+    model, optimizer = made()
     model.fit(x, x, batch_size=4, verbose=0, callbacks=[SlowMoCallback()])
     own = model.get_weights()
     model.set_weights([np.ones((1, 1), np.float32)])

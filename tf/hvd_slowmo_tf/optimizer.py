@@ -224,8 +224,8 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
     def save_own_variables(self, store: MutableMapping[str, NDArray[Any]]) -> None:
         # The inner optimizer's are saved with it: it is an attribute.
         for number, v in enumerate(self._variables):
-            told = self.built and v is self.worker.variables.entered
-            store[str(number)] = np.int64(self.worker.fingerprint.told()) if told else v.numpy()
+            is_word = self.built and v is self.worker.variables.entered
+            store[str(number)] = np.int64(self.worker.fingerprint.told()) if is_word else v.numpy()
 
     def load_own_variables(self, store: MutableMapping[str, NDArray[Any]]) -> None:
         if not self.built:  # weights may well be loaded for another training than the one that they come from
@@ -339,9 +339,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         if missing:
             raise ValueError(f"broadcast() was not given {', '.join(missing)}: join() can't average them.")
         if worker.comm.size == 1:
-            worker.fingerprint.take_unless_entered()
-            if leaving:
-                worker.fingerprint.end()
+            worker.fingerprint.joined(worker.fingerprint.differs(), leaving)
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps
         left = worker.join(leaving)

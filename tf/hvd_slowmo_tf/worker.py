@@ -226,10 +226,7 @@ class KerasWorker:
         self.left = left if len(left) < self.comm.size else ()  # all at once: nobody is missing
         if not left:
             self.roll.joined(self.optimizer.steps)
-        if not entered:  # at the end of fit() Keras' moving average, say, of which the next start will tell
-            self.fingerprint.take()
-        if leaving:
-            self.fingerprint.end()
+        self.fingerprint.joined(entered, leaving)
         return left
 
     def restart(self, entered: Sequence[int] = ()) -> None:

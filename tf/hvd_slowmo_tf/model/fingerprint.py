@@ -25,10 +25,18 @@ class Fingerprint:
         self.forget()
         self._taken = self._optimizer.steps, self._norms()
 
-    def take_unless_entered(self) -> None:
-        """Take it, but where the variables were given other values since: the next start will tell of these."""
-        if not self.differs():
+    def joined(self, entered: bool, leaving: bool) -> None:
+        """Take it after a join.
+
+        Args:
+            entered: the variables were given other values before it (Keras' moving average at the end of fit(), say): the
+                next start will tell of these.
+            leaving: the training has ended with the join.
+        """
+        if not entered:
             self.take()
+        if leaving:
+            self.end()
 
     def end(self) -> None:
         """Mark the end of a training: values that are given from now on are no part of it."""
