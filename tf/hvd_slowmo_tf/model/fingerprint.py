@@ -29,7 +29,7 @@ class Fingerprint:
         """Take it after a join.
 
         Args:
-            entered: the variables were given other values before it (Keras' moving average at the end of fit(), say): the
+            entered: the variables were given other values before it, Keras' moving average at the end of fit() say; the
                 next start will tell of these.
             leaving: the training has ended with the join.
         """
