@@ -57,7 +57,7 @@ setup(
     ],
     package_dir={"hvd_slowmo_torch": "torch/hvd_slowmo_torch", "hvd_slowmo_tf": "tf/hvd_slowmo_tf"},
     package_data={"hvd_slowmo": ["py.typed"], "hvd_slowmo_torch": ["py.typed"], "hvd_slowmo_tf": ["py.typed"]},
-    install_requires=["msgspec>=0.18.6,<1", "numpy>=1.24", "safetensors>=0.4.3"],
+    install_requires=["msgspec>=0.18.6,<1", "numpy>=1.24", "safetensors>=0.4.3", "typing_extensions>=4.4"],
     extras_require={
         "torch": ["torch>=2.1"],
         "tf": ["tensorflow>=2.16", "keras>=3.3"],

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from typing_extensions import Self
+
 from hvd_slowmo.gossip import DPSGD, SGP, Topology
 from hvd_slowmo.keywords import refuse_unknown
 from hvd_slowmo.settings import OTHER_NAMES, SlowMoSettings
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Preset = TypeVar("Preset", bound=Callable[..., "Presets"])
 

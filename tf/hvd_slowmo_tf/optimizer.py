@@ -6,12 +6,13 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from typing_extensions import Unpack
 
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.checkpoint.facts import parse, parse_config
@@ -49,9 +50,6 @@ from hvd_slowmo_tf.model.layout import parts_of, travelling
 from hvd_slowmo_tf.startup import start_together
 from hvd_slowmo_tf.traces.traced_step import Gradients
 from hvd_slowmo_tf.worker import KerasWorker
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="hvd_slowmo", name="SlowMo")

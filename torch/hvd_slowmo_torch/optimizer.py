@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from hvd_slowmo.checkpoint import job as checkpoint
 from hvd_slowmo.comm.launcher import elastic
@@ -37,9 +38,6 @@ from hvd_slowmo_torch.param_groups import add_param_group
 from hvd_slowmo_torch.startup import StartingTorchWorker
 from hvd_slowmo_torch.step_hooks import hooked_at_need
 from hvd_slowmo_torch.worker import Settings, TorchWorker
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class SlowMo(Outermost, Optimizer):
