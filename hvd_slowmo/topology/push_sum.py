@@ -80,21 +80,13 @@ def in_flight(kept: Any, w: Any) -> Any:
     return w - kept * w
 
 
-def debiased(x: Any, w: Any) -> Any:
-    """Return z, which the model shows and at which the gradient is taken.
+def carried_share(w: Any) -> Any:
+    """Return the share of x that is added to z_new after an inner step took z = x / w to z_new.
+
+    x <- z_new + (x - x / w) = z_new + (1 - 1 / w) x, and bitwise z_new where w is 1.
 
     Example:
-        >>> debiased(3.0, 1.5)
+        >>> round(1.0 + carried_share(1.5) * 3.0, 12)
         2.0
     """
-    return x / w
-
-
-def carried_over(z_new: Any, x: Any, w: Any) -> Any:
-    """Return the numerators after an inner step that took z = x / w to z_new; bitwise z_new where w is 1.
-
-    Example:
-        >>> carried_over(1.0, 3.0, 1.5)
-        2.0
-    """
-    return z_new + (x - x / w)
+    return 1 - 1 / w

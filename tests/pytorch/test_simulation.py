@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
+from hvd_slowmo.core.parts.outer_update import scaled_sum
 from hvd_slowmo.torch import DPSGD, SGP, Simulation, SlowMo, SlowMoConfig
-from hvd_slowmo_torch.simulator.stack import StackCodec, StackComm, mean_of
+from hvd_slowmo_torch.simulator.shares import Shares
+from hvd_slowmo_torch.simulator.stack import StackCodec, StackComm, mean_of, scaled_sum_
+from hvd_slowmo_torch.tensors import outer_update
 
 WORKERS, STEPS, BATCH = 4, 13, 8
 
@@ -326,13 +330,26 @@ def test_a_push_sends_each_worker_its_shares_and_nothing_else(messages: int) -> 
     x = torch.from_numpy(rng.normal(size=(5, 7)))
     comm = StackComm(StackCodec(), 32)
     for _ in range(2):  # in the same memory
-        torch.testing.assert_close(comm.start_push("gossip.0", x, shares), x @ torch.from_numpy(shares).T)
+        found = comm.start_push("gossip.0", x, Shares(shares))
+        torch.testing.assert_close(found, x @ torch.from_numpy(shares).T)
+    weights = rng.random((7, 1))
+    np.testing.assert_allclose(Shares(shares) @ weights, shares @ weights, rtol=1e-14)
     broken = int(np.argmin(shares.sum(axis=0)))
     x[:, broken] = torch.inf
     if 0 < messages <= 4:  # infinity arrives where it is sent to
-        finite = comm.start_push("gossip.0", x, shares).isfinite().all(dim=0).numpy()
+        finite = comm.start_push("gossip.0", x, Shares(shares)).isfinite().all(dim=0).numpy()
         elsewhere = np.arange(7) != broken
         assert np.array_equal(finite[elsewhere], shares[elsewhere, broken] == 0)
+
+
+@pytest.mark.parametrize("into", ["x", "y", "other"])
+def test_the_scaled_sum_in_place_is_the_pure_one(into: str) -> None:
+    x, y, other = torch.randn(3, 6, 4, dtype=torch.float64)
+    for factor, in_place in ((1.5, outer_update.scaled_sum_), (torch.randn(4, dtype=torch.float64), scaled_sum_)):
+        memory = {"x": x.clone(), "y": y.clone(), "other": other.clone()}
+        found = in_place(memory["x"], factor, memory["y"], partial(memory.__getitem__, into))
+        torch.testing.assert_close(found, scaled_sum(x, factor, y, lambda: None), rtol=0, atol=1e-14)
+        assert found.data_ptr() == memory[into].data_ptr()
 
 
 def test_a_mean_of_many_workers_is_taken_in_parts() -> None:
@@ -340,3 +357,44 @@ def test_a_mean_of_many_workers_is_taken_in_parts() -> None:
     torch.testing.assert_close(mean_of(x), x.mean(dim=1, keepdim=True))
     alike = x[:, :1].expand(-1, 3)
     assert torch.equal(mean_of(alike), x[:, :1])
+
+
+class Odd(nn.Module):
+    """A sum of two parameters, whose gradients are one tensor, a bare mean, whose gradient is expanded, and a rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+        self.mean, self.rest = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Any) -> torch.Tensor:
+        return (self.first + self.second) * x + self.mean.mean()
+
+
+class InPlace(torch.optim.SGD):
+    """Doubles the gradients, and then takes a step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(2)
+        super().step(closure)
+
+
+def test_gradients_are_those_of_backward_also_where_it_shares_expands_or_has_none() -> None:
+    def inner(parameters: Any) -> torch.optim.Optimizer:
+        return InPlace(list(parameters), lr=0.1, momentum=0.9, weight_decay=0.1)  # decay: none is not 0
+
+    simulation = Simulation(Odd, inner, nn.functional.mse_loss, 2, SlowMoConfig.local_sgd(3))
+    models = [Odd(), Odd()]
+    optimizers = [inner(model.parameters()) for model in models]
+    x, y = torch.rand(2, 8, 3), torch.rand(2, 8, 3)
+    for _ in range(2):
+        simulation.step(x, y)
+        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x[worker]), y[worker]).backward()
+            optimizer.step()
+            assert distance(values(simulation.model(worker)), values(model)) < 1e-6
+    assert torch.equal(simulation.model(0).rest, torch.ones(2))

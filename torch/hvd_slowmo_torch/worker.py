@@ -53,7 +53,7 @@ from hvd_slowmo_torch.model.watch import WatchNotes
 from hvd_slowmo_torch.presence import WorkerPresence
 from hvd_slowmo_torch.tensors.codec import TorchCodec
 from hvd_slowmo_torch.tensors.ops import TorchOps
-from hvd_slowmo_torch.tensors.outer_update import divide_, outer_update_
+from hvd_slowmo_torch.tensors.outer_update import divide_, outer_update_, scaled_sum_
 from hvd_slowmo_torch.tensors.streams import caller_context
 
 # Elements of an outer update at once on a CPU: small enough for a core's cache, see benchmarks/outer_update.py.
@@ -182,7 +182,7 @@ class TorchWorker:
             TorchOps(devices),
             self.store,
             self.comm,
-            Kernels(outer_update_, divide_, _CACHED if on_cpu else None),
+            Kernels(outer_update_, divide_, scaled_sum_, _CACHED if on_cpu else None),
             self.settings.metrics,
             codec=TorchCodec(),
         )

@@ -25,7 +25,7 @@ from hvd_slowmo.core.parts.layout import Chunk, Stretch, Tile
 from hvd_slowmo.core.parts.progress import PushSum, Scalar
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.start.graph import Graph
-from hvd_slowmo.topology.push_sum import carried_over, debiased, in_flight, mixed, mixed_late, parts
+from hvd_slowmo.topology.push_sum import carried_share, in_flight, mixed, mixed_late, parts
 
 Once = Callable[[Scalar, PushSum], PushSum]
 """The mixing of one step, given its number."""
@@ -139,8 +139,10 @@ class Gossip:
         # Of a stack, the weights of all workers: a tensor's last axis is theirs.
         self._own: int | slice = slice(None) if runtime.stacked else runtime.comm.rank
         self._chunks = runtime.layout.parameter_chunks
+        self._kernels = runtime.kernels
         self._tiles = {chunk.index: tuple(chunk.tiles(runtime.kernels.tile)) for chunk in self._chunks}
-        self._parts = parts(graph.array)
+        shares = parts(graph.array)
+        self._kept, self._sent = shares.kept, runtime.ops.matrices(shares.sent)
         self._period = len(graph.array)
         self._handles: list[Any] | None = None  # messages in flight, where they can be kept between two steps
         self._discarded: list[Any] = []
@@ -160,7 +162,8 @@ class Gossip:
         share = in_flight(kept[self._own, 0], 1.0)  # of the vector that was sent
 
         def with_messages() -> Any:
-            return x + self._store.read("sent", chunk) * self._ops.cast_like(share, x)
+            sent = self._store.read("sent", chunk)
+            return self._kernels.scaled_sum(sent, self._ops.cast_like(share, x), x, lambda: x)
 
         return self._ops.cond(state.in_flight > 0, with_messages, lambda: x)
 
@@ -221,13 +224,17 @@ class Gossip:
         for chunk in self._chunks:
             arrived = next(received)  # waited for only now
             for tile in self._tiles[chunk.index]:
-                x = self._numerator(tile, state)
-                self._store.write("sent", tile, x)
-                self._show(tile, x * self._ops.cast_like(kept, x) + chunk.cut(arrived, tile), after)
+                self._mix_tile_late(tile, chunk.cut(arrived, tile), state, after, kept)
             if send_at_once:
                 following.append(self._send_chunk(chunk, after))
         if send_at_once:
             self._handles = following
+
+    def _mix_tile_late(self, tile: Tile, arrived: Any, state: PushSum, after: PushSum, kept: Scalar) -> None:
+        z = self._store.read("model", tile)
+        x = self._carry(tile, z, state, lambda: self._store.read("sent", tile))
+        self._store.write("sent", tile, x)
+        self._show(tile, self._kernels.scaled_sum(x, self._ops.cast_like(kept, x), arrived, lambda: z), after)
 
     def _exchanged(self, state: PushSum, mixes: Scalar) -> list[Any]:
         """Exchange the last step's messages; zeros where there are none or the coming step mixes none."""
@@ -259,20 +266,28 @@ class Gossip:
                 following = start(behind)  # travels while this one is mixed
             arrived = self._comm.wait(handle)
             for tile in self._tiles[chunk.index]:
-                self._show(tile, chunk.cut(x, tile) * self._ops.cast_like(kept, x) + chunk.cut(arrived, tile), after)
+                self._show(tile, self._sum_of_tile(chunk.cut(x, tile), kept, chunk.cut(arrived, tile)), after)
+
+    def _sum_of_tile(self, x: Any, kept: Scalar, arrived: Any) -> Any:
+        return self._kernels.scaled_sum(x, self._ops.cast_like(kept, x), arrived, lambda: x)
 
     def _show(self, tile: Tile, x: Any, after: PushSum) -> None:
+        """Set the numerators, whose memory may be used then, and the model to z = x / w."""
         if self._graph.weighted:
             self._store.write("push", tile, x)
-            x = debiased(x, self._ops.cast_like(self._weight(after), x))
+            x = self._kernels.divide(x, self._ops.cast_like(self._weight(after), x))
         self._store.write("model", tile, x)
 
     def _numerator(self, stretch: Stretch, state: PushSum) -> Any:
         """Return x after the inner step that has moved the model."""
         z = self._store.read("model", stretch)
+        return self._carry(stretch, z, state, lambda: z)
+
+    def _carry(self, stretch: Stretch, z: Any, state: PushSum, memory: Callable[[], Any]) -> Any:
         if not self._graph.weighted:
             return z
-        return carried_over(z, self._store.read("push", stretch), self._ops.cast_like(self._weight(state), z))
+        share = self._ops.cast_like(carried_share(self._weight(state)), z)
+        return self._kernels.scaled_sum(self._store.read("push", stretch), share, z, memory)
 
     def _weight(self, state: PushSum) -> Scalar:
         return state.weights[self._own]
@@ -285,7 +300,7 @@ class Gossip:
 
     def _shares(self, hop: Scalar) -> tuple[Any, Any]:
         at = hop % self._period
-        return self._ops.take(self._parts.kept, at), self._ops.take(self._parts.sent, at)
+        return self._ops.take(self._kept, at), self._ops.take(self._sent, at)
 
 
 def mixing_of(graph: Graph | None, runtime: Runtime) -> Mixing:

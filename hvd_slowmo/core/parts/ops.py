@@ -46,8 +46,11 @@ class Ops(Protocol):
     def loop(self, condition: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> tuple[Any, ...]:
         """Repeat `state = body(*state)` while `condition(*state)`; structures and types stay the same."""
 
-    def take(self, array: NDArray[Any], index: Scalar) -> Any:
-        """Return a NumPy array's entry along its first axis."""
+    def matrices(self, array: NDArray[Any]) -> Any:
+        """Return matrices (n, m, m) in a form for `take`, of which the products `@` with columns are taken."""
+
+    def take(self, array: Any, index: Scalar) -> Any:
+        """Return an entry of a NumPy array along its first axis, or of `matrices`."""
 
     def cond(self, predicate: Scalar, yes: Callable[[], T], no: Callable[[], T]) -> T:
         """Return the result of one of two functions, which return scalars of the same structure and types."""
@@ -174,7 +177,10 @@ class EagerOps:
             state = body(*state)
         return state
 
-    def take(self, array: NDArray[Any], index: Scalar) -> Any:
+    def matrices(self, array: NDArray[Any]) -> Any:
+        return array
+
+    def take(self, array: Any, index: Scalar) -> Any:
         return array[index]
 
     def cond(self, predicate: Scalar, yes: Callable[[], T], no: Callable[[], T]) -> T:

@@ -77,15 +77,31 @@ def outer_update(config: SlowMoConfig, mean: Any, anchor: Any, v: Any, m: Moment
     return mean + delta * (1 - config.alpha) - back, v * m.keep + delta * m.gain
 
 
+def scaled_sum(x: Any, factor: Any, y: Any, memory: Callable[[], Any]) -> Any:
+    """Return x * factor + y.
+
+    Args:
+        memory: returns a tensor that may take the result, x or y among others. Where results are new, as here, it is
+            not called: in a trace it would read a variable.
+
+    Example:
+        >>> scaled_sum(3.0, 0.5, 1.0, memory=lambda: None)
+        2.5
+    """
+    return x * factor + y
+
+
 class Kernels(NamedTuple):
-    """Elementwise work of an outer step, in the forms that suit a framework.
+    """Elementwise work of an exchange, in the forms that suit a framework.
 
     Attributes:
         outer_update: as the function of that name.
         divide: a sum by a scalar; the sum is not needed any more.
+        scaled_sum: as the function of that name.
         tile: elements that are updated at once, so that a processor's cache holds the temporaries; None: a whole chunk.
     """
 
     outer_update: Callable[..., tuple[Any, Any]] = outer_update
     divide: Callable[[Any, Any], Any] = operator.truediv
+    scaled_sum: Callable[[Any, Any, Any, Callable[[], Any]], Any] = scaled_sum
     tile: int | None = None

@@ -56,6 +56,9 @@ class TracedOps:
         result: tuple[Any, ...] = tf.while_loop(condition, body, state, parallel_iterations=1)
         return result
 
+    def matrices(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
     def take(self, array: NDArray[Any], index: tf.Tensor) -> tf.Tensor:
         return tf.constant(array)[index]
 

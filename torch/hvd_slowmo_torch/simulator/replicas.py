@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
 from hvd_slowmo.core.parts.layout import ParameterGroups, lay_out
@@ -58,18 +58,32 @@ class Replicas:
         self.stacked: dict[str, torch.Tensor] = {**self._parameters, **self._buffers}
         self.inner = inner(list(self._parameters.values()))
 
-    def losses(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
-        """Return each replica's loss (m,) for its own batch; BatchNorm's statistics follow, per replica.
+    def backward(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
+        """Set the gradients of each replica's loss for its own batch; BatchNorm's statistics follow, per replica.
+
+        As after `zero_grad` and `backward`, a parameter that the loss does not depend on has none.
 
         Args:
             x, y: tensors, or nested structures of them, with a leading axis of the replicas.
-        """
 
-        def of_one(parameters: Any, buffers: Any, x: Any, y: Any) -> torch.Tensor:
+        Returns:
+            The losses (m,).
+        """
+        used: set[str] = set()
+
+        def of_one(parameters: dict[str, torch.Tensor], buffers: Any, x: Any, y: Any) -> torch.Tensor:
+            for name, parameter in parameters.items():  # torch.func gives zeros to those that are not used
+                parameter.register_hook(lambda _, name=name: used.add(name))  # type: ignore[no-untyped-call]
             return loss(functional_call(self.template, (parameters, buffers), (x,)), y)
 
-        of_all = torch.vmap(of_one, randomness="different")
-        found: torch.Tensor = of_all(self._parameters, self._buffers, x, y)
+        # In the other order, a backward of the vectorized losses, gradients come transposed and are copied.
+        of_all = torch.vmap(grad_and_value(of_one), randomness="different")
+        values = {name: p.detach() for name, p in self._parameters.items()}
+        gradients, losses = of_all(values, self._buffers, x, y)
+        memory: set[int] = set()
+        for name, parameter in self._parameters.items():
+            parameter.grad = _own(gradients[name], memory) if name in used else None
+        found: torch.Tensor = losses.detach()
         return found
 
     def model(self, worker: int) -> nn.Module:
@@ -118,6 +132,15 @@ class Replicas:
 
 def _stack(tensor: torch.Tensor, workers: int) -> torch.Tensor:
     return torch.stack([tensor.detach()] * workers)
+
+
+def _own(gradient: torch.Tensor, memory: set[int]) -> torch.Tensor:
+    """Return a gradient that can be written to: the ones of a sum's terms are one tensor, and a mean's is expanded."""
+    own = gradient.contiguous()
+    if own.untyped_storage().data_ptr() in memory:
+        own = own.clone()
+    memory.add(own.untyped_storage().data_ptr())
+    return own
 
 
 def _refuse_norms(inner: Optimizer) -> None:

@@ -24,7 +24,7 @@ from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.step.assembly import assemble
 from hvd_slowmo_torch.inner import inner_settings
 from hvd_slowmo_torch.simulator.replicas import Inner, Loss, Replicas
-from hvd_slowmo_torch.simulator.stack import StackCodec, StackComm, StackOps, mean_of
+from hvd_slowmo_torch.simulator.stack import StackCodec, StackComm, StackOps, mean_of, scaled_sum_
 from hvd_slowmo_torch.simulator.store import StackGradients, StackStore
 from hvd_slowmo_torch.tensors.outer_update import divide_, outer_update_
 from hvd_slowmo_torch.worker import Settings
@@ -109,7 +109,7 @@ class Simulation:
             StackOps(torch.device(segment.device) for segment in layout.layout.segments),
             self._store,
             comm,
-            Kernels(outer_update_, divide_, max(_SHORTEST, _CACHED // self.workers)),
+            Kernels(outer_update_, divide_, scaled_sum_, max(_SHORTEST, _CACHED // self.workers)),
             watches=False,
             codec=codec,
             stacked=True,
@@ -145,9 +145,7 @@ class Simulation:
         """
         machine, inner = self._assembly.machine, self.inner_optimizer
         plan = machine.plan(self._progress)
-        inner.zero_grad(set_to_none=True)
-        losses = self._replicas.losses(self._loss, x, y)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses = self._replicas.backward(self._loss, x, y)
         rates = self._rates()
         with torch.no_grad():
             if plan.all_gradients:
@@ -158,7 +156,7 @@ class Simulation:
                 inner.step()
             with self._naming_workers(self.steps + 1):
                 self._progress = machine.after_inner_step(self._progress, rates)
-        return losses.detach()
+        return losses
 
     def model(self, worker: int) -> nn.Module:
         """Return a copy of one worker's model, in evaluation mode."""

@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo_torch.simulator.shares import Shares
 from hvd_slowmo_torch.tensors.codec import TorchCodec
 from hvd_slowmo_torch.tensors.ops import TorchOps
 
 T = TypeVar("T")
 _CACHED = 2**17
 """Elements of which a few copies find place in a processor's cache."""
-_FEW = 4
-"""Messages per worker up to which picking them takes less time than a product with a sparse matrix."""
 
 
 class StackCodec:
@@ -83,25 +83,9 @@ class StackComm:
     def start_sum(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dim() == 1 else mean_of(x)
 
-    def start_push(self, name: str, x: torch.Tensor, shares: Any) -> torch.Tensor:
-        left, rows = np.array(shares), x.T
-        most = int(np.count_nonzero(left, axis=1).max())
-        if most > _FEW:
-            received: torch.Tensor = torch.sparse.mm(torch.from_numpy(left).to(x).to_sparse(), rows)
-            return received.T
-        found, workers = self._memory_for(name, rows), np.arange(len(left))
-        for turn in range(max(1, most)):  # most graphs send few messages per worker
-            source = left.argmax(axis=1)
-            factors = left[workers, source]
-            left[workers, source] = 0
-            source[factors == 0] = workers[factors == 0]  # 0 times another worker's infinity would be NaN
-            picked, weights = (torch.from_numpy(each).to(x.device) for each in (source, factors))
-            weights = weights.to(x.dtype)[:, None]
-            if turn == 0:
-                torch.index_select(rows, 0, picked, out=found).mul_(weights)
-            else:
-                found.addcmul_(rows.index_select(0, picked), weights)
-        return found.T
+    def start_push(self, name: str, x: torch.Tensor, shares: Shares) -> torch.Tensor:
+        rows = x.T
+        return shares.messages(rows, self._memory_for(name, rows)).T
 
     def _memory_for(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Return memory for the messages of one name, which have been mixed before the next ones are sent."""
@@ -132,10 +116,23 @@ class StackComm:
 class StackOps(TorchOps):
     """`hvd_slowmo.core.parts.ops.Ops` beside stacks: a factor may differ between the workers."""
 
+    def matrices(self, array: NDArray[Any]) -> list[Shares]:
+        return [Shares(dense) for dense in array]
+
     def cast_like(self, scalar: Any, tensor: torch.Tensor) -> Any:
         if np.ndim(scalar) == 0:
             return super().cast_like(scalar, tensor)
         return torch.from_numpy(np.ascontiguousarray(scalar)).to(tensor)
+
+
+def scaled_sum_(
+    x: torch.Tensor, factor: torch.Tensor, y: torch.Tensor, memory: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Do as `hvd_slowmo.core.parts.outer_update.scaled_sum`, with a factor of each worker's, in the memory given."""
+    out = memory()
+    if out.data_ptr() == y.data_ptr():
+        return y.add_(x * factor)
+    return torch.mul(x, factor, out=out).add_(y)  # addcmul takes several times as long where a factor is broadcast
 
 
 def mean_of(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""The outer update in place: fewer passes over memory than the core's `outer_update`, which is its oracle."""
+"""Elementwise work in place: fewer passes over memory than in the core's functions, which are its oracle."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -29,3 +31,8 @@ def outer_update_(
 def divide_(total: torch.Tensor, divisor: float) -> torch.Tensor:
     """Divide in place: the sum is not needed any more."""
     return total.div_(divisor)
+
+
+def scaled_sum_(x: torch.Tensor, factor: float, y: torch.Tensor, memory: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Do as `scaled_sum`; the result lies in the memory given."""
+    return torch.add(y, x, alpha=factor, out=memory())
