@@ -107,7 +107,8 @@ def test_a_bug_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--help"], ["topology", "exponential", "-m", "4"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["topology", "exponential", "-m", "4"]], ids=["help", "table"])
+@pytest.mark.sample("table")
 def test_a_reader_that_has_ended_is_no_traceback(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -66,6 +66,7 @@ def test_without_init_every_rank_is_told_the_line(tmp_path):
     assert "one of 2 workers. Call hvd_slowmo.torch.init()" in job.stderr
 
 
+@pytest.mark.thorough
 def test_keras_is_told_to_use_horovod(tmp_path):
     pytest.importorskip("keras")
     text = """
@@ -84,6 +85,7 @@ optimizer.broadcast(model)
     assert "horovodrun -np 2" in job.stderr
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_ends_the_job(tmp_path):
     text = (
         MODEL

@@ -58,6 +58,7 @@ def changes(output, size):
     return [float(moment) for moment in re.findall(rf"([\d.]+) size {size} {size}", output)]
 
 
+@pytest.mark.thorough  # tests/comm/test_elastic.py has survivors in any case
 def test_survivors_go_on_at_once(tmp_path):
     kill = 'if state.step == 200 and hvd.rank() == 2: print(f"{time.time():.3f} kill"); os.kill(os.getpid(), 9)'
     end = "hvd.size() == 2 and state.step > 300"

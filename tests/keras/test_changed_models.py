@@ -32,6 +32,7 @@ def test_values_that_are_loaded_between_two_fits_are_no_progress(keras_workers, 
 
 
 @pytest.mark.parametrize("how", ["load", "average", "restart", "nothing"])
+@pytest.mark.sample("load", "nothing")
 def test_nor_are_they_of_a_single_worker(how):
     weight, said = between_fits(how)
     assert weight == 1.0

@@ -65,6 +65,7 @@ def test_a_variable_of_two_optimizers_is_refused():
 @pytest.mark.workers
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
+@pytest.mark.sample("True")
 def test_two_workers_train_a_gan_and_a_vae(given, keras_workers):
     """The callback finds the optimizers and builds the models, or is given both."""
     first, second = keras_workers(2).run("support.jobs.keras_custom_steps:both", given=given)

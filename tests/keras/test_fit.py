@@ -125,7 +125,7 @@ def train(pool, name):
 
 
 @pytest.mark.parametrize("name", sorted(FAST))
-@pytest.mark.sample("executions of 4", "uneven")
+@pytest.mark.sample("uneven")
 def test_two_workers_train(keras_workers, name):
     train(keras_workers(2), name)
 

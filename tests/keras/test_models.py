@@ -55,7 +55,7 @@ def test_the_vector_of_spectral_normalization_stays_a_workers_own(listed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.sample("subclassed", "embedding")
+@pytest.mark.sample("embedding")
 def test_every_kind_of_model_trains_as_with_the_bare_optimizer(kind):
     make, data = MODELS[kind]
     ours, theirs = make(), make()

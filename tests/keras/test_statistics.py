@@ -53,7 +53,8 @@ def test_the_choice_is_a_part_of_the_optimizers_config():
 
 @pytest.mark.workers
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", [None, {"*/queue": False, "*/teacher/*": True}])
+@pytest.mark.parametrize("choice", [None, {"*/queue": False, "*/teacher/*": True}], ids=["left alone", "chosen"])
+@pytest.mark.sample("chosen")
 def test_two_workers_leave_a_queue_alone_and_average_the_teachers(choice, keras_workers):
     results = keras_workers(2).run("support.jobs.keras_statistics:train", choice=choice)
     for rank, found in enumerate(results):

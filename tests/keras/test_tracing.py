@@ -47,7 +47,7 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
 @pytest.mark.parametrize(
     ("scaled", "config"),
     [
-        (False, {"tau": 2}),
+        pytest.param(False, {"tau": 2}, marks=pytest.mark.thorough),
         pytest.param(True, {"tau": 2}, marks=pytest.mark.thorough),
         (False, {"tau": 2, "fragments": 2, "delay": 1, "bits": 8}),
     ],
@@ -84,7 +84,8 @@ def test_no_variable_is_assigned_in_part():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "most"), [(8, 700), pytest.param(32, 500, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("bits", "most"), [(8, 700), (32, 500)])
 def test_a_trace_grows_little_with_each_fragment(bits, most):
     """Each operation takes a millisecond or two before the first step, and twelve fragments have 36 branches."""
     counts = {}

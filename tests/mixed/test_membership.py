@@ -45,7 +45,7 @@ def blocks(anchor, v, steps, workers):
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 1), (2, 1), (1, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
-@pytest.mark.sample("torch-keras-2-1", "keras-torch-3-2")
+@pytest.mark.sample("keras-torch-3-2")
 def test_a_worker_lost_in_an_outer_step_costs_only_its_own_block(kinds, first, second):
     """The survivors have received `first` and `second` chunks of the outer step when they notice."""
     reached = [first, second, max(first, second)]

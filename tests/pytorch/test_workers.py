@@ -85,6 +85,7 @@ def test_averaged_parameters(workers):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_messages_of_full_length(workers):
     assert workers(2).run("support.jobs.pytorch:large", elements=10_000_000) == [True, True]
 
