@@ -172,7 +172,7 @@ test: setup  ## run the tests that every change must pass
 
 test-all: setup  ## run more sizes and settings too (hours)
 	@+$(call locked,.venv/.docs)
-	@ALL_TESTS=1 $(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds and start no workers
 	@$(BIN)/python -m pytest -m "not slow and not workers and not thorough and not install and not integration" $(PARALLEL) $(ARGS)

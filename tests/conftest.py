@@ -9,18 +9,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 
+from support import sample
 from support.pool import DISTRIBUTED, Pool, PoolOf
-from support.sample import leave_out
 
 # Nothing here is timed: a busy machine takes its time.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    sample.begin(config)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to `make test-all` tests on the second transport, unless they are marked, and variants beside a sample."""
-    leave_out(items)
+    sample.leave_out(items)
     for item in items:
         transport = item.callspec.params.get("workers") if hasattr(item, "callspec") else None
         if transport == DISTRIBUTED and not item.get_closest_marker("both_transports"):

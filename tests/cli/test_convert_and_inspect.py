@@ -26,7 +26,7 @@ from hvd_slowmo.cli.main import main
 from hvd_slowmo.comm.protocol import SoloComm
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.checkpoints import RESET, damaged, files, saved
-from support.sample import ALL
+from support.sample import of_all
 from support.trainings.pytorch import same
 
 MODELS = """
@@ -196,7 +196,7 @@ def test_damaged_sources_are_one_error_each(folder, capsys):
     (folder / "whole.slowmo").write_bytes((folder / "checkpoint").read_bytes())
     rng = np.random.default_rng(0)
     refused = dict.fromkeys(("pt", "keras", "weights.h5", "safetensors", "slowmo"), 0)
-    each = 24 if ALL else 8
+    each = of_all(24, few=8)
     capsys.readouterr()
     for suffix, _ in [(suffix, number) for suffix in refused for number in range(each)]:
         source = folder / f"damaged.{suffix}"

@@ -1,4 +1,4 @@
-"""Parts of a test that belong to `make test`, while `make test-all` runs all of it.
+"""Parts of a test that belong to `make test`, where thorough tests are left out; `make test-all` runs all of it.
 
 @pytest.mark.sample("SGD", "Adam")    of many variants, these ids
 @pytest.mark.sample(every=3)          the first and each third one from there
@@ -8,7 +8,6 @@ for name, problem in some(PROBLEMS)   of problems that one test goes through, ea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -17,7 +16,18 @@ import pytest
 
 Value = TypeVar("Value")
 
-ALL = bool(os.environ.get("ALL_TESTS"))  # set by `make test-all`
+_all = True
+
+
+def begin(config: pytest.Config) -> None:
+    """Note whether this run leaves thorough tests out, before it imports test files."""
+    global _all  # read by decorators of the test files
+    _all = "not thorough" not in config.option.markexpr
+
+
+def of_all(number: int, few: int) -> int:
+    """Return `number` where this run is a thorough one, else `few`."""
+    return number if _all else few
 
 
 def leave_out(items: Sequence[pytest.Item]) -> None:
@@ -45,10 +55,9 @@ def leave_out(items: Sequence[pytest.Item]) -> None:
 
 def examples(number: int) -> hypothesis.settings:
     """Return the settings of a test with `number` generated examples, which are the same in each run."""
-    count = number if ALL else -(-number // 4)
-    return hypothesis.settings(max_examples=count, deadline=None, derandomize=True)
+    return hypothesis.settings(max_examples=of_all(number, -(-number // 4)), deadline=None, derandomize=True)
 
 
 def some(problems: Mapping[str, Value]) -> list[tuple[str, Value]]:
     """Return the names and problems that belong to this run."""
-    return list(problems.items())[:: 1 if ALL else 3]
+    return list(problems.items())[:: of_all(1, 3)]
