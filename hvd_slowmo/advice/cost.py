@@ -126,14 +126,19 @@ def _refuse_unknown(config: SlowMoConfig) -> None:
 
 
 def _averaged_gradients(job: Job) -> _Period:
-    """Return a step of AR-SGD: all messages leave while backward makes the last ones."""
+    """Return a step of AR-SGD: all messages leave while backward makes the last ones.
+
+    What two threads do at once takes no longer than one thing after the other, in spite of the processor time that was
+    measured: where workers share few cores, threads that wait for each other use some of it.
+    """
     training, link, host = job.training, job.link, job.host
     length, number = training.length, messages(training.length)
     work = host.average.own.seconds(length)
     exchanging = link.sums.seconds(length, number) + work
     hidden = (1 - 1 / number) * min(training.backward, exchanging)
     busy = training.work + host.processor(work) + link.sums.work * length
-    seconds = max(training.seconds + exchanging - hidden, busy / host.cores)
+    one_by_one = training.seconds + exchanging
+    seconds = min(one_by_one, max(one_by_one - hidden, busy / host.cores))
     return _Period(seconds, exchanging, ring_bytes(length, link.workers))
 
 
@@ -193,6 +198,11 @@ class _Exchange(NamedTuple):
         """Seconds from its start until its result can be applied."""
         return self.links + self.beside
 
+    @property
+    def whole(self) -> float:
+        """Seconds of the exchange with nothing beside it."""
+        return self.lasting + self.own
+
     def busy(self, job: Job) -> float:
         """Return its processor seconds."""
         return job.host.processor(self.own + self.beside) + self.transport
@@ -201,7 +211,8 @@ class _Exchange(NamedTuple):
         """Return the time of so many steps and the exchange beside them, for which the training waits then."""
         training = job.training
         elapsed = max(steps * training.seconds, self.lasting) + self.own
-        return max(elapsed, (steps * training.work + self.busy(job)) / job.host.cores)
+        busy = (steps * training.work + self.busy(job)) / job.host.cores
+        return min(steps * training.seconds + self.whole, max(elapsed, busy))
 
 
 def _late(config: SlowMoConfig, job: Job) -> _Period:
@@ -225,8 +236,9 @@ def _late(config: SlowMoConfig, job: Job) -> _Period:
     else:
         waiting = max(steps * training.seconds, fragments * exchange.links, steps * exchange.lasting / delay)
         busy = steps * training.work + fragments * exchange.busy(job)
-        seconds = max(waiting + fragments * exchange.own, busy / host.cores)
-    return _Period(seconds, fragments * (exchange.lasting + exchange.own), _sent(config, job))
+        one_by_one = steps * training.seconds + fragments * exchange.whole
+        seconds = min(one_by_one, max(waiting + fragments * exchange.own, busy / host.cores))
+    return _Period(seconds, fragments * exchange.whole, _sent(config, job))
 
 
 def _in_messages(job: Job, lines: list[Line], work: Work, config: SlowMoConfig | None = None) -> float:

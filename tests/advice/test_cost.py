@@ -166,6 +166,17 @@ def test_a_late_exchange_needs_the_processors():
     assert one.seconds == pytest.approx((4 + 4 * 0.06) / 4)
 
 
+@pytest.mark.parametrize("delay", [1, 2])
+def test_what_overlaps_takes_no_longer_than_one_thing_after_the_other(delay):
+    """Threads that wait for each other use processor time, which is measured as the transport's."""
+    shared = job(chunks=4, work=0.5, host=host(cores=0.5, average=0.02, own=0.01, beside=0.02), transport=5.0)
+    assert cost(SlowMoConfig.ar_sgd(), shared).seconds == pytest.approx(1 + 4 * (0.11 + 0.02))
+    assert cost(SlowMoConfig.ar_sgd(), shared).hidden == pytest.approx(0, abs=1e-9)
+    assert cost(SlowMoConfig.osgp(), shared).seconds == pytest.approx(1 + 4 * (0.11 + 0.02))
+    streamed = cost(SlowMoConfig(tau=4, fragments=4, delay=delay), shared)
+    assert streamed.seconds == pytest.approx(1 + 0.11 + 0.01 + 0.02)
+
+
 def test_few_bits_travel_twice_in_slices():
     config = SlowMoConfig(tau=1, fragments=1, delay=1, bits=8)
     found = cost(config, job(chunks=4, seconds=0.05, latency=0.0, workers=4))
