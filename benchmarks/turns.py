@@ -33,6 +33,8 @@ def ours(tau_gossip: int) -> dict[str, tuple[SlowMoConfig, str]]:
         "ours: SlowMo, streamed, 8 bits, 1 late": (SlowMoConfig(tau=TAU, fragments=TAU, delay=1, bits=8), "eight.one"),
         "ours: SlowMo, streamed, 4 bits": (SlowMoConfig(tau=TAU, fragments=TAU, delay=2, bits=4), "four"),
         "ours: SlowMo, 48 steps, 4 bits": (SlowMoConfig(tau=4 * TAU, fragments=4 * TAU, delay=2, bits=4), "long.four"),
+        "ours: SlowMo, 8 bits, 1 late": (SlowMoConfig(tau=TAU, delay=1, bits=8), "late.eight"),
+        "ours: SlowMo, 8 bits, 2 late": (SlowMoConfig(tau=TAU, delay=2, bits=8), "later.eight"),
         "ours: SlowMo, 8 bits": (SlowMoConfig(tau=TAU, bits=8), "blocking.eight"),
         "ours: AR-SGD": (SlowMoConfig.ar_sgd(), "all"),
         "ours: SGP": (SlowMoConfig.sgp(), "sgp"),
