@@ -406,6 +406,7 @@ def test_what_is_no_state_of_a_keras_job_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_threads_of_a_fit_that_was_broken_off_end_with_it():
     """Else a survivor of many changes holds those of all its datasets."""
     keras, tf = pytest.importorskip("keras"), pytest.importorskip("tensorflow")

@@ -128,14 +128,8 @@ def test_quick_run_of_both_frameworks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize(
-    "name",
-    [
-        "minimal_torch",
-        pytest.param("minimal_keras", marks=pytest.mark.thorough),
-        pytest.param("custom_loop_keras", marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["minimal_torch", "minimal_keras", "custom_loop_keras"])
 def test_small_examples_learn_under_horovodrun(name: str) -> None:
     output = horovodrun(2, EXAMPLES / f"{name}.py")
     found = re.findall(r"test accuracy (\d+\.\d) %", output)

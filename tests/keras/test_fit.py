@@ -156,7 +156,7 @@ def test_misuse_raises_on_every_rank(keras_workers, kind):
 
 
 @pytest.mark.parametrize("kind", ["sequential", "unbuilt"])
-@pytest.mark.sample("unbuilt")
+@pytest.mark.thorough
 def test_a_fit_with_the_callback_works_after_one_without(keras_workers, kind):
     results = keras_workers(2).run("support.jobs.keras_fit:recovers", kind=kind)
     check(results, steps=3)

@@ -220,7 +220,7 @@ def test_slices_of_survivors_are_dealt_anew(monkeypatch, bits, newcomer):
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.sample("32-True")
+@pytest.mark.thorough
 def test_slices_of_an_outer_step_that_was_broken_off_are_those_of_the_step_before(monkeypatch, bits, traced):
     """The first chunk has been exchanged, and not the second: neither its slices nor its residual may be new."""
     length, chunks = 2 * 3 * 1024, 2

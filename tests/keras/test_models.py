@@ -103,6 +103,7 @@ def test_a_second_fit_goes_on_in_the_block_of_the_first():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_optimizers_in_one_loop():
     def adversaries(wrap):
         maker, judge = net(), net(1)

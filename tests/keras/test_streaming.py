@@ -32,7 +32,7 @@ def equal(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.sample("a fragment per step")
+@pytest.mark.thorough
 def test_threads_equal_the_reference(name):
     problem = SAME[name]
     histories = train(2, problem, chunk_bytes=40)

@@ -47,9 +47,9 @@ def test_one_trace_serves_the_training_and_python_has_no_part_in_it(config):
 @pytest.mark.parametrize(
     ("scaled", "config"),
     [
-        pytest.param(False, {"tau": 2}, marks=pytest.mark.thorough),
+        (False, {"tau": 2}),
         pytest.param(True, {"tau": 2}, marks=pytest.mark.thorough),
-        (False, {"tau": 2, "fragments": 2, "delay": 1, "bits": 8}),
+        pytest.param(False, {"tau": 2, "fragments": 2, "delay": 1, "bits": 8}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )

@@ -28,7 +28,8 @@ def workers(change, then):
         return ThreadWorld(2).run(work)
 
 
-@pytest.mark.parametrize("how", ["step", pytest.param("join", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["step", "join"])
+@pytest.mark.sample("join")
 @pytest.mark.slow
 def test_values_from_outside_do_not_leave_the_frameworks_apart(how, caplog):
     def change(model):

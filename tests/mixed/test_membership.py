@@ -225,7 +225,7 @@ def test_averaged_gradients_leave_both_frameworks_equal(kinds):
 @pytest.mark.filterwarnings("ignore:tau=None")
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
 @pytest.mark.parametrize("method", ["sgp", "osgp"])
-@pytest.mark.sample("osgp-torch-keras")
+@pytest.mark.thorough
 def test_gossip_begins_anew_at_the_mean_of_the_survivors(method, kinds):
     def work(member):
         member.train(4)
