@@ -46,8 +46,10 @@ class KerasCodec:
             codes = tf.bitcast(tf.cast(g, EXACT[bits]), tf.uint8)
             return tf.reshape(codes, [payload_bytes(blocks * BLOCK, bits)])
         rows = tf.reshape(g, [blocks, BLOCK])
+        # The greatest magnitude, without the rows' absolute values as a tensor of their own.
+        greatest = tf.maximum(tf.reduce_max(rows, axis=1), -tf.reduce_min(rows, axis=1))
         # TensorFlow would turn a plain division by a constant into a product with its reciprocal: another last bit.
-        scales = tf.math.divide_no_nan(tf.reduce_max(tf.abs(rows), axis=1), float(LEVELS[bits]))
+        scales = tf.math.divide_no_nan(greatest, float(LEVELS[bits]))
         scales = tf.where(tf.equal(scales, 0), tf.ones_like(scales), scales)
         values = tf.cast(tf.round(rows / scales[:, None]), tf.int8)
         if bits == 4:
