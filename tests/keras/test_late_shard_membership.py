@@ -145,7 +145,7 @@ def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(b
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.sample("32")
+@pytest.mark.thorough
 def test_a_newcomer_gets_slices_and_has_no_part_in_what_is_in_flight(bits):
     """It starts at the anchor, is in the same exchanges from now on, and weighs its own steps in its first one."""
 

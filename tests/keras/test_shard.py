@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bits": 32, "fragments": 2, "delay": 1, "nesterov": True},
+        pytest.param({"bits": 32, "fragments": 2, "delay": 1, "nesterov": True}, marks=pytest.mark.thorough),
         pytest.param({"bits": 16, "delay": 2}, marks=pytest.mark.thorough),
-        pytest.param({"bits": 32}, marks=pytest.mark.thorough),
+        {"bits": 32},
     ],
     ids=str,
 )
