@@ -48,7 +48,7 @@ class Comm(Protocol):
         tensors received, zeros if there are none.
 
         Args:
-            shares: float64 (size, size).
+            shares: float64 (size, size), an entry of `hvd_slowmo.core.parts.ops.Ops.matrices`.
         """
 
     def start_alltoall(self, name: str, parts: Sequence[Any]) -> Any:

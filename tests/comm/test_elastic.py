@@ -224,7 +224,6 @@ def test_the_others_go_on_without_a_worker_that_hangs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.thorough
 def test_a_new_worker_takes_part(tmp_path):
     found = elastic(tmp_path, NAMES[:2], 600, {"tau": 12}, then=NAMES)
     assert set(found) == set(NAMES)

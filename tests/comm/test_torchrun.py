@@ -66,7 +66,6 @@ def test_without_init_every_rank_is_told_the_line(tmp_path):
     assert "one of 2 workers. Call hvd_slowmo.torch.init()" in job.stderr
 
 
-@pytest.mark.thorough
 def test_keras_is_told_to_use_horovod(tmp_path):
     pytest.importorskip("keras")
     text = """

@@ -398,3 +398,46 @@ def test_gradients_are_those_of_backward_also_where_it_shares_expands_or_has_non
             optimizer.step()
             assert distance(values(simulation.model(worker)), values(model)) < 1e-6
     assert torch.equal(simulation.model(0).rest, torch.ones(2))
+
+
+def test_what_torch_func_has_no_rule_for_trains_as_by_backward() -> None:
+    """LayerNorm's forward and backward under autocast; statistics and dropout see the first step once."""
+    layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def loss(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(output.float(), y)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    model = nn.Sequential(*layers)
+    simulation = Simulation(model, sgd, loss, 1, SlowMoConfig.local_sgd(3))
+    optimizer = sgd(model.parameters())
+    x, y = torch.rand(1, 8, 6), torch.rand(1, 8, 2)
+    for seed in range(3):
+        for alone in (True, False):
+            torch.manual_seed(seed)
+            with autocast():
+                if not alone:
+                    simulation.step(x, y)
+                    continue
+                optimizer.zero_grad()
+                loss(model(x[0]), y[0]).backward()
+                optimizer.step()
+        assert distance(values(simulation.model(0)), values(model)) < 0.02  # bfloat16 has 8 bits
+    assert int(simulation.model(0)[1].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda output, y: output.detach().square().mean(), "depends on no parameter"),
+        (lambda output, y: (output - y).square().mean(dim=1), r"one number for a worker's batch.*shape \(8,\)"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss: Any, words: str) -> None:
+    simulation = Simulation(network(), sgd, loss, 2)
+    with pytest.raises(ValueError, match=words):
+        simulation.step(*batches(0, 2))
+    one = Simulation(network(), sgd, lambda output, y: (output - y).square().mean().reshape(1), 2)
+    assert one.step(*batches(0, 2)).shape == (2,)

@@ -43,7 +43,7 @@ def test_misuse_on_one_rank_raises_on_every_rank(workers, kind):
 
 @pytest.mark.parametrize("op", ["Average", "Adasum"])
 @pytest.mark.slow
-@pytest.mark.thorough
+@pytest.mark.sample("Average")
 def test_horovods_optimizer_is_not_wrapped(horovod_workers, op):
     for said in horovod_workers(3).run("support.jobs.pytorch:wrapped_by_horovod", op=op):
         assert "is a hvd.DistributedOptimizer, which averages gradients" in said
@@ -86,7 +86,6 @@ def test_averaged_parameters(workers):
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
 def test_messages_of_full_length(workers):
     assert workers(2).run("support.jobs.pytorch:large", elements=10_000_000) == [True, True]
 

@@ -47,7 +47,7 @@ class Ops(Protocol):
         """Repeat `state = body(*state)` while `condition(*state)`; structures and types stay the same."""
 
     def matrices(self, array: NDArray[Any]) -> Any:
-        """Return matrices (n, m, m) in a form for `take`, of which the products `@` with columns are taken."""
+        """Return matrices (n, m, m) for `take`: one is multiplied by columns (`@`), and given to a push."""
 
     def take(self, array: Any, index: Scalar) -> Any:
         """Return an entry of a NumPy array along its first axis, or of `matrices`."""

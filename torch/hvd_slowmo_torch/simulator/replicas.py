@@ -57,6 +57,7 @@ class Replicas:
         self._buffers = {name: _stack(buffer, workers) for name, buffer in self.template.named_buffers()}
         self.stacked: dict[str, torch.Tensor] = {**self._parameters, **self._buffers}
         self.inner = inner(list(self._parameters.values()))
+        self._by_function: bool | None = None  # the order in which gradients are taken; None before the first step
 
     def backward(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
         """Set the gradients of each replica's loss for its own batch; BatchNorm's statistics follow, per replica.
@@ -68,23 +69,61 @@ class Replicas:
 
         Returns:
             The losses (m,).
+
+        Raises:
+            ValueError: the loss is no scalar, or depends on no parameter.
         """
+        for parameter in self._parameters.values():  # their memory is free for this step's
+            parameter.grad = None
+        if self._by_function is None:
+            buffers, state = [buffer.clone() for buffer in self._buffers.values()], torch.get_rng_state()
+            try:
+                losses = self._gradients_by_function(loss, x, y)
+            except RuntimeError:  # torch.func has no rule for it, such as LayerNorm under autocast
+                for buffer, before in zip(self._buffers.values(), buffers, strict=True):
+                    buffer.copy_(before)
+                torch.set_rng_state(state)
+                losses = self._gradients_by_backward(loss, x, y)
+                self._by_function = False
+            else:
+                self._by_function = True
+            return losses
+        of_all = self._gradients_by_function if self._by_function else self._gradients_by_backward
+        return of_all(loss, x, y)
+
+    def _gradients_by_function(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
+        """Vectorize the gradient. In the other order gradients come transposed, and PyTorch copies them."""
         used: set[str] = set()
 
         def of_one(parameters: dict[str, torch.Tensor], buffers: Any, x: Any, y: Any) -> torch.Tensor:
             for name, parameter in parameters.items():  # torch.func gives zeros to those that are not used
                 parameter.register_hook(lambda _, name=name: used.add(name))  # type: ignore[no-untyped-call]
-            return loss(functional_call(self.template, (parameters, buffers), (x,)), y)
+            return self._loss_of(loss, parameters, buffers, x, y)
 
-        # In the other order, a backward of the vectorized losses, gradients come transposed and are copied.
         of_all = torch.vmap(grad_and_value(of_one), randomness="different")
         values = {name: p.detach() for name, p in self._parameters.items()}
         gradients, losses = of_all(values, self._buffers, x, y)
+        if not used:
+            raise ValueError("the loss depends on no parameter that is trained. Was its input detached?")
         memory: set[int] = set()
         for name, parameter in self._parameters.items():
             parameter.grad = _own(gradients[name], memory) if name in used else None
         found: torch.Tensor = losses.detach()
         return found
+
+    def _gradients_by_backward(self, loss: Loss, x: Any, y: Any) -> torch.Tensor:
+        """Take the gradient of the vectorized losses."""
+        of_all = torch.vmap(partial(self._loss_of, loss), randomness="different")
+        losses: torch.Tensor = of_all(self._parameters, self._buffers, x, y)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+    def _loss_of(self, loss: Loss, parameters: Any, buffers: Any, x: Any, y: Any) -> torch.Tensor:
+        """Return the loss of one replica."""
+        found = loss(functional_call(self.template, (parameters, buffers), (x,)), y)
+        if found.numel() != 1:
+            raise ValueError(f"a loss must be one number for a worker's batch. Received: shape {tuple(found.shape)}")
+        return found.reshape(())
 
     def model(self, worker: int) -> nn.Module:
         """Return a copy of one replica, in evaluation mode."""

@@ -142,6 +142,7 @@ class Simulation:
 
         Raises:
             DivergedError: a ValueError: parameters are not finite on some workers when they meet.
+            ValueError: the loss is no scalar, or depends on no parameter.
         """
         machine, inner = self._assembly.machine, self.inner_optimizer
         plan = machine.plan(self._progress)
