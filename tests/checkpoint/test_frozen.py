@@ -19,6 +19,7 @@ FREEZING = {
 @pytest.mark.parametrize(("kind", "stop"), [("file", 5), ("file", 6), ("state_dict", 7), ("state_dict, model last", 6)])
 @pytest.mark.parametrize("name", FREEZING)
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_frozen_parameters_resume_to_the_bit(name, kind, stop, tmp_path):
     """The mean of three equal values is not the value: only a resume that knows what has moved leaves it alone."""
 

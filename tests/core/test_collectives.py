@@ -18,6 +18,8 @@ from support.collectives import SCENARIOS, Record, RecordingComm, record
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = os.environ.get("UPDATE_GOLDEN", "") not in ("", "0")
 CASES = [(name, framework) for name, scenario in SCENARIOS.items() for framework in scenario.frameworks]
+SIMILAR = ("dpsgd", "gradients_all_join", "inner_state_average", "streamed")
+"""Scenarios of which another one's Keras run has all collectives, under other names or in another number."""
 
 
 def golden(name, framework):
@@ -29,6 +31,8 @@ def runs():
         traced = SCENARIOS[name].traced
         if framework == "torch" or traced != "only":
             marks = [pytest.mark.slow] * (framework == "keras")
+            if framework == "keras" and name in SIMILAR:
+                marks.append(pytest.mark.thorough)
             yield pytest.param(name, framework, False, id=f"{name}, {framework}", marks=marks)
         if framework != "torch":
             marks = [pytest.mark.slow, *([] if traced == "test" else [pytest.mark.thorough])]

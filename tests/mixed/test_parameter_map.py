@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.slow
+@pytest.mark.sample(every=2)
 def test_both_describe_the_same_and_train_the_same(name):
     make_torch, make_keras, shape = MODELS[name]
     ours, theirs = make_torch().double(), make_keras()

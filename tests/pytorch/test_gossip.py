@@ -16,6 +16,7 @@ TOLERANCE = 1e-12
 
 @pytest.mark.parametrize("name", GOSSIP)
 @pytest.mark.parametrize("size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.sample(every=3)
 def test_threads_equal_the_oracle(name, size):
     problem = GOSSIP[name]
     histories = ThreadWorld(size).run(lambda comm: run(problem, comm, 40))
@@ -78,6 +79,7 @@ PLAN = [(6, 3, 5), (4, 4, 4), (0, 5, 1), (0, 0, 0), (7, 2, 30)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOSSIP)
+@pytest.mark.sample(every=2)
 def test_joins_with_uneven_data_equal_the_oracle(name):
     problem = GOSSIP[name]
     histories = ThreadWorld(3).run(lambda comm: epochs(problem, PLAN, comm))

@@ -91,6 +91,7 @@ def trajectory(name, settings, wrap, model_of=model_for, input_of=input_for):
 
 @pytest.mark.parametrize(("name", "settings"), list(cases()), ids=spell)
 @pytest.mark.slow
+@pytest.mark.sample(every=2)
 def test_every_optimizer_with_every_option_is_the_bare_one_to_the_bit(name, settings):
     """If torch refuses an option (capturable on the CPU, differentiable with leaves), SlowMo passes its error on."""
     bare = trajectory(name, settings, lambda base, model: base)
@@ -130,6 +131,7 @@ NO_AVERAGED_BUFFERS = ("LBFGS", "SparseAdam")  # refused: see test_wrong_argumen
     ("name", "buffers"),
     [(n, b) for n in CLASSES for b in get_args(InnerState) if b != "average" or n not in NO_AVERAGED_BUFFERS],
 )
+@pytest.mark.sample(every=2)
 def test_every_optimizer_under_slow_momentum_leaves_equal_workers_and_goes_on_from_its_state(name, buffers):
     def work(comm):
         def begin():

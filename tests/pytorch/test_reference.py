@@ -15,6 +15,7 @@ TOLERANCE = 1e-12  # float64, values of size 1
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.sample(every=3)
 def test_threads_equal_the_reference(name, size):
     problem = PROBLEMS[name]
     histories = ThreadWorld(size).run(lambda comm: run(problem, comm))
@@ -92,6 +93,7 @@ def test_resume_at_every_step_is_bitwise_the_run_without_a_stop(workers):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.slow
+@pytest.mark.sample(every=2)
 def test_resume_in_the_middle_of_a_block(name):
     problem = PROBLEMS[name]
     whole = ThreadWorld(2).run(lambda comm: run(problem, comm))

@@ -33,6 +33,7 @@ def test_training_is_bitwise_that_of_the_undivided_state(name):
 @pytest.mark.parametrize("settings", LATE, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_several_slices_are_bitwise_the_undivided_state(settings, size):
     """Workers with different numbers of steps, and a join."""
     expected = ThreadWorld(size).run(lambda comm: few_bits.trained({"bits": 32, **settings}, comm))

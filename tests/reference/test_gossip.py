@@ -264,6 +264,7 @@ def test_w_settles_at_two_thirds_under_overlap(m: int, average: bool) -> None:
 @pytest.mark.parametrize("name", ["exponential", "complete", "ring", "full", "star"])
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 8])
 @pytest.mark.slow
+@pytest.mark.sample(every=3)
 def test_consensus(name: str, m: int, overlap: bool) -> None:
     """At rate 0, after a step that separates the workers, z converges to the mean, even if w does not converge to 1."""
     spread = np.random.default_rng(0).normal(size=(m, D))
