@@ -137,6 +137,7 @@ def test_broadcasts_that_were_left_in_a_script_of_horovods_do_no_harm(keras_work
         assert found == (begin, pytest.approx(sum(outer) / 2, rel=1e-6), 8)
 
 
+@pytest.mark.thorough
 def test_one_join_answers_the_exchanges_of_all_optimizers(keras_workers):
     """Two workers, 2 and 5 steps: each optimizer's result is the one that it has alone."""
     results = keras_workers(2).run("support.jobs.keras_changed:joined_together", lengths=[2, 5])

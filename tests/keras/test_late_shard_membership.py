@@ -113,7 +113,7 @@ def test_an_exchange_that_nobody_has_is_sent_again(fragments, bits, traced, capl
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.sample("32-False")
+@pytest.mark.thorough
 def test_an_exchange_that_one_survivor_has_applied_is_applied_by_the_other_too(bits, traced):
     """Both its own slice and that of the lost worker are gone: there it takes the other one's values."""
     waits = 1 + 2 * FRAGMENTS  # the ledger, and each chunk in two phases

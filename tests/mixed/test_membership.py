@@ -174,7 +174,7 @@ def test_an_outer_step_that_was_answered_from_joins_is_written_by_both(kinds):
 
 @pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("kinds", ORDERS, ids="-".join)
-@pytest.mark.sample("torch-keras-1")
+@pytest.mark.thorough
 def test_late_exchanges_are_sent_again_by_those_that_are_left(kinds, fragments):
     """The Keras worker, whose exchange belongs to its step, has not made the step that the PyTorch worker has."""
     first = TAU // fragments
