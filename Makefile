@@ -175,7 +175,8 @@ test-all: setup  ## run more sizes and settings too (hours)
 	@$(BIN)/python -m pytest -m "not install and not integration" $(PARALLEL) $(ARGS)
 
 test-fast: setup  ## run the tests that take no more than a few seconds and start no workers
-	@$(BIN)/python -m pytest -m "not slow and not workers and not thorough and not install and not integration" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not workers and not thorough and not install and not integration" \
+		-n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-install: setup  ## install each framework alone into a new environment and train (about ten minutes)
 	@$(BIN)/python -m pytest -m install $(ARGS)

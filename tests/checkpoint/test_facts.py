@@ -36,6 +36,7 @@ def test_the_record_of_the_settings_has_their_fields():
     assert [f.name for f in dataclasses.fields(SlowMoConfig)] == [f.name for f in msgspec.structs.fields(ConfigFacts)]
 
 
+@pytest.mark.slow
 def test_threads_that_parse_a_new_type_at_once_do_not_crash():
     code = """
         import sys, threading

@@ -178,6 +178,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 def test_signals_to_forked_processes_end_these_alone():
     job = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False)
     assert job.returncode == 0, job.stderr

@@ -146,6 +146,7 @@ def test_a_training_begins_with_weights(folder, capsys):
     assert same(a[1]["anchor/0.conv.weight"], a[1]["model/0.conv.weight"])
 
 
+@pytest.mark.slow
 def test_what_can_not_be_converted_is_said(folder, capsys):
     saved(folder / "own", 2, 3)
     torch.save({"a": 1}, folder / "no.pt")

@@ -31,6 +31,7 @@ def test_install_horovod_without_a_framework_says_so_and_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_doctor_without_a_framework_says_so_and_fails(tmp_path):
     result = _without_frameworks("doctor", cache=tmp_path)
     assert result.returncode == 1

@@ -36,6 +36,7 @@ def tokens_keras():
 """
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_map_and_how_far_the_models_are_apart(tmp_path, monkeypatch, capsys):
     import keras  # after PyTorch, which `float64` imports: the other way round its libraries may not load
 

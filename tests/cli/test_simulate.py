@@ -155,6 +155,7 @@ def test_results_of_another_sweep_are_not_taken_for_this_ones(module: Any, capsy
     assert "not a table of a sweep" in run(capsys, *few, status=1)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_and_never_chosen(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     # With tau=99 the workers meet for the first time in the evaluation.
     out = run(capsys, "--workers", "2", "--tau", "2", "99", "--seeds", "2", task="wild")

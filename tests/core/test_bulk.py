@@ -194,6 +194,7 @@ def test_what_is_too_large_to_gather_raises_everywhere_with_its_size(monkeypatch
     assert ThreadWorld(2).run(work) == [[[0], [1]]] * 2
 
 
+@pytest.mark.slow
 def test_the_sum_of_all_items_is_bounded_too():
     def gather(name, item):
         return [item] * 1024

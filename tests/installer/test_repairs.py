@@ -59,6 +59,7 @@ def expected(key, method, path, body):
     return f"{digest}:{mac}"
 
 
+@pytest.mark.slow
 def test_every_patch_fits_the_sources_once_and_leaves_valid_python(sources):
     patches.apply(sources, repairs.PATCHES)
     for path in {patch.path for patch in repairs.PATCHES if patch.path.endswith(".py")}:

@@ -95,6 +95,7 @@ def test_an_unsigned_response_is_not_unpickled(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
+@pytest.mark.slow
 def test_the_servers_listen_where_the_job_is(server):
     from horovod.runner.common.util.network import BasicService
 

@@ -205,6 +205,7 @@ def test_without_flock_it_says_so_and_does_nothing(checkout):
     assert not (checkout.folder / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_of_two_calls_at_once_one_waits_and_finds_nothing_to_do(checkout):
     checkout.mark("slow")
     processes = [checkout.start() for _ in range(2)]
@@ -229,6 +230,7 @@ def test_a_change_repeats_the_steps_that_depend_on_it(checkout, changed, steps):
     assert checkout.setup()[0] == []
 
 
+@pytest.mark.slow
 def test_a_file_that_is_edited_while_its_step_runs_is_not_missed(checkout):
     checkout.mark("slow")
     process = checkout.start()
@@ -256,6 +258,7 @@ def test_a_moved_or_broken_environment_is_recreated(checkout):
     assert checkout.setup()[0] == STEPS
 
 
+@pytest.mark.slow
 def test_a_demo_installs_its_framework_alone_and_the_tests_add_the_other(checkout):
     assert checkout.demo("torch") == (STEPS, "requirements-torch.txt")
     assert checkout.demo("torch") == ([], "")

@@ -85,6 +85,7 @@ def test_an_elastic_state_that_was_made_around_another_optimizer_is_refused_when
 
 
 @pytest.mark.parametrize("module", ["horovod.keras", "horovod.tensorflow.keras"])
+@pytest.mark.slow
 def test_each_callback_of_horovods_is_refused_with_its_replacement(module):
     for name, (part, arguments, words) in HOROVODS.items():
         model, optimizer = compiled()

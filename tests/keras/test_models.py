@@ -42,6 +42,7 @@ MODELS["embedding"] = (words, sentences)
 
 
 @pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.slow
 def test_the_vector_of_spectral_normalization_stays_a_workers_own(listed):
     model = spectral()
     vector = model.layers[0].vector_u

@@ -65,6 +65,7 @@ def test_an_eager_loop_is_the_bare_optimizers(name):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_can_be_asked_for_while_variables_are_made():
     """By the thread that ends a worker which hangs in an elastic job, at any moment."""
     seen = []

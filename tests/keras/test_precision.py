@@ -45,6 +45,7 @@ def test_the_rate_of_a_scaled_optimizer_is_slowmos():
     assert int(optimizer.iterations) == 1
 
 
+@pytest.mark.slow
 def test_tfa_2351_the_first_anchor_is_right_though_the_scaler_skips_the_first_step():
     optimizer = SlowMo(Scaled(SGD(0.5)), SlowMoConfig.lookahead(2))
     v = keras.Variable(np.full(3, 8.0, "float32"))

@@ -105,6 +105,7 @@ def test_both_stores_write_the_same(stores):
             assert np.array_equal(v.numpy(), expected.numpy()), v.path
 
 
+@pytest.mark.slow
 def test_what_a_trace_that_was_given_up_has_written_is_of_no_consequence(stores, layouts):
     _, other, _, theirs = stores
     chunks = layouts[1].layout.parameter_chunks

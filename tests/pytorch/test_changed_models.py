@@ -27,6 +27,7 @@ def step(model, optimizer, gradient):
 # Averages of the weights
 
 
+@pytest.mark.slow
 def test_an_averaged_model_that_is_updated_after_each_join_is_the_same_on_all_workers():
     """AveragedModel then averages the workers' means: equal values, that of each epoch's end in the average."""
 

@@ -265,6 +265,7 @@ def test_real_workers_compute_what_threads_do(workers, settings):
 
 
 @pytest.mark.parametrize("settings", [{"delay": 2}, {"fragments": 4, "delay": 3}], ids=str)
+@pytest.mark.slow
 def test_a_load_right_after_a_launch_leaves_the_exchange_its_values(settings, monkeypatch):
     """The exchange, which nobody needs any more, encodes in its thread what the load has replaced."""
     encode = TorchCodec.encode

@@ -112,6 +112,7 @@ def test_a_copy_of_the_attributes_shares_the_position():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at what it does not trace
+@pytest.mark.slow
 def test_compiled_steps_take_outer_steps():
     results = []
     for compiles in (False, True):

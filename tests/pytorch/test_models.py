@@ -17,6 +17,7 @@ from hvd_slowmo.torch import SlowMo, SlowMoConfig
 from support.models.pytorch import Two, assert_all_same, assert_same, batch, filled, held, matrices, net, sgd, train
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_and_its_optimizer_may_have_either_module():
     def train_compiled(over):
         model = matrices()

@@ -172,6 +172,7 @@ def test_averages_weigh_by_steps() -> None:
     beta=st.sampled_from([0.0, 0.6]), nesterov=st.booleans(), scale_by_lr=st.booleans(), n_groups=st.integers(1, 2),
     inner_state=st.sampled_from(["maintain", "reset", "average"]), gradients=st.sampled_from(["local", "all"]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_whole_blocks_are_run(name: str, tau: int, workers: int, lengths: list[int], n_groups: int, **c: Any) -> None:
     """With equal epochs of whole blocks a join changes nothing: the results are bitwise identical."""
     base, options = BASES[name]
