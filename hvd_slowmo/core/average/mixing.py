@@ -162,8 +162,7 @@ class Gossip:
         share = in_flight(kept[self._own, 0], 1.0)  # of the vector that was sent
 
         def with_messages() -> Any:
-            sent = self._store.read("sent", chunk)
-            return self._kernels.scaled_sum(sent, self._ops.cast_like(share, x), x, lambda: x)
+            return self._scaled_sum(self._store.read("sent", chunk), share, x, lambda: x)
 
         return self._ops.cond(state.in_flight > 0, with_messages, lambda: x)
 
@@ -234,7 +233,7 @@ class Gossip:
         z = self._store.read("model", tile)
         x = self._carry(tile, z, state, lambda: self._store.read("sent", tile))
         self._store.write("sent", tile, x)
-        self._show(tile, self._kernels.scaled_sum(x, self._ops.cast_like(kept, x), arrived, lambda: z), after)
+        self._show(tile, self._scaled_sum(x, kept, arrived, lambda: z), after)
 
     def _exchanged(self, state: PushSum, mixes: Scalar) -> list[Any]:
         """Exchange the last step's messages; zeros where there are none or the coming step mixes none."""
@@ -266,10 +265,7 @@ class Gossip:
                 following = start(behind)  # travels while this one is mixed
             arrived = self._comm.wait(handle)
             for tile in self._tiles[chunk.index]:
-                self._show(tile, self._sum_of_tile(chunk.cut(x, tile), kept, chunk.cut(arrived, tile)), after)
-
-    def _sum_of_tile(self, x: Any, kept: Scalar, arrived: Any) -> Any:
-        return self._kernels.scaled_sum(x, self._ops.cast_like(kept, x), arrived, lambda: x)
+                self._show(tile, self._scaled_sum(chunk.cut(x, tile), kept, chunk.cut(arrived, tile)), after)
 
     def _show(self, tile: Tile, x: Any, after: PushSum) -> None:
         """Set the numerators, whose memory may be used then, and the model to z = x / w."""
@@ -286,8 +282,12 @@ class Gossip:
     def _carry(self, stretch: Stretch, z: Any, state: PushSum, memory: Callable[[], Any]) -> Any:
         if not self._graph.weighted:
             return z
-        share = self._ops.cast_like(carried_share(self._weight(state)), z)
-        return self._kernels.scaled_sum(self._store.read("push", stretch), share, z, memory)
+        share = carried_share(self._weight(state))
+        return self._scaled_sum(self._store.read("push", stretch), share, z, memory)
+
+    def _scaled_sum(self, x: Any, factor: Scalar, y: Any, memory: Callable[[], Any] | None = None) -> Any:
+        """Return x * factor + y, in the memory given or in that of x, where a framework does so."""
+        return self._kernels.scaled_sum(x, self._ops.cast_like(factor, x), y, memory or (lambda: x))
 
     def _weight(self, state: PushSum) -> Scalar:
         return state.weights[self._own]
