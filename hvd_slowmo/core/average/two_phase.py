@@ -251,13 +251,7 @@ class TwoPhase:
         """Yield the parts of a chunk in which it is worked on, their blocks, and a function that decodes messages."""
         bits, slices = self._bits(chunk), self._slices(chunk)
         if self._codec.tile is None:  # the fewest operations of a trace
-            yield (
-                chunk,
-                (0, slices.blocks),
-                lambda messages: self._ops.joined(
-                    [self._codec.decode(message, bits) for message in messages if message.shape[0]]
-                ),
-            )
+            yield chunk, (0, slices.blocks), lambda messages: self._codec.decode_all(messages, bits)
             return
         for rank in range(self._size):
             begin, end = slices.span(rank)

@@ -8,7 +8,7 @@ Other frameworks have faster forms of these functions, which give the same bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +44,9 @@ class Codec(Protocol):
 
     def decode(self, message: Any, bits: int, first: int = 0, last: int | None = None) -> Any:
         """Return blocks first .. last - 1 of the vector of a message."""
+
+    def decode_all(self, messages: Sequence[Any], bits: int) -> Any:
+        """Return the vectors of several messages, end to end."""
 
     def padded(self, g: Any, elements: int) -> Any:
         """Return a vector filled up with zeros to so many elements."""
@@ -116,6 +119,9 @@ class NumpyCodec:
             whole = values.reshape(blocks, BLOCK) * scales[:, None]
         result: NDArray[np.float32] = whole[first:last].astype(np.float32).reshape(-1)
         return result
+
+    def decode_all(self, messages: Sequence[NDArray[np.uint8]], bits: int) -> NDArray[Any]:
+        return np.concatenate([self.decode(message, bits) for message in messages])
 
     def padded(self, g: NDArray[Any], elements: int) -> NDArray[Any]:
         return np.concatenate([g, np.zeros(elements - len(g), g.dtype)])

@@ -46,4 +46,4 @@ def _gather(runtime: Runtime, name: str, chunk: Chunk) -> Any:
     elements = [slices.elements(rank) for rank in range(comm.size)]
     own = codec.encode([runtime.store.read_slice(name, chunk.index)], elements[comm.rank] // BLOCK, bits)
     handle = comm.start_allgather(f"{name}.{chunk.index}", own, [payload_bytes(n, bits) for n in elements])
-    return runtime.ops.joined([codec.decode(message, bits) for message in comm.wait(handle)])[: chunk.size]
+    return codec.decode_all(comm.wait(handle), bits)[: chunk.size]

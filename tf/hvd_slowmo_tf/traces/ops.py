@@ -25,6 +25,9 @@ T = TypeVar("T")
 Words = Callable[[NDArray[np.float64]], str]
 Explain = Callable[[Exception], Exception]
 
+LONG = 2**18
+"""Elements of a tensor for which a choice between two is made by branches."""
+
 logger = logging.getLogger("hvd_slowmo")
 
 
@@ -87,7 +90,8 @@ class TracedOps:
         return tf.where(predicate, _double(yes), _double(no))
 
     def choose(self, predicate: Any, yes: Callable[[], tf.Tensor], no: tf.Tensor) -> tf.Tensor:
-        return tf.where(predicate, yes(), no)
+        # Two branches take milliseconds to trace, and tf.where a pass over all elements.
+        return tf.where(predicate, yes(), no) if no.shape[0] < LONG else tf.cond(predicate, yes, lambda: no)
 
     def sum(self, table: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(table, axis=0)
@@ -107,8 +111,8 @@ class TracedOps:
     def weighted(self, weight: Any, read: Callable[[], tf.Tensor], zeros: Callable[[], tf.Tensor]) -> tf.Tensor:
         if not tf.is_tensor(weight) and weight in (0, 1):  # fixed by the settings
             return read() if weight else zeros()
-        x = read()  # no tf.cond, which would have to bring all of the model's variables in, to both of its branches
-        return tf.math.multiply_no_nan(x, tf.cast(weight, x.dtype))
+        x = read()  # not in a branch, which would have to bring all of the model's variables in
+        return self.choose(weight != 1, lambda: tf.math.multiply_no_nan(x, tf.cast(weight, x.dtype)), x)
 
     def dot(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.tensordot(a, b, 1), tf.float64)

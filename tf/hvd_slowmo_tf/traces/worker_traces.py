@@ -13,6 +13,7 @@ from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.average.ledger import RATES
 from hvd_slowmo.core.parts.layout import ParameterGroups
 from hvd_slowmo.core.parts.names import within_step
+from hvd_slowmo.core.parts.outer_update import Kernels
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.step.assembly import Assembly, assemble
@@ -24,6 +25,7 @@ from hvd_slowmo_tf.model.variables import OptimizerVariables
 from hvd_slowmo_tf.traces.codec import KerasCodec
 from hvd_slowmo_tf.traces.graph_comm import GraphSafeComm
 from hvd_slowmo_tf.traces.ops import TracedOps
+from hvd_slowmo_tf.traces.tiles import tiled_outer_update
 from hvd_slowmo_tf.traces.traced_join import traced_join
 from hvd_slowmo_tf.traces.traced_step import TracedStep
 
@@ -100,6 +102,7 @@ class WorkerTraces:
             self._ops,
             store,
             ScopedComm(safe, name),
+            Kernels(tiled_outer_update),
             observe=self._observe,
             watches=self._watches,  # PyTorch workers tell of values from outside
             codec=KerasCodec(),

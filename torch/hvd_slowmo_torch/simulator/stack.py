@@ -52,6 +52,10 @@ class StackCodec:
             message = self._codec.decode(message.reshape(-1), bits).view(len(message), -1).T
         return message[first * BLOCK : None if last is None else last * BLOCK]
 
+    def decode_all(self, messages: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
+        (message,) = messages
+        return self.decode(message, bits)
+
     def padded(self, g: torch.Tensor, elements: int) -> torch.Tensor:
         return torch.nn.functional.pad(g.T, (0, elements - len(g))).T
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -65,6 +65,9 @@ class TorchCodec:
         else:
             values = torch.stack([codes & 15, codes >> 4], dim=2).float().view(last - first, BLOCK).sub_(8)
         return values.mul_(scales[:, None]).view(-1)
+
+    def decode_all(self, messages: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
+        return torch.cat([self.decode(message, bits) for message in messages])
 
     def padded(self, g: torch.Tensor, elements: int) -> torch.Tensor:
         return g if len(g) == elements else torch.nn.functional.pad(g, (0, elements - len(g)))
