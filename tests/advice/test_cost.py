@@ -202,6 +202,7 @@ def test_messages_are_those_of_the_layout(rows, fragments):
     assert counts == {messages(4 * rows * 1024, fragments)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

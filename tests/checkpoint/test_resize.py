@@ -30,6 +30,7 @@ RESIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RESIZES)
 def test_another_number_of_workers_where_nothing_of_a_worker_is_lost(what, tmp_path):
     problem, steps, join, message = RESIZES[what]

@@ -44,6 +44,7 @@ def resumes_everywhere(problem, folder, steps=9):
         assert (folder / f"{k}").read_bytes() == (folder / f"{k}.again").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_a_resume_is_the_run_without_a_stop_to_the_bit(name, tmp_path):
     resumes_everywhere(ALL[name], tmp_path)

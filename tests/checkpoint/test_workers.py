@@ -15,6 +15,7 @@ def check_refused(results, folder):
     assert len(list(folder.glob("checkpoint*"))) == 1, "an outer step's state with buffers reset is common"
 
 
+@pytest.mark.thorough  # in one process: test_frameworks.py
 def test_pytorch_and_then_keras(workers, keras_workers, tmp_path):
     """OSGP with messages in flight; momentum in the middle of a block."""
     runs = {}

@@ -145,6 +145,7 @@ def test_a_sweep_can_grow(module: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert "\n3    0.5" in out
 
 
+@pytest.mark.slow
 def test_results_of_another_sweep_are_not_taken_for_this_ones(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--workers", "2", "--tau", "2", "--seeds", "1"]
     run(capsys, *few)

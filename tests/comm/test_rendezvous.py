@@ -31,6 +31,7 @@ def test_all_workers_learn_all_hosts_in_any_order(environment):
     assert found == {rank: ["a", "b", "b"] for rank in range(3)}
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_come_is_named(environment):
     with pytest.raises(TimeoutError, match="rank 1 has not called init\\(\\) within 1 s"):
         hosts_by_rendezvous("a", {**environment, "HOROVOD_RANK": "0"})

@@ -113,6 +113,7 @@ def test_a_number_of_many_digits_is_for_ever():
     assert horovods_limit({"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "9" * 400}) == 999_999_999
 
 
+@pytest.mark.slow
 def test_who_reports_to_horovodruns_server_is_not_missing():
     http_server = pytest.importorskip("horovod.runner.http.http_server")
     server = http_server.RendezvousServer()

@@ -82,6 +82,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frameworks", "jobs", "slow", "together"), CASES)
 def test_share_and_time_left_are_those_of_the_build(frameworks, jobs, slow, together):
     found, end = course(frameworks, jobs, lambda seconds: slow, together)

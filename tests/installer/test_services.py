@@ -110,6 +110,7 @@ def test_the_servers_listen_where_the_job_is(server):
         service.shutdown()
 
 
+@pytest.mark.slow
 def test_the_driver_finds_the_interfaces_and_its_secret_stays_out_of_command_lines(monkeypatch):
     from horovod.runner.common.util import secret
     from horovod.runner.common.util.settings import Settings
@@ -160,6 +161,7 @@ def test_the_secret_reaches_a_remote_worker_and_no_command_line(tmp_path, monkey
     assert "5" * 64 not in (tmp_path / "seen").read_text()
 
 
+@pytest.mark.slow
 def test_the_doctors_check_notices_a_server_that_serves_strangers(monkeypatch):
     assert check.strangers().error is None
     monkeypatch.setattr(http_server.secret, "check_signature", lambda *_: True)

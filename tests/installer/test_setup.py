@@ -215,6 +215,7 @@ def test_of_two_calls_at_once_one_waits_and_finds_nothing_to_do(checkout):
     assert checkout.ran() == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "steps"),
     [

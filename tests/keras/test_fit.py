@@ -190,6 +190,7 @@ def test_callbacks_that_look_at_metrics_decide_alike(keras_workers, tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == len(first["seen"]) + 1
 
 
+@pytest.mark.thorough  # on one worker: test_settings.py
 def test_learning_rate_scheduler(keras_workers):
     results = keras_workers(2).run("support.jobs.keras_fit:schedules")
     check(results, steps=9)
@@ -224,6 +225,7 @@ def test_a_worker_that_leaves_ends_the_others(keras_workers, epochs, own):
     assert f"INFO: ranks [{leaver}] have ended their training" in "".join(results[1 - leaver]["log"])
 
 
+@pytest.mark.thorough  # in one process: test_threads.py
 def test_different_rates_are_a_warning(keras_workers):
     first, second = keras_workers(2).run("support.jobs.keras_fit:warns")
     said = [line for line in first if line.startswith("WARNING") and "learning rate" in line]

@@ -65,6 +65,7 @@ def test_steps_of_one_call_share_its_time(clock):
     assert (found.seconds, found.work, found.steps) == (STEP, 0.125, 12)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_one_step(clock):
     model = compiled(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
     measured = slowmo.measure(model.optimizer, steps=3)

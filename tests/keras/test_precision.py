@@ -35,6 +35,7 @@ def test_mixed_float16_with_the_scaler_within(half, compiled):
     assert float(ours.optimizer.learning_rate) == pytest.approx(0.1 * 0.5**2.5)
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_scaled_optimizer_is_slowmos():
     optimizer = bare(Scaled(SGD(0.1)))
     variables = [keras.Variable(np.ones(3, "float32"))]

@@ -121,7 +121,7 @@ def altered_store(store, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("total", [90, pytest.param(1500, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("total", [40, pytest.param(1500, marks=pytest.mark.thorough)])
 def test_altered_files_are_refused_by_a_documented_error_or_work(total, tmp_path):
     sources, faults = Sources(tmp_path), []
     outcomes = {area: Counter() for area in ("variables", "config", "checkpoint")}

@@ -28,6 +28,7 @@ def loops(function):
     return [op.type for op in function.graph.get_operations() if op.type in ("While", "StatelessWhile")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("momentum", "nesterov"), [(False, False), (True, False), (True, True)])
 def test_an_outer_update_in_tiles(length, momentum, nesterov, monkeypatch):

@@ -130,7 +130,8 @@ def test_frozen_layers_are_handed_out_bitwise(mixed_workers, kinds):
         assert {key: x.tobytes() for key, x in other.items()} == {key: x.tobytes() for key, x in first.items()}
 
 
-@pytest.mark.parametrize("name", ["warm-up", pytest.param("ar_sgd", marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # in one process: test_membership.py
+@pytest.mark.parametrize("name", ["warm-up", "ar_sgd"])
 def test_gradients_averaged(mixed_workers, name):
     check(mixed_workers, "tk", {name: OTHERS[name]})
 

@@ -152,6 +152,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.. before .optimizer.step")  # the scaler's calls are not counted
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_wrapper_around_slowmo_trains_as_slowmo_alone(name):

@@ -23,6 +23,7 @@ def test_threads_equal_the_oracle(name, size):
     assert distance(histories, problem) < TOLERANCE
 
 
+@pytest.mark.slow
 # test_gossip_state.py checks it at every step.
 @pytest.mark.parametrize("name", ["osgp", "osgp, slowmo", "osgp, star, slowmo, noaverage"])
 def test_resume_in_the_middle_of_a_flight(name):

@@ -41,6 +41,7 @@ def equal_the_oracle(workers, above):
         assert distance(histories, problem) < TOLERANCE, base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("above", ABOVE)
 @pytest.mark.parametrize("workers", [2, 5])
 @pytest.mark.sample("2-noaverage", "5-slowmo")

@@ -76,6 +76,7 @@ def test_mass_is_conserved(workers, period, seed, overlap, average, tau, stop, r
 MIDWAY = ["osgp", "osgp, star, slowmo, Adam", "osgp, star, slowmo, noaverage", "sgp, star, slowmo", "dpsgd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIDWAY)
 def test_averaged_parameters_count_what_is_in_flight_and_change_nothing(name):
     problem = GOSSIP[name]

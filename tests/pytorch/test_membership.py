@@ -313,6 +313,7 @@ def test_a_newcomer_starts_at_the_anchor_and_weighs_its_own_steps():
         assert reformed.leader == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [(0, 0), (1, 0), (0, 1)], ids=str)
 @pytest.mark.parametrize("waits", range(0, 12, 2))
 def test_a_newcomer_that_is_lost_while_it_starts_costs_the_survivors_nothing(waits, apart):

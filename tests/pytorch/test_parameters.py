@@ -32,6 +32,7 @@ class Zoo(nn.Module):
         return sum((p.double() * batch(rank, 10 * k + i, *p.shape)).sum() for i, p in enumerate(self.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [8, 44])
 @pytest.mark.parametrize(
     "config",

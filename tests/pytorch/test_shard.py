@@ -41,6 +41,7 @@ def test_several_slices_are_bitwise_the_undivided_state(settings, size):
     assert same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", few_bits.BITS)
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_an_outer_step_in_few_bits_equals_the_reference_bitwise(bits, size):

@@ -167,6 +167,7 @@ def test_averaged_parameters_are_the_mean_of_what_the_workers_hold_once_nothing_
         torch.testing.assert_close(value, ((a[name] + b[name]) / 2).to(value.dtype), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("at", range(2, 8))
 def test_a_value_that_is_not_finite_ends_every_worker_at_one_step(settings, at):

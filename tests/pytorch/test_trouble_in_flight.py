@@ -133,6 +133,7 @@ class Broken:
             raise MemoryError("no memory in the thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", FLYING, ids=str)
 @pytest.mark.parametrize("where", ["script", "thread"])
 def test_an_exception_on_one_worker_ends_all(monkeypatch, settings, where):

@@ -254,6 +254,7 @@ def retell(x0: Array, gradient: Gradient, *, epochs: Epochs, workers: int, lr: R
     return result
 
 
+@pytest.mark.slow
 @examples(150)
 @given(
     data=st.data(), workers=st.integers(1, 4), tau=st.integers(1, 6), seed=st.integers(0, 99),

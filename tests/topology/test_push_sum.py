@@ -16,6 +16,7 @@ from support.graphs import CASES
 from support.sample import examples
 
 
+@pytest.mark.slow
 @examples(100)
 @given(case=st.sampled_from(CASES), steps=st.integers(0, 30), start=st.integers(0, 9))
 def test_weights_are_conserved(case: tuple[str, int], steps: int, start: int) -> None:
