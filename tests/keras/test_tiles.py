@@ -1,5 +1,6 @@
 """Work on long tensors in a trace, in tiles and by branches: the same values, bitwise, as at once."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,8 +9,9 @@ from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.core.parts.codec import NumpyCodec
 from hvd_slowmo.core.parts.outer_update import Momentum, outer_update
 from hvd_slowmo.core.parts.slices import BLOCK
-from hvd_slowmo.tf import SlowMoConfig
+from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo_tf.traces import codec, ops, tiles
+from support.models.keras import fit, held
 from support.trainings.keras_few_bits import trained
 
 # Several workers' graphs wait in this process's threads at once; see test_reference.py.
@@ -100,6 +102,24 @@ def test_a_choice_between_two_tensors(long, holds, monkeypatch):
     )
     assert chosen(tf.constant(holds)).numpy().tolist() == ([1.0, 2.0] if holds else [3.0, 4.0])
     assert chosen.get_concrete_function(tf.constant(holds)).output_shapes == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "level"), [({}, 1e-6), ({"bits": 8}, 1e-3)], ids=str)
+def test_xla_compiles_a_worker_alone_whose_tensors_are_long(settings, level, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 4)
+    monkeypatch.setattr(codec, "ENCODED", BLOCK)
+    monkeypatch.setattr(ops, "LONG", 1)
+
+    def weights(compiled):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(700, "tanh"), keras.layers.Dense(2)])
+        optimizer = SlowMo(keras.optimizers.SGD(0.01), SlowMoConfig(tau=2, beta=0.5, **settings))
+        fit(model, optimizer, range(5), compiled={"jit_compile": compiled})
+        return held(model)
+
+    for a, b in zip(weights(True), weights(False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=level)
 
 
 @pytest.mark.slow

@@ -22,6 +22,9 @@ ENCODED = 2**18
 class KerasCodec:
     """`hvd_slowmo.core.parts.codec.Codec` on tensors of TensorFlow.
 
+    Args:
+        tiled: encode long vectors in tiles, which XLA can't compile.
+
     Example:
         >>> codec = KerasCodec()
         >>> message = codec.encode([tf.linspace(-1.0, 1.0, BLOCK)], 1, 8)
@@ -31,7 +34,8 @@ class KerasCodec:
 
     tile: int | None = None  # a trace has few operations; `in_tiles` makes loops of them
 
-    def __init__(self) -> None:
+    def __init__(self, tiled: bool = True) -> None:
+        self._tiled = tiled
         self._shared = SharedTraces()
 
     def encode(self, pieces: Iterable[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
@@ -52,7 +56,8 @@ class KerasCodec:
         if bits in EXACT:
             codes = tf.bitcast(tf.cast(g, EXACT[bits]), tf.uint8)
             return tf.reshape(codes, [payload_bytes(blocks * BLOCK, bits)])
-        scales, codes = in_tiles(partial(_scales_and_codes, bits=bits), [tf.float32, tf.uint8], [g], ENCODED)
+        encode = partial(_scales_and_codes, bits=bits)
+        scales, codes = in_tiles(encode, [tf.float32, tf.uint8], [g], ENCODED) if self._tiled else encode(g)
         message = tf.concat([tf.reshape(tf.bitcast(scales, tf.uint8), [-1]), codes], 0)
         return tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])
 

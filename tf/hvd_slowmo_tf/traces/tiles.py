@@ -20,7 +20,7 @@ TILE = 2**16
 def in_tiles(
     work: Callable[..., Sequence[tf.Tensor]], dtypes: Sequence[tf.DType], tensors: Sequence[tf.Tensor], tile: int
 ) -> Sequence[tf.Tensor]:
-    """Return work(*tensors), computed tile by tile in a trace for a CPU, where it is long.
+    """Return work(*tensors), computed tile by tile in a trace for a CPU, where it is long. XLA can't compile that.
 
     Args:
         work: takes flat tensors of one length and returns flat tensors. What it returns for a tile is the part of its

@@ -95,6 +95,7 @@ class WorkerTraces:
                 "the optimizer was built before its model was known, and with few bits the map's shapes decide what is "
                 "sent in which way. Call broadcast(model) before build()."
             )
+        tiled = comm.size > 1  # XLA may compile a worker alone
         store = self._store = VariableStore(layout, variables.vectors, self._inner, variables.slices)
         runtime = Runtime(
             self._config,
@@ -102,10 +103,10 @@ class WorkerTraces:
             self._ops,
             store,
             ScopedComm(safe, name),
-            Kernels(tiled_outer_update),
+            Kernels(tiled_outer_update) if tiled else Kernels(),
             observe=self._observe,
             watches=self._watches,  # PyTorch workers tell of values from outside
-            codec=KerasCodec(),
+            codec=KerasCodec(tiled),
             writes_at_once=elastic,
         )
         assembly = assemble(runtime, layout, groups, graph)
