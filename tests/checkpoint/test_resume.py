@@ -52,7 +52,7 @@ def test_a_resume_is_the_run_without_a_stop_to_the_bit(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(ALL) - set(FEW)))
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=5)
 def test_every_problem_resumes_to_the_bit(name, tmp_path):
     resumes_everywhere(ALL[name], tmp_path)
 

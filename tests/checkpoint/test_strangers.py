@@ -378,7 +378,7 @@ def run_all(folder, total):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("total", [120, pytest.param(10_000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("total", [150, pytest.param(10_000, marks=pytest.mark.thorough)])
 def test_altered_input_is_refused_by_a_documented_error_or_works(total, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -167,8 +167,8 @@ def options(folder, out, *more):
     return [*small, "--methods", "slowmo", "--epochs", "3", "--statistics", "1", *more]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar10_torch", pytest.param("cifar10_keras", marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # of a longer example: test_imagenet.py
+@pytest.mark.parametrize("name", ["cifar10_torch", "cifar10_keras"])
 def test_a_resume_gives_the_same_result(name, tmp_path, monkeypatch, capsys):
     module = pytest.importorskip(name)
     monkeypatch.setattr(module, "choose_device", lambda: "cpu")  # it is set once in a process

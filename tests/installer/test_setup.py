@@ -166,6 +166,7 @@ def test_a_failure_after_a_change_is_repeated_even_if_the_change_is_undone(check
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", ["venv", "packages", "checkout"])
+@pytest.mark.sample(every=2)
 def test_an_interrupted_step_is_repeated_in_a_new_environment(checkout, step, number):
     checkout.mark(f"hang-{step}")
     process = checkout.start()

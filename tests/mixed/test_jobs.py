@@ -259,6 +259,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.thorough  # of each framework alone: tests/pytorch and tests/keras, test_workers.py
 def test_misuse_raises_on_every_rank(mixed_workers):
     for kind, words in EXPECTED.items():
         if kind == "argument":  # Keras' constructor communicates with nobody: see the documentation

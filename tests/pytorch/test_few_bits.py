@@ -151,7 +151,7 @@ IN_FLIGHT = [
 @pytest.mark.parametrize("lengths", [(0, 5), (1, 6), (2, 9), (3, 3)], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [None, 5000], ids=["one chunk", "several chunks"])
 @pytest.mark.slow
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=5)
 def test_workers_in_a_join_and_in_training_start_the_same_in_the_same_order(
     monkeypatch, bits, settings, lengths, chunk_bytes
 ):

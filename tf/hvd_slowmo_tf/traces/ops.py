@@ -91,7 +91,7 @@ class TracedOps:
 
     def choose(self, predicate: Any, yes: Callable[[], tf.Tensor], no: tf.Tensor) -> tf.Tensor:
         # Two branches take milliseconds to trace, and tf.where a pass over all elements.
-        return tf.where(predicate, yes(), no) if no.shape[0] < LONG else tf.cond(predicate, yes, lambda: no)
+        return tf.where(predicate, yes(), no) if no.shape[0] < LONG else self.cond(predicate, yes, lambda: no)
 
     def sum(self, table: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(table, axis=0)
