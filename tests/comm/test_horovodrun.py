@@ -111,9 +111,8 @@ print("weight", "joined", hvd.rank(), model.weight.double().sum().item())
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize(
-    "hosts", [pytest.param("localhost:2,127.0.0.1:2", marks=pytest.mark.thorough), "localhost:2,127.0.0.1:1"]
-)
+@pytest.mark.thorough  # over torch.distributed: test_distributed.py
+@pytest.mark.parametrize("hosts", ["localhost:2,127.0.0.1:2", "localhost:2,127.0.0.1:1"])
 def test_two_nodes_average_gradients_within_and_parameters_between(tmp_path, hosts):
     size = sum(int(host.split(":")[1]) for host in hosts.split(","))
     result = horovodrun(tmp_path, NODES, "-np", str(size), "-H", hosts)
