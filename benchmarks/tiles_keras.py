@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=4 * 2**20)
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    given = [tf.random.normal([args.elements], seed=seed) for seed in range(3)], tf.constant([0.5, 0.5, 1.0])
+    vectors = [tf.random.normal([args.elements], seed=seed) for seed in range(3)]
+    coefficients = [tf.constant(each) for each in (0.5, 0.5, 1.0)]
     at_once, tiled = KerasCodec(tiled=False), KerasCodec()
     rows: dict[str, tuple[Work, Work]] = {
         "outer update": (update(outer_update), update(tiled_outer_update)),
@@ -56,7 +57,7 @@ def main() -> None:
     }
     for name, (plain, in_tiles) in rows.items():
         traces = [tf.function(plain), tf.function(in_tiles), tf.function(plain, jit_compile=True)]
-        calls = [partial(trace, *given[0], tf.unstack(given[1])) for trace in traces]
+        calls = [partial(trace, *vectors, coefficients) for trace in traces]
         times = [[milliseconds(call) for call in calls] for _ in range(args.rounds + 2)][2:]  # the first trace
         first, *others = (statistics.median(each) for each in zip(*times, strict=True))
         told = ", ".join(

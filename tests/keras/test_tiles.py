@@ -74,7 +74,10 @@ def test_messages_in_tiles_are_those_of_numpy(bits, blocks, monkeypatch):
 def test_messages_are_decoded_together(bits, traced):
     mine, definition = codec.KerasCodec(), NumpyCodec()
     messages = [definition.encode([numbers(n * BLOCK, n)], n, bits) for n in (3, 0, 2)]
-    decode = lambda *of: mine.decode_all(of, bits)  # noqa: E731
+
+    def decode(*of):
+        return mine.decode_all(of, bits)
+
     found = (tf.function(decode, autograph=False) if traced else decode)(*map(tf.constant, messages))
     assert np.array_equal(found, np.concatenate([definition.decode(message, bits) for message in messages]))
 

@@ -72,10 +72,9 @@ class KerasCodec:
     def _decoded_all(self, *messages: tf.Tensor, bits: int) -> tf.Tensor:
         if bits in EXACT:
             return _exact(joined(messages), bits)
-        blocks = [blocks_of(message, bits) for message in messages]
-        pairs = list(zip(messages, blocks, strict=True))
-        scales = joined([message[: 4 * count] for message, count in pairs])
-        codes = joined([message[4 * count :] for message, count in pairs])  # which are shorter than the values
+        pairs = [(message, 4 * blocks_of(message, bits)) for message in messages]
+        scales = joined([message[:end] for message, end in pairs])
+        codes = joined([message[end:] for message, end in pairs])  # which are shorter than the values
         return _values(scales, codes, bits)
 
     def padded(self, g: tf.Tensor, elements: int) -> tf.Tensor:
