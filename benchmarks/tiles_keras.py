@@ -17,6 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_slowmo.core.parts.codec import plain
 from hvd_slowmo.core.parts.outer_update import Momentum, outer_update
 from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo.tf import SlowMoConfig
@@ -32,7 +33,7 @@ def update(function: Work) -> Work:
 
 
 def encode(codec: KerasCodec, bits: int) -> Work:
-    return lambda mean, anchor, v, m: codec.encode([mean], mean.shape[0] // BLOCK, bits)
+    return lambda mean, anchor, v, m: codec.encode(plain(mean), 0, mean.shape[0] // BLOCK, bits)
 
 
 def milliseconds(call: Work) -> float:
@@ -55,8 +56,8 @@ def main() -> None:
         "8 bits": (encode(at_once, 8), encode(tiled, 8)),
         "4 bits": (encode(at_once, 4), encode(tiled, 4)),
     }
-    for name, (plain, in_tiles) in rows.items():
-        traces = [tf.function(plain), tf.function(in_tiles), tf.function(plain, jit_compile=True)]
+    for name, (whole, in_tiles) in rows.items():
+        traces = [tf.function(whole), tf.function(in_tiles), tf.function(whole, jit_compile=True)]
         calls = [partial(trace, *vectors, coefficients) for trace in traces]
         times = [[milliseconds(call) for call in calls] for _ in range(args.rounds + 2)][2:]  # the first trace
         first, *others = (statistics.median(each) for each in zip(*times, strict=True))

@@ -1,12 +1,14 @@
 """Work on long tensors in a trace, in tiles and by branches: the same values, bitwise, as at once."""
 
+import operator
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.parts.codec import NumpyCodec
+from hvd_slowmo.core.parts.codec import Elementwise, NumpyCodec, blocks_in, plain
 from hvd_slowmo.core.parts.outer_update import Momentum, outer_update
 from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
@@ -18,7 +20,7 @@ from support.trainings.keras_few_bits import trained
 tf.config.threading.set_inter_op_parallelism_threads(16)
 
 # Whole tiles, and some elements or blocks more.
-LENGTHS = [2 * 64, 5 * 64 + 63]
+LENGTHS = [3 * 64, 5 * 64 + 63]
 BLOCKS = [6, 11]
 
 
@@ -28,6 +30,12 @@ def numbers(size, seed):
 
 def loops(function):
     return [op.type for op in function.graph.get_operations() if op.type in ("While", "StatelessWhile")]
+
+
+def functions_in(function):
+    """Return the functions that a traced one calls."""
+    calls = [op for op in function.graph.get_operations() if op.type.endswith("PartitionedCall")]
+    return [function.graph._get_function(op.get_attr("f").name) for op in calls]
 
 
 @pytest.mark.slow
@@ -60,26 +68,43 @@ def test_an_outer_update_in_tiles(length, momentum, nesterov, monkeypatch):
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_messages_in_tiles_are_those_of_numpy(bits, blocks, monkeypatch):
-    monkeypatch.setattr(codec, "ENCODED", 3 * BLOCK)
+    """Of the product of a vector, which ends within a block, and a scalar, from the second block on."""
+    monkeypatch.setattr(codec, "TILE", 2)
     mine, definition = codec.KerasCodec(), NumpyCodec()
-    g = numbers(blocks * BLOCK, blocks)
+    g = numbers(blocks * BLOCK - 7, blocks)
     g[BLOCK : 2 * BLOCK] = 0
-    message = tf.function(lambda x: mine.encode([x], blocks, bits), autograph=False)(tf.constant(g)).numpy()
-    assert np.array_equal(message, definition.encode([g], blocks, bits))
-    assert np.array_equal(mine.decode(tf.constant(message), bits), definition.decode(message, bits))
+
+    def product(kind, values, scalar):
+        vector = Elementwise(operator.mul, (blocks_in(values),), (scalar,))
+        return kind.encode_with_rest(vector, 1, blocks, bits)
+
+    @tf.function(autograph=False)
+    def encode(g, scalar):
+        again = mine.encode(Elementwise(operator.mul, (blocks_in(g),), (scalar,)), 1, blocks, bits)
+        return again, *product(mine, g, scalar)
+
+    concrete = encode.get_concrete_function(tf.constant(g), tf.constant(3.0))
+    assert [loops(each) for each in functions_in(concrete)] == [["StatelessWhile"]] * 2
+    message, rest = product(definition, g, np.float32(3))
+    again, found, left = encode(tf.constant(g), tf.constant(3.0))
+    assert np.array_equal(again, message)
+    assert np.array_equal(found, message)
+    assert np.array_equal(left, rest)
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("traced", [False, True])
 def test_messages_are_decoded_together(bits, traced):
     mine, definition = codec.KerasCodec(), NumpyCodec()
-    messages = [definition.encode([numbers(n * BLOCK, n)], n, bits) for n in (3, 0, 2)]
+    vectors = [numbers(n * BLOCK, n) for n in (3, 0, 2)]
+    messages = [definition.encode(plain(g), 0, len(g) // BLOCK, bits) for g in vectors]
 
     def decode(*of):
-        return mine.decode_all(of, bits)
+        return mine.decode(mine.cut_all(of, bits), bits)
 
     found = (tf.function(decode, autograph=False) if traced else decode)(*map(tf.constant, messages))
-    assert np.array_equal(found, np.concatenate([definition.decode(message, bits) for message in messages]))
+    decoded = [definition.decode(definition.cut(message, bits), bits) for message in messages]
+    assert np.array_equal(found, np.concatenate(decoded))
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -111,7 +136,7 @@ def test_a_choice_between_two_tensors(long, holds, monkeypatch):
 @pytest.mark.parametrize(("settings", "level"), [({}, 1e-6), ({"bits": 8}, 1e-3)], ids=str)
 def test_xla_compiles_a_worker_alone_whose_tensors_are_long(settings, level, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 4)
-    monkeypatch.setattr(codec, "ENCODED", BLOCK)
+    monkeypatch.setattr(codec, "TILE", 1)
     monkeypatch.setattr(ops, "LONG", 1)
 
     def weights(compiled):
@@ -140,7 +165,7 @@ def test_training_is_bitwise_the_same(settings, monkeypatch):
     """Of a tiny model, once as a large one is treated."""
     at_once = ThreadWorld(2).run(lambda comm: trained(settings, comm))
     monkeypatch.setattr(tiles, "TILE", 500)
-    monkeypatch.setattr(codec, "ENCODED", BLOCK)
+    monkeypatch.setattr(codec, "TILE", 1)
     monkeypatch.setattr(ops, "LONG", 1)
     in_tiles = ThreadWorld(2).run(lambda comm: trained(settings, comm))
     for mine, other in zip(in_tiles, at_once, strict=True):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.parts import names
-from hvd_slowmo.core.parts.codec import payload_bytes, tiles
+from hvd_slowmo.core.parts.codec import Coded, Elementwise, blocks_in, payload_bytes, plain, tiles
 from hvd_slowmo.core.parts.layout import ITEMSIZE, Chunk
 from hvd_slowmo.core.parts.progress import Observed, Scalar
 from hvd_slowmo.core.parts.runtime import Runtime
@@ -85,25 +85,14 @@ class TwoPhase:
             own: values of the whole chunk; None: the model's.
             weight: this worker's; where it is 0 it sends zeros.
         """
-        slices = self._slices(chunk)
-
-        def values(start: int, stop: int) -> Any:
-            g = self._owed(chunk, own, start, stop)
-            return self._ops.choose(weight == 0, partial(self._nothing, chunk, start, stop), g)
-
-        whole = values(0, slices.blocks) if self._codec.tile is None else None
-
-        def pieces(first: int, last: int) -> Iterator[Any]:
-            for start, stop in tiles(self._codec, first, last):
-                yield values(start, stop) if whole is None else whole[start * BLOCK : stop * BLOCK]
-
-        bits, spans = self._bits(chunk), [slices.span(rank) for rank in range(self._size)]
+        slices, bits = self._slices(chunk), self._bits(chunk)
+        if own is None and self._codec.tile is None:
+            own = self._store.read("model", chunk)  # which is whole; `finish` needs it again
+        sent = self._contribution(chunk, own, weight)
         # With fewer blocks than workers most slices are empty: encoding each would take longer than the others.
-        nothing = self._codec.encode([self._empty(chunk)], 0, bits) if slices.blocks < self._size else None
-        parts = [
-            nothing if first == last else self._codec.encode(pieces(first, last), last - first, bits)
-            for first, last in spans
-        ]
+        nothing = self._codec.encode(plain(self._empty(chunk)), 0, 0, bits) if slices.blocks < self._size else None
+        spans = [slices.span(rank) for rank in range(self._size)]
+        parts = [nothing if first == last else self._codec.encode(sent, first, last, bits) for first, last in spans]
         handle = comm.start_alltoall(names.model(chunk.index), parts)
         return SlicedChunk(chunk, own, parts if self._few_bits else (), handle)
 
@@ -124,60 +113,57 @@ class TwoPhase:
             total: their sum.
             outer_step: of a slice.
         """
-        chunk, bits = sliced.chunk, self._bits(sliced.chunk)
+        chunk, codec, bits = sliced.chunk, self._codec, self._bits(sliced.chunk)
         self.unanswered.pop(chunk.index, None)
         blocks = self._own.lengths[chunk.index] // BLOCK
-        values: Sequence[Any] = list(self._means(sliced, weights, total, blocks))
+        arrived = [partial(codec.cut, message, bits) for message in sliced.received]
+        sent = Elementwise(self._mean, arrived, (bits, weights, total)) if blocks else plain(self._empty(chunk))
         kept: list[Any] = []
         observed = None
         if self._config.shards:
-            values, kept, observed = self._stepped(sliced, weights, values, outer_step)
-        values = values or [self._empty(chunk)]
+            stepped, kept, observed = self._stepped(sliced, weights, codec.compute(sent, 0, blocks), outer_step)
+            sent = plain(stepped)
         if self._few_bits:
-            residual = self._store.read_slice("slice_residual", chunk.index)
-            spans = list(tiles(self._codec, 0, blocks)) or [(0, 0)]
-            values = [
-                value + residual[start * BLOCK : stop * BLOCK]
-                for value, (start, stop) in zip(values, spans, strict=True)
-            ]
-        message = self._codec.encode(values, blocks, bits)
+            residual = blocks_in(self._store.read_slice("slice_residual", chunk.index))
+            sent = Elementwise(_with_residual, (*sent.sources, residual), (sent.function, *sent.scalars))
+            message, rest = codec.encode_with_rest(sent, 0, blocks, bits)
+            kept.append(rest)
+        else:
+            message = codec.encode(sent, 0, blocks, bits)
         lengths = [payload_bytes(self._slices(chunk).elements(rank), bits) for rank in range(self._size)]
         handle = comm.start_allgather(names.mean(chunk.index), message, lengths)
-        if self._few_bits:
-            rests = [
-                value - self._codec.decode(message, bits, start, stop)
-                for value, (start, stop) in zip(values, spans, strict=True)
-            ]
-            kept.append(self._ops.joined(rests))
         if self._ops.keeps_handles:
             self.unanswered[chunk.index] = kept
         return sliced._replace(handle=handle, received=(), relayed=True, kept=kept, observed=observed)
 
-    def _means(self, sliced: SlicedChunk, weights: Any, total: Scalar, blocks: int) -> Iterator[Any]:
-        """Yield the tiles of the mean of this worker's slice."""
-        bits = self._bits(sliced.chunk)
-        for start, stop in tiles(self._codec, 0, blocks):
-            mean = None
-            for rank, message in enumerate(sliced.received):
-                values = self._codec.decode(message, bits, start, stop)
-                part = values * self._ops.cast_like(weights[rank], values)
-                mean = part if mean is None else mean + part
-            yield mean / self._ops.cast_like(total, mean)
+    def _mean(self, bits: int, weights: Any, total: Scalar, *arrived: Coded) -> Any:
+        """Return a piece of the mean from what the workers have sent, in the order of ranks."""
+        mean = None
+        for rank, coded in enumerate(arrived):
+            values = self._codec.decode(coded, bits)
+            part = values * self._ops.cast_like(weights[rank], values)
+            mean = part if mean is None else mean + part
+        return mean / self._ops.cast_like(total, mean)
 
     def _stepped(
-        self, sliced: SlicedChunk, weights: Any, means: Sequence[Any], outer_step: OuterStep
-    ) -> tuple[list[Any], list[Any], Any]:
+        self, sliced: SlicedChunk, weights: Any, arrived: Any, outer_step: OuterStep
+    ) -> tuple[Any, list[Any], Any]:
         """Take the outer step of this worker's slice.
 
+        Args:
+            weights: of all workers, by rank.
+            arrived: the mean of what they have sent.
+
         Returns:
-            The tiles that it sends; the new anchor and v; `SlicedChunk.observed`.
+            What it sends; the new anchor and v; `SlicedChunk.observed`.
         """
         chunk, store, padded = sliced.chunk, self._store, self._codec.padded
         part = self._own.part(chunk)
         if part is None:
             nothing = self._ops.vector([0.0] * len(Observed._fields)) if self._observes else None
-            return [], [self._empty(chunk)] * len({"anchor", "v"} & set(self._config.sliced_vectors)), nothing
-        mean = self._ops.joined(means)[: part.size]
+            empty = self._empty(chunk)
+            return empty, [empty] * len({"anchor", "v"} & set(self._config.sliced_vectors)), nothing
+        mean = arrived[: part.size]
         length = self._own.lengths[chunk.index]
         if self._few_bits:
             before = store.read("anchor", part)
@@ -186,28 +172,28 @@ class TwoPhase:
             before = store.read_slice("anchor", chunk.index)[: part.size]
         # Copies: nothing is written before the verdict.
         v = store.read_slice("v", chunk.index)[: part.size] * 1 if self._config.beta else None
-        observed = self._observed(sliced, weights, means, mean, before - mean, v) if self._observes else None
+        observed = self._observed(sliced, weights, arrived, mean, before - mean, v) if self._observes else None
         anchor, v = outer_step(part, mean, before * 1, v)
         sent = padded(anchor - before if self._few_bits else anchor, length)
         kept = [] if self._few_bits else [sent]
         kept += [] if v is None else [padded(v, length)]
-        spans = tiles(self._codec, 0, length // BLOCK)
-        return [sent[start * BLOCK : stop * BLOCK] for start, stop in spans], kept, observed
+        return sent, kept, observed
 
-    def _observed(self, sliced: SlicedChunk, weights: Any, means: Sequence[Any], mean: Any, delta: Any, v: Any) -> Any:
+    def _observed(self, sliced: SlicedChunk, weights: Any, arrived: Any, mean: Any, delta: Any, v: Any) -> Any:
         """Return the measurements of this worker's slice as a vector; the drift is that of all workers.
 
         Args:
             weights: of all workers, by rank.
-            means: the tiles of what has arrived; in few bits that is no parameters.
+            arrived: the mean of what they have sent; in few bits that is no parameters.
             mean: of the parameters.
         """
         dot, bits = self._ops.dot, self._bits(sliced.chunk)
         blocks = self._own.lengths[sliced.chunk.index] // BLOCK
         drift, counted = 0.0, self._ops.sum(self._ops.where(weights > 0, 1.0, 0.0))
-        for tile, (start, stop) in zip(means, tiles(self._codec, 0, blocks), strict=True):
+        for start, stop in tiles(self._codec, 0, blocks):
             for rank, message in enumerate(sliced.received):
-                away = self._codec.decode(message, bits, start, stop) - tile
+                sent = self._codec.decode(self._codec.cut(message, bits, start, stop), bits)
+                away = sent - arrived[start * BLOCK : stop * BLOCK]
                 drift = drift + self._ops.where(weights[rank] > 0, dot(away, away), 0.0)
         seen = Observed(
             drift=drift * self._size / self._ops.where(counted > 0, counted, 1.0),
@@ -236,10 +222,11 @@ class TwoPhase:
         for name, value in zip(self._config.sliced_vectors, sliced.kept, strict=True):
             store.write_slice(name, chunk.index, value)
 
-        for part, blocks, values_of in self._pieces(chunk):
+        bits = self._bits(chunk)
+        for part, blocks, cut in self._pieces(chunk):
             if self._few_bits:
-                self._withhold(sliced, part, blocks, values_of(sliced.parts), weight, finite)
-            value = values_of(sliced.received)[: part.size]
+                self._withhold(sliced, part, blocks, lambda *_, cut=cut: cut(sliced.parts), (bits, weight, finite))
+            value = self._codec.decode(cut(sliced.received), bits)[: part.size]
             if self._few_bits and self._config.shards:
                 value = store.read("anchor", part) + value
                 store.write("anchor", part, value)
@@ -247,42 +234,58 @@ class TwoPhase:
                 value = store.read("anchor", part) - value
             yield part, value
 
-    def _pieces(self, chunk: Chunk) -> Iterator[tuple[Chunk, tuple[int, int], Callable[[Sequence[Any]], Any]]]:
-        """Yield the parts of a chunk in which it is worked on, their blocks, and a function that decodes messages."""
+    def _pieces(self, chunk: Chunk) -> Iterator[tuple[Chunk, tuple[int, int], Callable[[Sequence[Any]], Coded]]]:
+        """Yield the parts of a chunk in which it is worked on, their blocks, and a function that cuts them out."""
         bits, slices = self._bits(chunk), self._slices(chunk)
         if self._codec.tile is None:  # the fewest operations of a trace
-            yield chunk, (0, slices.blocks), lambda messages: self._codec.decode_all(messages, bits)
+            yield chunk, (0, slices.blocks), lambda messages: self._codec.cut_all(messages, bits)
             return
         for rank in range(self._size):
             begin, end = slices.span(rank)
             for start, stop in tiles(self._codec, begin, end):
                 within = start - begin, stop - begin
 
-                def values_of(messages: Sequence[Any], rank: int = rank, within: tuple[int, int] = within) -> Any:
-                    return self._codec.decode(messages[rank], bits, *within)
+                def cut(messages: Sequence[Any], rank: int = rank, within: tuple[int, int] = within) -> Coded:
+                    return self._codec.cut(messages[rank], bits, *within)
 
-                yield self._part(chunk, start, stop), (start, stop), values_of
+                yield self._part(chunk, start, stop), (start, stop), cut
 
     def _withhold(
-        self, sliced: SlicedChunk, part: Chunk, blocks: tuple[int, int], sent: Any, weight: Scalar, finite: Scalar
+        self,
+        sliced: SlicedChunk,
+        part: Chunk,
+        blocks: tuple[int, int],
+        sent: Callable[[int, int], Coded],
+        scalars: tuple[Scalar, ...],
     ) -> None:
-        """Write a part of the residual: what has been sent is owed no more."""
-        owed = (self._owed(sliced.chunk, sliced.values, *blocks) - sent)[: part.size]
-        residual = self._store.read("residual", part)
+        """Write a part of the residual: what has been sent is owed no more.
+
+        Args:
+            sent: these blocks of what this worker has sent.
+            scalars: the bits, this worker's weight, and whether its values were finite.
+        """
+        sources = (*self._sources(sliced.chunk, sliced.values), sent)
+        owed = Elementwise(self._left, sources, scalars)
+        self._store.write("residual", part, self._codec.compute(owed, *blocks))
+
+    def _left(self, bits: int, weight: Scalar, finite: Scalar, x: Any, anchor: Any, residual: Any, sent: Coded) -> Any:
+        """Return a piece of the residual once `sent` has been sent."""
+        owed = _owed(x, anchor, residual)
+        owed = owed - self._codec.decode(sent, bits)[: owed.shape[0]]
         owed = self._ops.choose(weight == 0, lambda: residual, owed)
-        zeros = partial(self._codec.padded, residual[:0], part.size)
-        self._store.write("residual", part, self._ops.choose(finite == 0, zeros, owed))
+        return self._ops.choose(finite == 0, partial(self._zeros, residual), owed)
 
     def tensors(self, sliced: SlicedChunk) -> list[Any]:
         """Return the tensors of an exchange whose phases are over, for `from_tensors`."""
-        parts = sliced.parts or [self._codec.encode([self._empty(sliced.chunk)], 0, self._bits(sliced.chunk))]
+        chunk = sliced.chunk
+        parts = sliced.parts or [self._codec.encode(plain(self._empty(chunk)), 0, 0, self._bits(chunk))]
         observed = [sliced.observed] if self._observes else []
         return [self._ops.joined(parts), self._ops.joined(sliced.received), *sliced.kept, *observed]
 
     def nothing(self, chunk: Chunk) -> list[Any]:
         """Return as many tensors, which are empty."""
         empty = self._empty(chunk)
-        message = self._codec.encode([empty], 0, self._bits(chunk))
+        message = self._codec.encode(plain(empty), 0, 0, self._bits(chunk))
         observed = [self._ops.vector([0.0] * len(Observed._fields))] if self._observes else []
         return [message, message, *[empty] * len(self._config.sliced_vectors), *observed]
 
@@ -323,17 +326,30 @@ class TwoPhase:
             self._parts[key] = chunk.part(begin, end)
         return self._parts[key]
 
-    def _owed(self, chunk: Chunk, own: Any, start: int, stop: int) -> Any:
-        """Return these blocks of what this worker sends: g in few bits, else its values."""
-        store, part = self._store, self._part(chunk, start, stop)
-        g = store.read("model", part) if own is None else own[part.start - chunk.start : part.stop - chunk.start]
-        if self._few_bits:
-            g = (store.read("anchor", part) - g) + store.read("residual", part)
-        return self._codec.padded(g, (stop - start) * BLOCK)
+    def _contribution(self, chunk: Chunk, own: Any, weight: Scalar) -> Elementwise:
+        """Return the vector that this worker sends: g in few bits, else its values; zeros where it weighs nothing."""
+        return Elementwise(self._weighed, self._sources(chunk, own), (weight,))
 
-    def _nothing(self, chunk: Chunk, start: int, stop: int) -> Any:
-        """Return zeros in the place of these blocks, whatever the values are."""
-        return self._codec.padded(self._empty(chunk), (stop - start) * BLOCK)
+    def _weighed(self, weight: Scalar, *of: Any) -> Any:
+        """Return a piece of what is sent."""
+        g = _owed(*of)
+        return self._ops.choose(weight == 0, partial(self._zeros, g), g)
+
+    def _sources(self, chunk: Chunk, own: Any) -> tuple[Callable[[int, int], Any], ...]:
+        """Return the vectors of which the contribution consists: this worker's values, in few bits anchor and residual.
+
+        Args:
+            own: the values; None: the model's.
+        """
+
+        def read(vector: str, first: int, last: int) -> Any:
+            return self._store.read(vector, self._part(chunk, first, last))
+
+        values = partial(read, "model") if own is None else blocks_in(own)
+        return (values, partial(read, "anchor"), partial(read, "residual")) if self._few_bits else (values,)
+
+    def _zeros(self, like: Any) -> Any:
+        return self._codec.padded(like[:0], like.shape[0])
 
     def _empty(self, chunk: Chunk) -> Any:
         # Not of the store's zeros, which lie in memory that another thread may use.
@@ -341,3 +357,14 @@ class TwoPhase:
         if self._few_bits:
             return self._store.read("anchor", part)[:0] * 1
         return self._store.read_slice("anchor", chunk.index)[:0] * 1
+
+
+def _owed(x: Any, anchor: Any = None, residual: Any = None) -> Any:
+    """Return a piece of g in few bits, and the values where there is nothing else."""
+    return x if anchor is None else (anchor - x) + residual
+
+
+def _with_residual(function: Callable[..., Any], *given: Any) -> Any:
+    """Return a piece of a vector and the residual of sending it, which is the last one given."""
+    *others, residual = given
+    return function(*others) + residual

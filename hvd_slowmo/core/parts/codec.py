@@ -8,8 +8,8 @@ Other frameworks have faster forms of these functions, which give the same bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,24 +29,75 @@ def payload_bytes(elements: int, bits: int) -> int:
     return elements * bits // 8 + (elements // BLOCK * 4 if bits in LEVELS else 0)
 
 
+class Elementwise(NamedTuple):
+    """A vector of whole blocks that is a function of others, element by element: computed in pieces, where it is used.
+
+    Attributes:
+        function: takes the scalars, then a piece of each source. It depends on nothing else, but may be a method.
+        sources: each returns its blocks from the first to the one before the last: values, of which the vector's last
+            block may have fewer, or `Coded`.
+        scalars: the same for all pieces.
+
+    Example:
+        >>> g = np.arange(2 * BLOCK)
+        >>> twice = Elementwise(np.multiply, (blocks_in(g),), (2,))
+        >>> twice.piece(1, 2)[:3].tolist()
+        [2048, 2050, 2052]
+    """
+
+    function: Callable[..., Any]
+    sources: Sequence[Callable[[int, int], Any]]
+    scalars: tuple[Any, ...] = ()
+
+    def piece(self, first: int, last: int) -> Any:
+        """Return blocks first .. last - 1."""
+        return self.function(*self.scalars, *[source(first, last) for source in self.sources])
+
+
+def blocks_in(values: Any) -> Callable[[int, int], Any]:
+    """Return a source of `Elementwise`: the blocks of a flat tensor."""
+    return lambda first, last: values[first * BLOCK : last * BLOCK]
+
+
+def plain(values: Any) -> Elementwise:
+    """Return a flat tensor as it is, to be encoded."""
+    return Elementwise(_itself, (blocks_in(values),))
+
+
+def _itself(piece: Any) -> Any:
+    return piece
+
+
+Coded = tuple[Any, ...]
+"""Blocks as they travel: their scales, if they have any, and the bytes of their values."""
+
+
 class Codec(Protocol):
     """Encoding of vectors in whole blocks, as flat tensors of a framework: float32, or float64 with 64 bits."""
 
     tile: int | None
     """Blocks to work on at a time, so that a processor's cache holds the temporaries; None: all at once."""
 
-    def encode(self, pieces: Iterable[Any], blocks: int, bits: int) -> Any:
-        """Return the message (uint8) for a vector of so many blocks: all scales, then all values.
+    def compute(self, vector: Elementwise, first: int, last: int) -> Any:
+        """Return blocks first .. last - 1 of a vector."""
 
-        Args:
-            pieces: of the vector, in order, each of `tile` blocks or, the last one, fewer.
+    def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> Any:
+        """Return the message (uint8) of blocks first .. last - 1: all scales, then all values.
+
+        A last block that is not whole is filled up with zeros.
         """
 
-    def decode(self, message: Any, bits: int, first: int = 0, last: int | None = None) -> Any:
-        """Return blocks first .. last - 1 of the vector of a message."""
+    def encode_with_rest(self, vector: Elementwise, first: int, last: int, bits: int) -> tuple[Any, Any]:
+        """Return the message as `encode`, and what rounding withholds of the blocks."""
 
-    def decode_all(self, messages: Sequence[Any], bits: int) -> Any:
-        """Return the vectors of several messages, end to end."""
+    def cut(self, message: Any, bits: int, first: int = 0, last: int | None = None) -> Coded:
+        """Return blocks first .. last - 1 of a message."""
+
+    def cut_all(self, messages: Sequence[Any], bits: int) -> Coded:
+        """Return the blocks of several messages, one after the other."""
+
+    def decode(self, coded: Coded, bits: int) -> Any:
+        """Return the values of blocks."""
 
     def padded(self, g: Any, elements: int) -> Any:
         """Return a vector filled up with zeros to so many elements."""
@@ -75,22 +126,26 @@ class NumpyCodec:
     Example:
         >>> codec = NumpyCodec()
         >>> g = np.linspace(-1, 1, BLOCK, dtype=np.float32)
-        >>> message = codec.encode([g], 1, 8)
-        >>> len(message), bool(abs(codec.decode(message, 8) - g).max() < 1 / 254)
+        >>> message = codec.encode(plain(g), 0, 1, 8)
+        >>> len(message), bool(abs(codec.decode(codec.cut(message, 8), 8) - g).max() < 1 / 254)
         (1028, True)
     """
 
     tile: int | None = None
 
-    def encode(self, pieces: Iterable[NDArray[Any]], blocks: int, bits: int) -> NDArray[np.uint8]:
-        g = np.concatenate(list(pieces))
+    def compute(self, vector: Elementwise, first: int, last: int) -> NDArray[Any]:
+        values: NDArray[Any] = vector.piece(first, last)
+        return values
+
+    def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> NDArray[np.uint8]:
+        g = self.padded(vector.piece(first, last), (last - first) * BLOCK)
         if bits >= 32:
             return g.astype(f"<f{bits // 8}").view(np.uint8)
         if bits == 16:
             raw = g.view(np.uint32)
             rounded = raw + 0x7FFF + ((raw >> 16) & 1)
             return (rounded >> 16).astype("<u2").view(np.uint8)
-        rows = g.reshape(blocks, BLOCK)
+        rows = g.reshape(-1, BLOCK)
         scales = np.abs(rows).max(axis=1) / np.float32(LEVELS[bits])
         scales[scales == 0] = 1
         values = np.rint(rows / scales[:, None]).astype(np.int8).reshape(-1)
@@ -101,27 +156,37 @@ class NumpyCodec:
             codes = values.view(np.uint8)
         return np.concatenate([scales.astype("<f4").view(np.uint8), codes])
 
-    def decode(self, message: NDArray[np.uint8], bits: int, first: int = 0, last: int | None = None) -> NDArray[Any]:
+    def encode_with_rest(
+        self, vector: Elementwise, first: int, last: int, bits: int
+    ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        message = self.encode(vector, first, last, bits)
+        values = self.padded(vector.piece(first, last), (last - first) * BLOCK)
+        return message, values - self.decode(self.cut(message, bits), bits)
+
+    def cut(self, message: NDArray[np.uint8], bits: int, first: int = 0, last: int | None = None) -> Coded:
         blocks = blocks_of(message, bits)
+        codes = (
+            message[4 * blocks if bits in LEVELS else 0 :].reshape(blocks, BLOCK * bits // 8)[first:last].reshape(-1)
+        )
+        return (message[: 4 * blocks].view("<f4")[first:last], codes) if bits in LEVELS else (codes,)
+
+    def cut_all(self, messages: Sequence[NDArray[np.uint8]], bits: int) -> Coded:
+        return tuple(np.concatenate(each) for each in zip(*(self.cut(m, bits) for m in messages), strict=True))
+
+    def decode(self, coded: Coded, bits: int) -> NDArray[Any]:
+        codes = coded[-1]
         if bits >= 32:
-            values = np.frombuffer(message.tobytes(), f"<f{bits // 8}").reshape(blocks, BLOCK)
-            exact: NDArray[Any] = values[first:last].reshape(-1)
+            exact: NDArray[Any] = codes.view(f"<f{bits // 8}")
             return exact
         if bits == 16:
-            whole = (message.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(blocks, BLOCK)
+            rounded: NDArray[np.float32] = (codes.view("<u2").astype(np.uint32) << 16).view(np.float32)
+            return rounded
+        if bits == 4:
+            values = np.stack([codes & 15, codes >> 4], axis=1).astype(np.int8) - np.int8(8)
         else:
-            scales = np.frombuffer(message[: 4 * blocks].tobytes(), "<f4")
-            codes = message[4 * blocks :]
-            if bits == 4:
-                values = np.stack([codes & 15, codes >> 4], axis=1).astype(np.int8) - np.int8(8)
-            else:
-                values = codes.view(np.int8)
-            whole = values.reshape(blocks, BLOCK) * scales[:, None]
-        result: NDArray[np.float32] = whole[first:last].astype(np.float32).reshape(-1)
-        return result
-
-    def decode_all(self, messages: Sequence[NDArray[np.uint8]], bits: int) -> NDArray[Any]:
-        return np.concatenate([self.decode(message, bits) for message in messages])
+            values = codes.view(np.int8)
+        result: NDArray[np.float32] = (values.reshape(-1, BLOCK) * coded[0][:, None]).astype(np.float32)
+        return result.reshape(-1)
 
     def padded(self, g: NDArray[Any], elements: int) -> NDArray[Any]:
         return np.concatenate([g, np.zeros(elements - len(g), g.dtype)])

@@ -70,11 +70,12 @@ def outer_update(config: SlowMoConfig, mean: Any, anchor: Any, v: Any, m: Moment
         ([-1.0], [3.0])
     """
     delta = anchor - mean
+    base = mean if config.alpha == 1 else mean + delta * (1 - config.alpha)
     if v is None:
-        return mean + delta * (1 - config.alpha), None
+        return base, None
     w = v * m.carried
     back = (w + delta) * (config.alpha * config.beta) if config.nesterov else w * config.alpha
-    return mean + delta * (1 - config.alpha) - back, v * m.keep + delta * m.gain
+    return base - back, v * m.keep + delta * m.gain
 
 
 def scaled_sum(x: Any, factor: Any, y: Any, memory: Callable[[], Any]) -> Any:

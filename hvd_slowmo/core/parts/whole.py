@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.parts.codec import payload_bytes
+from hvd_slowmo.core.parts.codec import payload_bytes, plain
 from hvd_slowmo.core.parts.layout import ITEMSIZE, Chunk
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.slices import BLOCK, Slices
@@ -44,6 +44,6 @@ def _gather(runtime: Runtime, name: str, chunk: Chunk) -> Any:
     comm, codec, slices = runtime.comm.scoped("save"), runtime.codec, Slices(chunk.size, runtime.comm.size)
     bits = 8 * ITEMSIZE[runtime.layout.segments[chunk.segment].dtype]
     elements = [slices.elements(rank) for rank in range(comm.size)]
-    own = codec.encode([runtime.store.read_slice(name, chunk.index)], elements[comm.rank] // BLOCK, bits)
+    own = codec.encode(plain(runtime.store.read_slice(name, chunk.index)), 0, elements[comm.rank] // BLOCK, bits)
     handle = comm.start_allgather(f"{name}.{chunk.index}", own, [payload_bytes(n, bits) for n in elements])
-    return codec.decode_all(comm.wait(handle), bits)[: chunk.size]
+    return codec.decode(codec.cut_all(comm.wait(handle), bits), bits)[: chunk.size]

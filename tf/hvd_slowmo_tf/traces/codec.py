@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import tensorflow as tf
 
-from hvd_slowmo.core.parts.codec import LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.parts.codec import LEVELS, Coded, Elementwise, blocks_of, payload_bytes
 from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo_tf.traces.pieces import joined
 from hvd_slowmo_tf.traces.shared import SharedTraces
@@ -15,20 +15,21 @@ from hvd_slowmo_tf.traces.tiles import in_tiles
 
 EXACT = {16: tf.bfloat16, 32: tf.float32, 64: tf.float64}
 """Types of TensorFlow's own in which values travel."""
-ENCODED = 2**18
-"""Elements that are encoded at a time."""
+TILE = 256
+"""Blocks that are worked on at a time."""
 
 
 class KerasCodec:
     """`hvd_slowmo.core.parts.codec.Codec` on tensors of TensorFlow.
 
     Args:
-        tiled: encode long vectors in tiles, which XLA can't compile.
+        tiled: work on long vectors in tiles, which XLA can't compile.
 
     Example:
+        >>> from hvd_slowmo.core.parts.codec import plain
         >>> codec = KerasCodec()
-        >>> message = codec.encode([tf.linspace(-1.0, 1.0, BLOCK)], 1, 8)
-        >>> message.shape[0], codec.decode(message, 8).shape[0]
+        >>> message = codec.encode(plain(tf.linspace(-1.0, 1.0, BLOCK)), 0, 1, 8)
+        >>> message.shape[0], codec.decode(codec.cut(message, 8), 8).shape[0]
         (1028, 1024)
     """
 
@@ -38,51 +39,99 @@ class KerasCodec:
         self._tiled = tiled
         self._shared = SharedTraces()
 
-    def encode(self, pieces: Iterable[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
-        g = joined(list(pieces))
-        return self._shared.call(("encode", blocks, bits), partial(self._encoded, blocks=blocks, bits=bits), g)
+    def compute(self, vector: Elementwise, first: int, last: int) -> tf.Tensor:
+        (values,) = self._worked_on("compute", vector, first, last, lambda piece: [piece])
+        return values
 
-    def decode(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> tf.Tensor:
+    def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> tf.Tensor:
+        coded = self._worked_on(f"encode {bits}", vector, first, last, partial(_coded, bits=bits))
+        return _message(coded, last - first, bits)
+
+    def encode_with_rest(self, vector: Elementwise, first: int, last: int, bits: int) -> tuple[tf.Tensor, tf.Tensor]:
+        def code(piece: tf.Tensor) -> Sequence[tf.Tensor]:
+            whole = _whole_blocks(piece)
+            coded = _coded(whole, bits)
+            return [whole - self.decode(coded, bits), *coded]
+
+        rest, *coded = self._worked_on(f"encode {bits} with rest", vector, first, last, code)
+        return _message(coded, last - first, bits), rest
+
+    def _worked_on(
+        self,
+        kind: str,
+        vector: Elementwise,
+        first: int,
+        last: int,
+        finish: Callable[[tf.Tensor], Sequence[tf.Tensor]],
+    ) -> Sequence[tf.Tensor]:
+        """Return what `finish` makes of blocks first .. last - 1 of a vector.
+
+        Args:
+            kind: names `finish`.
+        """
+        given = [source(first, last) for source in vector.sources]
+        tensors = tf.nest.flatten(given)
+        # Values may end within a block, codes do not.
+        coded = [isinstance(each, tuple) for each in given for _ in tf.nest.flatten(each)]
+        blocks = max(1, last - first)
+        lengths = [TILE * (x.shape[0] // blocks if c else BLOCK) for x, c in zip(tensors, coded, strict=True)]
+        moving = [scalar for scalar in vector.scalars if tf.is_tensor(scalar)]
+        fixed = tuple(None if tf.is_tensor(scalar) else scalar for scalar in vector.scalars)
+
+        def work(*arguments: tf.Tensor) -> Sequence[tf.Tensor]:
+            left = iter(arguments[: len(moving)])
+            scalars = [next(left) if scalar is None else scalar for scalar in fixed]
+
+            def of_piece(*parts: tf.Tensor) -> Sequence[tf.Tensor]:
+                return finish(vector.function(*scalars, *tf.nest.pack_sequence_as(given, parts)))
+
+            flat = arguments[len(moving) :]
+            return in_tiles(of_piece, flat, lengths) if self._tiled and last > first else of_piece(*flat)
+
+        key = kind, vector.function, fixed, *((x.shape[0], x.dtype) for x in tensors)
+        return self._shared.call(key, work, *moving, *tensors)
+
+    def cut(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> Coded:
         blocks = blocks_of(message, bits)
         last = blocks if last is None else last
-        work = partial(self._decoded, bits=bits, blocks=blocks, first=first, last=last)
-        return self._shared.call(("decode", bits, blocks, first, last), work, message)
-
-    def decode_all(self, messages: Sequence[tf.Tensor], bits: int) -> tf.Tensor:
-        key = ("decode all", bits, *(message.shape[0] for message in messages))
-        return self._shared.call(key, partial(self._decoded_all, bits=bits), *messages)
-
-    def _encoded(self, g: tf.Tensor, blocks: int, bits: int) -> tf.Tensor:
+        row = BLOCK * bits // 8
         if bits in EXACT:
-            codes = tf.bitcast(tf.cast(g, EXACT[bits]), tf.uint8)
-            return tf.reshape(codes, [payload_bytes(blocks * BLOCK, bits)])
-        encode = partial(_scales_and_codes, bits=bits)
-        scales, codes = in_tiles(encode, [tf.float32, tf.uint8], [g], ENCODED) if self._tiled else encode(g)
-        message = tf.concat([tf.reshape(tf.bitcast(scales, tf.uint8), [-1]), codes], 0)
-        return tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])
+            return (message[row * first : row * last],)
+        scales = tf.bitcast(tf.reshape(message[4 * first : 4 * last], [last - first, 4]), tf.float32)
+        return scales, message[4 * blocks + row * first : 4 * blocks + row * last]
 
-    def _decoded(self, message: tf.Tensor, bits: int, blocks: int, first: int, last: int) -> tf.Tensor:
+    def cut_all(self, messages: Sequence[tf.Tensor], bits: int) -> Coded:
+        return tuple(joined(each) for each in zip(*(self.cut(m, bits) for m in messages), strict=True))
+
+    def decode(self, coded: Coded, bits: int) -> tf.Tensor:
+        codes = coded[-1]
         if bits in EXACT:
             size = bits // 8
-            return _exact(message[size * first * BLOCK : size * last * BLOCK], bits)
-        row = BLOCK * bits // 8
-        codes = message[4 * blocks + first * row : 4 * blocks + last * row]
-        return _values(message[4 * first : 4 * last], codes, bits)
-
-    def _decoded_all(self, *messages: tf.Tensor, bits: int) -> tf.Tensor:
-        if bits in EXACT:
-            return _exact(joined(messages), bits)
-        pairs = [(message, 4 * blocks_of(message, bits)) for message in messages]
-        scales = joined([message[:end] for message, end in pairs])
-        codes = joined([message[end:] for message, end in pairs])  # which are shorter than the values
-        return _values(scales, codes, bits)
+            values = tf.bitcast(tf.reshape(codes, [codes.shape[0] // size, size]), EXACT[bits])
+            return tf.cast(values, tf.float64 if bits == 64 else tf.float32)
+        if bits == 4:
+            low, high = codes & 15, tf.bitwise.right_shift(codes, tf.constant(4, tf.uint8))
+            values = tf.cast(tf.stack([low, high], axis=1), tf.float32) - 8
+        else:
+            values = tf.cast(tf.bitcast(codes, tf.int8), tf.float32)
+        scales = coded[0]
+        return tf.reshape(tf.reshape(values, [scales.shape[0], BLOCK]) * scales[:, None], [scales.shape[0] * BLOCK])
 
     def padded(self, g: tf.Tensor, elements: int) -> tf.Tensor:
         return g if g.shape[0] == elements else tf.pad(g, [[0, elements - g.shape[0]]])
 
 
-def _scales_and_codes(g: tf.Tensor, bits: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the scales of the blocks and the bytes of the values."""
+def _whole_blocks(g: tf.Tensor) -> tf.Tensor:
+    """Return values filled up with zeros to whole blocks."""
+    missing = -g.shape[0] % BLOCK
+    return tf.pad(g, [[0, missing]]) if missing else g
+
+
+def _coded(g: tf.Tensor, bits: int) -> Coded:
+    """Return the scales of values, if these have any, and their bytes."""
+    g = _whole_blocks(g)
+    if bits in EXACT:
+        return (tf.reshape(tf.bitcast(tf.cast(g, EXACT[bits]), tf.uint8), [g.shape[0] * bits // 8]),)
     rows = tf.reshape(g, [-1, BLOCK])
     # The greatest magnitude, without the rows' absolute values as a tensor of their own.
     greatest = tf.maximum(tf.reduce_max(rows, axis=1), -tf.reduce_min(rows, axis=1))
@@ -96,19 +145,8 @@ def _scales_and_codes(g: tf.Tensor, bits: int) -> tuple[tf.Tensor, tf.Tensor]:
     return scales, unsigned[:, 0] | tf.bitwise.left_shift(unsigned[:, 1], tf.constant(4, tf.uint8))
 
 
-def _values(scales: tf.Tensor, codes: tf.Tensor, bits: int) -> tf.Tensor:
-    """Return the values of blocks, from the bytes of their scales and of their values."""
-    scales = tf.bitcast(tf.reshape(scales, [-1, 4]), tf.float32)
-    if bits == 4:
-        low, high = codes & 15, tf.bitwise.right_shift(codes, tf.constant(4, tf.uint8))
-        values = tf.cast(tf.stack([low, high], axis=1), tf.float32) - 8
-    else:
-        values = tf.cast(tf.bitcast(codes, tf.int8), tf.float32)
-    return tf.reshape(tf.reshape(values, [scales.shape[0], BLOCK]) * scales[:, None], [scales.shape[0] * BLOCK])
-
-
-def _exact(codes: tf.Tensor, bits: int) -> tf.Tensor:
-    """Return values that travel as they are, or rounded, from their bytes."""
-    size = bits // 8
-    values = tf.bitcast(tf.reshape(codes, [codes.shape[0] // size, size]), EXACT[bits])
-    return tf.cast(values, tf.float64 if bits == 64 else tf.float32)
+def _message(coded: Sequence[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
+    """Return scales and bytes as a message of so many blocks."""
+    *scales, codes = coded
+    message = tf.concat([*(tf.reshape(tf.bitcast(each, tf.uint8), [-1]) for each in scales), codes], 0)
+    return tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])

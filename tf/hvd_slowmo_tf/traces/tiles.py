@@ -18,40 +18,40 @@ TILE = 2**16
 
 
 def in_tiles(
-    work: Callable[..., Sequence[tf.Tensor]], dtypes: Sequence[tf.DType], tensors: Sequence[tf.Tensor], tile: int
+    work: Callable[..., Sequence[tf.Tensor]], tensors: Sequence[tf.Tensor], lengths: Sequence[int]
 ) -> Sequence[tf.Tensor]:
     """Return work(*tensors), computed tile by tile in a trace for a CPU, where it is long. XLA can't compile that.
 
     Args:
-        work: takes flat tensors of one length and returns flat tensors. What it returns for a tile is the part of its
-            results that the tile's elements decide, and depends on no others.
-        dtypes: of the results, whose length a trace does not know.
-        tensors: flat, of one length.
-        tile: elements.
+        work: takes flat tensors and returns flat tensors. What it returns for a tile is the part of its results that
+            the tile's elements decide, and depends on no others.
+        tensors: flat, each as many tiles long as the others. Of the last tile some elements may be missing.
+        lengths: elements of a tile of each.
 
     Example:
-        >>> doubled = tf.function(lambda x: in_tiles(lambda x: [2 * x], [x.dtype], [x], tile=2)[0])
+        >>> doubled = tf.function(lambda x: in_tiles(lambda x: [2 * x], [x], lengths=[2])[0])
         >>> doubled(tf.constant([1.0, 2.0, 3.0, 4.0, 5.0])).numpy().tolist()
         [2.0, 4.0, 6.0, 8.0, 10.0]
     """
-    length = tensors[0].shape[0]
-    if length < 2 * tile or not tf.inside_function() or tf.config.list_logical_devices("GPU"):
+    tiles = max(-(-x.shape[0] // length) for x, length in zip(tensors, lengths, strict=True))
+    if tiles < 3 or not tf.inside_function() or tf.config.list_logical_devices("GPU"):
         return work(*tensors)
-    whole = length // tile
+    sizes: list[int] = []  # of the results for a whole tile
 
     def step(number: tf.Tensor, results: Sequence[tf.TensorArray]) -> tuple[tf.Tensor, Sequence[tf.TensorArray]]:
         # A slice that begins at a multiple of 64 bytes is no copy.
-        parts = work(*[tf.slice(x, [number * tile], [tile]) for x in tensors])
+        parts = work(*[tf.slice(x, [number * length], [length]) for x, length in zip(tensors, lengths, strict=True)])
+        sizes[:] = [part.shape[0] for part in parts]
         return number + 1, [array.write(number, part) for array, part in zip(results, parts, strict=True)]
 
-    rest = length % tile
-    tiles = whole + (rest > 0)
-    arrays = [tf.TensorArray(dtype, tiles, element_shape=[None], infer_shape=False) for dtype in dtypes]
-    _, filled = tf.while_loop(lambda number, _: number < whole, step, [tf.constant(0), arrays])
-    if rest:
-        parts = work(*[x[whole * tile :] for x in tensors])
-        filled = [array.write(whole, part) for array, part in zip(filled, parts, strict=True)]
-    return [array.concat() for array in filled]
+    # The last one, which may be shorter, tells the types as well.
+    last = work(*[x[(tiles - 1) * length :] for x, length in zip(tensors, lengths, strict=True)])
+    arrays = [tf.TensorArray(part.dtype, tiles, element_shape=[None], infer_shape=False) for part in last]
+    _, filled = tf.while_loop(lambda number, _: number < tiles - 1, step, [tf.constant(0), arrays])
+    return [
+        tf.reshape(array.write(tiles - 1, part).concat(), [(tiles - 1) * size + part.shape[0]])
+        for array, size, part in zip(filled, sizes, last, strict=True)
+    ]
 
 
 def tiled_outer_update(
@@ -59,11 +59,11 @@ def tiled_outer_update(
 ) -> tuple[tf.Tensor, tf.Tensor | None]:
     """Do as `hvd_slowmo.core.parts.outer_update.outer_update`, in tiles; the same values, bitwise."""
     if v is None:
-        (x,) = in_tiles(lambda mean, x: [outer_update(config, mean, x, None, m)[0]], [mean.dtype], [mean, anchor], TILE)
-        return tf.ensure_shape(x, mean.shape), None
+        (x,) = in_tiles(lambda mean, x: [outer_update(config, mean, x, None, m)[0]], [mean, anchor], [TILE] * 2)
+        return x, None
 
     def update(mean: tf.Tensor, anchor: tf.Tensor, v: tf.Tensor) -> Sequence[tf.Tensor]:
         return outer_update(config, mean, anchor, v, m)
 
-    x, v = in_tiles(update, [mean.dtype] * 2, [mean, anchor, v], TILE)
-    return tf.ensure_shape(x, mean.shape), tf.ensure_shape(v, mean.shape)
+    x, v = in_tiles(update, [mean, anchor, v], [TILE] * 3)
+    return x, v

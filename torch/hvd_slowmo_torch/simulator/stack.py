@@ -7,7 +7,7 @@ in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import Comm
+from hvd_slowmo.core.parts.codec import Coded, Elementwise, plain
 from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo_torch.simulator.shares import Shares
 from hvd_slowmo_torch.tensors.codec import TorchCodec
@@ -32,8 +33,8 @@ class StackCodec:
 
     Example:
         >>> codec, g = StackCodec(), torch.stack([torch.zeros(BLOCK), torch.ones(BLOCK)], dim=1)
-        >>> message = codec.encode([g], 1, 8)
-        >>> tuple(message.shape), torch.equal(codec.decode(message, 8), g)
+        >>> message = codec.encode(plain(g), 0, 1, 8)
+        >>> tuple(message.shape), torch.equal(codec.decode(codec.cut(message, 8), 8), g)
         ((2, 1028), True)
     """
 
@@ -42,22 +43,44 @@ class StackCodec:
     def __init__(self) -> None:
         self._codec = TorchCodec(tile=None)
 
-    def encode(self, pieces: Iterable[torch.Tensor], blocks: int, bits: int) -> torch.Tensor:
-        g = torch.cat([piece.T for piece in pieces], dim=1)  # in the order of the memory
-        # Blocks are encoded one by one, so those of all workers may stand behind each other.
-        return self._codec.encode([g.reshape(-1)], blocks * len(g), bits).view(len(g), -1)
+    def compute(self, vector: Elementwise, first: int, last: int) -> torch.Tensor:
+        values: torch.Tensor = vector.piece(first, last)
+        return values
 
-    def decode(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> torch.Tensor:
+        return self._encoded(self._whole(vector, first, last), bits)
+
+    def encode_with_rest(
+        self, vector: Elementwise, first: int, last: int, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values = self._whole(vector, first, last)
+        message = self._encoded(values, bits)
+        return message, values - self.decode(self.cut(message, bits), bits)
+
+    def _whole(self, vector: Elementwise, first: int, last: int) -> torch.Tensor:
+        return self.padded(vector.piece(first, last), (last - first) * BLOCK)
+
+    def _encoded(self, g: torch.Tensor, bits: int) -> torch.Tensor:
+        # In the order of the memory. Blocks are encoded one by one, so those of all workers may follow each other.
+        rows = g.T.reshape(-1)
+        return self._codec.encode(plain(rows), 0, len(rows) // BLOCK, bits).view(g.shape[1], -1)
+
+    def cut(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> Coded:
         if not message.is_floating_point():
-            message = self._codec.decode(message.reshape(-1), bits).view(len(message), -1).T
-        return message[first * BLOCK : None if last is None else last * BLOCK]
+            codes = self._codec.cut(message.reshape(-1), bits)
+            message = self._codec.decode(codes, bits).view(len(message), -1).T
+        return (message[first * BLOCK : None if last is None else last * BLOCK],)
 
-    def decode_all(self, messages: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
+    def cut_all(self, messages: Sequence[torch.Tensor], bits: int) -> Coded:
         (message,) = messages
-        return self.decode(message, bits)
+        return self.cut(message, bits)
+
+    def decode(self, coded: Coded, bits: int) -> torch.Tensor:
+        values: torch.Tensor = coded[0]
+        return values
 
     def padded(self, g: torch.Tensor, elements: int) -> torch.Tensor:
-        return torch.nn.functional.pad(g.T, (0, elements - len(g))).T
+        return g if len(g) == elements else torch.nn.functional.pad(g.T, (0, elements - len(g))).T
 
 
 class StackComm:
@@ -99,7 +122,7 @@ class StackComm:
 
     def start_alltoall(self, name: str, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         (message,) = parts
-        return [mean_of(self._codec.decode(message, self._bits))]
+        return [mean_of(self._codec.decode(self._codec.cut(message, self._bits), self._bits))]
 
     def start_allgather(self, name: str, x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
         return [x]

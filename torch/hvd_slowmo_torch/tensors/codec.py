@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from hvd_slowmo.core.parts.codec import LEVELS, blocks_of, payload_bytes
+from hvd_slowmo.core.parts.codec import LEVELS, Coded, Elementwise, blocks_of, payload_bytes, tiles
 from hvd_slowmo.core.parts.slices import BLOCK
 
 EXACT = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
@@ -23,19 +23,49 @@ class TorchCodec:
     def __init__(self, tile: int | None = 256) -> None:
         self.tile = tile
 
-    def encode(self, pieces: Iterable[torch.Tensor], blocks: int, bits: int) -> torch.Tensor:
-        message, first = torch.empty(0, dtype=torch.uint8), 0
-        for piece in pieces:
-            if not first:
-                message = torch.empty(payload_bytes(blocks * BLOCK, bits), dtype=torch.uint8, device=piece.device)
-            rows = piece.view(-1, BLOCK)
-            last = first + len(rows)
-            if bits in EXACT:
-                message.view(EXACT[bits])[first * BLOCK : last * BLOCK] = piece
-            else:
-                self._encode(rows, message, blocks, first, last, bits)
-            first = last
+    def compute(self, vector: Elementwise, first: int, last: int) -> torch.Tensor:
+        pieces = [vector.piece(start, stop) for start, stop in self._tiles(first, last)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> torch.Tensor:
+        message = torch.empty(0, dtype=torch.uint8)
+        for start, stop in self._tiles(first, last):
+            piece = self._piece(vector, start, stop)
+            if start == first:
+                message = self._message(piece, last - first, bits)
+            self._write(piece, message, start - first, stop - first, bits)
         return message
+
+    def encode_with_rest(
+        self, vector: Elementwise, first: int, last: int, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        message = rest = torch.empty(0)
+        for start, stop in self._tiles(first, last):
+            piece = self._piece(vector, start, stop)
+            if start == first:
+                message, rest = self._message(piece, last - first, bits), piece.new_empty((last - first) * BLOCK)
+            within = start - first, stop - first
+            self._write(piece, message, *within, bits)
+            own = rest[within[0] * BLOCK : within[1] * BLOCK]
+            torch.sub(piece, self.decode(self.cut(message, bits, *within), bits), out=own)
+        return message, rest
+
+    def _tiles(self, first: int, last: int) -> Sequence[tuple[int, int]]:
+        """Return at least one, of no blocks: what it consists of has a type and a device."""
+        return list(tiles(self, first, last)) or [(first, last)]
+
+    def _piece(self, vector: Elementwise, start: int, stop: int) -> torch.Tensor:
+        return self.padded(vector.piece(start, stop), (stop - start) * BLOCK)
+
+    def _message(self, like: torch.Tensor, blocks: int, bits: int) -> torch.Tensor:
+        return torch.empty(payload_bytes(blocks * BLOCK, bits), dtype=torch.uint8, device=like.device)
+
+    def _write(self, piece: torch.Tensor, message: torch.Tensor, first: int, last: int, bits: int) -> None:
+        """Write the code of a piece to its place in the message."""
+        if bits in EXACT:
+            message.view(EXACT[bits])[first * BLOCK : last * BLOCK] = piece
+        else:
+            self._encode(piece.view(-1, BLOCK), message, blocks_of(message, bits), first, last, bits)
 
     def _encode(self, rows: torch.Tensor, message: torch.Tensor, blocks: int, first: int, last: int, bits: int) -> None:
         scales = message[: 4 * blocks].view(torch.float32)
@@ -52,22 +82,28 @@ class TorchCodec:
         pairs = q.add_(8).view(len(rows), BLOCK // 2, 2)
         codes[first:last] = torch.add(pairs[:, :, 0], pairs[:, :, 1], alpha=16)
 
-    def decode(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def cut(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> Coded:
         blocks = blocks_of(message, bits)
         last = blocks if last is None else last
+        row = BLOCK * bits // 8
         if bits in EXACT:
-            values = message.view(EXACT[bits])[first * BLOCK : last * BLOCK]
-            return values.float() if bits == 16 else values
+            return (message[first * row : last * row],)
         scales = message[4 * first : 4 * last].clone().view(torch.float32)  # a copy, which is aligned
-        codes = message[4 * blocks :].view(blocks, BLOCK * bits // 8)[first:last]
+        return scales, message[4 * blocks + first * row : 4 * blocks + last * row]
+
+    def cut_all(self, messages: Sequence[torch.Tensor], bits: int) -> Coded:
+        return tuple(torch.cat(each) for each in zip(*(self.cut(m, bits) for m in messages), strict=True))
+
+    def decode(self, coded: Coded, bits: int) -> torch.Tensor:
+        codes: torch.Tensor = coded[-1]
+        if bits in EXACT:
+            values = codes.view(EXACT[bits])
+            return values.float() if bits == 16 else values
         if bits == 8:
             values = codes.view(torch.int8).float()
         else:
-            values = torch.stack([codes & 15, codes >> 4], dim=2).float().view(last - first, BLOCK).sub_(8)
-        return values.mul_(scales[:, None]).view(-1)
-
-    def decode_all(self, messages: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
-        return torch.cat([self.decode(message, bits) for message in messages])
+            values = torch.stack([codes & 15, codes >> 4], dim=1).float().sub_(8)
+        return values.view(-1, BLOCK).mul_(coded[0][:, None]).view(-1)
 
     def padded(self, g: torch.Tensor, elements: int) -> torch.Tensor:
         return g if len(g) == elements else torch.nn.functional.pad(g, (0, elements - len(g)))
