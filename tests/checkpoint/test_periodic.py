@@ -77,6 +77,7 @@ def test_an_interrupted_run_goes_on_bitwise_as_the_one_without_a_stop(problem, t
         assert again[3]["noise"].tolist() == [rank + (saved - 1) / 8] * 2
 
 
+@pytest.mark.slow
 def test_saves_follow_the_count_of_steps_at_outer_steps_and_three_are_kept(tmp_path):
     run(tmp_path, 2, 24, RESET, every=5)
     # Multiples of 5 are passed at 5, 10, 15, 20; the outer steps after them are 8, 12, 16 and 20.
@@ -89,12 +90,14 @@ def test_with_averaged_gradients_every_step_can_be_saved(tmp_path):
     assert names(tmp_path) == ["step-000000006.slowmo"]
 
 
+@pytest.mark.slow
 def test_workers_files_of_removed_checkpoints_go_with_them(tmp_path):
     run(tmp_path, 2, 20, MAINTAIN, keep=1)
     assert names(tmp_path) == ["step-000000020.slowmo"]
     assert len(list(tmp_path.iterdir())) == 3  # the common file, and one for each worker's momentum
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_while_a_worker_is_in_its_join(tmp_path):
     """A worker in a join answers outer steps only: a save among the others would wait for it for ever."""
 
@@ -127,6 +130,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_with_a_warning(tmp_path, caplog
     assert "step-000000012.slowmo is left out, since it can't be read whole: rank 0: " in record.getMessage()
 
 
+@pytest.mark.slow
 def test_a_missing_workers_file_damages_a_checkpoint_for_all(tmp_path, caplog):
     run(tmp_path, 2, 8)
     next(tmp_path.glob("step-000000008.slowmo.rank1-*")).unlink()

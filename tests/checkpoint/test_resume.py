@@ -118,6 +118,7 @@ class Unmade(torch.optim.Optimizer):
                 p.data -= group["lr"] * self.scale * self.state[p]["sum"]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_can_not_be_made_anew_leaves_all_as_it_was(tmp_path):
     model, optimizer = one(base=lambda p: Unmade(p, 0.1, 0.5))
     optimizer.save(tmp_path / "start")

@@ -154,6 +154,7 @@ def test_the_examples_of_units() -> None:
     assert result.failed == 0
 
 
+@pytest.mark.slow
 def test_no_framework_is_needed_on_paper() -> None:
     code = (
         "import sys; from hvd_slowmo.cli.main import main; "

@@ -223,6 +223,7 @@ def test_a_file_from_a_gpu_is_read_without_one(folder, monkeypatch):
     assert same(load_file("a.safetensors"), load_file("b.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_bfloat16_goes_around_all_formats_to_the_bit(folder):
     """As float32, which NumPy has; weights are published as safetensors in bfloat16."""

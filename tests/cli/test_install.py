@@ -22,6 +22,7 @@ def _without_frameworks(*arguments, cache):
     return run_code(code, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(cache))
 
 
+@pytest.mark.slow
 def test_install_horovod_without_a_framework_says_so_and_fails(tmp_path):
     result = _without_frameworks("install-horovod", cache=tmp_path)
     assert result.returncode == 1

@@ -66,24 +66,6 @@ def test_without_init_every_rank_is_told_the_line(tmp_path):
     assert "one of 2 workers. Call hvd_slowmo.torch.init()" in job.stderr
 
 
-def test_keras_is_told_to_use_horovod(tmp_path):
-    pytest.importorskip("keras")
-    text = """
-import keras, hvd_slowmo.tf as slowmo
-model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-optimizer = slowmo.SlowMo(keras.optimizers.SGD(0.1), tau=2)
-optimizer.broadcast(model)
-"""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tf"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "2", "RANK": "0"}
-    job = subprocess.run(
-        [sys.executable, script(tmp_path, text)], env=env, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert job.returncode != 0
-    assert "torchrun or a launcher like it has started 2 workers, and Horovod has 1" in job.stderr
-    assert "horovodrun -np 2" in job.stderr
-
-
 @pytest.mark.thorough
 def test_a_killed_worker_ends_the_job(tmp_path):
     text = (

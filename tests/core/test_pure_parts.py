@@ -48,6 +48,7 @@ def test_the_schedule_is_warm_up_then_blocks_of_tau(tau, warmup):
             assert steps_to_meeting(config, step + 1) == config.tau - position
 
 
+@pytest.mark.slow
 @given(tau=st.integers(1, 7), warmup=st.integers(0, 6))
 def test_a_step_without_an_event_is_only_counted(tau, warmup):
     """An adapter leaves out all else then: here store and workers are nothing, so any use of them would fail."""
@@ -90,6 +91,7 @@ def test_workers_are_equal_while_gradients_are_averaged_and_after_an_average():
     assert not equal(SlowMoConfig(tau=4, delay=1), 8, [0], [8])
 
 
+@pytest.mark.slow
 @given(tau=st.integers(1, 9), data=st.data(), warmup=st.integers(0, 6))
 def test_fragments_meet_and_land_at_their_steps(tau, data, warmup):
     fragments, delay = data.draw(st.integers(1, tau)), data.draw(st.integers(0, tau))

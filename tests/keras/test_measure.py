@@ -57,6 +57,7 @@ def test_a_fit_is_measured(clock, tmp_path, optimizer):
     assert load_training(tmp_path / "step.json") == measured.training()
 
 
+@pytest.mark.slow
 def test_steps_of_one_call_share_its_time(clock):
     model = compiled("sgd", steps_per_execution=4)
     measured = slowmo.measure(model.optimizer, steps=12)

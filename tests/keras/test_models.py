@@ -127,6 +127,7 @@ def test_two_optimizers_in_one_loop():
     assert same(adversaries(lambda inner, name: bare(inner, name=name)), adversaries(lambda inner, name: inner))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 def test_a_variable_without_a_gradient_stays_as_it_is():
     a, b = (keras.Variable(np.ones(2, "float32"), name=name) for name in "ab")

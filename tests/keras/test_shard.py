@@ -137,7 +137,9 @@ def starting(settings, ranks, given):
     return ThreadWorld(2).run(work)
 
 
-@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 32, "shard": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"bits": 8}, marks=pytest.mark.thorough), {"bits": 32, "shard": True}], ids=str
+)
 def test_another_ranks_slices_are_refused_before_anything_changes(settings):
     saved = states(settings, 2)
     for text, kept in starting(settings, (0, 1), [saved[0], saved[0]]):

@@ -65,6 +65,7 @@ def test_an_outer_update_in_tiles(length, momentum, nesterov, monkeypatch):
         assert np.array_equal(found[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_messages_in_tiles_are_those_of_numpy(bits, blocks, monkeypatch):
@@ -133,7 +134,9 @@ def test_a_choice_between_two_tensors(long, holds, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("settings", "level"), [({}, 1e-6), ({"bits": 8}, 1e-3)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "level"), [pytest.param({}, 1e-6, marks=pytest.mark.thorough), ({"bits": 8}, 1e-3)], ids=str
+)
 def test_xla_compiles_a_worker_alone_whose_tensors_are_long(settings, level, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 4)
     monkeypatch.setattr(codec, "TILE", 1)

@@ -83,6 +83,7 @@ def blocks_keras():
     return sequential((3,), *parts, kl.Dense(2, name="head"))
 
 
+@pytest.mark.slow
 def test_patterns_pair_layers_and_tensors():
     ours, theirs = Blocks().double(), blocks_keras()
     path = theirs.get_layer("block_3").layers[0].kernel.path.replace("block_3", "block_*")

@@ -119,6 +119,7 @@ def test_what_a_trace_that_was_given_up_has_written_is_of_no_consequence(stores,
         assert all(np.array_equal(v.numpy(), x) for v, x in zip(theirs.trainable_variables, before, strict=True)), cut
 
 
+@pytest.mark.slow
 def test_gradients_of_both_are_the_same_and_one_that_lacks_is_known(models, layouts):
     ours, theirs = models
     twin = keras_model()

@@ -80,6 +80,7 @@ def test_different_topologies_and_nodes():
         assert "config: gradients: it has 'node' where 'local' is expected" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SlowMoConfig.sgp(), SlowMoConfig.osgp(topology="star"), SlowMoConfig.dpsgd()])
 def test_gossip_alone_looks_after_who_is_finite(config):
     def work(comm):

@@ -167,6 +167,7 @@ def retell(x0: Array, gradient: Gradient, *, p: Array, epochs: Sequence[Sequence
     return told
 
 
+@pytest.mark.slow
 @examples(150)
 @given(
     data=st.data(), m=st.integers(1, 4), period=st.integers(1, 3), seed=st.integers(0, 99), warmup=st.integers(0, 4),

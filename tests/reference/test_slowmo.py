@@ -201,9 +201,8 @@ def mean_squared_gradient(total: int, beta: float, workers: int = 8, seeds: int 
     return float(((2 * x / (1 + x * x) ** 2) ** 2).sum() / (total * seeds))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough  # of the oracle itself, against the theorem: it changes with the oracle alone
 @pytest.mark.parametrize(("beta", "powers"), [(0.0, range(10, 14)), (0.6, range(9, 13))])
-@pytest.mark.sample("0.6-powers1")
 def test_theorem_slope_in_steps(beta: float, powers: range) -> None:
     """The bound is a / sqrt(m K) + b / K, both positive, b from the drift inside blocks and the ramp-up of the
     momentum. So the slope lies between -1 and -1/2 and comes to -1/2 from below; at these small K the second term is
