@@ -56,7 +56,8 @@ def test_an_outer_update_in_tiles(length, momentum, nesterov, monkeypatch):
     def at_once(m, mean, anchor, v=None):
         return outer_update(config, mean, anchor, v, m)
 
-    assert loops(update.get_concrete_function(m, *map(tf.constant, vectors))) == ["StatelessWhile"]
+    expected_loops = ["StatelessWhile"] if momentum else []
+    assert loops(update.get_concrete_function(m, *map(tf.constant, vectors))) == expected_loops
     found = update(m, *map(tf.constant, vectors))
     expected = at_once(m, *map(tf.constant, vectors))
     assert np.array_equal(found[0], expected[0])
@@ -85,7 +86,10 @@ def test_messages_in_tiles_are_those_of_numpy(bits, blocks, monkeypatch):
         return again, *product(mine, g, scalar)
 
     concrete = encode.get_concrete_function(tf.constant(g), tf.constant(3.0))
-    assert [loops(each) for each in functions_in(concrete)] == [["StatelessWhile"]] * 2
+    assert [loops(each) for each in functions_in(concrete)] == [
+        ["StatelessWhile"] if bits < 32 else [],
+        ["StatelessWhile"],
+    ]
     message, rest = product(definition, g, np.float32(3))
     again, found, left = encode(tf.constant(g), tf.constant(3.0))
     assert np.array_equal(again, message)

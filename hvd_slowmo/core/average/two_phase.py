@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.parts import names
-from hvd_slowmo.core.parts.codec import Coded, Elementwise, blocks_in, payload_bytes, plain, tiles
+from hvd_slowmo.core.parts.codec import Coded, Elementwise, Source, blocks_in, payload_bytes, plain, tiles
 from hvd_slowmo.core.parts.layout import ITEMSIZE, Chunk
 from hvd_slowmo.core.parts.progress import Observed, Scalar
 from hvd_slowmo.core.parts.runtime import Runtime
@@ -38,7 +38,7 @@ class SlicedChunk(NamedTuple):
     """The exchange of a chunk."""
 
     chunk: Chunk
-    values: Any  # the whole chunk as it was set aside; None: it is the model's
+    values: Any  # of this worker, the whole chunk: as set aside, or as it was read; None: they are read from the model
     parts: Sequence[Any]  # the messages that this worker has sent, by receiver
     handle: Any  # of the phase under way; None: there is none
     received: Sequence[Any] = ()  # the messages of the phase that is over, by sender
@@ -74,6 +74,7 @@ class TwoPhase:
         self._ops, self._store, self._codec = runtime.ops, runtime.store, runtime.codec
         self._config, self._layout, self._own = runtime.config, runtime.layout, runtime.slices
         self._few_bits = runtime.config.bits < 32
+        self._writes_at_once = runtime.writes_at_once
         self._observes = runtime.observe and runtime.config.shards
         self._rank, self._size = runtime.comm.rank, runtime.comm.size
         self._parts: dict[tuple[int, int, int], Chunk] = {}
@@ -86,9 +87,12 @@ class TwoPhase:
             weight: this worker's; where it is 0 it sends zeros.
         """
         slices, bits = self._slices(chunk), self._bits(chunk)
-        if own is None and self._codec.tile is None:
-            own = self._store.read("model", chunk)  # which is whole; `finish` needs it again
-        sent = self._contribution(chunk, own, weight)
+        values = own
+        if own is None and self._codec.tile is None:  # all of it is read at once, and once for both phases
+            values = self._store.read("model", chunk)
+            # `finish` needs them before the second next read. Where all chunks are written at once they would be many.
+            own = values if self._few_bits and not self._writes_at_once else None
+        sent = self._contribution(chunk, values, weight)
         # With fewer blocks than workers most slices are empty: encoding each would take longer than the others.
         nothing = self._codec.encode(plain(self._empty(chunk)), 0, 0, bits) if slices.blocks < self._size else None
         spans = [slices.span(rank) for rank in range(self._size)]
@@ -116,12 +120,13 @@ class TwoPhase:
         chunk, codec, bits = sliced.chunk, self._codec, self._bits(sliced.chunk)
         self.unanswered.pop(chunk.index, None)
         blocks = self._own.lengths[chunk.index] // BLOCK
-        arrived = [partial(codec.cut, message, bits) for message in sliced.received]
-        sent = Elementwise(self._mean, arrived, (bits, weights, total)) if blocks else plain(self._empty(chunk))
+        sources = [partial(codec.cut, message, bits) for message in sliced.received]
+        sent = Elementwise(self._mean, sources, (bits, weights, total)) if blocks else plain(self._empty(chunk))
         kept: list[Any] = []
         observed = None
         if self._config.shards:
-            stepped, kept, observed = self._stepped(sliced, weights, codec.compute(sent, 0, blocks), outer_step)
+            mean = codec.compute(sent, 0, blocks)
+            stepped, kept, observed = self._stepped(sliced, weights, mean, outer_step)
             sent = plain(stepped)
         if self._few_bits:
             residual = blocks_in(self._store.read_slice("slice_residual", chunk.index))
@@ -136,23 +141,23 @@ class TwoPhase:
             self.unanswered[chunk.index] = kept
         return sliced._replace(handle=handle, received=(), relayed=True, kept=kept, observed=observed)
 
-    def _mean(self, bits: int, weights: Any, total: Scalar, *arrived: Coded) -> Any:
+    def _mean(self, bits: int, weights: Any, total: Scalar, *codes: Coded) -> Any:
         """Return a piece of the mean from what the workers have sent, in the order of ranks."""
         mean = None
-        for rank, coded in enumerate(arrived):
+        for rank, coded in enumerate(codes):
             values = self._codec.decode(coded, bits)
             part = values * self._ops.cast_like(weights[rank], values)
             mean = part if mean is None else mean + part
         return mean / self._ops.cast_like(total, mean)
 
     def _stepped(
-        self, sliced: SlicedChunk, weights: Any, arrived: Any, outer_step: OuterStep
+        self, sliced: SlicedChunk, weights: Any, mean_sent: Any, outer_step: OuterStep
     ) -> tuple[Any, list[Any], Any]:
         """Take the outer step of this worker's slice.
 
         Args:
             weights: of all workers, by rank.
-            arrived: the mean of what they have sent.
+            mean_sent: the mean of what they have sent.
 
         Returns:
             What it sends; the new anchor and v; `SlicedChunk.observed`.
@@ -163,7 +168,7 @@ class TwoPhase:
             nothing = self._ops.vector([0.0] * len(Observed._fields)) if self._observes else None
             empty = self._empty(chunk)
             return empty, [empty] * len({"anchor", "v"} & set(self._config.sliced_vectors)), nothing
-        mean = arrived[: part.size]
+        mean = mean_sent[: part.size]
         length = self._own.lengths[chunk.index]
         if self._few_bits:
             before = store.read("anchor", part)
@@ -172,19 +177,19 @@ class TwoPhase:
             before = store.read_slice("anchor", chunk.index)[: part.size]
         # Copies: nothing is written before the verdict.
         v = store.read_slice("v", chunk.index)[: part.size] * 1 if self._config.beta else None
-        observed = self._observed(sliced, weights, arrived, mean, before - mean, v) if self._observes else None
+        observed = self._observed(sliced, weights, mean_sent, mean, before - mean, v) if self._observes else None
         anchor, v = outer_step(part, mean, before * 1, v)
         sent = padded(anchor - before if self._few_bits else anchor, length)
         kept = [] if self._few_bits else [sent]
         kept += [] if v is None else [padded(v, length)]
         return sent, kept, observed
 
-    def _observed(self, sliced: SlicedChunk, weights: Any, arrived: Any, mean: Any, delta: Any, v: Any) -> Any:
+    def _observed(self, sliced: SlicedChunk, weights: Any, mean_sent: Any, mean: Any, delta: Any, v: Any) -> Any:
         """Return the measurements of this worker's slice as a vector; the drift is that of all workers.
 
         Args:
             weights: of all workers, by rank.
-            arrived: the mean of what they have sent; in few bits that is no parameters.
+            mean_sent: the mean of what they have sent; in few bits that is no parameters.
             mean: of the parameters.
         """
         dot, bits = self._ops.dot, self._bits(sliced.chunk)
@@ -193,7 +198,7 @@ class TwoPhase:
         for start, stop in tiles(self._codec, 0, blocks):
             for rank, message in enumerate(sliced.received):
                 sent = self._codec.decode(self._codec.cut(message, bits, start, stop), bits)
-                away = sent - arrived[start * BLOCK : stop * BLOCK]
+                away = sent - mean_sent[start * BLOCK : stop * BLOCK]
                 drift = drift + self._ops.where(weights[rank] > 0, dot(away, away), 0.0)
         seen = Observed(
             drift=drift * self._size / self._ops.where(counted > 0, counted, 1.0),
@@ -223,10 +228,12 @@ class TwoPhase:
             store.write_slice(name, chunk.index, value)
 
         bits = self._bits(chunk)
-        for part, blocks, cut in self._pieces(chunk):
+        for part, blocks, source_of in self._pieces(chunk):
             if self._few_bits:
-                self._withhold(sliced, part, blocks, lambda *_, cut=cut: cut(sliced.parts), (bits, weight, finite))
-            value = self._codec.decode(cut(sliced.received), bits)[: part.size]
+                sources = (*self._sources(chunk, sliced.values), source_of(sliced.parts))
+                owed = Elementwise(self._still_owed, sources, (bits, weight, finite))
+                store.write("residual", part, self._codec.compute(owed, *blocks))
+            value = self._codec.decode(source_of(sliced.received)(*blocks), bits)[: part.size]
             if self._few_bits and self._config.shards:
                 value = store.read("anchor", part) + value
                 store.write("anchor", part, value)
@@ -234,42 +241,25 @@ class TwoPhase:
                 value = store.read("anchor", part) - value
             yield part, value
 
-    def _pieces(self, chunk: Chunk) -> Iterator[tuple[Chunk, tuple[int, int], Callable[[Sequence[Any]], Coded]]]:
-        """Yield the parts of a chunk in which it is worked on, their blocks, and a function that cuts them out."""
+    def _pieces(self, chunk: Chunk) -> Iterator[tuple[Chunk, tuple[int, int], Callable[[Sequence[Any]], Source]]]:
+        """Yield the parts of a chunk in which it is worked on, their blocks, and the source of these in messages."""
         bits, slices = self._bits(chunk), self._slices(chunk)
         if self._codec.tile is None:  # the fewest operations of a trace
-            yield chunk, (0, slices.blocks), lambda messages: self._codec.cut_all(messages, bits)
+            yield chunk, (0, slices.blocks), lambda messages: lambda *_: self._codec.cut_all(messages, bits)
             return
         for rank in range(self._size):
             begin, end = slices.span(rank)
             for start, stop in tiles(self._codec, begin, end):
-                within = start - begin, stop - begin
+                yield self._part(chunk, start, stop), (start, stop), partial(self._source, rank, begin, bits)
 
-                def cut(messages: Sequence[Any], rank: int = rank, within: tuple[int, int] = within) -> Coded:
-                    return self._codec.cut(messages[rank], bits, *within)
+    def _source(self, rank: int, begin: int, bits: int, messages: Sequence[Any]) -> Source:
+        """Return the source of the blocks in the message of a rank, whose first block is `begin`."""
+        return lambda first, last: self._codec.cut(messages[rank], bits, first - begin, last - begin)
 
-                yield self._part(chunk, start, stop), (start, stop), cut
-
-    def _withhold(
-        self,
-        sliced: SlicedChunk,
-        part: Chunk,
-        blocks: tuple[int, int],
-        sent: Callable[[int, int], Coded],
-        scalars: tuple[Scalar, ...],
-    ) -> None:
-        """Write a part of the residual: what has been sent is owed no more.
-
-        Args:
-            sent: these blocks of what this worker has sent.
-            scalars: the bits, this worker's weight, and whether its values were finite.
-        """
-        sources = (*self._sources(sliced.chunk, sliced.values), sent)
-        owed = Elementwise(self._left, sources, scalars)
-        self._store.write("residual", part, self._codec.compute(owed, *blocks))
-
-    def _left(self, bits: int, weight: Scalar, finite: Scalar, x: Any, anchor: Any, residual: Any, sent: Coded) -> Any:
-        """Return a piece of the residual once `sent` has been sent."""
+    def _still_owed(
+        self, bits: int, weight: Scalar, finite: Scalar, x: Any, anchor: Any, residual: Any, sent: Coded
+    ) -> Any:
+        """Return a piece of the residual: what has been sent is owed no more."""
         owed = _owed(x, anchor, residual)
         owed = owed - self._codec.decode(sent, bits)[: owed.shape[0]]
         owed = self._ops.choose(weight == 0, lambda: residual, owed)
@@ -328,14 +318,14 @@ class TwoPhase:
 
     def _contribution(self, chunk: Chunk, own: Any, weight: Scalar) -> Elementwise:
         """Return the vector that this worker sends: g in few bits, else its values; zeros where it weighs nothing."""
-        return Elementwise(self._weighed, self._sources(chunk, own), (weight,))
+        return Elementwise(self._sent_values, self._sources(chunk, own), (weight,))
 
-    def _weighed(self, weight: Scalar, *of: Any) -> Any:
+    def _sent_values(self, weight: Scalar, *of: Any) -> Any:
         """Return a piece of what is sent."""
         g = _owed(*of)
         return self._ops.choose(weight == 0, partial(self._zeros, g), g)
 
-    def _sources(self, chunk: Chunk, own: Any) -> tuple[Callable[[int, int], Any], ...]:
+    def _sources(self, chunk: Chunk, own: Any) -> tuple[Source, ...]:
         """Return the vectors of which the contribution consists: this worker's values, in few bits anchor and residual.
 
         Args:

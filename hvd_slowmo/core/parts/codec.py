@@ -29,13 +29,16 @@ def payload_bytes(elements: int, bits: int) -> int:
     return elements * bits // 8 + (elements // BLOCK * 4 if bits in LEVELS else 0)
 
 
+Source = Callable[[int, int], Any]
+"""Returns a vector's blocks from the first to the one before the last: values, or `Coded`."""
+
+
 class Elementwise(NamedTuple):
     """A vector of whole blocks that is a function of others, element by element: computed in pieces, where it is used.
 
     Attributes:
         function: takes the scalars, then a piece of each source. It depends on nothing else, but may be a method.
-        sources: each returns its blocks from the first to the one before the last: values, of which the vector's last
-            block may have fewer, or `Coded`.
+        sources: the others. Of values, a vector's last block may have fewer.
         scalars: the same for all pieces.
 
     Example:
@@ -46,7 +49,7 @@ class Elementwise(NamedTuple):
     """
 
     function: Callable[..., Any]
-    sources: Sequence[Callable[[int, int], Any]]
+    sources: Sequence[Source]
     scalars: tuple[Any, ...] = ()
 
     def piece(self, first: int, last: int) -> Any:
@@ -54,7 +57,7 @@ class Elementwise(NamedTuple):
         return self.function(*self.scalars, *[source(first, last) for source in self.sources])
 
 
-def blocks_in(values: Any) -> Callable[[int, int], Any]:
+def blocks_in(values: Any) -> Source:
     """Return a source of `Elementwise`: the blocks of a flat tensor."""
     return lambda first, last: values[first * BLOCK : last * BLOCK]
 
@@ -79,7 +82,7 @@ class Codec(Protocol):
     """Blocks to work on at a time, so that a processor's cache holds the temporaries; None: all at once."""
 
     def compute(self, vector: Elementwise, first: int, last: int) -> Any:
-        """Return blocks first .. last - 1 of a vector."""
+        """Return blocks first .. last - 1 of a vector; a last block that is not whole stays so."""
 
     def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> Any:
         """Return the message (uint8) of blocks first .. last - 1: all scales, then all values.

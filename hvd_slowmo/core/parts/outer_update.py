@@ -69,6 +69,8 @@ def outer_update(config: SlowMoConfig, mean: Any, anchor: Any, v: Any, m: Moment
         >>> x.tolist(), v.tolist()
         ([-1.0], [3.0])
     """
+    if v is None and config.alpha == 1:
+        return mean, None
     delta = anchor - mean
     base = mean if config.alpha == 1 else mean + delta * (1 - config.alpha)
     if v is None:

@@ -40,12 +40,14 @@ class KerasCodec:
         self._shared = SharedTraces()
 
     def compute(self, vector: Elementwise, first: int, last: int) -> tf.Tensor:
-        (values,) = self._worked_on("compute", vector, first, last, lambda piece: [piece])
+        (values,) = self._worked_on("compute", vector, (first, last), lambda piece: [piece])
         return values
 
     def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> tf.Tensor:
-        coded = self._worked_on(f"encode {bits}", vector, first, last, partial(_coded, bits=bits))
-        return _message(coded, last - first, bits)
+        code = partial(_coded, bits=bits)
+        join = partial(_message, blocks=last - first, bits=bits)
+        (message,) = self._worked_on(f"encode {bits}", vector, (first, last), code, join, tiled=bits < 32)
+        return message
 
     def encode_with_rest(self, vector: Elementwise, first: int, last: int, bits: int) -> tuple[tf.Tensor, tf.Tensor]:
         def code(piece: tf.Tensor) -> Sequence[tf.Tensor]:
@@ -53,55 +55,62 @@ class KerasCodec:
             coded = _coded(whole, bits)
             return [whole - self.decode(coded, bits), *coded]
 
-        rest, *coded = self._worked_on(f"encode {bits} with rest", vector, first, last, code)
-        return _message(coded, last - first, bits), rest
+        def join(found: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+            rest, *coded = found
+            return [*_message(coded, last - first, bits), rest]
+
+        message, rest = self._worked_on(f"encode {bits} with rest", vector, (first, last), code, join)
+        return message, rest
 
     def _worked_on(
         self,
         kind: str,
         vector: Elementwise,
-        first: int,
-        last: int,
+        span: tuple[int, int],
         finish: Callable[[tf.Tensor], Sequence[tf.Tensor]],
+        join: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]] = list,
+        tiled: bool = True,
     ) -> Sequence[tf.Tensor]:
-        """Return what `finish` makes of blocks first .. last - 1 of a vector.
+        """Return what `join` makes of what `finish` makes of some blocks of a vector.
 
         Args:
-            kind: names `finish`.
+            kind: names `finish` and `join`.
+            span: the first block, and the one behind the last.
+            tiled: it is worth the copy that tiles cost.
         """
-        given = [source(first, last) for source in vector.sources]
+        given = [source(*span) for source in vector.sources]
         tensors = tf.nest.flatten(given)
         # Values may end within a block, codes do not.
-        coded = [isinstance(each, tuple) for each in given for _ in tf.nest.flatten(each)]
-        blocks = max(1, last - first)
-        lengths = [TILE * (x.shape[0] // blocks if c else BLOCK) for x, c in zip(tensors, coded, strict=True)]
-        moving = [scalar for scalar in vector.scalars if tf.is_tensor(scalar)]
-        fixed = tuple(None if tf.is_tensor(scalar) else scalar for scalar in vector.scalars)
+        is_code = [isinstance(each, tuple) for each in given for _ in tf.nest.flatten(each)]
+        blocks = span[1] - span[0]
+        lengths = [TILE * (x.shape[0] // max(1, blocks) if c else BLOCK) for x, c in zip(tensors, is_code, strict=True)]
+        traced = [scalar for scalar in vector.scalars if tf.is_tensor(scalar)]
+        known = tuple(None if tf.is_tensor(scalar) else scalar for scalar in vector.scalars)
 
         def work(*arguments: tf.Tensor) -> Sequence[tf.Tensor]:
-            left = iter(arguments[: len(moving)])
-            scalars = [next(left) if scalar is None else scalar for scalar in fixed]
+            left = iter(arguments[: len(traced)])
+            scalars = [next(left) if scalar is None else scalar for scalar in known]
 
             def of_piece(*parts: tf.Tensor) -> Sequence[tf.Tensor]:
                 return finish(vector.function(*scalars, *tf.nest.pack_sequence_as(given, parts)))
 
-            flat = arguments[len(moving) :]
-            return in_tiles(of_piece, flat, lengths) if self._tiled and last > first else of_piece(*flat)
+            flat = arguments[len(traced) :]
+            return join(in_tiles(of_piece, flat, lengths) if self._tiled and tiled and blocks else of_piece(*flat))
 
-        key = kind, vector.function, fixed, *((x.shape[0], x.dtype) for x in tensors)
-        return self._shared.call(key, work, *moving, *tensors)
+        key = kind, vector.function, known, *((x.shape[0], x.dtype) for x in tensors)
+        return self._shared.call(key, work, *traced, *tensors)
 
     def cut(self, message: tf.Tensor, bits: int, first: int = 0, last: int | None = None) -> Coded:
-        blocks = blocks_of(message, bits)
-        last = blocks if last is None else last
-        row = BLOCK * bits // 8
-        if bits in EXACT:
-            return (message[row * first : row * last],)
-        scales = tf.bitcast(tf.reshape(message[4 * first : 4 * last], [last - first, 4]), tf.float32)
-        return scales, message[4 * blocks + row * first : 4 * blocks + row * last]
+        last = blocks_of(message, bits) if last is None else last
+        key = "cut", bits, first, last, message.shape[0]
+        return self._shared.call(key, partial(_cut, bits=bits, first=first, last=last), message)
 
     def cut_all(self, messages: Sequence[tf.Tensor], bits: int) -> Coded:
-        return tuple(joined(each) for each in zip(*(self.cut(m, bits) for m in messages), strict=True))
+        def cut(*of: tf.Tensor) -> Coded:
+            cuts = [_cut(message, bits, 0, blocks_of(message, bits)) for message in of]
+            return tuple(joined(each) for each in zip(*cuts, strict=True))
+
+        return self._shared.call(("cut all", bits, *(message.shape[0] for message in messages)), cut, *messages)
 
     def decode(self, coded: Coded, bits: int) -> tf.Tensor:
         codes = coded[-1]
@@ -145,8 +154,18 @@ def _coded(g: tf.Tensor, bits: int) -> Coded:
     return scales, unsigned[:, 0] | tf.bitwise.left_shift(unsigned[:, 1], tf.constant(4, tf.uint8))
 
 
-def _message(coded: Sequence[tf.Tensor], blocks: int, bits: int) -> tf.Tensor:
-    """Return scales and bytes as a message of so many blocks."""
+def _message(coded: Sequence[tf.Tensor], blocks: int, bits: int) -> list[tf.Tensor]:
+    """Return scales and bytes as one message of so many blocks."""
     *scales, codes = coded
-    message = tf.concat([*(tf.reshape(tf.bitcast(each, tf.uint8), [-1]) for each in scales), codes], 0)
-    return tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])
+    message = joined([*(tf.reshape(tf.bitcast(each, tf.uint8), [-1]) for each in scales), codes])
+    return [tf.reshape(message, [payload_bytes(blocks * BLOCK, bits)])]
+
+
+def _cut(message: tf.Tensor, bits: int, first: int, last: int) -> Coded:
+    """Return blocks first .. last - 1 of a message."""
+    blocks = blocks_of(message, bits)
+    row = BLOCK * bits // 8
+    if bits in EXACT:
+        return (message[row * first : row * last],)
+    scales = tf.bitcast(tf.reshape(message[4 * first : 4 * last], [last - first, 4]), tf.float32)
+    return scales, message[4 * blocks + row * first : 4 * blocks + row * last]

@@ -59,8 +59,7 @@ def tiled_outer_update(
 ) -> tuple[tf.Tensor, tf.Tensor | None]:
     """Do as `hvd_slowmo.core.parts.outer_update.outer_update`, in tiles; the same values, bitwise."""
     if v is None:
-        (x,) = in_tiles(lambda mean, x: [outer_update(config, mean, x, None, m)[0]], [mean, anchor], [TILE] * 2)
-        return x, None
+        return outer_update(config, mean, anchor, v, m)  # of three operations at most
 
     def update(mean: tf.Tensor, anchor: tf.Tensor, v: tf.Tensor) -> Sequence[tf.Tensor]:
         return outer_update(config, mean, anchor, v, m)

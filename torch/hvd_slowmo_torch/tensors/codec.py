@@ -51,7 +51,7 @@ class TorchCodec:
         return message, rest
 
     def _tiles(self, first: int, last: int) -> Sequence[tuple[int, int]]:
-        """Return at least one, of no blocks: what it consists of has a type and a device."""
+        """Return at least one: an empty tile still tells type and device."""
         return list(tiles(self, first, last)) or [(first, last)]
 
     def _piece(self, vector: Elementwise, start: int, stop: int) -> torch.Tensor:
