@@ -16,7 +16,7 @@ BIN := .venv/bin
 INTEGRATIONS := .venv-integrations
 # Processes of pytest: one more than a small machine has cores, since a test with workers waits for them most of the time.
 # The tests of a file stay together, and so do the workers that they share.
-PARALLEL := -n 3 --dist loadfile
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 # TensorFlow logs a lot when it is imported.
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 EVIDENCE := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence
