@@ -15,7 +15,8 @@ DEMO_tf := examples/digits_keras.py
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations
 # Processes of pytest: one more than a small machine has cores, since a test with workers waits for them most of the time.
-# The tests of a file stay together, and so do the workers that they share.
+# The tests of a file stay together, and so do the workers that they share. Files run in the order of their names: files
+# with few tests, which are the long ones, would be left for the end.
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 # TensorFlow logs a lot when it is imported.
 QUIET := TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0

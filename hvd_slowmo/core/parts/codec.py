@@ -162,8 +162,8 @@ class NumpyCodec:
     def encode_with_rest(
         self, vector: Elementwise, first: int, last: int, bits: int
     ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-        message = self.encode(vector, first, last, bits)
         values = self.padded(vector.piece(first, last), (last - first) * BLOCK)
+        message = self.encode(plain(values), 0, last - first, bits)
         return message, values - self.decode(self.cut(message, bits), bits)
 
     def cut(self, message: NDArray[np.uint8], bits: int, first: int = 0, last: int | None = None) -> Coded:

@@ -127,13 +127,16 @@ class KerasCodec:
         return tf.reshape(tf.reshape(values, [scales.shape[0], BLOCK]) * scales[:, None], [scales.shape[0] * BLOCK])
 
     def padded(self, g: tf.Tensor, elements: int) -> tf.Tensor:
-        return g if g.shape[0] == elements else tf.pad(g, [[0, elements - g.shape[0]]])
+        return _padded(g, elements)
+
+
+def _padded(g: tf.Tensor, elements: int) -> tf.Tensor:
+    return g if g.shape[0] == elements else tf.pad(g, [[0, elements - g.shape[0]]])
 
 
 def _whole_blocks(g: tf.Tensor) -> tf.Tensor:
     """Return values filled up with zeros to whole blocks."""
-    missing = -g.shape[0] % BLOCK
-    return tf.pad(g, [[0, missing]]) if missing else g
+    return _padded(g, -(-g.shape[0] // BLOCK) * BLOCK)
 
 
 def _coded(g: tf.Tensor, bits: int) -> Coded:

@@ -48,22 +48,20 @@ class StackCodec:
         return values
 
     def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> torch.Tensor:
-        return self._encoded(self._whole(vector, first, last), bits)
+        g = self._whole(vector, first, last)
+        # In the order of the memory. Blocks are encoded one by one, so those of all workers may follow each other.
+        rows = g.T.reshape(-1)
+        return self._codec.encode(plain(rows), 0, len(rows) // BLOCK, bits).view(g.shape[1], -1)
 
     def encode_with_rest(
         self, vector: Elementwise, first: int, last: int, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         values = self._whole(vector, first, last)
-        message = self._encoded(values, bits)
+        message = self.encode(plain(values), 0, last - first, bits)
         return message, values - self.decode(self.cut(message, bits), bits)
 
     def _whole(self, vector: Elementwise, first: int, last: int) -> torch.Tensor:
         return self.padded(vector.piece(first, last), (last - first) * BLOCK)
-
-    def _encoded(self, g: torch.Tensor, bits: int) -> torch.Tensor:
-        # In the order of the memory. Blocks are encoded one by one, so those of all workers may follow each other.
-        rows = g.T.reshape(-1)
-        return self._codec.encode(plain(rows), 0, len(rows) // BLOCK, bits).view(g.shape[1], -1)
 
     def cut(self, message: torch.Tensor, bits: int, first: int = 0, last: int | None = None) -> Coded:
         if not message.is_floating_point():

@@ -25,40 +25,37 @@ class TorchCodec:
 
     def compute(self, vector: Elementwise, first: int, last: int) -> torch.Tensor:
         pieces = [vector.piece(start, stop) for start, stop in self._tiles(first, last)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # `finish` asks for a tile at a time
 
     def encode(self, vector: Elementwise, first: int, last: int, bits: int) -> torch.Tensor:
-        message = torch.empty(0, dtype=torch.uint8)
-        for start, stop in self._tiles(first, last):
-            piece = self._piece(vector, start, stop)
-            if start == first:
-                message = self._message(piece, last - first, bits)
-            self._write(piece, message, start - first, stop - first, bits)
-        return message
+        return self._message(vector, first, last, bits)
 
     def encode_with_rest(
         self, vector: Elementwise, first: int, last: int, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        message = rest = torch.empty(0)
+        rests: list[torch.Tensor] = []
+        message = self._message(vector, first, last, bits, rests)
+        return message, torch.cat(rests)
+
+    def _message(
+        self, vector: Elementwise, first: int, last: int, bits: int, rests: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return the message, and add what rounding withholds of each piece to `rests`."""
+        message = torch.empty(0, dtype=torch.uint8)
         for start, stop in self._tiles(first, last):
-            piece = self._piece(vector, start, stop)
+            piece = self.padded(vector.piece(start, stop), (stop - start) * BLOCK)
             if start == first:
-                message, rest = self._message(piece, last - first, bits), piece.new_empty((last - first) * BLOCK)
+                size = payload_bytes((last - first) * BLOCK, bits)
+                message = torch.empty(size, dtype=torch.uint8, device=piece.device)
             within = start - first, stop - first
             self._write(piece, message, *within, bits)
-            own = rest[within[0] * BLOCK : within[1] * BLOCK]
-            torch.sub(piece, self.decode(self.cut(message, bits, *within), bits), out=own)
-        return message, rest
+            if rests is not None:
+                rests.append(piece - self.decode(self.cut(message, bits, *within), bits))
+        return message
 
     def _tiles(self, first: int, last: int) -> Sequence[tuple[int, int]]:
         """Return at least one: an empty tile still tells type and device."""
         return list(tiles(self, first, last)) or [(first, last)]
-
-    def _piece(self, vector: Elementwise, start: int, stop: int) -> torch.Tensor:
-        return self.padded(vector.piece(start, stop), (stop - start) * BLOCK)
-
-    def _message(self, like: torch.Tensor, blocks: int, bits: int) -> torch.Tensor:
-        return torch.empty(payload_bytes(blocks * BLOCK, bits), dtype=torch.uint8, device=like.device)
 
     def _write(self, piece: torch.Tensor, message: torch.Tensor, first: int, last: int, bits: int) -> None:
         """Write the code of a piece to its place in the message."""
