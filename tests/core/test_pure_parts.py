@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.core.average.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
-from hvd_slowmo.core.parts.layout import ParameterGroups, lay_out
+from hvd_slowmo.core.parts.layout import ALIGNED, ParameterGroups, lay_out
 from hvd_slowmo.core.parts.ops import EagerOps
 from hvd_slowmo.core.parts.outer_update import Momentum, momentum, next_gamma, outer_update
 from hvd_slowmo.core.parts.progress import Flight, Progress, PushSum
@@ -144,6 +144,25 @@ def test_chunks_and_tiles_cover_every_element_once(sizes, chunk_bytes):
         seen_groups += [p.group for p in tiles for _ in range(p.size)]
     assert seen == owners
     assert seen_groups == expected_groups
+
+
+@given(size=st.integers(1, 3_000_000), fragments=st.integers(2, 16), longest=st.integers(1, 2**20))
+def test_fragments_have_as_many_messages_and_long_ones_end_at_whole_blocks(size, fragments, longest):
+    refs = [Ref(TensorSpec("p", "parameter", (size,), "float32", View.same((size,)), ""))]
+    longest = max(longest, size // (50 * fragments) + 1)  # not thousands of messages
+    laid = lay_out(refs, ParameterGroups((0,), (0,)), 4 * longest, fragments).layout
+    chunks = laid.chunks
+    assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+    assert chunks[-1].stop == size
+    assert all(0 < chunk.size <= longest for chunk in chunks)
+    assert len(chunks) == size or len(chunks) % fragments == 0
+    ends = [chunk.stop % ALIGNED for chunk in chunks[:-1]]
+    lengths = [chunk.size for chunk in chunks]
+    if size >= 16 * ALIGNED * len(chunks) and longest >= 16 * ALIGNED:
+        assert not any(ends)
+        assert max(lengths) - min(lengths) < 2 * ALIGNED
+    else:
+        assert max(lengths) - min(lengths) <= 1
 
 
 def test_regrouping_changes_no_message():

@@ -24,6 +24,10 @@ TRAVELLING: tuple[Role, ...] = ("parameter", "statistic", "optimizer_state")
 
 ITEMSIZE = {"float32": 4, "float64": 8}
 
+ALIGNED = 1024
+"""Long chunks of fragments end at multiples of so many elements: whole blocks of few bits, and memory that TensorFlow
+need not copy to take a part of it."""
+
 
 class Ref(Protocol):
     """An adapter's reference to one of its tensors."""
@@ -279,9 +283,14 @@ def _stops(segment: Segment, segments: Sequence[Segment], chunk_bytes: int, frag
         # As many chunks as the greatest length allows, rounded up so that every fragment gets the same number; then
         # equally long ones.
         total = sum(each.size for each in segments if each.role == "parameter")
-        number = fragments * -(-total // (longest * fragments))
+        unit = ALIGNED if longest >= 16 * ALIGNED else 1
+        equal = longest - (unit - 1)  # what rounding may add to a chunk
+        number = fragments * -(-total // (equal * fragments))
         number = min(segment.size, -(-segment.size * number // total))
-        yield from (segment.size * (place + 1) // number for place in range(number))
+        if segment.size < number * 16 * unit:
+            unit = 1
+        yield from (segment.size * place // number // unit * unit for place in range(1, number))
+        yield segment.size
         return
     yield from (min(start + longest, segment.size) for start in range(0, segment.size, longest))
 
