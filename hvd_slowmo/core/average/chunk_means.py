@@ -105,7 +105,11 @@ class ChunkMeans:
         Args:
             there: whose phases are over.
         """
-        return self._two_phase.finish(there, exchange.weights[exchange.purpose.fragment or 0], exchange.finite)
+        return self._two_phase.finish(there, *_own_part(exchange))
+
+    def computed(self, result: Any, exchange: Exchange) -> Any:
+        """Return what `finished` needs of a chunk in slices whose phases are over, computed; a sum as it is."""
+        return self._two_phase.computed(result, *_own_part(exchange)) if isinstance(result, SlicedChunk) else result
 
     def tensors(self, chunk: Chunk, result: Any) -> Sequence[Any]:
         """Return a chunk's result as tensors, for a trace."""
@@ -131,3 +135,8 @@ class ChunkMeans:
         if fits is True:
             return weight
         return self._ops.cond(fits, lambda: weight * 1.0, lambda: weight * 0.0)
+
+
+def _own_part(exchange: Exchange) -> tuple[Scalar, Scalar]:
+    """Return this worker's weight in a meeting about a fragment, and whether what it has sent is finite."""
+    return exchange.weights[exchange.purpose.fragment or 0], exchange.finite

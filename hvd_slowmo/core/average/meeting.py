@@ -162,6 +162,8 @@ class Meetings:
         """Start the ledger and all chunks of a meeting beside the caller; the result has all of them."""
         purpose, means = exchange.purpose, self._means
         chunks = self._chunks[purpose.fragment]
+        # In the place of the messages, results are two vectors more of what is in flight.
+        computes = self._runtime.layout.fragments > 1 or not self._ops.keeps_handles
         # Another thread must not read what changes: the model, memory that is used again, and what a load replaces.
         own = [means.contribution(chunk, exchange, fits) for chunk in chunks]
 
@@ -173,7 +175,8 @@ class Meetings:
             # Before the verdict, which comes when all is there; and whatever it will be, the same on all workers.
             table = self._tables(arrived)[0]
             started = [means.relayed(comm, x, exchange, table) for x in started]
-            return (arrived, *(means.arrived(comm, x) for x in started))
+            there = [means.arrived(comm, x) for x in started]
+            return (arrived, *(means.computed(x, exchange) if computes else x for x in there))
 
         return self._comm.start_beside(self._ops.detached(travel))
 
@@ -291,18 +294,22 @@ class Meetings:
         chunks = self._chunks[fragment]
         return [chunk for chunk in chunks if chunk.index not in self.written] if self.written else chunks
 
-    def flattened(self, fragment: int | None, arrived: Sequence[Any] = ()) -> list[Any]:
-        """Return the results of `exchanged` as tensors, for a trace: as many for each fragment; see `restored`.
+    def flattened(self, exchange: Exchange | None) -> list[Any]:
+        """Wait for an exchange; return its results as tensors, for a trace: as many for each fragment; see `restored`.
 
         Args:
-            fragment: that the meeting was about; None: there was none.
+            exchange: of a late meeting; None: there is none.
         """
         layout = self._runtime.layout
-        length = self._comm.size * row_length(layout) + len(layout.groups)
-        ledger, *results = arrived or [self._ops.pack([self._ops.vector([0.0] * length)])]
         tensors: dict[int, list[Any]] = {segment: [] for segment in self._slots}
-        for chunk, result in zip(self._of_fragment(fragment), results, strict=True):
-            tensors[chunk.segment] += self._means.tensors(chunk, result)
+        if exchange is None:
+            length = self._comm.size * row_length(layout) + len(layout.groups)
+            fragment, ledger = None, self._ops.pack([self._ops.vector([0.0] * length)])
+        else:
+            fragment = exchange.purpose.fragment
+            ledger, *results = self.exchanged(exchange)
+            for chunk, result in zip(self._of_fragment(fragment), results, strict=True):
+                tensors[chunk.segment] += self._means.tensors(chunk, result)
         for segment, most in self._slots.items():
             missing = most - len(self._of_fragment(fragment, segment))
             if missing:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from hvd_slowmo.comm.protocol import ScopedComm
@@ -45,17 +44,20 @@ class SlicedChunk(NamedTuple):
     relayed: bool = False  # the second phase has begun
     kept: Sequence[Any] = ()  # then, the new slices of the vectors that are kept in slices
     observed: Any = None  # then, `Observed` of this worker's slice as a vector; None where nothing is measured
+    results: Sequence[Any] = ()  # of the whole chunk, once they are computed: see `TwoPhase.computed`
 
     @property
     def all_tensors(self) -> list[Any]:
         """Those of an exchange that is over."""
-        return [*self.parts, *self.received, *self.kept, *([] if self.observed is None else [self.observed])]
+        observed = [] if self.observed is None else [self.observed]
+        return [*self.parts, *self.received, *self.kept, *observed, *self.results]
 
     def with_tensors(self, tensors: Iterator[Any]) -> SlicedChunk:
         """Return the same with other tensors, in the order of `all_tensors`."""
         parts, received, kept = ([next(tensors) for _ in each] for each in (self.parts, self.received, self.kept))
         observed = None if self.observed is None else next(tensors)
-        return self._replace(parts=parts, received=received, kept=kept, observed=observed)
+        results = [next(tensors) for _ in self.results]
+        return self._replace(parts=parts, received=received, kept=kept, observed=observed, results=results)
 
 
 class TwoPhase:
@@ -227,19 +229,28 @@ class TwoPhase:
         for name, value in zip(self._config.sliced_vectors, sliced.kept, strict=True):
             store.write_slice(name, chunk.index, value)
 
+        known = [(chunk, sliced.results)] if sliced.results else self._results(sliced, weight, finite)
+        for part, (value, *owed) in known:
+            if self._few_bits:
+                store.write("residual", part, *owed)
+            if self._few_bits and self._config.shards:
+                store.write("anchor", part, value)
+            yield part, value
+
+    def _results(self, sliced: SlicedChunk, weight: Scalar, finite: Scalar) -> Iterator[tuple[Chunk, Sequence[Any]]]:
+        """Yield parts of a chunk, each with the workers' mean or the new anchor, and in few bits the new residual."""
+        chunk, store = sliced.chunk, self._store
         bits = self._bits(chunk)
         for part, blocks, source_of in self._pieces(chunk):
-            if self._few_bits:
-                sources = (*self._sources(chunk, sliced.values), source_of(sliced.parts))
-                owed = Elementwise(self._still_owed, sources, (bits, weight, finite))
-                store.write("residual", part, self._codec.compute(owed, *blocks))
             value = self._codec.decode(source_of(sliced.received)(*blocks), bits)[: part.size]
-            if self._few_bits and self._config.shards:
-                value = store.read("anchor", part) + value
-                store.write("anchor", part, value)
-            elif self._few_bits:
-                value = store.read("anchor", part) - value
-            yield part, value
+            if not self._few_bits:
+                yield part, [value]
+                continue
+            sources = (*self._sources(chunk, sliced.values), source_of(sliced.parts))
+            owed = Elementwise(self._still_owed, sources, (bits, weight, finite))
+            anchor = store.read("anchor", part)
+            value = anchor + value if self._config.shards else anchor - value
+            yield part, [value, self._codec.compute(owed, *blocks)]
 
     def _pieces(self, chunk: Chunk) -> Iterator[tuple[Chunk, tuple[int, int], Callable[[Sequence[Any]], Source]]]:
         """Yield the parts of a chunk in which it is worked on, their blocks, and the source of these in messages."""
@@ -265,41 +276,44 @@ class TwoPhase:
         owed = self._ops.choose(weight == 0, lambda: residual, owed)
         return self._ops.choose(finite == 0, partial(self._zeros, residual), owed)
 
+    def computed(self, sliced: SlicedChunk, weight: Scalar, finite: Scalar) -> SlicedChunk:
+        """Return an exchange with its results in the place of the messages, for `finish`.
+
+        A late exchange computes them beside the training, where it has the messages. Nothing is written.
+
+        Args:
+            sliced: whose second phase is over.
+            weight, finite: as in `finish`.
+        """
+        parts = [values for _, values in self._results(sliced, weight, finite)]
+        results = [self._ops.joined(each) for each in zip(*parts, strict=True)]
+        return sliced._replace(values=None, parts=(), received=(), results=results)
+
     def tensors(self, sliced: SlicedChunk) -> list[Any]:
-        """Return the tensors of an exchange whose phases are over, for `from_tensors`."""
-        chunk = sliced.chunk
-        parts = sliced.parts or [self._codec.encode(plain(self._empty(chunk)), 0, 0, self._bits(chunk))]
-        observed = [sliced.observed] if self._observes else []
-        return [self._ops.joined(parts), self._ops.joined(sliced.received), *sliced.kept, *observed]
+        """Return the tensors of an exchange whose results are computed, for `from_tensors`."""
+        return sliced.all_tensors
 
     def nothing(self, chunk: Chunk) -> list[Any]:
         """Return as many tensors, which are empty."""
         empty = self._empty(chunk)
-        message = self._codec.encode(plain(empty), 0, 0, self._bits(chunk))
         observed = [self._ops.vector([0.0] * len(Observed._fields))] if self._observes else []
-        return [message, message, *[empty] * len(self._config.sliced_vectors), *observed]
+        return [*[empty] * len(self._config.sliced_vectors), *observed, *[empty] * (1 + self._few_bits)]
 
     @property
     def tensor_count(self) -> int:
         """Number of the tensors of `tensors`."""
-        return 2 + len(self._config.sliced_vectors) + self._observes
+        return 1 + self._few_bits + len(self._config.sliced_vectors) + self._observes
 
     def from_tensors(self, chunk: Chunk, tensors: Iterator[Any]) -> SlicedChunk:
         """Take a late exchange's tensors and return it."""
-        lengths = [payload_bytes(self._slices(chunk).elements(rank), self._bits(chunk)) for rank in range(self._size)]
-        stops = list(accumulate(lengths))
 
-        def cut(message: Any) -> list[Any]:
-            whole = self._ops.reshape(message, (stops[-1],))  # a branch of a trace has forgotten the length
-            return [whole[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+        def taken(length: int, count: int) -> list[Any]:
+            return [self._ops.reshape(next(tensors), (length,)) for _ in range(count)]  # which a branch has forgotten
 
-        sent, received = next(tensors), next(tensors)
-        own = (self._own.lengths[chunk.index],)
-        kept = [self._ops.reshape(next(tensors), own) for _ in self._config.sliced_vectors]
-        observed = self._ops.reshape(next(tensors), (len(Observed._fields),)) if self._observes else None
-        values = self._store.read("in_flight", chunk)
-        parts = cut(sent) if self._few_bits else ()
-        return SlicedChunk(chunk, values, parts, None, cut(received), True, kept, observed)
+        kept = taken(self._own.lengths[chunk.index], len(self._config.sliced_vectors))
+        observed = taken(len(Observed._fields), 1)[0] if self._observes else None
+        results = taken(chunk.size, 1 + self._few_bits)
+        return SlicedChunk(chunk, None, (), None, (), True, kept, observed, results)
 
     def _bits(self, chunk: Chunk) -> int:
         exact = 8 * ITEMSIZE[self._layout.segments[chunk.segment].dtype]

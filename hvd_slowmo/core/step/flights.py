@@ -108,8 +108,7 @@ class Flights:
 
     def exchange(self, progress: Progress, fragment: int) -> list[Any]:
         """Exchange a fragment in flight, for `land`: the ledger and its chunks, as many tensors for each fragment."""
-        begun = self._begin(progress, fragment, training=1)
-        return self._meetings.flattened(fragment, self._meetings.exchanged(begun))
+        return self._meetings.flattened(self._begin(progress, fragment, training=1))
 
     def nothing(self) -> list[Any]:
         """Return what `exchange` does where nothing is in flight."""
