@@ -48,6 +48,7 @@ from hvd_slowmo_tf.checks import (
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.model.layout import parts_of, travelling
 from hvd_slowmo_tf.startup import start_together
+from hvd_slowmo_tf.traces.in_place import compiled
 from hvd_slowmo_tf.traces.traced_step import Gradients
 from hvd_slowmo_tf.worker import KerasWorker
 
@@ -209,7 +210,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         if all(g is None for g in ordered):
             raise ValueError("no gradient for any variable: all of them are None.")
         if tf.inside_function():
-            step.function(ordered, step.exchange_pending(ordered))
+            step.function(ordered, step.exchange_pending(ordered), compiled())
         else:
             self.worker.call(step.function, ordered)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from hvd_slowmo.comm.failure import tell_steps
 from hvd_slowmo.comm.launcher import elastic
@@ -40,6 +39,7 @@ from hvd_slowmo_tf.model.trained import TrainedModel
 from hvd_slowmo_tf.model.travelling import TravellingVariables
 from hvd_slowmo_tf.model.variables import OptimizerVariables
 from hvd_slowmo_tf.traces.failed_traces import drop_train_functions
+from hvd_slowmo_tf.traces.in_place import compiled
 from hvd_slowmo_tf.traces.traced_step import TracedStep
 from hvd_slowmo_tf.traces.worker_traces import WorkerTraces
 
@@ -184,7 +184,7 @@ class KerasWorker:
                 f"{self.comm.size} workers, and they have not been brought to one start. Give fit() a "
                 "SlowMoCallback(), or call optimizer.broadcast(model.variables) before the first gradient."
             )
-        if tf.inside_function() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        if compiled():
             drop_train_functions()
             raise ValueError(
                 "XLA can't compile the exchange between workers. Compile the model with jit_compile=False, or give "

@@ -11,9 +11,11 @@ import tensorflow as tf
 from hvd_slowmo.core.parts.layout import Chunk, Stretch
 from hvd_slowmo.core.parts.progress import Vector
 from hvd_slowmo.core.parts.store import Condition
+from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
 from hvd_slowmo_tf.model.layout import KerasLayout, native, spans
-from hvd_slowmo_tf.traces.pieces import Pending, joined, part_of, parted, stretch_of
+from hvd_slowmo_tf.traces.in_place import assign, assign_in_place
+from hvd_slowmo_tf.traces.pieces import joined, part_of, parted, stretch_of
 
 
 class VariableStore:
@@ -37,7 +39,6 @@ class VariableStore:
         self._inner = inner
         self._vectors = {name: dict(variables) for name, variables in vectors.items()}
         self._slices = slices
-        self._pending = Pending(ref for refs in layout.refs for ref in refs)
         statistics = [ref.variable for ref in layout.refs_of("statistic")]
         watched = [ref.variable for ref in layout.refs_of("parameter")]
         watched += [v for v in statistics if v.name in ("moving_mean", "moving_variance")]
@@ -72,28 +73,20 @@ class VariableStore:
 
     def write(self, vector: str, stretch: Stretch, value: tf.Tensor) -> None:
         if vector != "model":
-            v = self._vectors[vector][stretch.index]
-            whole = self._pending.flat(vector, id(v), v.shape[0], self._begin(stretch), value)
-            if whole is not None:
-                native(v).assign(whole)
+            v = native(self._vectors[vector][stretch.index])
+            begin = self._begin(stretch)
+            assign(v, View.same(v.shape), begin, begin + stretch.size, value)
             return
         found = list(spans(self._layout, stretch))
         parts = parted(value, [stop - start for _, start, stop, _ in found])
-        for (ref, start, _, _), part in zip(found, parts, strict=True):
-            v = ref.variable
-            whole = self._pending.variable(ref, start, tf.cast(part, v.dtype))
-            if whole is not None:
-                native(v).assign(whole)
+        for (ref, start, stop, _), part in zip(found, parts, strict=True):
+            assign(native(ref.variable), ref.spec.view, start, stop, tf.cast(part, ref.variable.dtype))
 
     def read_slice(self, vector: str, chunk: int) -> tf.Tensor:
         return native(self._slices[vector][chunk]).value()
 
     def write_slice(self, vector: str, chunk: int, value: tf.Tensor) -> None:
         native(self._slices[vector][chunk]).assign(value)
-
-    def forget_unfinished(self) -> None:
-        """Drop the new values of variables that have not got all of them: a call has failed."""
-        self._pending.forget()
 
     def as_stored(self, stretch: Stretch, anchor: tf.Tensor) -> tf.Tensor:
         own = tf.as_dtype(self._layout.layout.segments[stretch.segment].tensors[0].dtype)
@@ -104,7 +97,9 @@ class VariableStore:
         return tf.fill([stretch.size], tf.cast(self._zero.read_value(), dtype))  # not a constant, see graph_comm.py
 
     def set_aside(self, chunk: Chunk, zeros: bool = False) -> None:
-        self.write("in_flight", chunk, self.read("model", chunk))
+        # In place: an assigned tensor may be part of the model's memory, all of which the next step would have to move.
+        v = native(self._vectors["in_flight"][chunk.index])
+        assign_in_place(v, View.same(v.shape), 0, chunk.size, self.read("model", chunk))
 
     def drop(self, chunk: Chunk) -> None:
         """Do nothing: a trace can't free a variable."""
@@ -146,12 +141,7 @@ class VariableStore:
         """Do nothing: a worker of Keras moves all."""
 
     def settle(self, fragment: int | None = None, equal: bool = False) -> None:
-        # A variable may have stretches in several fragments: the others keep their values. `condition` needs no notes.
-        for ref, start, stop in list(self._pending.begun()):
-            present = stretch_of(native(ref.variable).value(), ref.spec.view, start, stop)
-            whole = self._pending.variable(ref, start, present)
-            if whole is not None:
-                native(ref.variable).assign(whole)
+        """Do nothing: `condition` needs no notes."""
 
     def reset_inner_state(self) -> None:
         self._inner.reset()

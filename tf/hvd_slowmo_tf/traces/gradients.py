@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import keras
 import tensorflow as tf
 
 from hvd_slowmo.core.parts.layout import Chunk
+from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.model.layout import KerasLayout, spans
-from hvd_slowmo_tf.traces.pieces import Pending, joined, parted, stretch_of
+from hvd_slowmo_tf.traces.pieces import joined, parted, stretch_of, turned_back
 
 
 class VariableGradients:
@@ -28,8 +30,7 @@ class VariableGradients:
         self._variables = variables
         self._gradients = {id(v): g for v, g in zip(variables, gradients, strict=True) if g is not None}
         self._refs = layout.refs_of("parameter")
-        self._pending = Pending(self._refs)
-        self._means: dict[int, tf.Tensor] = {}
+        self._stretches: dict[int, list[tuple[int, tf.Tensor]]] = {}  # of the means: by tensor, with their starts
         self._counts: tf.Tensor = None
 
     def read(self, chunk: Chunk) -> tf.Tensor:
@@ -46,10 +47,7 @@ class VariableGradients:
         found = list(spans(self._layout, chunk))
         parts = parted(mean, [stop - start for _, start, stop, _ in found])
         for (ref, start, _, _), part in zip(found, parts, strict=True):
-            v = ref.variable
-            whole = self._pending.variable(ref, start, tf.cast(part, v.dtype))
-            if whole is not None:
-                self._means[id(v)] = whole
+            self._stretches.setdefault(id(ref), []).append((start, tf.cast(part, ref.variable.dtype)))
 
     def present(self) -> tf.Tensor:
         return tf.constant([float(id(ref.variable) in self._gradients) for ref in self._refs], tf.float64)
@@ -65,7 +63,13 @@ class VariableGradients:
 
     def means(self) -> list[tf.Tensor]:
         """Return the mean gradient of each variable: dense, zeros where no worker has one."""
-        return [self._means.get(id(v), tf.zeros(v.shape, v.dtype)) for v in self._variables]
+        parts: dict[int, list[tuple[View, tf.Tensor]]] = {}  # of each variable
+        for ref in self._refs:
+            stretches = sorted(self._stretches.get(id(ref), []), key=itemgetter(0))
+            if stretches:
+                value = turned_back(joined([stretch for _, stretch in stretches]), ref.spec.view)
+                parts.setdefault(id(ref.variable), []).append((ref.spec.view, value))
+        return [_pasted(parts[id(v)], 0) if id(v) in parts else tf.zeros(v.shape, v.dtype) for v in self._variables]
 
     def counts(self) -> tf.Tensor:
         """Return the number of workers that have a gradient for each variable: float64 (variables,)."""
@@ -76,3 +80,13 @@ class VariableGradients:
 
     def _wire(self, chunk: Chunk) -> str:
         return self._layout.layout.segments[chunk.segment].dtype
+
+
+def _pasted(parts: Sequence[tuple[View, tf.Tensor]], axis: int) -> tf.Tensor:
+    """Return the box that the parts fill between them; they are put together along the later axes first."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows: dict[int, list[tuple[View, tf.Tensor]]] = {}
+    for view, value in parts:
+        rows.setdefault(view.starts[axis], []).append((view, value))
+    return tf.concat([_pasted(rows[start], axis + 1) for start in sorted(rows)], axis)

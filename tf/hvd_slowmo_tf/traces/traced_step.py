@@ -144,7 +144,8 @@ class TracedStep:
             due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
             tf.cond(due, lambda: optimizer._overwrite_model_variables_with_average_value(self.trained), lambda: None)
 
-    def _step(self, grads: Gradients, arrivals: Sequence[tf.Tensor] | None = None) -> None:
+    def _step(self, grads: Gradients, arrivals: Sequence[tf.Tensor] | None = None, compiled: bool = False) -> None:
+        """Take a step, in a trace of its own where XLA compiles it: see `hvd_slowmo_tf.traces.in_place`."""
         self.traces += 1
         optimizer = self.optimizer
         # Everything waits for the gradients: with a dataset of unknown length there is a last call that has none.

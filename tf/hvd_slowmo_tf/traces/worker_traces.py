@@ -117,12 +117,7 @@ class WorkerTraces:
     def call(self, traced: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with collectives in it, traced or not; its errors and warnings come in plain words."""
         assert self._ops is not None, "the workers have started"
-        assert self._store is not None, "made with _ops"
-        try:
-            return self._ops.call(traced, *arguments)
-        except BaseException:
-            self._store.forget_unfinished()  # without a trace, what is half-written would be found by the next call
-            raise
+        return self._ops.call(traced, *arguments)
 
     def join_now(self) -> Callable[[tf.Tensor], tf.Tensor]:
         """Return the join at the present step, traced where it follows the others step by step.
