@@ -7,10 +7,13 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.traces import in_place
 from support.models.keras import fit, held, net
+from support.problems import chunks_of
+from support.trainings.keras import GraphComm
 from support.views import views
 
 
@@ -92,9 +95,40 @@ def test_a_variable_keeps_its_own_memory():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [{}, {"bits": 8}, {"fragments": 2}, {"delay": 1, "fragments": 2, "bits": 8}], ids=str
+)
+def test_a_variable_of_several_chunks_never_moves(config, monkeypatch):
+    """One is written while the next one travels, which must not be a part of the variable's memory."""
+    monkeypatch.setattr(in_place, "LARGE", 1)
+
+    def work(comm):
+        kernel = keras.Variable(np.zeros((64, 16), np.float32))
+        optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, **config), comm=GraphComm(comm))
+        optimizer.broadcast([kernel])
+
+        @tf.function(autograph=False)
+        def step(gradient):
+            optimizer.apply([gradient], [kernel])
+
+        places = []
+        for k in range(6):
+            step(tf.fill([64, 16], float(comm.rank + k)))
+            places.append(memory(kernel.value))
+        return len(optimizer.worker.step.assembly.layout.layout.chunks), places, kernel.numpy()
+
+    with chunks_of(512):
+        (chunks, places, values), (_, _, others) = ThreadWorld(2).run(work)
+    assert chunks == 8
+    assert len(set(places[1:])) == 1, "the first step moves it, whose anchor has its memory"
+    if not config.get("fragments"):
+        np.testing.assert_array_equal(values, others)
+
+
+@pytest.mark.slow
 def test_an_optimizer_that_xla_compiles_later_on(monkeypatch):
     """A worker alone: XLA has no such operations as a trace that it does not compile."""
-    monkeypatch.setattr(in_place, "LONG", 1)
+    monkeypatch.setattr(in_place, "LARGE", 1)
 
     def weights(compiled):
         model, optimizer = net(), SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, beta=0.5))

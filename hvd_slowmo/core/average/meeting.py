@@ -162,8 +162,6 @@ class Meetings:
         """Start the ledger and all chunks of a meeting beside the caller; the result has all of them."""
         purpose, means = exchange.purpose, self._means
         chunks = self._chunks[purpose.fragment]
-        # In the place of the messages, results are two vectors more of what is in flight.
-        computes = self._runtime.layout.fragments > 1 or not self._ops.keeps_handles
         # Another thread must not read what changes: the model, memory that is used again, and what a load replaces.
         own = [means.contribution(chunk, exchange, fits) for chunk in chunks]
 
@@ -175,8 +173,8 @@ class Meetings:
             # Before the verdict, which comes when all is there; and whatever it will be, the same on all workers.
             table = self._tables(arrived)[0]
             started = [means.relayed(comm, x, exchange, table) for x in started]
-            there = [means.arrived(comm, x) for x in started]
-            return (arrived, *(means.computed(x, exchange) if computes else x for x in there))
+            # One after the other: later ones travel meanwhile, and the messages of this one are freed.
+            return (arrived, *(means.computed(means.arrived(comm, started.pop(0)), exchange) for _ in chunks))
 
         return self._comm.start_beside(self._ops.detached(travel))
 

@@ -77,6 +77,9 @@ class TwoPhase:
         self._config, self._layout, self._own = runtime.config, runtime.layout, runtime.slices
         self._few_bits = runtime.config.bits < 32
         self._writes_at_once = runtime.writes_at_once
+        # In a trace a late exchange returns results: as many tensors of known lengths for each fragment. Elsewhere it
+        # keeps the messages where one fragment is the whole model: its results would be two vectors as long.
+        self._computes = not self._ops.keeps_handles or (self._few_bits and runtime.layout.fragments > 1)
         self._observes = runtime.observe and runtime.config.shards
         self._rank, self._size = runtime.comm.rank, runtime.comm.size
         self._parts: dict[tuple[int, int, int], Chunk] = {}
@@ -217,7 +220,7 @@ class TwoPhase:
     def finish(self, sliced: SlicedChunk, weight: Scalar, finite: Scalar) -> Iterator[tuple[Chunk, Any]]:
         """Write what is kept, and yield parts of the chunk with the workers' mean, or with the new anchor.
 
-        A part is used up before the next, while a core's cache holds it.
+        What is computed now comes in parts, each of which is used up before the next, while a core's cache holds it.
 
         Args:
             sliced: whose second phase is over.
@@ -277,20 +280,23 @@ class TwoPhase:
         return self._ops.choose(finite == 0, partial(self._zeros, residual), owed)
 
     def computed(self, sliced: SlicedChunk, weight: Scalar, finite: Scalar) -> SlicedChunk:
-        """Return an exchange with its results in the place of the messages, for `finish`.
+        """Return a late exchange with its results in the place of the messages, computed beside the training.
 
-        A late exchange computes them beside the training, where it has the messages. Nothing is written.
+        Where that takes too much memory it keeps the messages, for `finish`. Nothing is written.
 
         Args:
             sliced: whose second phase is over.
             weight, finite: as in `finish`.
         """
+        if not self._computes:
+            return sliced
         parts = [values for _, values in self._results(sliced, weight, finite)]
         results = [self._ops.joined(each) for each in zip(*parts, strict=True)]
         return sliced._replace(values=None, parts=(), received=(), results=results)
 
     def tensors(self, sliced: SlicedChunk) -> list[Any]:
         """Return the tensors of an exchange whose results are computed, for `from_tensors`."""
+        assert sliced.results, "in a trace they are"
         return sliced.all_tensors
 
     def nothing(self, chunk: Chunk) -> list[Any]:

@@ -38,8 +38,6 @@ def roll_forward(member: Member[R], standing: Standing) -> set[int]:
             store.write(vector, chunk, values)
         if chunk.role == "parameter" and "residual" in config.vectors:
             store.write("residual", chunk, store.read("residual", chunk) * 0)  # the result has it already
-        if machine.runtime.writes_at_once:
-            store.settle()  # tensors of which some parts have come
         machine.meetings.written = {*(machine.meetings.written or ()), chunk.index}
     return written
 

@@ -16,8 +16,8 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from hvd_slowmo.wire.views import Piece, View
 from hvd_slowmo_tf.traces.pieces import turned_back
 
-LONG = 2**16
-"""Elements of a variable from which all of it is written in place as well."""
+LARGE = 2**16
+"""Elements of a matrix from which all of it is written in place as well."""
 ROW = 16
 """Elements of a row from which rows are copied as such. Shorter ones take longer than their elements one by one."""
 
@@ -25,6 +25,11 @@ ROW = 16
 def compiled() -> bool:
     """Return whether XLA compiles what is being traced."""
     return bool(tf.inside_function() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def owned(tensor: tf.Tensor) -> tf.Tensor:
+    """Return a long tensor with memory of its own, and not a variable's that it was read from."""
+    return tensor if tensor.shape[0] < LARGE or compiled() else tf.raw_ops.DeepCopy(x=tensor)
 
 
 def assign(variable: tf.Variable, view: View, start: int, stop: int, value: tf.Tensor) -> None:
@@ -41,7 +46,7 @@ def assign(variable: tf.Variable, view: View, start: int, stop: int, value: tf.T
         [[0.0, 7.0, 8.0], [9.0, 0.0, 0.0]]
     """
     shape = tuple(variable.shape)
-    if stop - start == math.prod(shape) and (len(shape) < 2 or stop - start < LONG):
+    if stop - start == math.prod(shape) and (len(shape) < 2 or stop - start < LARGE):
         variable.assign(turned_back(value, view))
     else:
         assign_in_place(variable, view, start, stop, value)
@@ -69,12 +74,11 @@ def _of_box(variable: tf.Variable, piece: Piece, part: tf.Tensor) -> tf.Tensor:
         part = tf.concat([box[: piece.start], part, box[piece.stop :]], 0)
     if not in_order:
         part = tf.transpose(tf.reshape(part, piece.permuted), piece.back)
-    return tf.reshape(part, [*piece.extent, *variable.shape[len(piece.extent) :]])
+    return tf.reshape(part, piece.extent)
 
 
 def _assign_box(variable: tf.Variable, piece: Piece, values: tf.Tensor) -> None:
     begin = [part.start for part in piece.box]
-    begin += [0] * (len(variable.shape) - len(begin))
     whole_rows = values.shape[1:] == variable.shape[1:] and math.prod(variable.shape[1:]) >= ROW
     if whole_rows and len(begin) > 1:
         rows = tf.range(begin[0], begin[0] + values.shape[0])
