@@ -7,13 +7,11 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.traces import in_place
 from support.models.keras import fit, held, net
 from support.problems import chunks_of
-from support.trainings.keras import GraphComm
 from support.views import views
 
 
@@ -94,35 +92,25 @@ def test_a_variable_keeps_its_own_memory():
     assert np.all(part.numpy() == 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "config", [{}, {"bits": 8}, {"fragments": 2}, {"delay": 1, "fragments": 2, "bits": 8}], ids=str
-)
-def test_a_variable_of_several_chunks_never_moves(config, monkeypatch):
-    """One is written while the next one travels, which must not be a part of the variable's memory."""
+def test_a_chunk_that_waits_for_its_turn_does_not_make_a_write_move_the_variable(monkeypatch):
+    """A blocking outer step writes one while the next one, which was read before, travels."""
     monkeypatch.setattr(in_place, "LARGE", 1)
-
-    def work(comm):
-        kernel = keras.Variable(np.zeros((64, 16), np.float32))
-        optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, **config), comm=GraphComm(comm))
-        optimizer.broadcast([kernel])
-
-        @tf.function(autograph=False)
-        def step(gradient):
-            optimizer.apply([gradient], [kernel])
-
-        places = []
-        for k in range(6):
-            step(tf.fill([64, 16], float(comm.rank + k)))
-            places.append(memory(kernel.value))
-        return len(optimizer.worker.step.assembly.layout.layout.chunks), places, kernel.numpy()
-
+    kernel = keras.Variable(np.zeros((64, 16), np.float32))
+    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2))
     with chunks_of(512):
-        (chunks, places, values), (_, _, others) = ThreadWorld(2).run(work)
-    assert chunks == 8
-    assert len(set(places[1:])) == 1, "the first step moves it, whose anchor has its memory"
-    if not config.get("fragments"):
-        np.testing.assert_array_equal(values, others)
+        optimizer.broadcast([kernel])
+    first, second, *_ = optimizer.worker.ready().assembly.layout.layout.chunks
+    assert first.size == second.size == 128
+    store = optimizer.worker.traces._store
+    kernel.assign(tf.fill([64, 16], 0.0))  # in memory of its own, which neither NumPy nor an anchor has
+
+    waiting = store.read("model", second)
+    before = memory(kernel.value)
+    for chunk in (first, second):
+        store.write("model", chunk, tf.ones([chunk.size]))
+    assert memory(kernel.value) == before
+    assert np.all(waiting.numpy() == 0)
+    np.testing.assert_array_equal(kernel.numpy().reshape(-1), [1.0] * 256 + [0.0] * 768)
 
 
 @pytest.mark.slow
