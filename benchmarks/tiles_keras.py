@@ -18,8 +18,8 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_slowmo.core.parts.codec import plain
+from hvd_slowmo.core.parts.layout import BLOCK
 from hvd_slowmo.core.parts.outer_update import Momentum, outer_update
-from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo.tf import SlowMoConfig
 from hvd_slowmo_tf.traces.codec import KerasCodec
 from hvd_slowmo_tf.traces.tiles import tiled_outer_update

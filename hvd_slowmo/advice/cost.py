@@ -12,8 +12,7 @@ from hvd_slowmo.advice.link import Line, Link
 from hvd_slowmo.advice.training import Training
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.parts.codec import payload_bytes
-from hvd_slowmo.core.parts.layout import CHUNK_BYTES
-from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.parts.layout import BLOCK, CHUNK_BYTES
 from hvd_slowmo.core.start.memory import bytes_beside_model
 from hvd_slowmo.gossip import DPSGD, SGP
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_slowmo.core.parts.codec import LEVELS, Elementwise, NumpyCodec, blocks_in, payload_bytes, plain
-from hvd_slowmo.core.parts.slices import BLOCK, Slices
+from hvd_slowmo.core.parts.layout import BLOCK
+from hvd_slowmo.core.parts.slices import Slices
 from hvd_slowmo_tf.traces.codec import KerasCodec
 from hvd_slowmo_torch.simulator.stack import StackCodec
 from hvd_slowmo_torch.tensors.codec import TorchCodec

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hvd_slowmo import SlowMoConfig
 from hvd_slowmo.comm.protocol import ScopedComm, SoloComm
 from hvd_slowmo.core.average.ledger import AVERAGE, TRAINING, Row, error_text, rates_warning, verdict
-from hvd_slowmo.core.parts.layout import ALIGNED, ParameterGroups, lay_out
+from hvd_slowmo.core.parts.layout import BLOCK, ParameterGroups, lay_out
 from hvd_slowmo.core.parts.ops import EagerOps
 from hvd_slowmo.core.parts.outer_update import Momentum, momentum, next_gamma, outer_update
 from hvd_slowmo.core.parts.progress import Flight, Progress, PushSum
@@ -156,11 +156,11 @@ def test_fragments_have_as_many_messages_and_long_ones_end_at_whole_blocks(size,
     assert chunks[-1].stop == size
     assert all(0 < chunk.size <= longest for chunk in chunks)
     assert len(chunks) == size or len(chunks) % fragments == 0
-    ends = [chunk.stop % ALIGNED for chunk in chunks[:-1]]
+    ends = [chunk.stop % BLOCK for chunk in chunks[:-1]]
     lengths = [chunk.size for chunk in chunks]
-    if size >= 16 * ALIGNED * len(chunks) and longest >= 16 * ALIGNED:
+    if size >= 16 * BLOCK * len(chunks) and longest >= 16 * BLOCK:
         assert not any(ends)
-        assert max(lengths) - min(lengths) < 2 * ALIGNED
+        assert max(lengths) - min(lengths) < 2 * BLOCK
     else:
         assert max(lengths) - min(lengths) <= 1
 

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.traces import in_place
-from support.models.keras import fit, held, net
+from support.models.keras import fit, held, memory, net
 from support.problems import chunks_of
 from support.views import views
-
-
-def memory(variable):
-    """Return where the memory lies that a reader of a variable gets."""
-    return variable.value()._numpy().__array_interface__["data"][0]
 
 
 def written(view, start, stop, traced, function=in_place.assign):

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.core.parts.codec import Elementwise, NumpyCodec, blocks_in, plain
+from hvd_slowmo.core.parts.layout import BLOCK
 from hvd_slowmo.core.parts.outer_update import Momentum, outer_update
-from hvd_slowmo.core.parts.slices import BLOCK
 from hvd_slowmo.tf import SlowMo, SlowMoConfig
 from hvd_slowmo_tf.traces import codec, ops, tiles
 from support.models.keras import fit, held

@@ -7,7 +7,7 @@ Two workers survive of three, and rank 2 is lost, which has kept the last third 
 import numpy as np
 
 from hvd_slowmo.comm.threads import ThreadWorld
-from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.parts.layout import BLOCK
 from support.membership import LR, TAU, LateOracle
 
 CHUNK, FRAGMENTS = 6 * BLOCK, 2

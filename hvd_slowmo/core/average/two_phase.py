@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.core.parts import names
 from hvd_slowmo.core.parts.codec import Coded, Elementwise, Source, blocks_in, payload_bytes, plain, tiles
-from hvd_slowmo.core.parts.layout import ITEMSIZE, Chunk
+from hvd_slowmo.core.parts.layout import BLOCK, ITEMSIZE, Chunk
 from hvd_slowmo.core.parts.progress import Observed, Scalar
 from hvd_slowmo.core.parts.runtime import Runtime
-from hvd_slowmo.core.parts.slices import BLOCK, Slices
+from hvd_slowmo.core.parts.slices import Slices
 
 OuterStep = Callable[[Chunk, Any, Any, Any], tuple[Any, Any]]
 """Takes an outer step: of a part of a chunk, the workers' mean, the anchor and v; returns the new anchor and v."""

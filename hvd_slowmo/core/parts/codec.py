@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.parts.layout import BLOCK
 
 LEVELS = {8: 127, 4: 7}
 

@@ -24,9 +24,9 @@ TRAVELLING: tuple[Role, ...] = ("parameter", "statistic", "optimizer_state")
 
 ITEMSIZE = {"float32": 4, "float64": 8}
 
-ALIGNED = 1024
-"""Long chunks of fragments end at multiples of so many elements: whole blocks of few bits, and memory that TensorFlow
-need not copy to take a part of it."""
+BLOCK = 1024
+"""Elements that share a scale in few bits. Long chunks of fragments end at whole blocks, also since TensorFlow copies a
+part of a tensor that begins or ends elsewhere."""
 
 
 class Ref(Protocol):
@@ -283,7 +283,7 @@ def _stops(segment: Segment, segments: Sequence[Segment], chunk_bytes: int, frag
         # As many chunks as the greatest length allows, rounded up so that every fragment gets the same number; then
         # equally long ones.
         total = sum(each.size for each in segments if each.role == "parameter")
-        unit = ALIGNED if longest >= 16 * ALIGNED else 1
+        unit = BLOCK if longest >= 16 * BLOCK else 1
         equal = longest - (unit - 1)  # what rounding may add to a chunk
         number = fragments * -(-total // (equal * fragments))
         number = min(segment.size, -(-segment.size * number // total))

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from hvd_slowmo.config import SlowMoConfig
-from hvd_slowmo.core.parts.layout import Chunk, Layout
+from hvd_slowmo.core.parts.layout import BLOCK, Chunk, Layout
 from hvd_slowmo.wire.tensors import TensorSpec
-
-BLOCK = 1024
-"""Values of a slice that belong together: those that share a scale in few bits."""
 
 
 class Slices(NamedTuple):

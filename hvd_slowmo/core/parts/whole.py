@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.parts.codec import payload_bytes, plain
-from hvd_slowmo.core.parts.layout import ITEMSIZE, Chunk
+from hvd_slowmo.core.parts.layout import BLOCK, ITEMSIZE, Chunk
 from hvd_slowmo.core.parts.runtime import Runtime
-from hvd_slowmo.core.parts.slices import BLOCK, Slices
+from hvd_slowmo.core.parts.slices import Slices
 
 Whole = dict[str, dict[int, NDArray[Any]]]
 """Whole chunks in host memory, by vector and number."""

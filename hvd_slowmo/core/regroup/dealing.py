@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from hvd_slowmo.core.parts import names
-from hvd_slowmo.core.parts.layout import Chunk
+from hvd_slowmo.core.parts.layout import BLOCK, Chunk
 from hvd_slowmo.core.parts.runtime import Runtime
-from hvd_slowmo.core.parts.slices import BLOCK, Slices
+from hvd_slowmo.core.parts.slices import Slices
 
 logger = logging.getLogger("hvd_slowmo")
 

@@ -52,6 +52,11 @@ def held(model: keras.Model) -> list[np.ndarray]:
     return [v.numpy() for v in model.weights]
 
 
+def memory(variable: tf.Variable) -> int:
+    """Return where the memory lies that a reader of a variable gets."""
+    return int(variable.value()._numpy().__array_interface__["data"][0])
+
+
 def step_of(model: keras.Model, optimizer: Any) -> Any:
     """Return one step of a custom training loop; run it eagerly or as a tf.function."""
 

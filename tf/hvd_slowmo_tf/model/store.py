@@ -13,7 +13,7 @@ from hvd_slowmo.core.parts.progress import Vector
 from hvd_slowmo.core.parts.store import Condition
 from hvd_slowmo.wire.views import View
 from hvd_slowmo_tf.inner_optimizer import InnerOptimizer
-from hvd_slowmo_tf.model.layout import KerasLayout, VariableRef, native, spans
+from hvd_slowmo_tf.model.layout import KerasLayout, native, spans
 from hvd_slowmo_tf.traces.in_place import assign, assign_in_place, owned
 from hvd_slowmo_tf.traces.pieces import joined, part_of, parted, stretch_of
 
@@ -63,16 +63,18 @@ class VariableStore:
         if vector != "model":
             begin = self._begin(stretch)
             return part_of(native(self._vectors[vector][stretch.index]).value(), begin, begin + stretch.size)
+        wire = self._layout.layout.segments[stretch.segment].dtype
         found = list(spans(self._layout, stretch))
-        values = joined([self._cast(ref, start, stop, stretch) for ref, start, stop, _ in found])
+        values = joined(
+            [
+                tf.cast(stretch_of(native(ref.variable).value(), ref.spec.view, start, stop), wire)
+                for ref, start, stop, _ in found
+            ]
+        )
         # A part of a variable's memory that waits for its turn would make a write to the variable move all of it. Where
         # exchanges are late, what is read is used up before the next write.
-        shares = len(found) == 1 and found[0][0].variable.dtype == values.dtype.name
+        shares = len(found) == 1 and found[0][0].variable.dtype == wire
         return owned(values) if shares and "in_flight" not in self._vectors else values
-
-    def _cast(self, ref: VariableRef, start: int, stop: int, stretch: Stretch) -> tf.Tensor:
-        own = stretch_of(native(ref.variable).value(), ref.spec.view, start, stop)
-        return tf.cast(own, self._layout.layout.segments[stretch.segment].dtype)
 
     def write(self, vector: str, stretch: Stretch, value: tf.Tensor) -> None:
         if vector != "model":

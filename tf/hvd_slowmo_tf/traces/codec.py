@@ -8,7 +8,7 @@ from functools import partial
 import tensorflow as tf
 
 from hvd_slowmo.core.parts.codec import LEVELS, Coded, Elementwise, blocks_of, payload_bytes
-from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.parts.layout import BLOCK
 from hvd_slowmo_tf.traces.pieces import joined
 from hvd_slowmo_tf.traces.shared import SharedTraces
 from hvd_slowmo_tf.traces.tiles import in_tiles

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from hvd_slowmo.wire.views import Piece, View
-from hvd_slowmo_tf.traces.pieces import turned_back
+from hvd_slowmo_tf.traces.pieces import box_of, turned_back
 
 LARGE = 2**16
 """Elements of a matrix from which all of it is written in place as well."""
@@ -70,7 +70,7 @@ def _of_box(variable: tf.Variable, piece: Piece, part: tf.Tensor) -> tf.Tensor:
     """Return the new values of a piece's box, from those of the stretch."""
     in_order = list(piece.axes) == sorted(piece.axes)
     if not piece.whole:
-        box = tf.reshape(tf.transpose(tf.reshape(variable.value()[piece.box], piece.shape), piece.axes), [-1])
+        box = box_of(variable.value(), piece)
         part = tf.concat([box[: piece.start], part, box[piece.stop :]], 0)
     if not in_order:
         part = tf.transpose(tf.reshape(part, piece.permuted), piece.back)

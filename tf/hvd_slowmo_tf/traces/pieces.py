@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from hvd_slowmo.wire.views import View
+from hvd_slowmo.wire.views import Piece, View
 
 
 def stretch_of(value: tf.Tensor, view: View, start: int, stop: int) -> tf.Tensor:
@@ -18,12 +18,12 @@ def stretch_of(value: tf.Tensor, view: View, start: int, stop: int) -> tf.Tensor
     if view.offset is not None:
         flat = value if len(value.shape) == 1 else tf.reshape(value, [-1])
         return part_of(flat, view.offset + start, view.offset + stop)
-    return joined(
-        [
-            tf.reshape(tf.transpose(tf.reshape(value[p.box], p.shape), p.axes), [-1])[p.start : p.stop]
-            for p in view.pieces(start, stop)
-        ]
-    )
+    return joined([box_of(value, piece)[piece.start : piece.stop] for piece in view.pieces(start, stop)])
+
+
+def box_of(value: tf.Tensor, piece: Piece) -> tf.Tensor:
+    """Return the elements of a piece's box of a variable, flat, in the order of the wire."""
+    return tf.reshape(tf.transpose(tf.reshape(value[piece.box], piece.shape), piece.axes), [-1])
 
 
 def part_of(flat: tf.Tensor, start: int, stop: int) -> tf.Tensor:

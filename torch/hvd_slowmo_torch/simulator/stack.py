@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hvd_slowmo.comm.protocol import Comm
 from hvd_slowmo.core.parts.codec import Coded, Elementwise, plain
-from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.parts.layout import BLOCK
 from hvd_slowmo_torch.simulator.shares import Shares
 from hvd_slowmo_torch.tensors.codec import TorchCodec
 from hvd_slowmo_torch.tensors.ops import TorchOps

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hvd_slowmo.core.parts.codec import LEVELS, Coded, Elementwise, blocks_of, payload_bytes, tiles
-from hvd_slowmo.core.parts.slices import BLOCK
+from hvd_slowmo.core.parts.layout import BLOCK
 
 EXACT = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
 """Types of PyTorch's own in which values travel."""
