@@ -24,14 +24,17 @@ SECONDS_AFTER_FAILURE = 2.0
 """Time in which the others can end by themselves, with an error that may be the cause of the first one."""
 
 SECONDS_TO_END = 5.0
-"""Time from a signal to SIGKILL, as in horovodrun."""
+"""Time from SIGTERM to SIGKILL when another worker has failed, as in horovodrun."""
+
+SECONDS_TO_SAVE = 30.0
+"""Time from a signal to the launcher to SIGKILL: workers may save first. As in torchrun, and SLURM's KillWait."""
 
 # The shell outlives signals to its process group, and ends with the worker's status. Its child ends the group when
 # stdin does, which is the launcher's end of a pipe: a launcher that is killed leaves no worker behind.
-_SHELL = """
+_SHELL = f"""
 trap : INT TERM
 exec 3<&0 </dev/null
-(trap '' INT TERM; read -r _ <&3; kill -TERM 0; sleep 5; kill -KILL 0) >/dev/null 2>&1 &
+(trap '' INT TERM; read -r _ <&3; kill -TERM 0; sleep {SECONDS_TO_SAVE:.0f}; kill -KILL 0) >/dev/null 2>&1 &
 exec 3<&-
 eval "$1"
 """
@@ -173,13 +176,13 @@ class Job:
         """Send a signal to all workers, and SIGKILL after a while or at the second call; a handler of signals."""
         with self._lock:
             again, self.received = self.received is not None, number
-            self._stop(signal.SIGKILL if again else number)
+            self._stop(signal.SIGKILL if again else number, SECONDS_TO_SAVE)
 
     def _end_unread(self) -> None:
         with self._lock:
             if self.received is None:
                 self.received = signal.SIGPIPE
-                self._stop(signal.SIGTERM)
+                self._stop(signal.SIGTERM, SECONDS_TO_SAVE)
 
     def _record(self, worker: Worker, status: int) -> None:
         with self._lock:
@@ -190,14 +193,15 @@ class Job:
                 self._stopped = True  # start no more
                 self._later(SECONDS_AFTER_FAILURE, signal.SIGTERM)
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int, seconds: float = SECONDS_TO_END) -> None:
+        """Send a signal to all workers, and SIGKILL after some seconds."""
         with self._lock:
             self._stopped = True
             for worker in self._running:
                 worker.stopped = True
                 worker.send(number)
             if number != signal.SIGKILL and self._running:
-                self._later(SECONDS_TO_END, signal.SIGKILL)
+                self._later(seconds, signal.SIGKILL)
 
     def _later(self, seconds: float, number: int) -> None:
         timer = threading.Timer(seconds, self._stop, (number,))

@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from hvd_slowmo.cli import workers
 from hvd_slowmo.cli.output import SECONDS_BETWEEN_STATES, LastError, LineReader
 from hvd_slowmo.cli.workers import Job
 from support.installation import ROOT
@@ -118,9 +122,34 @@ def test_signals_reach_the_workers(tmp_path, number):
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
+    assert err == f"hvd-slowmo run: ended by {number.name}\n"
     assert sorted(out.splitlines()) == [f"[{rank}] got {number.name}" for rank in (0, 1)]
     assert process.returncode == 128 + number
-    assert err == f"hvd-slowmo run: ended by {number.name}\n"
+
+
+def test_a_signal_leaves_time_to_save_and_a_failure_less(monkeypatch):
+    """Workers that go on after SIGTERM are killed: those of a job that a signal ends later than those of a failure."""
+    delays = []
+    monkeypatch.setattr(Job, "_later", lambda job, seconds, number: delays.append((seconds, number)))
+    job = Job(elastic=False)
+    job._running.append(SimpleNamespace(send=lambda number: None))
+    job.pass_on(signal.SIGTERM)
+    job._stop(signal.SIGTERM)
+    job.pass_on(signal.SIGTERM)  # at once
+    assert delays == [(workers.SECONDS_TO_SAVE, signal.SIGKILL), (workers.SECONDS_TO_END, signal.SIGKILL)]
+
+
+def test_a_worker_that_goes_on_after_a_signal_is_killed(monkeypatch, capfd):
+    monkeypatch.setattr(workers, "SECONDS_TO_SAVE", 0.2)
+    job = Job(elastic=False)
+    thread = threading.Thread(target=job.execute, args=("trap '' TERM; echo ready; sleep 60 & wait; wait", 0))
+    thread.start()
+    while "ready" not in capfd.readouterr().out:
+        time.sleep(0.01)
+    job.pass_on(signal.SIGTERM)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert [worker.status for worker in job.ended] == [128 + signal.SIGKILL]
 
 
 @pytest.mark.slow
