@@ -150,7 +150,7 @@ def buffers(plan: Plan) -> Iterator[Cell]:
     slow, over_sgp = with_slowmo("Local SGD"), with_slowmo("SGP")
     for state in ("maintain", "reset", "average"):
         yield Cell(
-            f"buffers: {state}", SlowMoConfig(tau=TAU, beta=TUNED_BETA, inner_state=state), plan.workers[0], slow
+            f"inner state: {state}", SlowMoConfig(tau=TAU, beta=TUNED_BETA, inner_state=state), plan.workers[0], slow
         )
     for average in (True, False):
         config = SlowMoConfig(tau=TAU, beta=TUNED_BETA, gossip=SGP(), average=average)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hvd_slowmo.cli.workers import Job
+from hvd_slowmo.core.step.preemption import PREEMPTED
 from hvd_slowmo.errors import CommandError, spell_error
 
 
@@ -109,7 +110,8 @@ def _status(job: Job) -> int:
     if job.received is not None:
         if job.received != signal.SIGPIPE:  # of `head`, say, which has ended as it should
             print(f"hvd-slowmo run: ended by {signal.Signals(job.received).name}", file=sys.stderr)
-        return 128 + job.received
+        saved = {worker.status for worker in job.ended} == {PREEMPTED}
+        return PREEMPTED if saved else 128 + job.received
     failed = job.failure
     if failed is None or failed.status is None:
         return 0

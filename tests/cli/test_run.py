@@ -106,25 +106,29 @@ def test_the_cause_comes_last_and_gives_the_status_and_the_launcher_imports_no_f
 
 @pytest.mark.slow
 @pytest.mark.workers
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_the_workers(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "statuses", "expected"),
+    [(signal.SIGINT, (0, 75), 130), (signal.SIGTERM, (75, 75), 75)],
+    ids=["one has ended otherwise", "all have saved"],
+)
+def test_signals_reach_the_workers(tmp_path, number, statuses, expected):
     script = """
-        import signal, sys, time
+        import os, signal, sys, time
         def end(number, frame):
             print("got", signal.Signals(number).name)
-            sys.exit(0)
+            sys.exit(STATUSES[int(os.environ["HOROVOD_RANK"])])
         signal.signal(signal.SIGINT, end)
         signal.signal(signal.SIGTERM, end)
         print("ready")
         time.sleep(60)
     """
-    process = started(tmp_path, script)
+    process = started(tmp_path, script.replace("STATUSES", str(statuses)))
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert err == f"hvd-slowmo run: ended by {number.name}\n"
     assert sorted(out.splitlines()) == [f"[{rank}] got {number.name}" for rank in (0, 1)]
-    assert process.returncode == 128 + number
+    assert process.returncode == expected
 
 
 def test_a_signal_leaves_time_to_save_and_a_failure_less(monkeypatch):
