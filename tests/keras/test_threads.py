@@ -192,6 +192,31 @@ def test_what_is_not_finite_on_one_worker(nonfinite):
         assert second == (5.5, 0.0)  # the others' parameters, and momentum anew
 
 
+@pytest.mark.parametrize("fragments", [1, 2])
+@pytest.mark.parametrize("nonfinite", ["raise", "exclude"])
+@pytest.mark.sample("raise-1", "exclude-2")
+def test_inner_state_that_is_averaged_must_be_finite(fragments, nonfinite):
+    """An infinite second moment of Adam stops the parameters, which stay finite."""
+
+    def work(comm):
+        given, adam = variables([8.0, 4.0], [2.0]), keras.optimizers.Adam(0.01)
+        settings = {"fragments": fragments, "nonfinite": nonfinite, "inner_state": "average"}
+        optimizer = over(comm, adam, given, tau=2, beta=0.0, **settings)
+        for _ in range(3):
+            optimizer.apply(ramp([1.0, 1.0], [1.0]), given)
+        if comm.rank == 1:
+            adam._velocities[0].assign([np.inf, 0.0])
+        for _ in range(4):
+            optimizer.apply(ramp([1.0, 1.0], [1.0]), given)
+        return [x.numpy() for x in (*given, *adam._velocities, *adam._momentums)]
+
+    results = run(2, work, return_exceptions=True)
+    if nonfinite == "raise":
+        assert all("averaged inner state are not finite (NaN or infinity) on rank 1" in str(r) for r in results)
+    else:
+        assert all(np.isfinite(x).all() for result in results for x in result)
+
+
 def test_rates_that_differ_warn_once_with_the_ranks(caplog):
     def work(comm):
         given = variables([8.0])

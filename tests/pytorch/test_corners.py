@@ -165,7 +165,7 @@ def test_batchnorm_statistics_that_are_not_finite_do_not_spread(nonfinite):
     if nonfinite == "exclude":
         assert results == [True, True]
     else:
-        assert all("BatchNorm statistics are not finite (NaN or infinity) on rank 1" in str(r) for r in results)
+        assert all("averaged inner state are not finite (NaN or infinity) on rank 1" in str(r) for r in results)
 
 
 class Fails(torch.autograd.Function):

@@ -32,7 +32,7 @@ class Row(NamedTuple):
     reason: Scalar  # TRAINING or AVERAGE
     training: Scalar  # 1 while it trains, 0 in a join
     leaving: Scalar  # 1: it joins for the last time
-    finite: Scalar  # 1: all its parameters are finite
+    finite: Scalar  # 1: what it sends is finite
     weight: Scalar  # its weight in the mean: own inner steps since the last average / tau
     counted: Scalar  # its weight in plain means: 1, or 0 if it is excluded
     steps: Scalar  # inner steps that it has completed
@@ -212,8 +212,8 @@ def _not_finite(ranks: Sequence[int], name: str, table: NDArray[Any]) -> str:
     column = columns(table)
     broken = [f"rank {r}" for r, finite in zip(ranks, column.finite, strict=True) if finite != 1]
     return (
-        f"{name}: parameters or BatchNorm statistics are not finite (NaN or infinity) on {', '.join(broken)} "
-        f"after step {int(column.meeting_step[0])}"
+        f"{name}: parameters, BatchNorm statistics or averaged inner state are not finite (NaN or infinity) on "
+        f"{', '.join(broken)} after step {int(column.meeting_step[0])}"
     )
 
 

@@ -53,11 +53,13 @@ class Store(Protocol):
         """Return zeros like the stretch's."""
 
     def finite(self, vector: str, fragment: int | None) -> Scalar:
-        """Return whether every parameter of a fragment is finite: a bool scalar. Masks may hold infinities.
+        """Return whether a fragment is finite: its parameters, BatchNorm's statistics, inner state that is averaged.
+
+        A bool scalar. Other buffers are not looked at: masks may hold infinities.
 
         Args:
             vector: "model" or "in_flight".
-            fragment: None for all of the model.
+            fragment: None for all of the model, without the inner state, which is averaged with a fragment only.
         """
 
     def condition(self, fragment: int | None) -> Condition:

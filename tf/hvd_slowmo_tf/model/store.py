@@ -43,6 +43,7 @@ class VariableStore:
         watched = [ref.variable for ref in layout.refs_of("parameter")]
         watched += [v for v in statistics if v.name in ("moving_mean", "moving_variance")]
         self._watched = {id(v): v for v in watched}
+        self._inner_state = {id(ref.variable): ref.variable for ref in layout.refs_of("optimizer_state")}  # averaged
         with tf.init_scope():
             self._zero = tf.Variable(0.0, dtype=tf.float64, trainable=False)
             if "in_flight" in self._vectors:
@@ -112,22 +113,20 @@ class VariableStore:
     def finite(self, vector: str, fragment: int | None) -> tf.Tensor:
         if vector != "model" or (fragment is not None and self._layout.layout.fragments > 1):
             return self._stretches_finite(vector, fragment)
-        ranks = {len(v.shape) for v in self._watched.values()}
+        checked = [*self._watched.values(), *(() if fragment is None else self._inner_state.values())]
+        ranks = {len(v.shape) for v in checked}
         axes = {rank: tf.constant(list(range(rank)), tf.int32, [rank]) for rank in ranks}  # not one per variable
-        found = [
-            tf.raw_ops.All(input=tf.math.is_finite(native(v).value()), axis=axes[len(v.shape)])
-            for v in self._watched.values()
-        ]
+        found = [tf.raw_ops.All(input=tf.math.is_finite(native(v).value()), axis=axes[len(v.shape)]) for v in checked]
         return tf.reduce_all(found)
 
     def _stretches_finite(self, vector: str, fragment: int | None) -> tf.Tensor:
         found = []
         for chunk in self._layout.layout.chunks:
-            if fragment not in (None, chunk.fragment) or chunk.role == "optimizer_state":
+            if fragment not in (None, chunk.fragment):
                 continue
             values = tf.math.is_finite(self.read(vector, chunk))
             for ref, start, stop, at in spans(self._layout, chunk):
-                if id(ref.variable) in self._watched:
+                if id(ref.variable) in self._watched or id(ref.variable) in self._inner_state:
                     found.append(tf.reduce_all(values[at : at + stop - start]))
         return tf.reduce_all(found) if found else tf.constant(True)
 

@@ -54,6 +54,7 @@ class TorchStore:
             *layout.refs_of("parameter"),
             *(ref for ref in layout.refs_of("statistic") if ref.watched),
         ]
+        self._inner_state = layout.refs_of("optimizer_state")  # where it is averaged
         self._refs = layout.refs
         self._on_host = on_host
         self._own: OwnSlices | None = None
@@ -163,7 +164,7 @@ class TorchStore:
 
     def finite(self, vector: str, fragment: int | None) -> bool:
         by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for tensor in self._looked_at(vector, fragment):
+        for tensor in self._checked(vector, fragment):
             by_device.setdefault(tensor.device, []).append(tensor)
         for tensors in by_device.values():
             # A finite norm has finite parts only, and costs a tenth of looking at each. Another may have overflowed.
@@ -172,21 +173,24 @@ class TorchStore:
                 return False
         return True
 
-    def _looked_at(self, vector: str, fragment: int | None) -> Iterator[torch.Tensor]:
-        """Yield the values that must be finite, statistics of BatchNorm among them."""
+    def _checked(self, vector: str, fragment: int | None) -> Iterator[torch.Tensor]:
+        """Yield the values that must be finite. None lie in memory that a later one takes."""
         if vector == "model" and (fragment is None or self.layout.fragments == 1):
             yield from (ref.find().detach() for ref in self._watched)
+            if fragment is not None:
+                yield from (ref.find().detach() for ref in self._inner_state)
             return
         for chunk in self.layout.chunks:
             if fragment not in (None, chunk.fragment):
                 continue
-            if chunk.role == "parameter":
-                yield self.read(vector, chunk)
-            elif chunk.role == "statistic":
-                refs = self._refs[chunk.segment]
-                for number, start, stop, at in self.layout.spans(chunk):
-                    if refs[number].watched:
-                        yield self.read(vector, chunk)[at : at + stop - start].clone()
+            for number, start, stop, at in self.layout.spans(chunk):
+                ref = self._refs[chunk.segment][number]
+                if chunk.role == "statistic" and not ref.watched:
+                    continue
+                if vector == "model":
+                    yield ref.find().detach().reshape(-1)[start + ref.offset : stop + ref.offset]
+                else:
+                    yield self.read(vector, chunk)[at : at + stop - start]
 
     def condition(self, fragment: int | None) -> Condition:
         return self.watch.condition(fragment)

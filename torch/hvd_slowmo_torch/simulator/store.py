@@ -155,15 +155,15 @@ class StackStore:
         return not self.broken(vector, fragment)
 
     def broken(self, vector: str = "model", fragment: int | None = None) -> list[int]:
-        """Return the workers of which a parameter or a statistic of BatchNorm is not finite."""
+        """Return the workers of which a value is not finite that must be; see `Store.finite`."""
         broken: set[int] = set()
         for chunk in self._layout.chunks:
-            if fragment not in (None, chunk.fragment) or chunk.role == "optimizer_state":
+            if fragment not in (None, chunk.fragment) or (fragment is None and chunk.role == "optimizer_state"):
                 continue
             refs = self._refs[chunk.segment]
             stack = self.read(vector if chunk.role == "parameter" else "model", chunk)
             for number, start, stop, at in self._layout.spans(chunk):
-                if chunk.role == "parameter" or refs[number].watched:
+                if chunk.role != "statistic" or refs[number].watched:
                     finite = stack[at : at + stop - start].isfinite().all(dim=0)
                     broken.update((~finite).nonzero().flatten().tolist())
         return sorted(broken)
