@@ -5,12 +5,17 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 SECONDS_BETWEEN_STATES = 10.0
 """Least time between two states of one progress bar."""
+
+_LOOK_MS = 100
+_PIPE_BYTES = 2**16  # that Linux keeps in a pipe
 
 _KEPT = 500
 _TAIL = 20
@@ -72,24 +77,36 @@ class LineReader:
         self._state, self._redrawn, self._shown_at = "", False, None
 
 
-def copy_lines(descriptor: int, show: Callable[[str], None]) -> None:
+def copy_lines(descriptor: int, show: Callable[[str], None], over: threading.Event) -> None:
     """Read a stream to its end, and show its lines.
 
     Args:
         descriptor: of a pipe.
         show: takes a line.
+        over: set once the worker has ended. What is in the pipe then is shown; a process that the worker has left
+            behind may hold the pipe, and is not waited for.
 
     Example:
         >>> reader, writer = os.pipe()
         >>> _ = os.write(writer, b"hello")
         >>> os.close(writer)
-        >>> copy_lines(reader, print)
+        >>> copy_lines(reader, print, threading.Event())
         hello
         >>> os.close(reader)
     """
     lines, decoder = LineReader(show), codecs.getincrementaldecoder("utf-8")("replace")
-    while chunk := os.read(descriptor, 2**16):
-        lines.feed(decoder.decode(chunk))
+    poll, left = select.poll(), _PIPE_BYTES
+    poll.register(descriptor, select.POLLIN)
+    while left > 0:
+        ended = over.is_set()  # before the look: what comes later may be of others
+        if poll.poll(_LOOK_MS):
+            chunk = os.read(descriptor, _PIPE_BYTES)
+            if not chunk:
+                break
+            lines.feed(decoder.decode(chunk))
+            left -= len(chunk) if ended else 0
+        elif ended:
+            break
     lines.feed(decoder.decode(b"", final=True))
     lines.close()
 

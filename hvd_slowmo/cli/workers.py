@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from hvd_slowmo.cli.output import LastError, copy_lines
+from hvd_slowmo.core.step.preemption import ONE_SIGNAL_S
 
 SECONDS_AFTER_FAILURE = 2.0
 """Time in which the others can end by themselves, with an error that may be the cause of the first one."""
@@ -89,6 +90,7 @@ class Job:
         self._stopped = False
         self.ended: list[Worker] = []
         self.received: int | None = None
+        self._first_at: float | None = None
 
     @property
     def failure(self) -> Worker | None:
@@ -152,31 +154,35 @@ class Job:
             worker.error.add(line)
             show_error(line)
 
+        ended = threading.Event()
         readers = [
-            threading.Thread(target=copy_lines, args=(process.stdout.fileno(), shown(stdout or sys.stdout))),
-            threading.Thread(target=copy_lines, args=(process.stderr.fileno(), show_and_keep)),
+            threading.Thread(target=copy_lines, args=(process.stdout.fileno(), shown(stdout or sys.stdout), ended)),
+            threading.Thread(target=copy_lines, args=(process.stderr.fileno(), show_and_keep, ended)),
         ]
         for reader in readers:
             reader.daemon = True
             reader.start()
-        ended = threading.Event()
         for event in events if self.elastic else ():
             threading.Thread(target=self._end_on, args=(worker, event, ended), daemon=True).start()
         status = process.wait()
         ended.set()
         worker.send(signal.SIGKILL)  # the shell's child, and what the worker has left behind
+        self._record(worker, status if status >= 0 else 128 - status)  # the others need not wait for its output
         for reader in readers:
-            reader.join(SECONDS_TO_END)
-        with contextlib.suppress(BrokenPipeError):
-            process.communicate()  # closes the pipes
-        self._record(worker, status if status >= 0 else 128 - status)
+            reader.join()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
         return status if self.elastic else 0
 
     def pass_on(self, number: int, _: FrameType | None = None) -> None:
-        """Send a signal to all workers, and SIGKILL after a while or at the second call; a handler of signals."""
+        """Send a signal to all workers, and SIGKILL after a while or at a second one; a handler of signals."""
+        now = time.monotonic()
         with self._lock:
-            again, self.received = self.received is not None, number
-            self._stop(signal.SIGKILL if again else number, SECONDS_TO_SAVE)
+            first, self._first_at = self._first_at is None, self._first_at or now
+            if first or now - self._first_at > ONE_SIGNAL_S:
+                self.received = number
+                self._stop(number if first else signal.SIGKILL, SECONDS_TO_SAVE)
 
     def _end_unread(self) -> None:
         with self._lock:

@@ -70,6 +70,20 @@ def test_the_status_of_a_signal_and_the_output_of_a_worker(capsys):
     assert Job(elastic=True).execute("exit 4", index=0) == 4
 
 
+def test_a_process_that_a_worker_leaves_behind_is_not_waited_for(capsys):
+    """It holds the worker's output. The other workers end as after any failure."""
+    job = Job(elastic=False)
+    commands = ["setsid sleep 60 & sleep 0.2; echo last words; exit 3", "exec sleep 60"]
+    threads = [threading.Thread(target=job.execute, args=each[::-1]) for each in enumerate(commands)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [(worker.rank, worker.status) for worker in job.ended] == [(0, 3), (1, 128 + signal.SIGTERM)]
+    assert capsys.readouterr().out == "[0] last words\n"
+
+
 @pytest.mark.slow
 @pytest.mark.workers
 def test_the_cause_comes_last_and_gives_the_status_and_the_launcher_imports_no_framework(tmp_path):
@@ -133,13 +147,19 @@ def test_signals_reach_the_workers(tmp_path, number, statuses, expected):
 
 def test_a_signal_leaves_time_to_save_and_a_failure_less(monkeypatch):
     """Workers that go on after SIGTERM are killed: those of a job that a signal ends later than those of a failure."""
-    delays = []
+    delays, sent, now = [], [], [100.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Job, "_later", lambda job, seconds, number: delays.append((seconds, number)))
     job = Job(elastic=False)
-    job._running.append(SimpleNamespace(send=lambda number: None))
+    job._running.append(SimpleNamespace(send=sent.append))
     job.pass_on(signal.SIGTERM)
     job._stop(signal.SIGTERM)
-    job.pass_on(signal.SIGTERM)  # at once
+    now[0] += 0.5
+    job.pass_on(signal.SIGTERM)  # the same one: the terminal has sent it to the launcher's own launcher too
+    now[0] += 1.0
+    job.pass_on(signal.SIGINT)
+    assert sent == [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
+    assert job.received == signal.SIGINT
     assert delays == [(workers.SECONDS_TO_SAVE, signal.SIGKILL), (workers.SECONDS_TO_END, signal.SIGKILL)]
 
 

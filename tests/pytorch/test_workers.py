@@ -25,7 +25,7 @@ MISUSE = {
     "type": "it has parameter weight [4, 3] float64 0 where parameter weight [4, 3] float32 0 is expected",
     "argument": "`inner_optimizer` must be a torch.optim.Optimizer. Received: str",
     "rate": "a learning rate on rank 1 is not a finite number >= 0: the sum over the block in parameter group 0 is nan",
-    "parameter": "parameters, BatchNorm statistics or averaged inner state are not finite (NaN or infinity) on rank 1 after step 3",
+    "parameter": "averaged inner state are not finite (NaN or infinity) on rank 1 after step 3",
     "steps": "the workers are not at the same step: rank 0 step 3, rank 1 step 6, rank 2 step 3",
     "place": "rank 0 is at an outer step, rank 1 is in averaged_parameters()",
 }

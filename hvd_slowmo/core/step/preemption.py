@@ -21,7 +21,8 @@ logger = logging.getLogger("hvd_slowmo")
 PREEMPTED = 75
 """Exit status of all workers after a preemption: EX_TEMPFAIL of sysexits.h, "try again"."""
 
-_ONE_SIGNAL_S = 1.0  # a launcher passes on what the terminal or the scheduler has sent to the workers already
+ONE_SIGNAL_S = 1.0
+"""Signals within this time are one: a launcher passes on what the terminal or the scheduler has sent already."""
 
 
 class _Preemption:
@@ -74,7 +75,7 @@ class _Preemption:
     def _second(self, number: int, received: float) -> float:
         """End the process if this is a second signal; return the time of the first one."""
         now = time.monotonic()
-        if received and now - received > _ONE_SIGNAL_S:
+        if received and now - received > ONE_SIGNAL_S:
             os._exit(PREEMPTED if self.saved else 128 + number)
         return received or now
 
