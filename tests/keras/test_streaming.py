@@ -95,6 +95,42 @@ def test_longer_delays_are_refused(settings, longest):
         SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(**settings))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"delay": 1}, {"fragments": 2, "delay": 2, "bits": 8}], ids=str)
+def test_a_script_that_mends_its_model_goes_on(settings):
+    """Nothing is in flight any more, and the blocks go on as if nothing had been sent."""
+
+    def work(comm):
+        kernel = keras.Variable(np.arange(12.0).reshape(3, 4), dtype="float32")
+        config = SlowMoConfig(tau=4, **settings)
+        optimizer = SlowMo(keras.optimizers.SGD(0.125), config, comm=keras_training.GraphComm(comm))
+        optimizer.broadcast([kernel])
+        seen = []
+        for step in range(12):
+            gradient = np.full((3, 4), 1.0 + comm.rank, np.float32)
+            if step == 3 and comm.rank == 1:
+                gradient[0, 0] = np.nan
+            try:
+                optimizer.apply([tf.constant(gradient)], [kernel])
+            except ValueError:
+                kernel.assign(np.nan_to_num(kernel.numpy()))
+                now = optimizer.worker.variables.now
+                seen.append((int(now.step), now.since.tolist(), now.flight.launched.tolist()))
+        optimizer.join([kernel])
+        return kernel.numpy(), seen
+
+    with keras_training.doubles(16):
+        first, second = ThreadWorld(2).run(work)
+    assert np.isfinite(first[0]).all()
+    assert np.array_equal(first[0], second[0])
+    assert first[1] == second[1]
+    assert len(first[1]) == 1
+    step, since, launched = first[1][0]
+    assert not any(launched)
+    if "fragments" not in settings:
+        assert (step, since) == (4, [4])
+
+
 @pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0, 1])

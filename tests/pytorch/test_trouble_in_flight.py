@@ -49,6 +49,89 @@ def test_a_value_that_is_not_finite_raises_on_all_at_one_step(settings, at):
     assert all("not finite (NaN or infinity) on rank 1" in words for _, words in results)
 
 
+@pytest.mark.parametrize("settings", [{"fragments": 4, "delay": 3}, {"fragments": 2, "delay": 4}], ids=str)
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("steps", [(8, 5, 9), (5, 3, 5), (4, 7, 6), (9, 9, 3)], ids=str)
+@pytest.mark.parametrize("broken", [0, 1])
+def test_nor_does_anybody_wait_where_workers_are_in_a_join(settings, bits, steps, broken):
+    """Each learns of it at another step: what one has launched by then all others answer."""
+
+    def work(comm):
+        model, optimizer = few_bits.build(comm, bits=bits, **settings)
+        for k in range(steps[comm.rank]):
+            if k == 3 and comm.rank == broken:
+                break_(model)
+            few_bits.step(model, optimizer, comm.rank, k)
+        if comm.rank == broken:
+            break_(model)
+        optimizer.join()
+
+    for error in ThreadWorld(3).run(work, return_exceptions=True):
+        assert isinstance(error, ValueError)
+        assert f"not finite (NaN or infinity) on rank {broken}" in str(error)
+
+
+@pytest.mark.parametrize("settings", [{}, *FLYING], ids=str)
+def test_a_script_that_mends_its_model_goes_on(settings):
+    """Nothing is in flight any more, and the blocks go on as if nothing had been sent."""
+
+    def work(comm):
+        model, optimizer = few_bits.build(comm, **settings)
+        seen = []
+        for k in range(16):
+            if k == 3 and comm.rank == 1:
+                break_(model)
+            try:
+                few_bits.step(model, optimizer, comm.rank, k)
+            except ValueError:
+                with torch.no_grad():
+                    model.weight.nan_to_num_(0.0)
+                now = optimizer.worker.progress
+                seen.append((now.step, now.since.tolist(), now.rate_steps.tolist(), now.flight.launched.tolist()))
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer.load_state_dict(state)  # nor in a state that is saved now
+        optimizer.join()
+        return copy.deepcopy(model.state_dict()), seen
+
+    results = ThreadWorld(3).run(work)
+    assert all(same(model, results[0][0]) for model, _ in results)
+    assert bool(results[0][0]["weight"].isfinite().all())
+    (step, since, rate_steps, launched), *more = results[1][1]
+    assert all(seen == results[1][1] for _, seen in results)
+    assert not more
+    assert not any(launched)
+    if "fragments" not in settings:
+        assert since == rate_steps == [step]  # no meeting has been a success
+        assert step == 3 + settings.get("delay", 0)
+
+
+def test_what_has_moved_before_a_failure_is_averaged_after_it():
+    """The bias is trained in the block that is sent, and then frozen."""
+
+    def work(comm):
+        model, optimizer = few_bits.build(comm, bits=32, delay=2)
+        for k in range(12):
+            if k == 4:
+                model.bias.requires_grad_(False)
+            if k == 3 and comm.rank == 1:
+                break_(model)
+            for p in model.parameters():
+                p.grad = p.detach() - few_bits.centre(comm.rank, k, p.shape) if p.requires_grad else None
+            try:
+                optimizer.step()
+            except ValueError:
+                assert k == 5
+                with torch.no_grad():
+                    model.weight.nan_to_num_(0.0)
+            if k == 4:
+                own = model.bias.detach().clone()
+        return own, model.bias.detach().clone()
+
+    (first, mean), (second, other) = ThreadWorld(2).run(work)
+    assert not torch.equal(first, second)
+    assert torch.equal(mean, other)
+
+
 @pytest.mark.parametrize("settings", EXCLUDING, ids=str)
 @pytest.mark.parametrize("at", range(3, 8))
 @pytest.mark.slow

@@ -195,7 +195,7 @@ class TorchWorker:
             if worker is not None:
                 worker.progress = progress
 
-        self.assembly.machine.keep = keep
+        self.assembly.machine.keep = self.assembly.machine.undone = keep
         self.presence.groups = groups
         self.hooks = GradientHooks(self.assembly.averages, TorchGradients(layout, self.store.watch), self.presence)
 

@@ -184,8 +184,11 @@ class Meetings:
         everything = ops.unpack(ledger)
         return ops.reshape(everything[: size * width], (size, width)), everything[size * width :]
 
-    def finish(self, exchange: Exchange) -> Meeting:
+    def finish(self, exchange: Exchange, undo: Callable[[], None] | None = None) -> Meeting:
         """Wait for the ledger, and judge it.
+
+        Args:
+            undo: is called before the error, where the verdict has failed.
 
         Raises:
             ValueError: on every worker, where the verdict has failed; nothing is written and nothing of this meeting is
@@ -202,7 +205,7 @@ class Meetings:
         meeting = Meeting(exchange, rows, found, moved, totals, tuple(first))
         mixes = config.gossip is not None
         words = error_text(comm.ranks, comm.name, layout.names, condition.name, mixes)
-        meeting = ops.error_if(found.failed, table, words, meeting)
+        meeting = ops.error_if(found.failed, table, words, meeting, undo)
         if self._runtime.watches:
             ops.warn("entered", found.entered, table, entry_warning(comm.ranks, comm.name, config))
         self._runtime.regrouping.agreed.set(found.regroups)

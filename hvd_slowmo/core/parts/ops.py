@@ -103,8 +103,15 @@ class Ops(Protocol):
     def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
         """Return the same scalars in another shape."""
 
-    def error_if(self, failed: Scalar, table: Any, describe: Callable[[NDArray[Any]], str], guarded: T) -> T:
-        """Raise ValueError(describe(table)) where `failed` holds.
+    def error_if(
+        self,
+        failed: Scalar,
+        table: Any,
+        describe: Callable[[NDArray[Any]], str],
+        guarded: T,
+        undo: Callable[[], None] | None = None,
+    ) -> T:
+        """Raise ValueError(describe(table)) where `failed` holds, after a call of `undo`.
 
         Returns:
             `guarded`, which in a trace has no value before that is decided: its users can't run too early.
@@ -238,8 +245,17 @@ class EagerOps:
     def reshape(self, scalars: Any, shape: tuple[int, ...]) -> Any:
         return scalars.reshape(shape)
 
-    def error_if(self, failed: Scalar, table: Any, describe: Callable[[NDArray[Any]], str], guarded: T) -> T:
+    def error_if(
+        self,
+        failed: Scalar,
+        table: Any,
+        describe: Callable[[NDArray[Any]], str],
+        guarded: T,
+        undo: Callable[[], None] | None = None,
+    ) -> T:
         if failed:
+            if undo is not None:
+                undo()
             raise ValueError(describe(table))
         return guarded
 

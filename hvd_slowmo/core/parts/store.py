@@ -74,6 +74,9 @@ class Store(Protocol):
     def mark_block(self, fragment: int | None) -> None:
         """Begin a new block of a fragment: its next `condition` looks back to here. None for all."""
 
+    def unmark_block(self, fragment: int) -> None:
+        """Take `mark_block` back: nothing has come of the meeting, and the block goes on."""
+
     def sent_condition(self, fragment: int) -> Condition:
         """Return the condition in which a fragment was sent that is in flight."""
 

@@ -53,7 +53,7 @@ def _follow(machine: Machine, progress: Progress, leaving: Scalar, fragment: int
     try:
         meeting = machine.meetings.meet(progress, clock, purpose)
     except ValueError:
-        _answer_launches(machine, progress, end)
+        machine.flights.answer_launches(progress, end)
         raise
     machine.note_attendance(meeting, end)
     progress, over = meeting.exchange.progress, meeting.verdict.training == 0
@@ -112,20 +112,6 @@ def _without_steps(machine: Machine, progress: Progress, found: Verdict, clock: 
         return progress
 
     return machine.runtime.ops.cond(needed, plain_mean, stay)
-
-
-def _answer_launches(machine: Machine, progress: Progress, step: Scalar) -> None:
-    """Exchange what the others launch before they learn that the meeting at this step has failed."""
-    config, meetings = machine.config, machine.meetings
-    if config.delay < 2:
-        return
-    following = step + steps_to_meeting(config, step)
-    while following < step + config.delay:
-        fragment = next_fragment(config, following - 1)
-        purpose = Purpose(training=0, fragment=fragment, beside_late=True)
-        condition = machine.runtime.store.condition(fragment)
-        meetings.exchanged(meetings.begin(progress, following, purpose, condition))
-        following += steps_to_meeting(config, following)
 
 
 def _mix_on(machine: Machine, progress: Progress, stop: Scalar) -> Progress:

@@ -17,6 +17,7 @@ from hvd_slowmo.core.average.exchange import Exchange, Purpose
 from hvd_slowmo.core.average.meeting import Meeting, Meetings
 from hvd_slowmo.core.parts.progress import Flight, Progress, Scalar, Vector
 from hvd_slowmo.core.parts.runtime import Runtime
+from hvd_slowmo.core.parts.schedule import next_fragment, steps_to_meeting
 from hvd_slowmo.core.parts.store import Condition
 
 
@@ -114,31 +115,69 @@ class Flights:
         """Return what `exchange` does where nothing is in flight."""
         return self._meetings.flattened(None)
 
-    def land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Meeting:
+    def land(
+        self, progress: Progress, fragment: int, arrived: Sequence[Any] | None, undo: Callable[[], None]
+    ) -> Meeting:
         """Return the meeting of a fragment in flight.
 
         Args:
-            arrived: result of `exchange`.
+            arrived: result of `exchange`; None without.
+            undo: is called before the error, where the verdict has failed.
 
         Raises:
             ValueError: on every worker, where the verdict has failed; nothing is in flight any more.
         """
         if arrived is None:
-            meeting = self._finish(progress, fragment)
+            meeting = self._finish(progress, fragment, undo)
         else:
             there = self._meetings.restored(arrived, fragment)
-            meeting = self._meetings.finish(self._begin(progress, fragment, 1, there))
+            meeting = self._meetings.finish(self._begin(progress, fragment, 1, there), undo)
         self._store.hold(meeting.moved)
         return meeting
 
-    def _finish(self, progress: Progress, fragment: int) -> Meeting:
+    def _finish(self, progress: Progress, fragment: int, undo: Callable[[], None]) -> Meeting:
         exchange = self._begun.pop(fragment, None) or self._begin(progress, fragment, training=1)
         try:
-            return self._meetings.finish(exchange)
+            return self._meetings.finish(exchange, undo)
         except ValueError:
             self.discard()
             self._meetings.drop_discarded()
+            self.answer_launches(progress, progress.flight.launched[fragment])
             raise
+
+    def answer_launches(self, progress: Progress, failed: Scalar) -> None:
+        """Exchange what other workers launch before they know that the meeting after step `failed` has failed.
+
+        They learn of it `delay` steps later, or in a join before that. What is due up to its own step, each worker has
+        launched; the rest every worker answers, those too that come to their join meanwhile.
+        """
+        config = self._runtime.config
+        step = max(failed, progress.step)
+        step += steps_to_meeting(config, step)
+        while step < failed + config.delay:
+            fragment = next_fragment(config, step - 1)
+            purpose = Purpose(training=0, fragment=fragment, beside_late=True)
+            condition = self._store.condition(fragment)
+            self._meetings.exchanged(self._meetings.begin(progress, step, purpose, condition))
+            step += steps_to_meeting(config, step)
+
+    def withdrawn(self, progress: Progress) -> Progress:
+        """Return the state with nothing in flight, as if it had never been sent: the blocks go on."""
+        ops, flight = self._ops, progress.flight
+        flying = flight.launched > 0
+        sent = ops.to_int(ops.where(flying, 1.0, 0.0))
+        sent_sums = ops.where(ops.reshape(flying, (self._runtime.layout.fragments, 1)), flight.sent_rate_sums, 0.0)
+        if ops.keeps_handles:
+            for fragment in flying.nonzero()[0]:
+                self._store.unmark_block(fragment)
+                for chunk in self._runtime.layout.of_fragment(fragment):
+                    self._store.drop(chunk)
+        return progress._replace(
+            since=progress.since + flight.sent_since * sent,
+            rate_steps=progress.rate_steps + flight.sent_rate_steps * sent,
+            rate_sums=progress.rate_sums + sent_sums,
+            flight=flight._replace(launched=flight.launched * 0),
+        )
 
     def dropped(self, progress: Progress, fragment: int) -> Progress:
         """Exchange a fragment in flight for nothing: another worker may send its own only now. A collective."""

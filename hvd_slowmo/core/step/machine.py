@@ -37,6 +37,7 @@ class Machine:
     Attributes:
         mixing, meetings, outer_steps, flights: its parts, for workers that join or come together.
         keep: takes the state in the middle of a transition, where a loss may break off the rest.
+        undone: takes the state that is left when a late exchange has failed: nothing is in flight.
     """
 
     def __init__(self, runtime: Runtime, graph: Graph | None = None) -> None:
@@ -49,6 +50,7 @@ class Machine:
         self.flights = Flights(runtime, self.meetings)
         self._fragments = range(runtime.layout.fragments)
         self.keep: Callable[[Progress], None] = lambda _: None
+        self.undone: Callable[[Progress], None] = lambda _: None
 
     def abandon(self) -> None:
         """Wait for what is in flight, whatever becomes of it: other workers take the place of these."""
@@ -180,7 +182,7 @@ class Machine:
 
         self.flights.resume(before)
         if self.config.delay:
-            land = partial(self._land, done, arrived=arrivals)
+            land = partial(self._land, done, arrived=arrivals, before=before)
             flying = now.lands & (done.flight.launched[now.landing] > 0)  # after a join there may be none
             done = ops.cond(flying, lambda: self.of_fragment(now.landing, land), lambda: done)
         done = ops.cond(now.outer, lambda: self.of_fragment(now.fragment, outer), lambda: done)
@@ -229,9 +231,24 @@ class Machine:
         """Return the result of `work` for this fragment."""
         return self._ops.switch(number, [partial(work, fragment) for fragment in self._fragments])
 
-    def _land(self, progress: Progress, fragment: int, arrived: Sequence[Any] | None = None) -> Progress:
-        """Apply the exchange of a fragment that is in flight."""
-        meeting = self.flights.land(progress, fragment, arrived)
+    def _land(
+        self,
+        progress: Progress,
+        fragment: int,
+        arrived: Sequence[Any] | None = None,
+        before: Progress | None = None,
+    ) -> Progress:
+        """Apply the exchange of a fragment that is in flight.
+
+        Args:
+            arrived: result of `exchange_pending`.
+            before: the state before the step, which remains where the exchange has failed; None: that given.
+        """
+
+        def undo() -> None:
+            self.undone(self.flights.withdrawn(before or progress))
+
+        meeting = self.flights.land(progress, fragment, arrived, undo)
         # Since the launch a worker may have come to its join: only its wish to end is still true.
         self.runtime.roll.note_ending(self._ops.sum(meeting.table[:, _ENDING]))
         return self.flights.landed(self.outer_steps.take(meeting, progress), fragment)

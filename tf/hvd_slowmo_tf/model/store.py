@@ -138,6 +138,9 @@ class VariableStore:
     def mark_block(self, fragment: int | None) -> None:
         """Do nothing: `condition` needs no notes."""
 
+    def unmark_block(self, fragment: int) -> None:
+        """Do nothing: `condition` needs no notes."""
+
     def sent_condition(self, fragment: int) -> Condition:
         return self.condition(fragment)
 

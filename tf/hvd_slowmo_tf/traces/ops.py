@@ -137,11 +137,25 @@ class TracedOps:
     def reshape(self, scalars: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
         return tf.reshape(scalars, shape)
 
-    def error_if(self, failed: tf.Tensor, table: tf.Tensor, describe: Words, guarded: T) -> T:
+    def error_if(
+        self,
+        failed: tf.Tensor,
+        table: tf.Tensor,
+        describe: Words,
+        guarded: T,
+        undo: Callable[[], None] | None = None,
+    ) -> T:
         self._error.always = True
         words = f"{self._name}: the workers can't go on; a row per worker (see hvd_slowmo/core/average/ledger.py):"
 
-        with tf.control_dependencies([self._error.keep(failed, table, describe)]):
+        def undone() -> tf.Tensor:
+            assert undo is not None, "else nothing is undone"
+            undo()
+            return tf.identity(failed)
+
+        before = [self._error.keep(failed, table, describe)]
+        before += [] if undo is None else [tf.cond(failed, undone, lambda: tf.identity(failed))]
+        with tf.control_dependencies(before):
             checked = tf.raw_ops.Assert(condition=~failed, data=[words, table], summarize=2**31 - 1)
         with tf.control_dependencies([checked] if tf.inside_function() else []):
             waiting: T = tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, guarded)

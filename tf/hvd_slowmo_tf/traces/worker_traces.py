@@ -110,6 +110,7 @@ class WorkerTraces:
             writes_at_once=elastic,
         )
         assembly = assemble(runtime, layout, groups, graph)
+        assembly.machine.undone = variables.write
         self.step = TracedStep(self._optimizer, self._inner, variables, assembly, safe, elastic)
         self.join = traced_join(self.step)
         return self.step

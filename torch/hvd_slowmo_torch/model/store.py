@@ -198,6 +198,9 @@ class TorchStore:
     def mark_block(self, fragment: int | None) -> None:
         self.watch.mark_block(fragment)
 
+    def unmark_block(self, fragment: int) -> None:
+        self.watch.unmark_block(fragment)
+
     def sent_condition(self, fragment: int) -> Condition:
         return self.watch.sent_condition(fragment)
 

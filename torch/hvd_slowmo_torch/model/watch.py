@@ -88,6 +88,13 @@ class ModelWatch:
         for number in self._fragments if fragment is None else (fragment,):
             self._moved[number], self._entered[number] = [False] * len(self._parameters), False
 
+    def unmark_block(self, fragment: int) -> None:
+        """Take `mark_block` back: what had changed before it has changed since the fragment's last meeting."""
+        self._resume()
+        moved, entered = self._sent[fragment]
+        self._moved[fragment] = [a or b for a, b in zip(moved, self._moved[fragment], strict=True)]
+        self._entered[fragment] |= entered
+
     @property
     def fits(self) -> bool:
         return not self._misfit_found[0]

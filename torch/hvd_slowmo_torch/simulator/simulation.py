@@ -18,6 +18,7 @@ from hvd_slowmo.comm.protocol import ScopedComm
 from hvd_slowmo.config import SlowMoConfig
 from hvd_slowmo.core.average.gradient_average import Presence
 from hvd_slowmo.core.parts.outer_update import Kernels
+from hvd_slowmo.core.parts.progress import Progress
 from hvd_slowmo.core.parts.runtime import Runtime
 from hvd_slowmo.core.parts.slices import OwnSlices
 from hvd_slowmo.core.start.graph import Graph
@@ -115,6 +116,11 @@ class Simulation:
             stacked=True,
         )
         self._assembly = assemble(runtime, layout, groups, graph)
+
+        def undone(progress: Progress) -> None:
+            self._progress = progress
+
+        self._assembly.machine.undone = undone
         self._gradients = StackGradients(layout, self.workers)
         inner_settings.record(self.inner_optimizer)
         with torch.no_grad():

@@ -177,6 +177,9 @@ class StackStore:
     def mark_block(self, fragment: int | None) -> None:
         """Do nothing: no values come from outside."""
 
+    def unmark_block(self, fragment: int) -> None:
+        """Do nothing: no values come from outside."""
+
     def hold(self, moved: Vector) -> None:
         """Do nothing: frozen parameters are not in the stack."""
 
