@@ -95,6 +95,17 @@ def test_longer_delays_are_refused(settings, longest):
         SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(**settings))
 
 
+def test_a_join_of_a_single_worker_applies_what_is_in_flight():
+    kernel = keras.Variable(np.ones((3, 4)), dtype="float32")
+    optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, delay=1))
+    optimizer.broadcast([kernel])
+    for _ in range(2):
+        optimizer.apply([tf.ones((3, 4))], [kernel])
+    assert optimizer.worker.variables.now.flight.launched.tolist() == [2]
+    optimizer.join([kernel])
+    assert optimizer.worker.variables.now.flight.launched.tolist() == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"delay": 1}, {"fragments": 2, "delay": 2, "bits": 8}], ids=str)
 def test_a_script_that_mends_its_model_goes_on(settings):

@@ -184,3 +184,23 @@ def test_the_mean_of_the_weights_to_evaluate(joins):
     assert_same(mean, other)
     assert not torch.equal(first[0], second[0])
     torch.testing.assert_close(mean, [(a + b) / 2 for a, b in zip(first, second, strict=True)])
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_an_exchange_in_flight_is_applied_to_the_weights_that_are_trained(delay):
+    """By averaged_parameters(), which may be called with the weights to evaluate."""
+
+    def work(comm, evaluates):
+        model, optimizer = make(comm, tau=3, beta=0.5, delay=delay)
+        train(model, optimizer, comm.rank, 5 + delay)
+        assert optimizer.worker.progress.flight.launched.any()
+        if evaluates:
+            optimizer.eval()
+        with optimizer.averaged_parameters():
+            pass
+        if evaluates:
+            optimizer.train()
+        return held(model)
+
+    found, expected = (ThreadWorld(2).run(lambda comm, e=e: work(comm, e)) for e in (True, False))
+    torch.testing.assert_close(found, expected)

@@ -258,6 +258,18 @@ def test_a_restart_in_flight_begins_at_rank_0s_values(settings):
         assert torch.equal(end[name], other_end[name])
 
 
+def test_a_join_of_a_single_worker_applies_what_is_in_flight():
+    model = torch.nn.Linear(3, 1)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, SlowMoConfig(tau=2, delay=1))
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert optimizer.worker.progress.flight.launched.tolist() == [2]
+    optimizer.join()
+    assert optimizer.worker.progress.flight.launched.tolist() == [0]
+    assert optimizer.state_dict()["slowmo"]["common"]
+
+
 def test_a_saved_state_in_flight_is_not_common_and_fits_its_rank_alone():
     def work(comm):
         model, optimizer = small(comm, delay=1)

@@ -132,6 +132,31 @@ def test_what_has_moved_before_a_failure_is_averaged_after_it():
     assert torch.equal(mean, other)
 
 
+@pytest.mark.parametrize("settings", FLYING, ids=str)
+@pytest.mark.parametrize("before", range(3, 9))
+@pytest.mark.parametrize("elsewhere", ["at an outer step", "in join()"])
+@pytest.mark.slow
+@pytest.mark.sample(every=3)
+def test_averaged_parameters_on_one_worker_is_an_error_on_all(settings, before, elsewhere):
+    """The others exchange beside their training, and learn of it later."""
+
+    def work(comm):
+        model, optimizer = few_bits.build(comm, **settings)
+        for k in range(before):
+            few_bits.step(model, optimizer, comm.rank, k)
+        if comm.rank == 1:
+            with optimizer.averaged_parameters():
+                return
+        for k in range(before, before + (10 if elsewhere == "at an outer step" else comm.rank)):
+            few_bits.step(model, optimizer, comm.rank, k)
+        optimizer.join()
+
+    for error in ThreadWorld(3).run(work, return_exceptions=True):
+        assert isinstance(error, ValueError)
+        assert "rank 1 is in averaged_parameters()" in str(error)
+        assert f"rank 0 is {elsewhere}" in str(error)
+
+
 @pytest.mark.parametrize("settings", EXCLUDING, ids=str)
 @pytest.mark.parametrize("at", range(3, 8))
 @pytest.mark.slow

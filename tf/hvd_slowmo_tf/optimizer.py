@@ -338,6 +338,7 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         if missing:
             raise ValueError(f"broadcast() was not given {', '.join(missing)}: join() can't average them.")
         if worker.comm.size == 1:
+            worker.complete()
             worker.fingerprint.joined(worker.fingerprint.differs(), leaving)
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps

@@ -247,12 +247,17 @@ class KerasWorker:
                 ", ".join(f"rank {rank}" for rank in entered),
             )
 
+    def complete(self) -> None:
+        """Apply what is in flight. A collective."""
+        machine = self.ready().assembly.machine
+        if self.config.delay:
+            self.call(lambda: self.variables.write(machine.complete(self.variables.read())))
+
     @contextmanager
     def holding_mean(self) -> Iterator[None]:
         """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
         machine, variables = self.ready().assembly.machine, travelling(self.ready().assembly.layout)
-        if self.config.delay:
-            self.call(lambda: self.variables.write(machine.complete(self.variables.read())))
+        self.complete()
         own = [v.numpy() for v in variables]
         self.averaging = True
         try:

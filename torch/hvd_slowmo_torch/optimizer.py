@@ -273,6 +273,7 @@ class SlowMo(Outermost, Optimizer):
         worker.refuse_elsewhere("join()")
         worker.presence.refuse_if_left()
         if worker.comm.size == 1:
+            worker.complete()
             worker.store.watch.expect_values()
             return JoinResult(0, worker.comm.ranks if leaving else ())
         before = self.steps

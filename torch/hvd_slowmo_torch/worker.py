@@ -282,11 +282,22 @@ class TorchWorker:
         """Return a context, to be entered in another thread, with this thread's CUDA device and streams."""
         return caller_context(torch.device(segment.device) for segment in self.assembly.layout.layout.segments)
 
+    def complete(self) -> None:
+        """Apply what is in flight, to the parameters that are trained. A collective."""
+        evaluating = self.evaluating and bool(self.progress.flight.launched.any())
+        if evaluating:
+            self.switch("train")
+        try:
+            with torch.no_grad():
+                self.progress = self.assembly.machine.complete(self.progress)
+        finally:
+            if evaluating:
+                self.switch("eval")
+
     @contextmanager
     def holding_mean(self) -> Iterator[None]:
         """Let the model hold the workers' mean within, and its own values afterwards. A collective."""
-        with torch.no_grad():
-            self.progress = self.assembly.machine.complete(self.progress)
+        self.complete()
         own = {name: tensor.detach().clone() for name, tensor in self.tensors()}
         self.averaging = True
         try:

@@ -23,6 +23,8 @@ class Purpose:
         fragment: of the parameters that the meeting is about; None for all.
         late: the model is taken as it was set aside ("in_flight"), and exchanged beside the training.
         beside_late: the others exchange this meeting late, so that this worker does too.
+        following: with a delay, of an average of all: the fragment that meets next. Workers that are elsewhere exchange
+            it under this name meanwhile, and learn of the average.
     """
 
     training: int = 1
@@ -33,6 +35,7 @@ class Purpose:
     fragment: int | None = 0
     late: bool = False
     beside_late: bool = False
+    following: int | None = None
 
     @property
     def beside(self) -> bool:

@@ -115,6 +115,11 @@ def verdict(ops: Ops, table: Any, nonfinite: str) -> Verdict:
     return ops.shared(f"verdict, {nonfinite}", partial(_judge, ops, nonfinite), table)
 
 
+def all_average(ops: Ops, table: Any) -> bool:
+    """Return whether all workers have come for an average of all; not in a trace."""
+    return not ops.sum(ops.where(columns(table).reason == AVERAGE, 0.0, 1.0))
+
+
 def _judge(ops: Ops, nonfinite: str, table: Any) -> Verdict:
     column, rates = Row(*ops.columns(table)[:RATES]), table[:, RATES:]
     workers, training, weight = table.shape[0], ops.sum(column.training), ops.sum(column.weight)

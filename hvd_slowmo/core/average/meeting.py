@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from hvd_slowmo.core.average.ledger import (
     TRAINING,
     Row,
     Verdict,
+    all_average,
     clocks,
     columns,
     entry_warning,
@@ -159,17 +161,35 @@ class Meetings:
         return exchange._replace(started=tuple(self._means.start(comm, chunk, exchange, fits) for chunk in first))
 
     def _start_beside(self, exchange: Exchange, ledger: Any, fits: Scalar) -> Any:
-        """Start the ledger and all chunks of a meeting beside the caller; the result has all of them."""
-        purpose, means = exchange.purpose, self._means
-        chunks = self._chunks[purpose.fragment]
+        """Start the ledger and all chunks of a meeting beside the caller; the result has all of them.
+
+        Of an average of all, the ledger alone. Where others have come for a fragment, its chunks follow all the same:
+        they have started theirs, and the verdict will refuse both.
+        """
+        means, average = self._means, exchange.purpose.fragment is None
+        if average:
+            exchange = exchange._replace(purpose=replace(exchange.purpose, fragment=exchange.purpose.following))
+        fragment = exchange.purpose.fragment
+        chunks = self._chunks[fragment]
+
+        def contributions() -> list[Any]:
+            return [means.contribution(chunk, exchange, fits) for chunk in chunks]
+
         # Another thread must not read what changes: the model, memory that is used again, and what a load replaces.
-        own = [means.contribution(chunk, exchange, fits) for chunk in chunks]
+        # For an average this one waits.
+        own = [] if average else contributions()
+
+        def start(comm: ScopedComm, own: list[Any]) -> list[Any]:
+            return [means.start(comm, chunk, exchange, fits, x) for chunk, x in zip(chunks, own, strict=True)]
 
         def travel(comm: ScopedComm) -> tuple[Any, ...]:
-            begun = comm.start_sum(names.ledger(purpose.fragment or 0), ledger)
-            pairs = zip(chunks, own, strict=True)
-            started = [means.start(comm, chunk, exchange, fits, x) for chunk, x in pairs]
+            begun = comm.start_sum(names.ledger(fragment or 0), ledger)
+            started = [] if average else start(comm, own)
             arrived = comm.wait(begun)
+            if average:
+                if all_average(self._ops, self._tables(arrived)[0]):
+                    return (arrived,)
+                started = start(comm, contributions())
             # Before the verdict, which comes when all is there; and whatever it will be, the same on all workers.
             table = self._tables(arrived)[0]
             started = [means.relayed(comm, x, exchange, table) for x in started]

@@ -21,7 +21,7 @@ logger = logging.getLogger("hvd_slowmo")
 
 RESTART_FACT = "number of steps at restart()"
 
-WIRE = 9
+WIRE = 10
 """Version of names, order and layout of the collectives. Workers of different versions refuse each other."""
 
 

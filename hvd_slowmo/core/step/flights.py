@@ -149,9 +149,12 @@ class Flights:
         """Exchange what other workers launch before they know that the meeting after step `failed` has failed.
 
         They learn of it `delay` steps later, or in a join before that. What is due up to its own step, each worker has
-        launched; the rest every worker answers, those too that come to their join meanwhile.
+        launched; the rest every worker answers, those too that come to their join meanwhile. Where no exchange outlives
+        a call, others have begun none.
         """
         config = self._runtime.config
+        if not self._ops.keeps_handles:
+            return
         step = max(failed, progress.step)
         step += steps_to_meeting(config, step)
         while step < failed + config.delay:

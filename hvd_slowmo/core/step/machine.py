@@ -7,6 +7,7 @@ The state is two things: `Progress`, scalars that the transitions take and retur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from hvd_slowmo.core.average.meeting import Meeting, Meetings
 from hvd_slowmo.core.average.mixing import mixing_of
 from hvd_slowmo.core.parts.progress import Observed, Progress, Scalar, Vector
 from hvd_slowmo.core.parts.runtime import Runtime
-from hvd_slowmo.core.parts.schedule import StepPlan, step_plan
+from hvd_slowmo.core.parts.schedule import StepPlan, next_fragment, step_plan, steps_to_meeting
 from hvd_slowmo.core.start.graph import Graph
 from hvd_slowmo.core.step.flights import Flights
 from hvd_slowmo.core.step.outer_step import OuterSteps
@@ -192,7 +193,17 @@ class Machine:
 
     def average(self, progress: Progress) -> None:
         """Set the model to the workers' plain mean; the state stays as it is. Nothing is in flight, see `complete`."""
-        self.meetings.write_mean(self.meetings.meet(progress, progress.step, PLAIN_AVERAGE))
+        if not self.config.delay:
+            self.meetings.write_mean(self.meetings.meet(progress, progress.step, PLAIN_AVERAGE))
+            return
+        following = int(next_fragment(self.config, progress.step))
+        purpose = replace(PLAIN_AVERAGE, ledger_alone=True, beside_late=True, following=following)
+        try:
+            meeting = self.meetings.meet(progress, progress.step, purpose)
+        except ValueError:
+            self.flights.answer_launches(progress, progress.step + steps_to_meeting(self.config, progress.step))
+            raise
+        self.meetings.write_mean(meeting)
 
     def complete(self, progress: Progress) -> Progress:
         """Apply all that is in flight, before its time. A collective."""
