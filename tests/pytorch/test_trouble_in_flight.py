@@ -53,6 +53,7 @@ def test_a_value_that_is_not_finite_raises_on_all_at_one_step(settings, at):
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("steps", [(8, 5, 9), (5, 3, 5), (4, 7, 6), (9, 9, 3)], ids=str)
 @pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.slow
 def test_nor_does_anybody_wait_where_workers_are_in_a_join(settings, bits, steps, broken):
     """Each learns of it at another step: what one has launched by then all others answer."""
 
@@ -72,6 +73,7 @@ def test_nor_does_anybody_wait_where_workers_are_in_a_join(settings, bits, steps
 
 
 @pytest.mark.parametrize("settings", [{}, *FLYING], ids=str)
+@pytest.mark.slow
 def test_a_script_that_mends_its_model_goes_on(settings):
     """Nothing is in flight any more, and the blocks go on as if nothing had been sent."""
 
