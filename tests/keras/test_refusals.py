@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_slowmo.comm.protocol import SoloComm
-from hvd_slowmo.tf import SlowMo, SlowMoCallback, SlowMoConfig
+from hvd_slowmo.tf import ParameterMap, SlowMo, SlowMoCallback, SlowMoConfig
 from hvd_slowmo_tf.traces.failed_traces import initialize, without_values
 from support.models.keras import bare
 from support.models.keras_optimizers import SGD, Scaled
@@ -57,6 +57,15 @@ def test_a_strategy_is_refused():
     optimizer = bare(SGD(0.1))
     with pytest.raises(ValueError, match=r"not under a tf\.distribute strategy"):
         strategy.run(lambda: optimizer.apply([tf.ones(2)], [v]))
+
+
+def test_constraints_are_refused_beside_pytorch_workers():
+    """These would not apply them, and all would differ after every outer step."""
+    layer = keras.layers.Dense(2, kernel_constraint=keras.constraints.MaxNorm(0.5))
+    model = keras.Sequential([keras.Input((3,)), layer])
+    optimizer = SlowMo(SGD(0.1), SlowMoConfig(tau=2), parameter_map=ParameterMap(), comm=SoloComm())
+    with pytest.raises(ValueError, match=r"kernel has MaxNorm\. Take constraints off, or use Keras workers alone"):
+        optimizer.broadcast(model)
 
 
 class Two(SoloComm):

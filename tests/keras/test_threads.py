@@ -192,6 +192,49 @@ def test_what_is_not_finite_on_one_worker(nonfinite):
         assert second == (5.5, 0.0)  # the others' parameters, and momentum anew
 
 
+@pytest.mark.parametrize(
+    "inner", [lambda: SGD(0.1, momentum=0.9), lambda: keras.optimizers.AdamW(0.1, amsgrad=True)], ids=["SGD", "AdamW"]
+)
+def test_a_variable_without_a_gradient_on_any_worker_keeps_its_momentum(inner):
+    def steps(apply, given):
+        for k in range(5):
+            apply([[1.0 + k], [2.0 + k] if k % 2 == 0 else None], given)
+        return [v.numpy() for v in given]
+
+    def alone(gradients, given):
+        pairs = [(tf.constant(g), v) for g, v in zip(gradients, given, strict=True) if g is not None]
+        optimizer.apply_gradients(pairs)
+
+    def work(comm):
+        given = variables([8.0], [4.0])
+        mine = SlowMo(inner(), SlowMoConfig.ar_sgd(), comm=comm)
+        mine.broadcast(given)
+        return steps(lambda gradients, given: mine.apply(ramp(*gradients), given), given)
+
+    given, optimizer = variables([8.0], [4.0]), inner()
+    optimizer.build(given)
+    expected = steps(alone, given)
+    for found in run(2, work):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_variable_of_two_models_is_one():
+    """As of a layer that both share: [*encoder.variables, *decoder.variables] has it twice."""
+
+    def work(comm, times):
+        given = variables([8.0], [4.0])
+        optimizer = SlowMo(SGD(1.0), SlowMoConfig(tau=2, beta=0.5), comm=comm)
+        optimizer._chunk_bytes = 4
+        optimizer.broadcast([*given, *given[: times - 1]])
+        for _ in range(6):
+            optimizer.apply(ramp([1.0 + comm.rank], [1.0]), given)
+        return [v.numpy() for v in given], len(optimizer._trainable_variables)
+
+    once, twice = (run(2, lambda comm, times=times: work(comm, times)) for times in (1, 2))
+    assert twice[0][1] == 2
+    assert all(same(a, b) for (a, _), (b, _) in zip(once, twice, strict=True))
+
+
 @pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("nonfinite", ["raise", "exclude"])
 @pytest.mark.sample("raise-1", "exclude-2")

@@ -180,6 +180,13 @@ def test_a_lambda_on_the_way_is_refused():
         entries_keras(unclear)
 
 
+def test_groups_of_a_flattened_map_are_refused():
+    """Keras' are spans of its order, with the channels last; PyTorch's are other features."""
+    with pytest.raises(ValueError, match="its groups are other features"):
+        entries_keras(sequential((5, 6, 3), kl.Conv2D(4, 2), kl.Flatten(), kl.GroupNormalization(2), kl.Dense(5)))
+    assert entries_keras(sequential((5, 6, 3), kl.Conv2D(4, 2), kl.GroupNormalization(2), kl.Flatten(), kl.Dense(5)))
+
+
 class Head(kl.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -186,3 +186,45 @@ def test_a_node_joins_when_all_of_its_workers_are_done():
 def test_node_gradients_need_slowmo_init(horovod_workers):
     for said in horovod_workers(2).run("support.jobs.pytorch:node_without_init"):
         assert "Call hvd_slowmo.torch.init() in place of hvd.init()." in said
+
+
+@pytest.mark.parametrize("settings", [{"tau": 4, "gradients": "all"}, {"tau": 2, "warmup_steps": 4}], ids=str)
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_rate_that_no_step_can_be_taken_with_is_an_error_everywhere(settings, closed):
+    """With a closure, which would have averaged the gradients, too."""
+
+    def work(comm):
+        model = nn.Linear(2, 1)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = SlowMo(inner, model, SlowMoConfig(**settings), comm=comm)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 2)).sum()
+            loss.backward()
+            return loss
+
+        for k in range(9):
+            if k == 1 and comm.rank == 1:
+                inner.param_groups[0]["lr"] = float("nan")
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+
+    for error in ThreadWorld(2).run(work, return_exceptions=True):
+        assert isinstance(error, ValueError)
+        assert "a learning rate on rank 1 is not a finite number" in str(error)
+
+
+def test_a_gradient_that_is_expanded_takes_the_mean():
+    def work(comm):
+        model = nn.Linear(2, 1, bias=False)
+        optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=1.0), model, SlowMoConfig.ar_sgd(), comm=comm)
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.full((1, 1), comm.rank + 1.0).expand(1, 2)
+        optimizer.step()
+        return (before - model.weight.detach()).tolist()
+
+    assert ThreadWorld(2).run(work) == [[[1.5, 1.5]]] * 2

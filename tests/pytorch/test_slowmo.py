@@ -335,7 +335,54 @@ def test_whose_file_serves_whom(steps, common, caplog):
         assert "rank 0's own, saved at step 3 in the middle of a block, and this is rank 1" in str(results[1])
 
 
-@pytest.mark.parametrize("name", ["Adagrad", "NAdam", "RMSprop", "Rprop", "Adadelta", "ASGD", "RAdam", "Adamax"])
+OTHERS = ["Adagrad", "NAdam", "RMSprop", "Rprop", "Adadelta", "ASGD", "RAdam", "Adamax", "Adam"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_averaged_inner_state_begins_as_the_optimizer_itself_makes_it(name):
+    """Not as zeros: Rprop's step size begins at the rate, NAdam's product at 1. The bias has no gradient at first."""
+
+    proto = nn.Linear(4, 3)
+
+    def work(comm, inner_state):
+        model = copy.deepcopy(proto)
+        base = getattr(torch.optim, name)(model.parameters(), lr=0.01)
+        optimizer = SlowMo(base, model, SlowMoConfig(tau=4, beta=0.0, inner_state=inner_state), comm=comm)
+        for k in range(7):
+            optimizer.zero_grad()
+            model(torch.ones(8, 4)).square().sum().backward()
+            if k < 5:
+                model.bias.grad = None
+            optimizer.step()
+        return copy.deepcopy(model.state_dict())
+
+    (average, other), (maintain, _) = (on_threads(2, lambda comm, i=i: work(comm, i)) for i in ("average", "maintain"))
+    for key, value in maintain.items():
+        assert torch.equal(average[key], value)  # with equal data a mean changes nothing
+        assert torch.equal(average[key], other[key])
+
+
+def test_an_averaged_number_of_steps_is_whole_so_that_a_file_has_it(tmp_path):
+    def work(comm, loads):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        config = SlowMoConfig(tau=4, inner_state="average")
+        optimizer = SlowMo(torch.optim.AdamW(model.parameters(), lr=0.01), model, config, comm=comm)
+        if loads:
+            optimizer.load(tmp_path / "file")
+        for k in range(0 if loads else 5 if comm.rank < 2 else 0):
+            model(torch.full((8, 4), k + comm.rank + 1.0)).square().sum().backward()
+            optimizer.step()
+        if not loads:
+            optimizer.join()
+            optimizer.save(tmp_path / "file")
+        return [float(state["step"]) for state in optimizer.inner_optimizer.state.values()]
+
+    saved, loaded = (ThreadWorld(3).run(lambda comm, o=o: work(comm, o)) for o in (False, True))
+    assert saved == loaded == [[4, 4], [4, 4], [3, 3]]  # the mean of 4, 4 and 3 steps, and one more on two workers
+
+
+@pytest.mark.parametrize("name", OTHERS[:-1])
 @pytest.mark.parametrize("buffers", ["reset", "average"])
 def test_buffers_of_torchs_other_optimizers(name, buffers):
     def work(comm):
@@ -352,6 +399,7 @@ def test_buffers_of_torchs_other_optimizers(name, buffers):
 
     (initial, first), (_, second) = on_threads(2, work)
     expected = initial if buffers == "reset" else second
+    assert buffers == "reset" or first
     assert first.keys() == expected.keys()
     for i in expected:
         for key, value in expected[i].items():

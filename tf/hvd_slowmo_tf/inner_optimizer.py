@@ -77,6 +77,18 @@ class InnerOptimizer:
         """The part of the state that can be averaged."""
         return [v for v in self.state if tf.as_dtype(v.dtype).is_floating]
 
+    def slots_of(self, number: int, count: int) -> list[keras.Variable]:
+        """Return the state that belongs to one of the trained variables alone: its momentum, say.
+
+        Args:
+            number: of the variable.
+            count: number of trained variables.
+        """
+        state = {id(v) for v in self.state}
+        attributes = [each for name, each in vars(self.innermost).items() if name != "_variables"]
+        lists = [each for each in attributes if isinstance(each, list) and len(each) == count]
+        return [each[number] for each in lists if id(each[number]) in state]
+
     def set_rate(self, rate: tf.Tensor) -> None:
         """Set the learning rate of the next step; in a trace."""
         self.innermost._learning_rate.assign(tf.cast(rate, self.innermost._learning_rate.dtype))

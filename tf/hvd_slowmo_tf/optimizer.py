@@ -174,8 +174,9 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
         """Make all variables. No communication."""
         if not self.built:
             with tf.init_scope():
-                keras.optimizers.Optimizer.build(self, list(variables))
-                self.worker.build(list(variables))
+                once = list({id(v): v for v in variables}.values())
+                keras.optimizers.Optimizer.build(self, once)
+                self.worker.build(once)
 
     def apply(self, grads: Gradients, trainable_variables: Sequence[keras.Variable] | None = None) -> None:
         """Take one step: the inner optimizer's, and the outer step where it is due.
@@ -311,7 +312,9 @@ class SlowMo(Outermost, keras.optimizers.Optimizer):
             [0.0, 1.0]
         """
         model = variables if isinstance(variables, keras.Model) else None
-        found, statistics = (list(variables),) * 2 if model is None else parts_of(model)
+        # A layer that two models share is in the variables of both.
+        once = [] if model is not None else list({id(v): v for v in variables}.values())
+        found, statistics = (once, once) if model is None else parts_of(model)
         start_together(self.worker, found, statistics, model)
 
     def join(

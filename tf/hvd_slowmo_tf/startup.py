@@ -115,6 +115,13 @@ class StartingKerasWorker:
                 f"`variables` lacks some that the optimizer trains: {', '.join(missing)}. Give model.variables."
             )
         trained = worker.optimizer._trainable_variables
+        constrained = [v for v in trained if v.constraint is not None]
+        if constrained and self.parameter_map is not None:
+            raise ValueError(
+                "with PyTorch workers a variable can't have a constraint, which they would not apply: "
+                f"{constrained[0].path} has {type(constrained[0].constraint).__name__}. Take constraints off, or use "
+                "Keras workers alone."
+            )
         choice = worker.statistics or {}
         statistics = chosen_statistics(self._model_variables, self._statistics, trained, choice)
         self._refs = worker.travelling.refs(statistics, self._model)

@@ -239,6 +239,8 @@ class TorchWorker:
             if usable:
                 with inner_settings.watched(self.inner, resets=self._resets):
                     result = take_inner_step()
+            elif self.hooks.missing:  # a closure would have averaged gradients, as it does on the others
+                self.hooks.average()
             if plan.eventful:
                 self._after_inner_step(rates)
             else:  # the common step: it costs microseconds

@@ -229,6 +229,8 @@ def _norm(kind: str) -> Callable[[Any, Order], Described]:
         if any(len(variable.shape) > 1 for variable, _ in parts):
             refusal = "it normalises over several axes, whose order in PyTorch can't be known."
             parts = _refused(parts, refusal, "pair")
+        elif kind == "group_norm" and order.kind == "flat" and layer.groups != 1:
+            parts = _refused(parts, "its groups are other features of a flattened map in PyTorch.")
         else:
             parts = _of_features(parts, order)
         if getattr(layer, "rms_scaling", False):

@@ -103,6 +103,8 @@ class TracedStep:
     def averaged_step(self, own: Gradients, means: Sequence[tf.Tensor], counts: tf.Tensor, rates: tf.Tensor) -> None:
         """Take the inner step with averaged gradients; a variable without any keeps its value, as it would alone.
 
+        So do its momentum and the like.
+
         Args:
             own: this worker's gradients; where one is not None, some worker is known to have one.
             means: the averaged gradients.
@@ -116,13 +118,14 @@ class TracedStep:
             values = tf.reshape(v.value, [-1])
             return tf.cond(without[number], lambda: tf.identity(values), lambda: values[:0])
 
-        def restore(number: int, v: keras.Variable) -> None:
-            tf.cond(without[number], lambda: v.assign(tf.reshape(before[number], v.shape)), lambda: v.value)
+        def restore(number: int, v: keras.Variable, values: tf.Tensor) -> None:
+            tf.cond(without[number], lambda: v.assign(tf.reshape(values, v.shape)), lambda: v.value)
 
-        before = {number: copy(number, v) for number, v in unsure}
+        kept = [(n, each) for n, v in unsure for each in (v, *self._inner.slots_of(n, len(self.trained)))]
+        before = [copy(number, v) for number, v in kept]
         self.inner_step(means, rates)
-        for number, v in unsure:
-            restore(number, v)
+        for (number, v), values in zip(kept, before, strict=True):
+            restore(number, v, values)
 
     @property
     def acts_after_outer_step(self) -> bool:

@@ -157,12 +157,27 @@ def _scratch(inner: Optimizer) -> tuple[Optimizer, dict[int, torch.Tensor]]:
 def state_tensor(
     inner: Optimizer, parameter: torch.Tensor, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return one tensor of the state; where this worker has none yet, zeros take its place."""
-    state: dict[str, Any] = inner.state[parameter]
-    if state.get(key) is None:
-        state[key] = torch.zeros(shape, dtype=dtype, device=device)
-    found: torch.Tensor = state[key]
+    """Return one tensor of the state; where this worker has none yet, zeros that are not kept."""
+    if is_missing(inner, parameter, key):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    found: torch.Tensor = inner.state[parameter][key]
     return found
+
+
+def is_missing(inner: Optimizer, parameter: torch.Tensor, key: str) -> bool:
+    """Return whether this worker has no such state yet."""
+    return parameter not in inner.state or inner.state[parameter].get(key) is None
+
+
+def begin(inner: Optimizer, parameter: torch.Tensor, alike: Mapping[str, torch.Tensor]) -> None:
+    """Make what is missing of a parameter's state, as zeros: an optimizer that finds any state makes no more.
+
+    Args:
+        alike: tensors like the state, by key.
+    """
+    for key, like in alike.items():
+        if is_missing(inner, parameter, key):
+            inner.state[parameter][key] = torch.zeros_like(like)
 
 
 def scaled_step(inner: Optimizer, grad_scale: torch.Tensor | None, found_inf: Any) -> Any:

@@ -79,4 +79,7 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
             f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, and gradients can only be averaged "
             "dense. Use Embedding(sparse=False), or gradients='local' without warm-up."
         )
+    gradient = parameter.grad
+    if gradient is not None and not gradient.is_contiguous() and 0 in gradient.stride():
+        parameter.grad = gradient.contiguous()  # one that is expanded can't be written to
     return parameter.grad

@@ -35,6 +35,9 @@ class TensorRef:
         find: returns the tensor.
         watched: a running statistic of BatchNorm, which must be finite as parameters must.
         unit: for a vector of spectral normalization, its estimate: its mean is given length 1 again.
+        count: the number of an inner optimizer's steps: its mean is rounded.
+        begin: of inner state, makes what is missing of a parameter's, as zeros. Until then `find` finds zeros that
+            nobody keeps, and `missing` holds.
     """
 
     spec: TensorSpec
@@ -42,6 +45,9 @@ class TensorRef:
     find: Find
     watched: bool = False
     unit: Estimate | None = None
+    count: bool = False
+    begin: Callable[[], None] = lambda: None
+    missing: Callable[[], bool] = lambda: False
 
     @property
     def offset(self) -> int:
@@ -106,12 +112,24 @@ def refs_of(
 def state_refs(model: nn.Module, inner: Optimizer) -> Iterator[TensorRef]:
     """Yield the inner optimizer's state tensors, for inner_state="average"."""
     names = {id(p): name for name, p in model.named_parameters()}
-    for key, found in inner_state.averaged(inner).items():
+    averaged = inner_state.averaged(inner)
+    alike: dict[int, dict[str, torch.Tensor]] = {}
+    for key, found in averaged.items():
+        for p, like in found:
+            alike.setdefault(id(p), {})[key] = like
+    for key, found in averaged.items():
         for p, like in found:
             name = f"{names[id(p)]} ({key})"
             check_floating(like, name)
             find = partial(inner_state.state_tensor, inner, p, key, like.shape, like.dtype, like.device)
-            yield TensorRef(_spec("optimizer_state", name, like), str(like.device), find)
+            yield TensorRef(
+                _spec("optimizer_state", name, like),
+                str(like.device),
+                find,
+                count=key == "step",
+                begin=partial(inner_state.begin, inner, p, alike[id(p)]),
+                missing=partial(inner_state.is_missing, inner, p, key),
+            )
 
 
 def groups_of(refs: list[TensorRef], model: nn.Module, inner: Optimizer) -> ParameterGroups:

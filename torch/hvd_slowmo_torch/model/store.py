@@ -67,10 +67,13 @@ class TorchStore:
         self._staging: dict[tuple[str, str, int], torch.Tensor] = {}
         # By chunk, the vectors of length 1 that end in it: its mean completes theirs.
         self._units: dict[int, list[TensorRef]] = {}
+        self._counts: dict[int, list[TensorRef]] = {}
         for chunk in self.layout.chunks:
-            refs, spans = layout.refs[chunk.segment], self.layout.spans(chunk)
+            refs, spans = layout.refs[chunk.segment], list(self.layout.spans(chunk))
             ended = [refs[n] for n, _, stop, _ in spans if refs[n].unit and stop == refs[n].spec.size]
             self._units.update({chunk.index: ended} if ended else {})
+            counts = [refs[n] for n, *_ in spans if refs[n].count]
+            self._counts.update({chunk.index: counts} if counts else {})
         self._noise: list[Estimate] = []  # of the pairs whose mean has to be replaced
 
     def divide(self, own: OwnSlices | None) -> None:
@@ -120,7 +123,14 @@ class TorchStore:
             if self.watch.fits:
                 self._pieces.scatter(stretch, value, self._unheld)
         else:
+            for number, start, stop, at in self.layout.spans(stretch) if stretch.role == "optimizer_state" else ():
+                ref = self._refs[stretch.segment][number]
+                # Zeros where no worker has any state: the optimizer makes its own, which may begin with other values.
+                if ref.missing() and bool(value[at : at + stop - start].any()):
+                    ref.begin()
             self._pieces.scatter(stretch, value, torch.Tensor.detach)
+            for ref in self._counts.get(stretch.index, ()):
+                ref.find().detach().round_()
             for ref in self._units.get(stretch.index, ()):
                 if restore_length(ref.find().detach()) and ref.unit is not None:
                     self._noise.append(ref.unit)
