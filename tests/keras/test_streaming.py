@@ -95,6 +95,32 @@ def test_longer_delays_are_refused(settings, longest):
         SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(**settings))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", ["at an outer step", "in join()"])
+@pytest.mark.parametrize(
+    "settings", [{"delay": 1}, {"fragments": 2, "delay": 1}, {"fragments": 4, "delay": 2, "bits": 8}], ids=str
+)
+@pytest.mark.sample(every=5)
+def test_averaged_parameters_on_one_worker_is_an_error_on_all(settings, elsewhere):
+    def work(comm):
+        kernel = keras.Variable(np.arange(12.0).reshape(3, 4), dtype="float32")
+        inner = keras.optimizers.SGD(0.125)
+        optimizer = SlowMo(inner, SlowMoConfig(tau=4, **settings), comm=keras_training.GraphComm(comm))
+        optimizer.broadcast([kernel])
+        for _ in range(6 if comm.rank == 0 or elsewhere == "in join()" else 14):
+            optimizer.apply([tf.fill([3, 4], 1.0 + comm.rank)], [kernel])
+        if comm.rank == 0:
+            with optimizer.averaged_parameters():
+                return
+        optimizer.join([kernel])
+
+    with keras_training.doubles(16):
+        errors = ThreadWorld(2).run(work, return_exceptions=True)
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert f"rank 0 is in averaged_parameters(), rank 1 is {elsewhere}" in str(error)
+
+
 def test_a_join_of_a_single_worker_applies_what_is_in_flight():
     kernel = keras.Variable(np.ones((3, 4)), dtype="float32")
     optimizer = SlowMo(keras.optimizers.SGD(0.1), SlowMoConfig(tau=2, delay=1))
