@@ -180,6 +180,22 @@ def test_a_lambda_on_the_way_is_refused():
         entries_keras(unclear)
 
 
+def test_units_of_which_a_reshape_makes_a_map_are_refused():
+    """As in a generator: Keras' units are (height, width, channels), PyTorch's (channels, height, width)."""
+    inside = (kl.Dense(36, name="made"), kl.BatchNormalization(), kl.ReLU(), kl.Reshape((3, 3, 4), name="shape"))
+    with pytest.raises(ValueError, match=r"made/.*Reshape 'shape' makes a feature map of its outputs"):
+        entries_keras(sequential((5,), *inside, kl.Activation("relu"), kl.Conv2DTranspose(2, 2)))
+    with pytest.raises(ValueError, match=r"Reshape .* makes a feature map of its outputs"):
+        entries_keras(sequential((5,), kl.Dense(36), kl.Reshape((3, 3, 4)), kl.MaxPooling2D(2), kl.Flatten()))
+    for allowed in (
+        sequential((5,), kl.Dense(36), kl.Reshape((9, 4)), kl.LSTM(3)),  # a sequence, alike in both
+        sequential((5,), kl.Dense(36), kl.Reshape((6, 6, 1)), kl.Conv2D(2, 2)),  # of one channel
+        sequential((5,), kl.Dense(4), kl.Reshape((1, 1, 4)), kl.Conv2DTranspose(2, 3)),  # of one place
+        sequential((36,), kl.Reshape((3, 3, 4)), kl.Conv2D(2, 2)),  # of data, which each framework has in its own way
+    ):
+        assert entries_keras(allowed)
+
+
 def test_groups_of_a_flattened_map_are_refused():
     """Keras' are spans of its order, with the channels last; PyTorch's are other features."""
     with pytest.raises(ValueError, match="its groups are other features"):

@@ -34,17 +34,18 @@ SAME, CHANNELS, AXES = Order("same"), Order("channels"), Order("axes")
 _HIDDEN = Order("unknown", reason="they may be a flattened feature map, which a subclassed model does not tell")
 
 
-def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
+def follow(model: Any, orders: dict[int, list[Order]], shaping: dict[int, str]) -> list[Order]:
     """Write into `orders`, per id of a layer, the order of its input at each of its calls.
 
-    Layers within models without a graph (subclassed ones) are left out.
+    And into `shaping`, per id of a layer of whose outputs a Reshape makes a feature map, the Reshape's name: PyTorch
+    has these outputs in another order. Layers within models without a graph (subclassed ones) are left out.
 
     Returns:
         The orders of the model's outputs; an empty list for a model without a graph.
     """
     graph = kinds.graph(model)
     if graph is not None:
-        return _through(graph, input_orders(graph), orders)
+        return _through(graph, input_orders(graph), orders, shaping)
     has_maps = any(isinstance(layer, (*kinds.SPATIAL, keras.layers.Flatten)) for layer in model._flatten_layers())
     for layer in kinds.children(model):
         inner = kinds.graph(layer)
@@ -53,9 +54,9 @@ def follow(model: Any, orders: dict[int, list[Order]]) -> list[Order]:
                 _HIDDEN if has_maps and len(tensor.shape) == 2 else order
                 for tensor, order in zip(inner._inputs, input_orders(inner), strict=True)
             ]
-            _through(inner, inputs, orders)
+            _through(inner, inputs, orders, shaping)
         else:
-            follow(layer, orders)
+            follow(layer, orders, shaping)
     return []
 
 
@@ -76,7 +77,7 @@ def feature_maps(model: Any) -> tuple[list[bool], list[bool]]:
     """Return, per input and per output, whether PyTorch has it channels first; empty lists without a graph."""
     graph = kinds.graph(model)
     inputs = input_orders(graph) if graph is not None else []
-    return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {})]
+    return [order == CHANNELS for order in inputs], [order == CHANNELS for order in follow(model, {}, {})]
 
 
 def _by_users(graph: Any, tensor: Any) -> Order | None:
@@ -100,7 +101,31 @@ def _by_users(graph: Any, tensor: Any) -> Order | None:
     return None
 
 
-def _through(graph: Any, graph_inputs: list[Order], orders: dict[int, list[Order]]) -> list[Order]:
+@dataclass(frozen=True)
+class _Made:
+    """The layers whose units a tensor's features are, and the Reshape that makes a map of them, if one has."""
+
+    layers: tuple[Any, ...] = ()
+    reshape: str = ""
+
+    def behind(self, operation: Any, shape: tuple[Any, ...]) -> _Made:
+        """Return the same of an operation's output; `shape` is its input's."""
+        if isinstance(operation, keras.layers.Dense) and len(shape) == 2:
+            return _Made((operation,))
+        if isinstance(operation, keras.layers.Reshape):
+            target = operation.target_shape
+            is_map = len(shape) == 2 and len(target) > 2 and target[-1] != 1 and math.prod(target[:-1]) != 1
+            return _Made(self.layers, operation.name) if is_map else _Made()
+        if isinstance(operation, kinds.ELEMENTWISE):
+            own = () if self.reshape or not self.layers else (operation,)  # one of channels is alike in both
+            return _Made((*self.layers, *own), self.reshape)
+        return self if type(operation).__name__ in kinds.ELEMENTWISE_OPERATIONS else _Made()
+
+
+def _through(
+    graph: Any, graph_inputs: list[Order], orders: dict[int, list[Order]], shaping: dict[int, str]
+) -> list[Order]:
+    made: dict[int, _Made] = {}
     order_of = {id(tensor): order for tensor, order in zip(graph._inputs, graph_inputs, strict=True)}
     for depth in sorted(graph._nodes_by_depth, reverse=True):
         for node in graph._nodes_by_depth[depth]:
@@ -110,8 +135,13 @@ def _through(graph: Any, graph_inputs: list[Order], orders: dict[int, list[Order
             shapes = [tuple(tensor.shape) for tensor in node.input_tensors]
             orders.setdefault(id(node.operation), []).append(inputs[0])
             inner = kinds.graph(node.operation)
+            before = next((made[id(tensor)] for tensor in node.input_tensors if id(tensor) in made), _Made())
+            if before.reshape and isinstance(node.operation, kinds.SPATIAL) and inputs[0] == SAME:
+                last = node.operation.data_format == "channels_last"
+                shaping.update({id(layer): before.reshape for layer in before.layers if last})
+            made.update({id(tensor): before.behind(node.operation, shapes[0]) for tensor in node.outputs})
             if inner is not None:
-                results = _through(inner, inputs, orders)
+                results = _through(inner, inputs, orders, shaping)
             else:
                 results = [_after(node.operation, inputs, shapes)] * len(node.outputs)
             order_of.update({id(tensor): order for tensor, order in zip(node.outputs, results, strict=True)})

@@ -36,16 +36,18 @@ def entries_keras(model: Any, parameter_map: ParameterMap | None = None) -> list
     if not model.built or (isinstance(model, keras.Sequential) and kinds.graph(model) is None):
         raise ValueError(f"{model.name} is not built. Give it an Input, or call it on a batch of data first.")
     orders: dict[int, list[Order]] = {}
-    follow(model, orders)
-    layers_in_order = list(_Walk(orders).layers(model, in_graph=kinds.graph(model) is not None))
+    shaping: dict[int, str] = {}
+    follow(model, orders, shaping)
+    layers_in_order = list(_Walk(orders, shaping).layers(model, in_graph=kinds.graph(model) is not None))
     return (parameter_map or ParameterMap()).arrange(layers_in_order, "keras")
 
 
 class _Walk:
     """Lists the layers of a model."""
 
-    def __init__(self, orders: dict[int, list[Order]]) -> None:
+    def __init__(self, orders: dict[int, list[Order]], shaping: dict[int, str]) -> None:
         self._orders = orders
+        self._shaping = shaping
         self._seen: set[int] = set()
         self._paths: dict[str, Any] = {}
         self._width: int | None = None  # channels or units of the last layer outside graphs
@@ -67,6 +69,13 @@ class _Walk:
                 yield from self.layers(child, kinds.graph(layer) is not None)
             return
         for path, kind, parts in described:
+            if id(layer) in self._shaping:
+                parts = _refused(
+                    parts,
+                    f"Reshape {self._shaping[id(layer)]!r} makes a feature map of its outputs, which PyTorch has in "
+                    "another order. Let a Conv2DTranspose make the map, on one of 1 x 1.",
+                    "pair",
+                )
             new = self._new(parts)
             if new:
                 yield Layer(path, kind, new)
