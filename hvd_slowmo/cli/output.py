@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import os
 import re
 import select
@@ -15,7 +16,6 @@ SECONDS_BETWEEN_STATES = 10.0
 """Least time between two states of one progress bar."""
 
 _LOOK_MS = 100
-_PIPE_BYTES = 2**16  # that Linux keeps in a pipe
 
 _KEPT = 500
 _TAIL = 20
@@ -95,12 +95,12 @@ def copy_lines(descriptor: int, show: Callable[[str], None], over: threading.Eve
         >>> os.close(reader)
     """
     lines, decoder = LineReader(show), codecs.getincrementaldecoder("utf-8")("replace")
-    poll, left = select.poll(), _PIPE_BYTES
+    poll, left = select.poll(), _capacity(descriptor)
     poll.register(descriptor, select.POLLIN)
     while left > 0:
         ended = over.is_set()  # before the look: what comes later may be of others
         if poll.poll(_LOOK_MS):
-            chunk = os.read(descriptor, _PIPE_BYTES)
+            chunk = os.read(descriptor, 2**16)
             if not chunk:
                 break
             lines.feed(decoder.decode(chunk))
@@ -109,6 +109,11 @@ def copy_lines(descriptor: int, show: Callable[[str], None], over: threading.Eve
             break
     lines.feed(decoder.decode(b"", final=True))
     lines.close()
+
+
+def _capacity(descriptor: int) -> int:
+    """Return the number of bytes that a pipe holds."""
+    return fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ) if hasattr(fcntl, "F_GETPIPE_SZ") else 2**20
 
 
 class LastError:

@@ -110,7 +110,7 @@ def _status(job: Job) -> int:
     if job.received is not None:
         if job.received != signal.SIGPIPE:  # of `head`, say, which has ended as it should
             print(f"hvd-slowmo run: ended by {signal.Signals(job.received).name}", file=sys.stderr)
-        saved = {worker.status for worker in job.ended} == {PREEMPTED}
+        saved = {worker.status for worker in job.ended if worker.stopped} == {PREEMPTED}  # not those lost before
         return PREEMPTED if saved else 128 + job.received
     failed = job.failure
     if failed is None or failed.status is None:

@@ -91,6 +91,7 @@ class Job:
         self.ended: list[Worker] = []
         self.received: int | None = None
         self._first_at: float | None = None
+        self._hurried = threading.Event()  # a second signal has come: nothing is waited for
 
     @property
     def failure(self) -> Worker | None:
@@ -168,9 +169,9 @@ class Job:
         ended.set()
         worker.send(signal.SIGKILL)  # the shell's child, and what the worker has left behind
         self._record(worker, status if status >= 0 else 128 - status)  # the others need not wait for its output
-        for reader in readers:
-            reader.join()
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        while any(reader.is_alive() for reader in readers) and not self._hurried.is_set():
+            readers[0 if readers[0].is_alive() else 1].join(0.2)  # nobody may read what the job writes
+        for pipe in (process.stdin, process.stdout, process.stderr) if not self._hurried.is_set() else ():
             assert pipe is not None
             pipe.close()
         return status if self.elastic else 0
@@ -182,6 +183,8 @@ class Job:
             first, self._first_at = self._first_at is None, self._first_at or now
             if first or now - self._first_at > ONE_SIGNAL_S:
                 self.received = number
+                if not first:
+                    self._hurried.set()
                 self._stop(number if first else signal.SIGKILL, SECONDS_TO_SAVE)
 
     def _end_unread(self) -> None:

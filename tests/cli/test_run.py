@@ -14,6 +14,7 @@ import pytest
 
 from hvd_slowmo.cli import workers
 from hvd_slowmo.cli.output import SECONDS_BETWEEN_STATES, LastError, LineReader
+from hvd_slowmo.cli.run import _status
 from hvd_slowmo.cli.workers import Job
 from support.installation import ROOT
 
@@ -143,6 +144,15 @@ def test_signals_reach_the_workers(tmp_path, number, statuses, expected):
     assert err == f"hvd-slowmo run: ended by {number.name}\n"
     assert sorted(out.splitlines()) == [f"[{rank}] got {number.name}" for rank in (0, 1)]
     assert process.returncode == expected
+
+
+def test_a_job_that_has_lost_a_worker_before_is_resumed_where_all_others_have_saved():
+    job = Job(elastic=True)
+    job.ended = [SimpleNamespace(status=137, stopped=False), SimpleNamespace(status=75, stopped=True)]
+    job.received = signal.SIGTERM
+    assert _status(job) == 75
+    job.ended.append(SimpleNamespace(status=0, stopped=True))
+    assert _status(job) == 128 + signal.SIGTERM
 
 
 def test_a_signal_leaves_time_to_save_and_a_failure_less(monkeypatch):

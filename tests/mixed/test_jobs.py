@@ -255,7 +255,8 @@ EXPECTED = {
     "another map": "rank 1 differs from rank 0: parameter_map: orient: it has",
     "average": "inner_state='average' needs to be one, since it averages the inner optimizers' state: it has 'Keras'",
     "argument": "`parameter_map` must be a ParameterMap. Received: str",
-    "not finite": "averaged inner state are not finite (NaN or infinity) on rank 1 after step 3",
+    "not finite": "parameters, BatchNorm statistics or averaged inner state are not finite (NaN or infinity) on rank 1 "
+    "after step 3",
 }
 
 

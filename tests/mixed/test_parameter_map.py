@@ -189,7 +189,7 @@ def test_units_of_which_a_reshape_makes_a_map_are_refused():
         entries_keras(sequential((5,), kl.Dense(36), kl.Reshape((3, 3, 4)), kl.MaxPooling2D(2), kl.Flatten()))
     for allowed in (
         sequential((5,), kl.Dense(36), kl.Reshape((9, 4)), kl.LSTM(3)),  # a sequence, alike in both
-        sequential((5,), kl.Dense(36), kl.Reshape((6, 6, 1)), kl.Conv2D(2, 2)),  # of one channel
+        sequential((5,), kl.Dense(36), kl.Reshape((6, 6, -1)), kl.Conv2D(2, 2)),  # of one channel
         sequential((5,), kl.Dense(4), kl.Reshape((1, 1, 4)), kl.Conv2DTranspose(2, 3)),  # of one place
         sequential((36,), kl.Reshape((3, 3, 4)), kl.Conv2D(2, 2)),  # of data, which each framework has in its own way
     ):

@@ -1,6 +1,8 @@
 """The PyTorch adapter as a torch optimizer, on threads."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from hvd_slowmo.comm.threads import ThreadWorld
 from hvd_slowmo.torch import SlowMo, SlowMoConfig
+from hvd_slowmo_torch.inner import inner_optimizer
 
 
 def small(seed=0):
@@ -360,6 +363,24 @@ def test_averaged_inner_state_begins_as_the_optimizer_itself_makes_it(name):
     for key, value in maintain.items():
         assert torch.equal(average[key], value)  # with equal data a mean changes nothing
         assert torch.equal(average[key], other[key])
+
+
+def test_state_that_is_not_there_yet_takes_no_memory(monkeypatch):
+    """Its form is known from a step of a copy, whose state is not kept."""
+    seen = []
+
+    def noting(inner):
+        found = averaged(inner)
+        seen.extend(weakref.ref(like) for pairs in found.values() for _, like in pairs)
+        return found
+
+    averaged = inner_optimizer.averaged
+    monkeypatch.setattr(inner_optimizer, "averaged", noting)
+    model = nn.Linear(4, 3)
+    optimizer = SlowMo(torch.optim.Adam(model.parameters()), model, SlowMoConfig(tau=2, inner_state="average"))
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 6
+    assert not optimizer.inner_optimizer.state
 
 
 def test_an_averaged_number_of_steps_is_whole_so_that_a_file_has_it(tmp_path):

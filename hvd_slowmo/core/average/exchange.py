@@ -23,8 +23,8 @@ class Purpose:
         fragment: of the parameters that the meeting is about; None for all.
         late: the model is taken as it was set aside ("in_flight"), and exchanged beside the training.
         beside_late: the others exchange this meeting late, so that this worker does too.
-        following: with a delay, of an average of all: the fragment that meets next. Workers that are elsewhere exchange
-            it under this name meanwhile, and learn of the average.
+        following: with a delay, of an average of all: the fragment that meets next, whose ledger's name is used.
+            Workers that exchange that fragment instead see this worker's row.
     """
 
     training: int = 1

@@ -170,7 +170,7 @@ class OuterSteps:
 
         def start_again() -> Progress:
             if self._config.inner_state != "average" or self._layout.fragments > 1:
-                # Otherwise the mean has just replaced it. With several fragments that is done with the last one.
+                # With one fragment the mean has just replaced it; with several it travels with the last one only.
                 self._ops.after(meeting.exchange.finite, self._store.reset_inner_state)
             for chunk in self._layout.parameter_chunks if self._layout.fragments > 1 else ():
                 self._return_to_common(chunk, progress, meeting)

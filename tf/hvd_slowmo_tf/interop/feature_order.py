@@ -108,16 +108,15 @@ class _Made:
     layers: tuple[Any, ...] = ()
     reshape: str = ""
 
-    def behind(self, operation: Any, shape: tuple[Any, ...]) -> _Made:
-        """Return the same of an operation's output; `shape` is its input's."""
+    def behind(self, operation: Any, shape: tuple[Any, ...], target: tuple[Any, ...]) -> _Made:
+        """Return the same of an operation's output; the shapes are those of its input and output."""
         if isinstance(operation, keras.layers.Dense) and len(shape) == 2:
             return _Made((operation,))
         if isinstance(operation, keras.layers.Reshape):
-            target = operation.target_shape
-            is_map = len(shape) == 2 and len(target) > 2 and target[-1] != 1 and math.prod(target[:-1]) != 1
+            is_map = len(shape) == 2 and len(target) > 2 and target[-1] != 1 and math.prod(target[1:-1]) != 1
             return _Made(self.layers, operation.name) if is_map else _Made()
         if isinstance(operation, kinds.ELEMENTWISE):
-            own = () if self.reshape or not self.layers else (operation,)  # one of channels is alike in both
+            own = () if self.reshape or not self.layers else (operation,)  # behind it, a value per channel
             return _Made((*self.layers, *own), self.reshape)
         return self if type(operation).__name__ in kinds.ELEMENTWISE_OPERATIONS else _Made()
 
@@ -139,7 +138,9 @@ def _through(
             if before.reshape and isinstance(node.operation, kinds.SPATIAL) and inputs[0] == SAME:
                 last = node.operation.data_format == "channels_last"
                 shaping.update({id(layer): before.reshape for layer in before.layers if last})
-            made.update({id(tensor): before.behind(node.operation, shapes[0]) for tensor in node.outputs})
+            made.update(
+                {id(tensor): before.behind(node.operation, shapes[0], tuple(tensor.shape)) for tensor in node.outputs}
+            )
             if inner is not None:
                 results = _through(inner, inputs, orders, shaping)
             else:

@@ -154,12 +154,14 @@ def _scratch(inner: Optimizer) -> tuple[Optimizer, dict[int, torch.Tensor]]:
     return scratch, twins
 
 
-def state_tensor(
-    inner: Optimizer, parameter: torch.Tensor, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+Form = tuple[torch.Size, torch.dtype, torch.device]
+"""Of a tensor that is not there yet."""
+
+
+def state_tensor(inner: Optimizer, parameter: torch.Tensor, key: str, form: Form) -> torch.Tensor:
     """Return one tensor of the state; where this worker has none yet, zeros that are not kept."""
     if is_missing(inner, parameter, key):
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return _zeros(form)
     found: torch.Tensor = inner.state[parameter][key]
     return found
 
@@ -169,15 +171,20 @@ def is_missing(inner: Optimizer, parameter: torch.Tensor, key: str) -> bool:
     return parameter not in inner.state or inner.state[parameter].get(key) is None
 
 
-def begin(inner: Optimizer, parameter: torch.Tensor, alike: Mapping[str, torch.Tensor]) -> None:
+def begin(inner: Optimizer, parameter: torch.Tensor, forms: Mapping[str, Form]) -> None:
     """Make what is missing of a parameter's state, as zeros: an optimizer that finds any state makes no more.
 
     Args:
-        alike: tensors like the state, by key.
+        forms: of all of the state, by key.
     """
-    for key, like in alike.items():
+    for key, form in forms.items():
         if is_missing(inner, parameter, key):
-            inner.state[parameter][key] = torch.zeros_like(like)
+            inner.state[parameter][key] = _zeros(form)
+
+
+def _zeros(form: Form) -> torch.Tensor:
+    shape, dtype, device = form
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def scaled_step(inner: Optimizer, grad_scale: torch.Tensor | None, found_inf: Any) -> Any:

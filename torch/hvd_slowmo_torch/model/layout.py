@@ -113,21 +113,21 @@ def state_refs(model: nn.Module, inner: Optimizer) -> Iterator[TensorRef]:
     """Yield the inner optimizer's state tensors, for inner_state="average"."""
     names = {id(p): name for name, p in model.named_parameters()}
     averaged = inner_state.averaged(inner)
-    alike: dict[int, dict[str, torch.Tensor]] = {}
+    forms: dict[int, dict[str, inner_state.Form]] = {}
     for key, found in averaged.items():
         for p, like in found:
-            alike.setdefault(id(p), {})[key] = like
+            forms.setdefault(id(p), {})[key] = like.shape, like.dtype, like.device
     for key, found in averaged.items():
         for p, like in found:
             name = f"{names[id(p)]} ({key})"
             check_floating(like, name)
-            find = partial(inner_state.state_tensor, inner, p, key, like.shape, like.dtype, like.device)
+            find = partial(inner_state.state_tensor, inner, p, key, forms[id(p)][key])
             yield TensorRef(
                 _spec("optimizer_state", name, like),
                 str(like.device),
                 find,
-                count=key == "step",
-                begin=partial(inner_state.begin, inner, p, alike[id(p)]),
+                count=key == "step" and like.numel() == 1,
+                begin=partial(inner_state.begin, inner, p, forms[id(p)]),
                 missing=partial(inner_state.is_missing, inner, p, key),
             )
 

@@ -123,11 +123,7 @@ class TorchStore:
             if self.watch.fits:
                 self._pieces.scatter(stretch, value, self._unheld)
         else:
-            for number, start, stop, at in self.layout.spans(stretch) if stretch.role == "optimizer_state" else ():
-                ref = self._refs[stretch.segment][number]
-                # Zeros where no worker has any state: the optimizer makes its own, which may begin with other values.
-                if ref.missing() and bool(value[at : at + stop - start].any()):
-                    ref.begin()
+            self._begin_inner_state(stretch, value)
             self._pieces.scatter(stretch, value, torch.Tensor.detach)
             for ref in self._counts.get(stretch.index, ()):
                 ref.find().detach().round_()
@@ -138,6 +134,24 @@ class TorchStore:
                 for estimate in self._noise:
                     estimate()
                 self._noise.clear()
+
+    def _begin_inner_state(self, stretch: Stretch, mean: torch.Tensor) -> None:
+        """Make the inner state that this worker lacks and another one has.
+
+        Where none has any the mean is zeros: the optimizer makes its own, which may begin with other values.
+        """
+        if stretch.role != "optimizer_state":
+            return
+        spans = [
+            (self._refs[stretch.segment][number], stop - start, at)
+            for number, start, stop, at in self.layout.spans(stretch)
+        ]
+        missing = [(ref, mean[at : at + length]) for ref, length, at in spans if ref.missing()]
+        if missing:
+            found = torch.stack([values.any() for _, values in missing]).tolist()  # a device is waited for once
+            for (ref, _), there in zip(missing, found, strict=True):
+                if there:
+                    ref.begin()
 
     def read_slice(self, vector: str, chunk: int) -> torch.Tensor:
         return self.slices[vector][chunk].to(self.segment_of(chunk).device, non_blocking=True)
@@ -188,14 +202,14 @@ class TorchStore:
         if vector == "model" and (fragment is None or self.layout.fragments == 1):
             yield from (ref.find().detach() for ref in self._watched)
             if fragment is not None:
-                yield from (ref.find().detach() for ref in self._inner_state)
+                yield from (ref.find().detach() for ref in self._inner_state if not ref.missing())
             return
         for chunk in self.layout.chunks:
             if fragment not in (None, chunk.fragment):
                 continue
             for number, start, stop, at in self.layout.spans(chunk):
                 ref = self._refs[chunk.segment][number]
-                if chunk.role == "statistic" and not ref.watched:
+                if (chunk.role == "statistic" and not ref.watched) or ref.missing():
                     continue
                 if vector == "model":
                     yield ref.find().detach().reshape(-1)[start + ref.offset : stop + ref.offset]

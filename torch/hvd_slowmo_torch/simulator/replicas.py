@@ -164,7 +164,7 @@ class Replicas:
         for (key, name, p, like), ref in zip(pairs, state_refs(self.template, self._one), strict=True):
             stack = self.stacked[name]
             shape = stack.shape if like.shape == p.shape else like.shape
-            find = partial(inner_state.state_tensor, self.inner, stack, key, shape, like.dtype, like.device)
+            find = partial(inner_state.state_tensor, self.inner, stack, key, (shape, like.dtype, like.device))
             result.append(TensorRef(ref.spec, ref.device, find))
         return result
 
