@@ -35,14 +35,15 @@ def test_resume_in_the_middle_of_a_flight(keras_workers):
     assert same([history[1:] for history in whole], again)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("average", "options"),
     [
-        pytest.param(True, {}, marks=pytest.mark.thorough),
+        (True, {}),
         (True, {"accumulated": 2}),
-        pytest.param(True, {"unknown": True}, marks=pytest.mark.thorough),
-        pytest.param(False, {"unknown": True}, marks=pytest.mark.thorough),
-        pytest.param(False, {"unknown": True, "steps_per_execution": 2}, marks=pytest.mark.thorough),
+        (True, {"unknown": True}),
+        (False, {"unknown": True}),
+        (False, {"unknown": True, "steps_per_execution": 2}),
     ],
 )
 def test_fit_equals_the_oracle(keras_workers, average, options):
