@@ -169,8 +169,9 @@ class Job:
         ended.set()
         worker.send(signal.SIGKILL)  # the shell's child, and what the worker has left behind
         self._record(worker, status if status >= 0 else 128 - status)  # the others need not wait for its output
-        while any(reader.is_alive() for reader in readers) and not self._hurried.is_set():
-            readers[0 if readers[0].is_alive() else 1].join(0.2)  # nobody may read what the job writes
+        for reader in readers:
+            while reader.is_alive() and not self._hurried.is_set():  # nobody may read what the job writes
+                reader.join(0.2)
         for pipe in (process.stdin, process.stdout, process.stderr) if not self._hurried.is_set() else ():
             assert pipe is not None
             pipe.close()

@@ -193,11 +193,10 @@ class Machine:
 
     def average(self, progress: Progress) -> None:
         """Set the model to the workers' plain mean; the state stays as it is. Nothing is in flight, see `complete`."""
-        if not self.config.delay:
-            self.meetings.write_mean(self.meetings.meet(progress, progress.step, PLAIN_AVERAGE))
-            return
-        following = int(next_fragment(self.config, progress.step))
-        purpose = replace(PLAIN_AVERAGE, ledger_alone=True, beside_late=True, following=following)
+        purpose = PLAIN_AVERAGE
+        if self.config.delay:
+            following = int(next_fragment(self.config, progress.step))
+            purpose = replace(purpose, ledger_alone=True, beside_late=True, following=following)
         try:
             meeting = self.meetings.meet(progress, progress.step, purpose)
         except ValueError:
